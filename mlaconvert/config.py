@@ -1,0 +1,289 @@
+"""Configurations: the geometry of a Wan transformer, its streaming window, its MLA layers, and recipes.
+
+All are frozen keyword-only dataclasses. `parse` reads one from plain data (JSON, YAML) and is strict: an unknown
+field or a wrong type is a `ConfigError` that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+
+from mlaconvert.errors import ConfigError
+
+T = TypeVar("T")
+_STRICT = {"extra": "forbid", "strict": True}
+
+KeyNorm = Literal["latent", "token"]
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamingConfig:
+    """How a causal model sees time. Frames are latent frames.
+
+    `window_frames` counts every frame that a query can see: sink, cached, and those of its own chunk. In a
+    window, frame positions are counted from the sink (`window`), so that rotary phases stay in the trained
+    range; `absolute` counts from the start of the video, as Self-Forcing does.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    chunk_frames: int = 3
+    window_frames: int = 7
+    sink_frames: int = 1
+    positions: Literal["window", "absolute"] = "window"
+
+    def __post_init__(self) -> None:
+        _positive(self, "chunk_frames", "window_frames")
+        if self.sink_frames < 0:
+            raise ConfigError(f"sink_frames is {self.sink_frames}: give 0 or more")
+        if self.window_frames < self.sink_frames + self.chunk_frames:
+            raise ConfigError(
+                f"window_frames is {self.window_frames}: it must hold the sink ({self.sink_frames}) and one chunk "
+                f"({self.chunk_frames}), so give at least {self.sink_frames + self.chunk_frames}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLALayer:
+    """One converted self-attention layer.
+
+    `rope_components` lists, in ascending pair order, (pair, count): how many shared rotary key components each
+    complex rotary pair keeps. Pairs are numbered over the time, height and width axes in that order.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    v_head_dim: int
+    rope_components: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        if min(self.kv_lora_rank, self.v_head_dim) < 1 or self.qk_nope_head_dim < 0:
+            raise ConfigError(f"an MLA layer needs positive widths, not {self}")
+        pairs = [pair for pair, _ in self.rope_components]
+        if pairs != sorted(set(pairs)) or any(p < 0 or c < 1 for p, c in self.rope_components):
+            raise ConfigError(f"rope_components must ascend by pair with positive counts, not {pairs}")
+
+    @property
+    def qk_rope_head_dim(self) -> int:
+        """Rotary scalars of a query head and of the one shared key: two per component."""
+        return 2 * sum(count for _, count in self.rope_components)
+
+    @property
+    def component_pairs(self) -> tuple[int, ...]:
+        """The rotary pair of each component, in cache order."""
+        return tuple(pair for pair, count in self.rope_components for _ in range(count))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLAConfig:
+    """The `mla` section of a converted model's config.json. A layer that is None stays dense.
+
+    `q_lora_rank` None means the exact query path: the teacher's own projection and norm. `key_norm` "latent" is
+    the paper's RMSNorm on the latent; "token" keeps the teacher's key norm exactly, for one more cached scalar.
+    """
+
+    q_lora_rank: int | None
+    key_norm: KeyNorm
+    softmax_scale: float
+    layers: tuple[MLALayer | None, ...]
+    calibration: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            raise ConfigError(f"mla.q_lora_rank is {self.q_lora_rank}: give a positive rank, or null to keep it exact")
+        if not self.softmax_scale > 0 or not math.isfinite(self.softmax_scale):
+            raise ConfigError(f"mla.softmax_scale is {self.softmax_scale}: it must be positive")
+        if self.key_norm not in ("latent", "token"):
+            raise ConfigError(f"mla.key_norm is {self.key_norm!r}: give latent or token")
+
+    def cached_scalars(self, layer: int, dense_scalars: int) -> int:
+        """Scalars that `layer` caches for one token; `dense_scalars` is what a dense layer caches."""
+        mla = self.layers[layer]
+        if mla is None:
+            return dense_scalars
+        return mla.kv_lora_rank + mla.qk_rope_head_dim + (self.key_norm == "token")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for config.json; `from_json` reads it back."""
+        layers = [{"dense": True} if layer is None else dataclasses.asdict(layer) for layer in self.layers]
+        data: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "q_lora_rank": self.q_lora_rank,
+            "key_norm": self.key_norm,
+            "softmax_scale": self.softmax_scale,
+            "layers": layers,
+        }
+        if self.calibration is not None:
+            data["calibration"] = dict(self.calibration)
+        return data
+
+    @classmethod
+    def from_json(cls, data: Any, where: str) -> MLAConfig:
+        """Read the `mla` section. Raises ConfigError naming `where` and the field."""
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{where}: mla must be a mapping, not {type(data).__name__}")
+        if data.get("format_version") != FORMAT_VERSION:
+            raise ConfigError(
+                f"{where}: mla.format_version is {data.get('format_version')!r}; this mlaconvert reads {FORMAT_VERSION}"
+            )
+        layers = data.get("layers")
+        if not isinstance(layers, list):
+            raise ConfigError(f"{where}: mla.layers must be a list with one entry per layer")
+        parsed = tuple(
+            None if layer == {"dense": True} else parse(MLALayer, layer, f"{where}: mla.layers[{i}]")
+            for i, layer in enumerate(layers)
+        )
+        rest = {k: v for k, v in data.items() if k not in ("format_version", "layers")}
+        head = parse(_MLAHead, rest, f"{where}: mla")
+        return cls(
+            q_lora_rank=head.q_lora_rank,
+            key_norm=head.key_norm,
+            softmax_scale=head.softmax_scale,
+            layers=parsed,
+            calibration=head.calibration,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MLAHead:
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    q_lora_rank: int | None
+    key_norm: KeyNorm
+    softmax_scale: float
+    calibration: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanConfig:
+    """Geometry of a Wan-family transformer, whatever the layout of its files.
+
+    `image_dim` is the width of CLIP image features (Wan2.1 image-to-video), None without that branch.
+    `streaming` is None for a bidirectional model, `mla` None for a dense one.
+    """
+
+    dim: int
+    num_heads: int
+    num_layers: int
+    ffn_dim: int
+    model_type: str = "t2v"
+    in_dim: int = 16
+    out_dim: int = 16
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    image_dim: int | None = None
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    cross_attn_norm: bool = True
+    streaming: StreamingConfig | None = None
+    mla: MLAConfig | None = None
+
+    def __post_init__(self) -> None:
+        _positive(
+            self,
+            "dim",
+            "num_heads",
+            "num_layers",
+            "ffn_dim",
+            "in_dim",
+            "out_dim",
+            "freq_dim",
+            "text_dim",
+            "text_len",
+        )
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ConfigError(
+                f"dim {self.dim} does not split into {self.num_heads} heads of an even width; check dim and num_heads"
+            )
+        if self.head_dim < 6:
+            raise ConfigError(f"heads are {self.head_dim} wide; a three-axis rotary embedding needs at least 6")
+        if self.freq_dim % 2:
+            raise ConfigError(f"freq_dim is {self.freq_dim}: it must be even")
+        if len(self.patch_size) != 3 or min(self.patch_size) < 1:
+            raise ConfigError(f"patch_size is {list(self.patch_size)}: give three positive numbers")
+        if not 0 < self.eps < 1:
+            raise ConfigError(f"eps is {self.eps}: it must lie between 0 and 1")
+        if self.mla is not None and len(self.mla.layers) != self.num_layers:
+            raise ConfigError(f"mla.layers has {len(self.mla.layers)} entries for {self.num_layers} layers")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.dim // self.num_heads
+
+    @property
+    def rope_split(self) -> tuple[int, int, int]:
+        """Complex rotary pairs on the time, height and width axes (22, 21, 21 for heads of 128)."""
+        pairs = self.head_dim // 2
+        return (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
+
+    @property
+    def dense_scalars(self) -> int:
+        """Scalars that a dense layer caches for one token: keys and values of all heads."""
+        return 2 * self.dim
+
+    def cached_scalars(self) -> tuple[int, ...]:
+        """Scalars that each layer caches for one token."""
+        if self.mla is None:
+            return (self.dense_scalars,) * self.num_layers
+        return tuple(self.mla.cached_scalars(i, self.dense_scalars) for i in range(self.num_layers))
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        """Tokens of one latent frame of `height` x `width` latent pixels."""
+        return (height // self.patch_size[1]) * (width // self.patch_size[2])
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value < 1:
+            raise ConfigError(f"{name} is {value}: it must be a positive number")
+
+
+def parse(cls: type[T], data: Any, where: str) -> T:
+    """Build dataclass `cls` from plain data, strictly.
+
+    Raises ConfigError, which names `where`, the field, and what is expected.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        # Through JSON: strict JSON mode takes a list for a tuple, and nothing but plain data survives.
+        return TypeAdapter(cls).validate_json(json.dumps(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            known = ", ".join(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
+            raise ConfigError(f"{where}: unknown field {name!r}; known fields: {known}") from None
+        raise ConfigError(f"{where}: {name or 'value'}: {first['msg']}") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not plain data ({error})") from None
+
+
+class Budget(NamedTuple):
+    """Widths of one MLA layer; `q_lora_rank` is the paper's compressed query path."""
+
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    qk_nope_head_dim: int
+    q_lora_rank: int
+
+
+def default_budget(config: WanConfig) -> Budget:
+    """VideoMLA's cache budget (arXiv 2605.30351) at any width: (192, 32, 96, 768) at width 1536, 12 heads.
+
+    Latent and shared rotary key together take 7/48 of the width, rounded down, so that a token's cache shrinks
+    by 92.7% at least. The rotary key is a quarter of a head, rounded to an even number (two scalars a complex
+    pair, at least one pair); the latent takes the rest, at least one channel. Scores stay as wide as the
+    teacher's heads, and the query latent is half the width.
+    """
+    rope = max(2, 2 * ((config.head_dim + 3) // 8))
+    latent = max(1, 7 * config.dim // 48 - rope)
+    return Budget(latent, rope, config.head_dim - rope, config.dim // 2)

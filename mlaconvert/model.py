@@ -1,0 +1,296 @@
+"""The Wan video diffusion transformer: bidirectional or chunk-causal, dense or with latent attention.
+
+Parameter names are those of the published Wan checkpoints. Shapes: B batch, C channels, F latent frames, H and W latent
+pixels, D model width, T text tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlaconvert.attention import (
+    AttentionMode,
+    AttentionPlan,
+    DenseAttention,
+    LatentAttention,
+    RMSNorm,
+    attend,
+)
+from mlaconvert.cache import LatentCache, LayerCache
+from mlaconvert.config import StreamingConfig, WanConfig
+from mlaconvert.errors import InputError
+from mlaconvert.rope import rotary
+
+
+class CrossAttention(nn.Module):
+    """Attention to the text and, in Wan2.1 image-to-video, to CLIP image tokens in front of it."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.num_heads = config.num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, config.eps), RMSNorm(dim, config.eps)
+        self.has_image = config.image_dim is not None
+        if self.has_image:
+            self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.norm_k_img = RMSNorm(dim, config.eps)
+
+    def forward(self, x: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
+        """[B, N, D], [B, T, D], [B, I, D] or None -> [B, N, D]."""
+        heads = (self.num_heads, -1)
+        q = self.norm_q(self.q(x)).unflatten(-1, heads)
+        k, v = self.norm_k(self.k(text)).unflatten(-1, heads), self.v(text).unflatten(-1, heads)
+        out = attend(q, k, v, None)
+        if self.has_image and image is not None:
+            k = self.norm_k_img(self.k_img(image)).unflatten(-1, heads)
+            out = out + attend(q, k, self.v_img(image).unflatten(-1, heads), None)
+        return self.o(out.flatten(-2))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and feed-forward; timesteps modulate the first and the last."""
+
+    def __init__(self, config: WanConfig, layer: int) -> None:
+        super().__init__()
+        dim, eps = config.dim, config.eps
+        mla = config.mla.layers[layer] if config.mla else None
+        self.self_attn: DenseAttention | LatentAttention = (
+            DenseAttention(config) if mla is None or config.mla is None else LatentAttention(config, config.mla, mla)
+        )
+        self.cross_attn = CrossAttention(config)
+        self.norm1 = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.norm2 = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.norm3 = nn.LayerNorm(dim, eps) if config.cross_attn_norm else nn.Identity()
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
+        )
+        self.modulation = nn.Parameter(torch.empty(1, 6, dim))
+
+    def attention_input(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """What self-attention reads of x [B, N, D]: the modulated LayerNorm. `modulation` [B, F or 1, 6, D]."""
+        shift, scale, _, _, _, _ = (modulation + self.modulation).unbind(-2)
+        return _modulate(self.norm1(x), shift, scale)
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        text: Tensor,
+        image: Tensor | None,
+        plan: AttentionPlan,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        _, _, gate, ffn_shift, ffn_scale, ffn_gate = (modulation + self.modulation).unbind(-2)
+        x = x + _gate(self.self_attn(self.attention_input(x, modulation), plan, cache), gate)
+        x = x + self.cross_attn(self.norm3(x), text, image)
+        return x + _gate(self.ffn(_modulate(self.norm2(x), ffn_shift, ffn_scale)), ffn_gate)
+
+
+class Head(nn.Module):
+    """Modulated projection of tokens to patches."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.head = nn.Linear(config.dim, math.prod(config.patch_size) * config.out_dim)
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """[B, N, D], [B, F or 1, D] -> [B, N, patch]."""
+        shift, scale = (embedding.unsqueeze(-2) + self.modulation).unbind(-2)
+        return self.head(_modulate(self.norm(x), shift, scale))
+
+
+class ImageEmbedding(nn.Module):
+    """Maps CLIP image features [B, I, image_dim] to the model's width."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        width = config.image_dim or 0
+        self.proj = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, width),
+            nn.GELU(),
+            nn.Linear(width, config.dim),
+            nn.LayerNorm(config.dim),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.proj(features)
+
+
+class WanModel(nn.Module):
+    """Predicts the flow-matching velocity (noise - data) of video latents.
+
+    A model whose config has `streaming` is causal between chunks; without a cache it sees a whole clip in one masked
+    pass. `config.mla` decides layer by layer between dense and latent attention.
+    """
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.attention_mode: AttentionMode = "expanded"
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        if config.image_dim is not None:
+            self.img_emb = ImageEmbedding(config)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.head = Head(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.patch_embedding.weight.dtype
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        *,
+        image_latents: Tensor | None = None,
+        image_features: Tensor | None = None,
+        chunks: Sequence[int] | None = None,
+        cache: LatentCache | None = None,
+        start_frame: int = 0,
+    ) -> Tensor:
+        """Velocity [B, out_dim, F, H, W] of `latents` [B, C, F, H, W].
+
+        `timestep` [B] or [B, F] runs from 0 (clean) to 1000 (noise). `context` [B, T, text_dim] is padded with zeros
+        to text_len. `image_latents` [B, in_dim - C, F, H, W] are concatenated to the latents (image-to-video),
+        `image_features` [B, I, image_dim] come from CLIP.
+
+        With a `cache`, `latents` are one chunk that begins at `start_frame`. Without one, a streaming model masks the
+        clip by `chunks`, frames per chunk (the config's chunk size by default), at absolute frame positions, which
+        equals streaming as long as the clip fits into the window.
+
+        Raises InputError when shapes do not fit the model.
+        """
+        x, grid = self._embed_patches(latents, image_latents)
+        embedding, modulation = self._embed_time(timestep, x.shape[0], grid[0])
+        text = self._embed_text(context)
+        image = self.img_emb(image_features.to(self.dtype)) if image_features is not None else None
+        plan = self.attention_plan(grid, x.device, chunks=chunks, cache=cache, start_frame=start_frame)
+        for i, block in enumerate(self.blocks):
+            x = block(x, modulation, text, image, plan, cache.layers[i] if cache is not None else None)
+        return self._unpatch(self.head(x, embedding), grid)
+
+    def attention_plan(
+        self,
+        grid: tuple[int, int, int],
+        device: torch.device,
+        *,
+        chunks: Sequence[int] | None = None,
+        cache: LatentCache | None = None,
+        start_frame: int = 0,
+    ) -> AttentionPlan:
+        """Rotations, mask and cache slots for F x H x W = `grid` tokens."""
+        frames, height, width = grid
+        split, dtype = self.config.rope_split, torch.float64 if self.dtype == torch.float64 else torch.float32
+        if cache is not None:
+            if height * width != cache.tokens_per_frame:
+                raise InputError(
+                    f"frames have {height * width} tokens, the cache was made for {cache.tokens_per_frame}; "
+                    "make a cache for this height and width"
+                )
+            window = cache.begin(start_frame, frames)
+            return AttentionPlan(
+                query_rotary=rotary(window.query_frames, height, width, split, dtype),
+                key_rotary=rotary(window.key_frames, height, width, split, dtype),
+                window=window,
+                mode=self.attention_mode,
+            )
+        turn = rotary(torch.arange(frames, device=device), height, width, split, dtype)
+        mask = None
+        if self.config.streaming is not None or chunks is not None:
+            visible = chunk_mask(chunks or default_chunks(frames, self.config.streaming), self.config.streaming)
+            if visible.shape[0] != frames:
+                raise InputError(
+                    f"chunks {list(chunks or ())} add up to {visible.shape[0]} frames, the clip has {frames}"
+                )
+            if not visible.all():
+                mask = visible.repeat_interleave(height * width, 0).repeat_interleave(height * width, 1).to(device)
+        return AttentionPlan(query_rotary=turn, key_rotary=turn, mask=mask, mode=self.attention_mode)
+
+    def _embed_patches(self, latents: Tensor, image_latents: Tensor | None) -> tuple[Tensor, tuple[int, int, int]]:
+        x = latents if image_latents is None else torch.cat((latents, image_latents.to(latents)), 1)
+        patch = self.config.patch_size
+        if x.ndim != 5 or x.shape[1] != self.config.in_dim:
+            raise InputError(
+                f"the model reads [B, {self.config.in_dim}, F, H, W] latents (with any image latents), "
+                f"not {list(x.shape)}"
+            )
+        if any(size % p for size, p in zip(x.shape[2:], patch, strict=True)):
+            raise InputError(f"latents of {list(x.shape[2:])} do not divide into patches of {list(patch)}")
+        # A convolution whose stride is its kernel is one matrix product over patches.
+        x = x.unflatten(4, (-1, patch[2])).unflatten(3, (-1, patch[1])).unflatten(2, (-1, patch[0]))
+        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7)  # [B, F, H, W, C, patch]
+        weight = self.patch_embedding.weight.flatten(1)
+        grid = (x.shape[1], x.shape[2], x.shape[3])
+        return F.linear(x.flatten(4).flatten(1, 3).to(weight.dtype), weight, self.patch_embedding.bias), grid
+
+    def _embed_time(self, timestep: Tensor, batch: int, frames: int) -> tuple[Tensor, Tensor]:
+        """The embedding [B, F or 1, D] and the six modulations [B, F or 1, 6, D]."""
+        t = timestep[:, None] if timestep.ndim == 1 else timestep
+        if t.shape not in ((batch, 1), (batch, frames)):
+            raise InputError(f"timestep must be [{batch}] or [{batch}, {frames}], not {list(timestep.shape)}")
+        embedding = self.time_embedding(timestep_embedding(t, self.config.freq_dim).to(self.dtype))
+        return embedding, self.time_projection(embedding).unflatten(-1, (6, -1))
+
+    def _embed_text(self, context: Tensor) -> Tensor:
+        missing = self.config.text_len - context.shape[1]
+        if context.ndim != 3 or context.shape[2] != self.config.text_dim or missing < 0:
+            raise InputError(
+                f"context must be [B, up to {self.config.text_len}, {self.config.text_dim}], not {list(context.shape)}"
+            )
+        return self.text_embedding(F.pad(context.to(self.dtype), (0, 0, 0, missing)))
+
+    def _unpatch(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        patch = self.config.patch_size
+        x = x.unflatten(1, grid).unflatten(-1, (*patch, self.config.out_dim))  # [B, F, H, W, pf, ph, pw, C]
+        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift with [B, N, D] and per-frame [B, F or 1, D]."""
+    frames = x.unflatten(1, (shift.shape[1], -1))
+    return torch.addcmul(shift.unsqueeze(2), frames, 1 + scale.unsqueeze(2)).flatten(1, 2)
+
+
+def _gate(x: Tensor, gate: Tensor) -> Tensor:
+    return (x.unflatten(1, (gate.shape[1], -1)) * gate.unsqueeze(2)).flatten(1, 2)
+
+
+def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """Sinusoids [..., dim] of a timestep [...], cosines first, computed in float64."""
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
+    angle = timestep.double().unsqueeze(-1) * 10000.0**-exponent
+    return torch.cat((angle.cos(), angle.sin()), -1)
+
+
+def default_chunks(frames: int, streaming: StreamingConfig | None) -> list[int]:
+    """Frames of each chunk of a clip; the last one may be shorter."""
+    size = (streaming or StreamingConfig()).chunk_frames
+    return [min(size, frames - start) for start in range(0, frames, size)]
+
+
+def chunk_mask(chunks: Sequence[int], streaming: StreamingConfig | None) -> Tensor:
+    """Which frame sees which, bool [F, F]: its own chunk, the sink, and the most recent frames of the window."""
+    streaming = streaming or StreamingConfig()
+    end = torch.repeat_interleave(torch.tensor(chunks).cumsum(0), torch.tensor(chunks))[:, None]
+    frame = torch.arange(len(end))
+    oldest = end - (streaming.window_frames - streaming.sink_frames)
+    return (frame < end) & ((frame < streaming.sink_frames) | (frame >= oldest))
