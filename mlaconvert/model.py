@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +28,7 @@ from mlaconvert.attention import (
 from mlaconvert.cache import LatentCache, LayerCache
 from mlaconvert.config import StreamingConfig, WanConfig
 from mlaconvert.errors import InputError
+from mlaconvert.families import Checkpoint, open_checkpoint
 from mlaconvert.rope import rotary
 
 
@@ -126,6 +131,18 @@ class ImageEmbedding(nn.Module):
         return self.proj(features)
 
 
+class Prepared(NamedTuple):
+    """Inputs of the blocks and of the head; `grid` is F x H x W tokens."""
+
+    x: Tensor  # [B, N, D]
+    grid: tuple[int, int, int]
+    embedding: Tensor  # [B, F or 1, D]
+    modulation: Tensor  # [B, F or 1, 6, D]
+    text: Tensor  # [B, T, D]
+    image: Tensor | None  # [B, I, D]
+    plan: AttentionPlan
+
+
 class WanModel(nn.Module):
     """Predicts the flow-matching velocity (noise - data) of video latents.
 
@@ -178,14 +195,49 @@ class WanModel(nn.Module):
 
         Raises InputError when shapes do not fit the model.
         """
+        p = self.prepare(
+            latents,
+            timestep,
+            context,
+            image_latents=image_latents,
+            image_features=image_features,
+            chunks=chunks,
+            cache=cache,
+            start_frame=start_frame,
+        )
+        x = p.x
+        for i, block in enumerate(self.blocks):
+            x = block(x, p.modulation, p.text, p.image, p.plan, cache.layers[i] if cache is not None else None)
+        return self.finish(x, p)
+
+    def finish(self, x: Tensor, prepared: Prepared) -> Tensor:
+        """Velocity from the last block's output [B, N, D]."""
+        return self._unpatch(self.head(x, prepared.embedding), prepared.grid)
+
+    def prepare(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        *,
+        image_latents: Tensor | None = None,
+        image_features: Tensor | None = None,
+        chunks: Sequence[int] | None = None,
+        cache: LatentCache | None = None,
+        start_frame: int = 0,
+    ) -> Prepared:
+        """What `forward` computes before the first block; its arguments are `forward`'s."""
         x, grid = self._embed_patches(latents, image_latents)
         embedding, modulation = self._embed_time(timestep, x.shape[0], grid[0])
-        text = self._embed_text(context)
-        image = self.img_emb(image_features.to(self.dtype)) if image_features is not None else None
-        plan = self.attention_plan(grid, x.device, chunks=chunks, cache=cache, start_frame=start_frame)
-        for i, block in enumerate(self.blocks):
-            x = block(x, modulation, text, image, plan, cache.layers[i] if cache is not None else None)
-        return self._unpatch(self.head(x, embedding), grid)
+        return Prepared(
+            x=x,
+            grid=grid,
+            embedding=embedding,
+            modulation=modulation,
+            text=self._embed_text(context),
+            image=self.img_emb(image_features.to(self.dtype)) if image_features is not None else None,
+            plan=self.attention_plan(grid, x.device, chunks=chunks, cache=cache, start_frame=start_frame),
+        )
 
     def attention_plan(
         self,
@@ -294,3 +346,31 @@ def chunk_mask(chunks: Sequence[int], streaming: StreamingConfig | None) -> Tens
     frame = torch.arange(len(end))
     oldest = end - (streaming.window_frames - streaming.sink_frames)
     return (frame < end) & ((frame < streaming.sink_frames) | (frame >= oldest))
+
+
+def load_model(
+    source: str | Path | Checkpoint,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    streaming: StreamingConfig | None = None,
+) -> WanModel:
+    """The model of a checkpoint, dense or converted: built on the meta device, filled strictly, frozen.
+
+    `source` is anything that `open_checkpoint` reads, or a checkpoint that is open already. `dtype` None keeps the
+    file's. `streaming` replaces the checkpoint's own setting. Raises what `open_checkpoint` raises.
+    """
+    opened = (
+        nullcontext(source)
+        if isinstance(source, Checkpoint)
+        else open_checkpoint(source, revision=revision, subfolder=subfolder)
+    )
+    with opened as checkpoint:
+        config = replace(checkpoint.config, streaming=streaming) if streaming else checkpoint.config
+        with torch.device("meta"):
+            model = WanModel(config)
+        state = {name: checkpoint.read(name).to(device, dtype) for name in checkpoint.names}
+        model.load_state_dict(state, strict=True, assign=True)
+    return model.requires_grad_(False).eval()

@@ -1,0 +1,66 @@
+"""Fixtures shared by the tests: the golden checkpoint, and builders of small checkpoints in real layouts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mlaconvert.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+
+SaveFolder = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """A native Wan2.1 checkpoint with the reference implementations' outputs."""
+    return Path(__file__).parent / "golden" / "wan_tiny"
+
+
+@pytest.fixture(scope="session")
+def golden_config(golden: Path) -> dict[str, Any]:
+    """Its config.json, as the published models write it."""
+    data: dict[str, Any] = json.loads((golden / CONFIG_NAME).read_text())
+    return data
+
+
+@pytest.fixture
+def golden_state(golden: Path) -> dict[str, torch.Tensor]:
+    """Its state dict, in native names."""
+    return dict(load_file(golden / WEIGHTS_NAME))
+
+
+@pytest.fixture
+def save_folder(tmp_path: Path) -> SaveFolder:
+    """save_folder(state, config=None, name="model") writes a model folder with the safetensors library."""
+
+    def save(state: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None, name: str = "model") -> Path:
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        save_file(dict(state), folder / WEIGHTS_NAME)
+        if config is not None:
+            (folder / CONFIG_NAME).write_text(json.dumps(config))
+        return folder
+
+    return save
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Frobenius norm of the difference, relative to `expected`."""
+    assert found.shape == expected.shape
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def randomize(module: torch.nn.Module, seed: int = 0) -> None:
+    """Random weights of a trained model's size: norms near one, biases and modulations that matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * (0.3 if p.ndim == 1 else 0.15))
+            if "norm" in name and name.endswith("weight"):
+                p.add_(1)

@@ -1,0 +1,294 @@
+"""The identities of a conversion, in float64, against attention written out longhand."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from conftest import relative
+from torch import Tensor
+
+from mlaconvert.attention import AttentionPlan, LatentAttention
+from mlaconvert.config import KeyNorm, MLAConfig, MLALayer, StreamingConfig, WanConfig
+from mlaconvert.factorize import (
+    AttentionWeights,
+    Factors,
+    LayerMoments,
+    affine,
+    affine_root,
+    cholesky,
+    factorize_layer,
+    highest_pairs,
+    leading_directions,
+    mean_rotation,
+    modulation_moments,
+    random_layer,
+)
+from mlaconvert.rope import angles, rotary
+
+HEADS, WIDTH, EPS = 5, 12, 1e-6
+DIM = HEADS * WIDTH
+CONFIG = WanConfig(dim=DIM, num_heads=HEADS, num_layers=1, ffn_dim=8)
+SPLIT = CONFIG.rope_split
+GRID = (4, 2, 3)  # frames, height, width in tokens
+EXACT = 1e-12
+
+
+def make_weights(seed: int = 0) -> AttentionWeights:
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64) * 0.3
+
+    square = {f"{name}_weight": draw(DIM, DIM) for name in "qkvo"}
+    bias = {f"{name}_bias": draw(DIM) for name in "qkvo"}
+    return AttentionWeights(**square, **bias, norm_q=1 + draw(DIM), norm_k=1 + draw(DIM))
+
+
+def make_modulation() -> Tensor:
+    return torch.randn(3, 2, DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.4
+
+
+def make_inputs(batch: int = 2) -> Tensor:
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(batch, GRID[0] * GRID[1] * GRID[2], DIM, generator=g, dtype=torch.float64)
+    x = torch.nn.functional.layer_norm(x, (DIM,))
+    shift, scale = make_modulation()[0]
+    return x * (1 + scale) + shift
+
+
+def moments(weights: AttentionWeights) -> LayerMoments:
+    rho = mean_rotation(SPLIT, streaming=StreamingConfig(), frames=GRID[0], height=GRID[1], width=GRID[2])
+    return modulation_moments(weights, make_modulation(), num_heads=HEADS, eps=EPS, rho=rho)
+
+
+def longhand(w: AttentionWeights, x: Tensor) -> Tensor:
+    """Wan's self-attention with complex numbers and no library attention, [B, N, D] float64."""
+    turn = torch.exp(1j * angles(torch.arange(GRID[0]), GRID[1], GRID[2], SPLIT))  # [N, pairs]
+
+    def heads(y: Tensor) -> Tensor:
+        return y.reshape(*y.shape[:-1], HEADS, WIDTH)
+
+    def norm(y: Tensor, gain: Tensor) -> Tensor:
+        return y / (y.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * gain
+
+    q = heads(norm(x @ w.q_weight.T + w.q_bias, w.norm_q))
+    k = heads(norm(x @ w.k_weight.T + w.k_bias, w.norm_k))
+    v = heads(x @ w.v_weight.T + w.v_bias)
+    q_turned = torch.complex(q[..., 0::2], q[..., 1::2]) * turn[:, None]
+    k_turned = torch.complex(k[..., 0::2], k[..., 1::2]) * turn[:, None]
+    scores = torch.einsum("bnhp,bmhp->bhnm", q_turned, k_turned.conj()).real / WIDTH**0.5
+    out = torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v).flatten(-2)
+    return out @ w.o_weight.T + w.o_bias
+
+
+def run(factors: Factors, layer: MLALayer, key_norm: KeyNorm, q_rank: int | None, x: Tensor, mode: Any) -> Tensor:
+    mla = MLAConfig(q_lora_rank=q_rank, key_norm=key_norm, softmax_scale=WIDTH**-0.5, layers=(layer,))
+    with torch.device("meta"):
+        module = LatentAttention(dataclasses.replace(CONFIG, mla=mla), mla, layer)
+    module.load_state_dict(factors.tensors, strict=True, assign=True)
+    turn = rotary(torch.arange(GRID[0]), GRID[1], GRID[2], SPLIT, torch.float64)
+    with torch.no_grad():
+        return module(x, AttentionPlan(query_rotary=turn, key_rotary=turn, mode=mode))
+
+
+def convert(
+    weights: AttentionWeights, layer: MLALayer, key_norm: KeyNorm = "token", q_rank: int | None = None
+) -> Factors:
+    return factorize_layer(
+        weights, layer, moments(weights), num_heads=HEADS, key_norm=key_norm, q_lora_rank=q_rank, eps=EPS
+    )
+
+
+def lossless(**change: Any) -> MLALayer:
+    every = tuple((pair, HEADS) for pair in range(WIDTH // 2))
+    layer = MLALayer(kv_lora_rank=DIM, qk_nope_head_dim=0, v_head_dim=WIDTH, rope_components=every)
+    return dataclasses.replace(layer, **change)
+
+
+def lossy(**change: Any) -> MLALayer:
+    layer = MLALayer(kv_lora_rank=17, qk_nope_head_dim=8, v_head_dim=WIDTH, rope_components=((0, 2), (3, 1)))
+    return dataclasses.replace(layer, **change)
+
+
+@pytest.mark.parametrize("mode", ["expanded", "absorbed"])
+@pytest.mark.parametrize("q_rank", [None, DIM])
+@pytest.mark.parametrize("nope", [0, WIDTH])
+def test_everything_kept_is_the_teacher(mode: str, q_rank: int | None, nope: int) -> None:
+    """Identity 5, and with it the value bias (1), key norm (2), query path (3) and complex heads (4)."""
+    weights, x, layer = make_weights(), make_inputs(), lossless(qk_nope_head_dim=nope)
+    found = run(convert(weights, layer, q_rank=q_rank), layer, "token", q_rank, x, mode)
+    assert relative(found, longhand(weights, x)) < EXACT
+
+
+def test_latent_key_norm_is_not_exact() -> None:
+    weights, x, layer = make_weights(), make_inputs(), lossless()
+    found = run(convert(weights, layer, "latent"), layer, "latent", None, x, "expanded")
+    assert 1e-3 < relative(found, longhand(weights, x)) < 0.5
+
+
+@pytest.mark.parametrize("key_norm", ["token", "latent"])
+@pytest.mark.parametrize("widths", [(8, WIDTH), (3, WIDTH), (5, 7), (0, 9)])
+def test_absorbed_equals_expanded(key_norm: KeyNorm, widths: tuple[int, int]) -> None:
+    layer = lossy(qk_nope_head_dim=widths[0], v_head_dim=widths[1])
+    factors, x = convert(make_weights(), layer, key_norm, 31), make_inputs()
+    assert float(factors.tensors["kv_b_proj.bias"].abs().sum()) > 0 or widths[0] == 0
+    expanded, absorbed = (run(factors, layer, key_norm, 31, x, mode) for mode in ("expanded", "absorbed"))
+    assert relative(absorbed, expanded) < EXACT
+
+
+def test_value_bias_folds_exactly() -> None:
+    """Softmax weights sum to one, so b_v only adds W_O b_v to the output, whatever the budget."""
+    weights = make_weights()
+    without = dataclasses.replace(weights, v_bias=torch.zeros(DIM, dtype=torch.float64))
+    outputs = [run(convert(w, lossy()), lossy(), "token", None, make_inputs(), "expanded") for w in (weights, without)]
+    shift = weights.o_weight @ weights.v_bias
+    assert relative(outputs[0], outputs[1] + shift) < EXACT
+
+
+@pytest.mark.parametrize("scale", [0.1, 10.0])
+def test_key_scale_does_not_matter(scale: float) -> None:
+    """The teacher does not change when (W_K, b_k) are multiplied by a constant (up to its eps): nor may we."""
+    weights = make_weights()
+    scaled = dataclasses.replace(weights, k_weight=scale * weights.k_weight, k_bias=scale * weights.k_bias)
+    for key_norm in ("token", "latent"):
+        outputs = [
+            run(convert(w, lossy(), key_norm), lossy(), key_norm, None, make_inputs(), "expanded")
+            for w in (weights, scaled)
+        ]
+        assert relative(outputs[1], outputs[0]) < 1e-4
+
+
+def test_more_budget_loses_less() -> None:
+    weights, x = make_weights(), make_inputs()
+    expected = longhand(weights, x)
+    ranks = [relative(run(convert(weights, lossy(kv_lora_rank=r)), lossy(kv_lora_rank=r), "token", None, x, "expanded"),
+                      expected) for r in (6, 20, 50)]  # fmt: skip
+    assert ranks[0] > 1.2 * ranks[1] > 1.44 * ranks[2]
+    narrow, full = (
+        relative(run(convert(weights, layer), layer, "token", None, x, "expanded"), expected)
+        for layer in (lossless(v_head_dim=5), lossless(v_head_dim=11))
+    )
+    assert narrow > 2 * full > 1e-3
+
+
+def test_latent_is_the_best_subspace() -> None:
+    """The joint error that is reported equals the tail of a float64 SVD of the weighted, whitened weights."""
+    weights, layer = make_weights(), lossy(qk_nope_head_dim=0, rope_components=())
+    m = moments(weights)
+    root = torch.linalg.cholesky(m.covariance)
+    out = weights.o_weight.reshape(DIM, HEADS, WIDTH).transpose(0, 1)
+    values = weights.v_weight.reshape(HEADS, WIDTH, DIM)
+    # |W_O,h dv| is what counts, so the weighted matrix may as well be W_O,h W_V,h itself, stacked over heads.
+    sigma = torch.linalg.svdvals(torch.cat([o @ v for o, v in zip(out, values, strict=True)]) @ root)
+    expected = float((sigma[layer.kv_lora_rank :].square().sum() / sigma.square().sum()).sqrt())
+    assert convert(weights, layer).errors["content"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_shared_rotary_key_is_the_best_rank_one() -> None:
+    """Against a float64 SVD of the importance-weighted complex keys of the kept pairs; a head mean does worse."""
+    weights, pair = make_weights(), 4
+    m = moments(weights)
+    second = torch.zeros(DIM + 1, DIM + 1, dtype=torch.float64)
+    second[:DIM, :DIM] = m.covariance + torch.outer(m.mean, m.mean)
+    second[DIM, :DIM] = second[:DIM, DIM] = m.mean
+    second[DIM, DIM] = 1
+    root = torch.linalg.cholesky(second)
+    keys = affine(weights.norm_k[:, None] * weights.k_weight, weights.norm_k * weights.k_bias)
+    keys = keys.reshape(HEADS, WIDTH, DIM + 1)
+    z = torch.complex(keys[:, 2 * pair], keys[:, 2 * pair + 1])
+    power = m.query.diagonal(dim1=1, dim2=2)[:, [2 * pair, 2 * pair + 1]].sum(1).sqrt()[:, None]
+    weighted = (power * z) @ root.to(z.dtype)
+    sigma = torch.linalg.svdvals(weighted)
+    factors = convert(weights, lossy(rope_components=((pair, 1),)))
+    assert factors.errors["rope"] == pytest.approx(
+        float((sigma[1:].square().sum() / sigma.square().sum()).sqrt()), rel=1e-4
+    )
+    mean = (power * (z - z.mean(0)) @ root.to(z.dtype)).abs().square().sum().sqrt() / sigma.norm()
+    assert factors.errors["rope"] < 0.98 * float(mean)
+    # The shared key and the heads' factors that are written reproduce that approximation.
+    row = torch.cat(
+        (factors.tensors["kv_a_proj_with_mqa.weight"][-2:], factors.tensors["kv_a_proj_with_mqa.bias"][-2:, None]), 1
+    )
+    turn = factors.tensors["q_b_proj.weight"][:, -2:, 2 * pair : 2 * pair + 2]
+    a = torch.complex(turn[:, 0, 0], turn[:, 0, 1])
+    missed = weighted - power * torch.outer(a, torch.complex(row[0], row[1])) @ root.to(z.dtype)
+    assert float(missed.abs().square().sum().sqrt() / sigma.norm()) == pytest.approx(factors.errors["rope"], rel=1e-4)
+
+
+def test_rotation_frequencies_are_never_regenerated() -> None:
+    """A lone kept pair of the width axis still turns by Wan's own frequency."""
+    pair = SPLIT[0] + SPLIT[1] + 1
+    layer = lossless(kv_lora_rank=DIM, qk_nope_head_dim=WIDTH, rope_components=((pair, HEADS),))
+    weights, x = make_weights(), make_inputs()
+    only = torch.zeros(WIDTH // 2, dtype=torch.bool)
+    only[pair] = True
+    silent = only.repeat_interleave(2).logical_not().repeat(HEADS)
+    weights = dataclasses.replace(weights, norm_k=weights.norm_k.masked_fill(silent, 0.0))
+    assert relative(run(convert(weights, layer), layer, "token", None, x, "expanded"), longhand(weights, x)) < EXACT
+
+
+def test_highest_pairs_are_the_papers() -> None:
+    assert highest_pairs((22, 21, 21), 16) == tuple((p, 1) for p in [*range(6), *range(22, 27), *range(43, 48)])
+    assert highest_pairs((6, 5, 5), 4) == ((0, 1), (1, 1), (6, 1), (11, 1))
+
+
+@pytest.mark.parametrize("streaming", [None, StreamingConfig(chunk_frames=2, window_frames=5, sink_frames=1)])
+def test_mean_rotation_counts_every_pair(streaming: StreamingConfig | None) -> None:
+    rho = mean_rotation(SPLIT, streaming=streaming, frames=4, height=2, width=3)
+    frames = 5 if streaming else 4
+    turn = torch.exp(1j * angles(torch.arange(frames), 2, 3, SPLIT))
+    queries = turn[-2 * 6 :] if streaming else turn
+    expected = torch.stack([q * k.conj() for q in queries for k in turn]).mean(0)
+    assert relative(torch.view_as_real(rho), torch.view_as_real(expected)) < EXACT
+
+
+def test_modulation_moments_are_those_of_sampled_inputs() -> None:
+    """A million draws of white noise through the modulation, at equally likely timesteps."""
+    weights, modulation = make_weights(), make_modulation()
+    m, count, g = moments(weights), 100_000, torch.Generator().manual_seed(5)
+    white = torch.randn(3, count, DIM, generator=g, dtype=torch.float64)
+    x = (white * (1 + modulation[:, 1:]) + modulation[:, :1]).flatten(0, 1)
+    assert relative(m.mean, x.mean(0)) < 0.02
+    assert relative(m.covariance, torch.cov(x.T)) < 0.05
+    q = x @ weights.q_weight.T + weights.q_bias
+    q = q / q.square().mean(1, keepdim=True).sqrt() * weights.norm_q
+    second = torch.einsum("nhd,nhe->hde", *(2 * [q.unflatten(1, (HEADS, WIDTH))])) / len(x)
+    assert relative(m.query, second) < 0.05
+    k = x @ weights.k_weight.T + weights.k_bias
+    assert m.inverse_norm == pytest.approx(float(k.square().mean(1).rsqrt().mean()), rel=0.05)
+
+
+def test_roots_and_directions() -> None:
+    g = torch.Generator().manual_seed(3)
+    a = torch.randn(9, 7, generator=g, dtype=torch.float64)
+    mean = torch.randn(7, generator=g, dtype=torch.float64)
+    root = cholesky(a.T @ a)
+    assert relative(root @ root.T, a.T @ a) < 1e-5
+    second = affine_root(root, mean)
+    assert relative((second @ second.T)[:7, :7], a.T @ a + torch.outer(mean, mean)) < 1e-5
+    assert relative((second @ second.T)[7], torch.cat((mean, torch.ones(1, dtype=torch.float64)))) < EXACT
+    basis, kept = leading_directions(a.T @ a, 3)
+    _, sigma, vh = torch.linalg.svd(a)
+    assert relative(basis @ basis.T, vh[:3].T @ vh[:3]) < 1e-9
+    assert kept == pytest.approx(float(sigma[:3].square().sum() / sigma.square().sum()))
+
+
+def test_random_layer_is_seeded_and_keeps_what_is_shared() -> None:
+    weights = make_weights()
+
+    def draw(seed: int, q_rank: int | None, v: int) -> Factors:
+        generator = torch.Generator().manual_seed(seed)
+        layer = lossy(v_head_dim=v)
+        return random_layer(weights, layer, num_heads=HEADS, key_norm="token", q_lora_rank=q_rank, generator=generator)
+
+    one, same, other = draw(1, 13, WIDTH), draw(1, 13, WIDTH), draw(2, 13, WIDTH)
+    assert all(torch.equal(one.tensors[k], same.tensors[k]) for k in one.tensors)
+    assert not torch.equal(one.tensors["kv_b_proj.weight"], other.tensors["kv_b_proj.weight"])
+    assert torch.equal(one.tensors["o.weight"], weights.o_weight)
+    assert torch.equal(draw(1, None, 7).tensors["q_a_proj.weight"], weights.q_weight)
+    out = run(one, lossy(), "token", 13, make_inputs(), "expanded")
+    assert out.isfinite().all()
+    assert float(one.tensors["kv_a_proj_with_mqa.weight"].std()) == pytest.approx(DIM**-0.5, rel=0.05)
