@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -261,8 +262,11 @@ def parse(cls: type[T], data: Any, where: str) -> T:
         name = ".".join(str(part) for part in first["loc"])
         if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             known = ", ".join(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
-            raise ConfigError(f"{where}: unknown field {name!r}; known fields: {known}") from None
+            hint = f"; known fields: {known}" if len(first["loc"]) == 1 else ""
+            raise ConfigError(f"{where}: unknown field {name!r}{hint}") from None
         raise ConfigError(f"{where}: {name or 'value'}: {first['msg']}") from None
+    except ConfigError as error:  # an impossible value, found by the class itself
+        raise ConfigError(f"{where}: {error}") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not plain data ({error})") from None
 
@@ -287,3 +291,98 @@ def default_budget(config: WanConfig) -> Budget:
     rope = max(2, 2 * ((config.head_dim + 3) // 8))
     latent = max(1, 7 * config.dim // 48 - rope)
     return Budget(latent, rope, config.head_dim - rope, config.dim // 2)
+
+
+class Video(NamedTuple):
+    """Height and width of a video in pixels, and the VAE's strides: video frames and pixels per latent one."""
+
+    height: int
+    width: int
+    frame_stride: int
+    vae_stride: int
+
+
+def default_video(config: WanConfig) -> Video:
+    """The video that a model is usually run at: 480 x 832, or the drawn clips of models that work on RGB pixels.
+
+    Wan2.2's VAE, known by its 48 channels, has a stride of 16, the others 8.
+    """
+    if config.out_dim == 3:
+        return Video(24, 32, 1, 1)
+    return Video(480, 832, 4, 16 if config.out_dim == 48 else 8)
+
+
+Init = Literal["svd", "random", "lossless"]
+_LOSSLESS_SETS = ("kv_rank", "q_rank", "nope_dim", "rope_dim", "v_dim", "key_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertRecipe:
+    """What `convert` does. A field that is None takes its default from the model (`default_budget`).
+
+    `init`: "svd" factorises the pretrained weights, "random" draws the new ones from `seed`, "lossless" keeps every
+    pair of every head, so that only rounding changes the model; it fixes all widths. `kv_rank`, `nope_dim` and
+    `rope_dim` (scalars), `v_dim` and `q_rank` are the widths of the latent attention; `q_rank` "none" keeps the
+    teacher's query path. `key_norm` as in `MLAConfig` ("latent" by default). `dtype` is that of the output, by
+    default each tensor's own. `layers` ("0-3,7") are converted, the others stay dense.
+
+    `streaming` is how the converted model sees time, by default as its source does. With `height` and `width`
+    (video pixels), `vae_stride` and, for a bidirectional model, `frames` (latent), it says between which positions
+    attention will run: pairs that lose their rotation are set to its mean. Raises ConfigError naming the field.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    init: Init = "svd"
+    kv_rank: int | None = None
+    q_rank: int | str | None = None
+    nope_dim: int | None = None
+    rope_dim: int | None = None
+    v_dim: int | None = None
+    key_norm: KeyNorm | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    layers: str | None = None
+    seed: int = 0
+    streaming: StreamingConfig | None = None
+    frames: int = 21
+    height: int | None = None
+    width: int | None = None
+    vae_stride: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.q_rank, str) and self.q_rank != "none":
+            raise ConfigError(f"q_rank is {self.q_rank!r}: give a rank, or none to keep the query path exact")
+        sizes = ("kv_rank", "q_rank", "rope_dim", "v_dim", "frames", "height", "width", "vae_stride")
+        _positive(self, *(name for name in sizes if isinstance(getattr(self, name), int)))
+        if self.nope_dim is not None and self.nope_dim < 0:
+            raise ConfigError(f"nope_dim is {self.nope_dim}: give 0 or more")
+        if self.rope_dim is not None and self.rope_dim % 2:
+            raise ConfigError(f"rope_dim is {self.rope_dim}: give an even number, two scalars a rotary pair")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed is {self.seed}: give 0 to {2**32 - 1}")
+        if self.layers is not None:
+            parse_layers(self.layers, 10**6)
+        fixed = [name for name in _LOSSLESS_SETS if getattr(self, name) is not None]
+        if self.init == "lossless" and fixed:
+            raise ConfigError(f"init lossless keeps everything, so it fixes {fixed[0]}; leave {fixed[0]} out")
+
+
+_RANGE = r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*"
+_LAYERS = re.compile(rf"{_RANGE}(?:,{_RANGE})*")
+
+
+def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
+    """The layers that `text`, such as "0-3,7", means in a model of `num_layers`, ascending.
+
+    Raises ConfigError for anything else, and for a layer that the model has not.
+    """
+    if not _LAYERS.fullmatch(text):
+        raise ConfigError(f"layers is {text!r}: give layer numbers and ranges, such as 0-3,7")
+    chosen: set[int] = set()
+    for first, last in re.findall(_RANGE, text):
+        low, high = int(first), int(last or first)
+        if low > high:
+            raise ConfigError(f"layers is {text!r}: the range {low}-{high} runs backwards")
+        if high >= num_layers:
+            raise ConfigError(f"layers is {text!r}: layer {high} does not exist, the model has 0 to {num_layers - 1}")
+        chosen.update(range(low, high + 1))
+    return tuple(sorted(chosen))

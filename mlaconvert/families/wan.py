@@ -1,0 +1,318 @@
+"""The Wan family (2.1, 2.2, and the streaming models distilled from them), in native and diffusers layouts.
+
+Canonical names are those of the native release. A converted model keeps its source's layout; the latent
+attention's own tensors have the same names in both, below `self_attn.` or `attn1.`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+from mlaconvert.checkpoint import TensorInfo
+from mlaconvert.config import MLAConfig, MLALayer, StreamingConfig, WanConfig, parse
+from mlaconvert.errors import CheckpointError, UnsupportedModelError
+from mlaconvert.families.base import Layout
+
+HEAD_DIM = 128  # of every published Wan model
+_WHERE = "config.json"
+_BLOCK = re.compile(r"(blocks\.(\d+)\.)(.+)")
+
+# Native module (or bare parameter) -> diffusers, outside the blocks.
+_OUTSIDE = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "head.head": "proj_out",
+    "head.modulation": "scale_shift_table",
+}
+_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
+_IMAGE_ATTENTION = {"k_img": "add_k_proj", "v_img": "add_v_proj", "norm_k_img": "norm_added_k"}
+_LATENT_ATTENTION = (
+    "q_a_proj",
+    "q_a_layernorm",
+    "q_b_proj",
+    "kv_a_proj_with_mqa",
+    "kv_a_layernorm",
+    "k_norm_proj",
+    "kv_b_proj",
+)
+# The same inside a block. diffusers numbers the norms in the order of use, so native norm3 is its norm2.
+_INSIDE = {
+    "modulation": "scale_shift_table",
+    "norm3": "norm2",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    **{f"self_attn.{ours}": f"attn1.{theirs}" for ours, theirs in _ATTENTION.items()},
+    **{f"self_attn.{name}": f"attn1.{name}" for name in _LATENT_ATTENTION},
+    **{f"cross_attn.{ours}": f"attn2.{theirs}" for ours, theirs in (_ATTENTION | _IMAGE_ATTENTION).items()},
+}
+_OUTSIDE_BACK = {theirs: ours for ours, theirs in _OUTSIDE.items()}
+_INSIDE_BACK = {theirs: ours for ours, theirs in _INSIDE.items()}
+
+# diffusers' config field -> ours; `dim` is num_attention_heads * attention_head_dim.
+_FIELDS = {"num_heads": "num_attention_heads", "in_dim": "in_channels", "out_dim": "out_channels"}
+_SAME_FIELDS = (
+    *("dim", "num_heads", "num_layers", "ffn_dim", "model_type", "in_dim", "out_dim", "freq_dim"),
+    *("text_dim", "text_len", "image_dim", "patch_size", "eps", "cross_attn_norm"),
+)
+# Relatives with more than a Wan transformer: (a tensor name's beginning or a model_type, what it is).
+_RELATIVES = (
+    ("vace", "Wan VACE (extra control blocks)"),
+    ("img_emb.emb_pos", "Wan FLF2V (first and last frame)"),
+    ("condition_embedder.image_embedder.pos_embed", "Wan FLF2V (first and last frame)"),
+    ("flf2v", "Wan FLF2V (first and last frame)"),
+    ("fps_embedding", "SkyReels-V2 with a frame-rate embedding"),
+    ("motion_encoder", "Wan Animate"),
+    ("animate", "Wan Animate"),
+    ("casual_audio_encoder", "Wan S2V (speech to video)"),
+    ("s2v", "Wan S2V (speech to video)"),
+    ("control_adapter", "Wan Fun (camera control)"),
+    ("ref_conv", "Wan Fun (reference control)"),
+)
+
+
+class WanFamily:
+    """See `mlaconvert.families.base.Family`."""
+
+    name = "wan"
+
+    def detect(self, raw_config: Mapping[str, Any] | None, names: Collection[str]) -> bool:
+        """A patch embedding, and blocks with a self-attention in either layout's naming."""
+        attention = ("blocks.0.self_attn.", "blocks.0.attn1.")
+        return "patch_embedding.weight" in names and any(name.startswith(attention) for name in names)
+
+    def layout(self, names: Collection[str]) -> Layout:
+        """diffusers' when the blocks name their self-attention `attn1`."""
+        return "diffusers" if any(name.startswith("blocks.0.attn1.") for name in names) else "native"
+
+    def canonical(self, name: str, layout: Layout) -> str | None:
+        """Native name of `name`; None when it is no tensor of a Wan model."""
+        if layout == "diffusers":
+            return _rename(name, _OUTSIDE_BACK, _INSIDE_BACK)
+        return name if _rename(name, _OUTSIDE, _INSIDE) else None
+
+    def source(self, name: str, layout: Layout) -> str:
+        """The name that `layout` gives to native `name`."""
+        renamed = name if layout == "native" else _rename(name, _OUTSIDE, _INSIDE)
+        if renamed is None:
+            raise UnsupportedModelError(f"{name!r} is not a tensor of a Wan model")
+        return renamed
+
+    def refuse_relatives(self, raw_config: Mapping[str, Any], names: Collection[str]) -> None:
+        """Raise UnsupportedModelError, naming the model, for Wan models with extra parts."""
+        model_type = str(raw_config.get("model_type", ""))
+        for sign, what in _RELATIVES:
+            found = next((name for name in names if name.startswith(sign)), None)
+            if found or model_type == sign:
+                raise UnsupportedModelError(
+                    f"this is {what}, which is not converted (found {found or f'model_type {model_type}'!r}); "
+                    "expected a plain Wan text- or image-to-video transformer"
+                )
+
+    def parse_config(self, raw_config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> WanConfig:
+        """Fields of `raw_config` (native or diffusers'), else what the shapes of `tensors` (canonical names) say.
+
+        Raises UnsupportedModelError for a geometry that is not converted, ConfigError for an impossible field,
+        CheckpointError when config.json and the weights disagree on the number of layers.
+        """
+        raw = dict(raw_config or {})
+        _refuse_attention(raw)
+        shown = _shape_fields(tensors)
+        fields = shown | _raw_fields(raw)
+        if "num_heads" not in fields:
+            if shown["dim"] % HEAD_DIM:
+                raise UnsupportedModelError(
+                    f"the weights do not say how many heads a width of {shown['dim']} has; "
+                    "put the model's config.json beside them or pass --config FILE"
+                )
+            fields["num_heads"] = shown["dim"] // HEAD_DIM
+        config = parse(WanConfig, fields, _WHERE)
+        if config.num_layers != shown["num_layers"]:  # before a shape is expected of every layer it promises
+            raise CheckpointError(
+                f"{_WHERE} says num_layers {config.num_layers}, the weights have {shown['num_layers']} layers"
+            )
+        causal = "causal" in str(raw.get("_class_name", "")).lower() or raw.get("causal") is True
+        streaming = StreamingConfig() if causal else None
+        if "streaming" in raw:
+            section = raw["streaming"]
+            streaming = None if section is None else parse(StreamingConfig, section, f"{_WHERE}: streaming")
+        mla = MLAConfig.from_json(raw["mla"], _WHERE) if raw.get("mla") is not None else None
+        return replace(config, streaming=streaming, mla=mla)
+
+    def check_attention(self, config: WanConfig, tensors: Mapping[str, TensorInfo]) -> None:
+        """Name two kinds of attention that would otherwise show as wrong shapes: grouped queries, norms per head.
+
+        Raises UnsupportedModelError.
+        """
+        for i in range(config.num_layers):
+            prefix = f"blocks.{i}.self_attn."
+            norm, query = tensors.get(prefix + "norm_q.weight"), tensors.get(prefix + "q.weight")
+            if norm is not None and norm.shape == (config.head_dim,) != (config.dim,):
+                raise UnsupportedModelError(
+                    f"{norm.name!r} norms each head ({config.head_dim} channels); "
+                    f"expected one norm over all {config.dim}"
+                )
+            for name in ("k.weight", "v.weight"):
+                found = tensors.get(prefix + name)
+                if query is not None and found is not None and found.shape[:1] < query.shape[:1]:
+                    raise UnsupportedModelError(
+                        f"{found.name!r} has {found.shape[0]} rows for {query.shape[0]} of the queries (grouped-query "
+                        "attention); expected as many key and value heads as query heads"
+                    )
+
+    def raw_config(self, config: WanConfig) -> dict[str, Any]:
+        """config.json in native fields, as the published models have it."""
+        name = "WanModel" if config.streaming is None else "CausalWanModel"
+        raw: dict[str, Any] = {"_class_name": name}
+        raw |= {field: getattr(config, field) for field in _SAME_FIELDS}
+        raw["patch_size"] = list(config.patch_size)
+        return raw
+
+    def expected_shapes(self, config: WanConfig) -> dict[str, tuple[int, ...]]:
+        """Native name -> shape, in module order; latent attention where `config.mla` has it."""
+        d = config.dim
+        shapes: dict[str, tuple[int, ...]] = {"patch_embedding.weight": (d, config.in_dim, *config.patch_size)}
+        shapes["patch_embedding.bias"] = (d,)
+        _linear(shapes, "text_embedding.0", d, config.text_dim)
+        _linear(shapes, "text_embedding.2", d, d)
+        _linear(shapes, "time_embedding.0", d, config.freq_dim)
+        _linear(shapes, "time_embedding.2", d, d)
+        _linear(shapes, "time_projection.1", 6 * d, d)
+        for i in range(config.num_layers):
+            block = f"blocks.{i}."
+            shapes[block + "modulation"] = (1, 6, d)
+            layer = config.mla.layers[i] if config.mla is not None else None
+            if config.mla is None or layer is None:
+                _dense_attention(shapes, block + "self_attn.", d)
+            else:
+                _latent_attention(shapes, block + "self_attn.", config, config.mla, layer)
+            _dense_attention(shapes, block + "cross_attn.", d)
+            if config.image_dim is not None:
+                _linear(shapes, block + "cross_attn.k_img", d, d)
+                _linear(shapes, block + "cross_attn.v_img", d, d)
+                shapes[block + "cross_attn.norm_k_img.weight"] = (d,)
+            if config.cross_attn_norm:
+                _layer_norm(shapes, block + "norm3", d)
+            _linear(shapes, block + "ffn.0", config.ffn_dim, d)
+            _linear(shapes, block + "ffn.2", d, config.ffn_dim)
+        shapes["head.modulation"] = (1, 2, d)
+        _linear(shapes, "head.head", config.out_dim * prod(config.patch_size), d)
+        if config.image_dim is not None:
+            _layer_norm(shapes, "img_emb.proj.0", config.image_dim)
+            _linear(shapes, "img_emb.proj.1", config.image_dim, config.image_dim)
+            _linear(shapes, "img_emb.proj.3", d, config.image_dim)
+            _layer_norm(shapes, "img_emb.proj.4", d)
+        return shapes
+
+
+def _rename(name: str, outside: Mapping[str, str], inside: Mapping[str, str]) -> str | None:
+    """`name` with its module replaced by the table's, or None when the table lacks it."""
+    match = _BLOCK.fullmatch(name)
+    block, rest, table = (match[1], match[3], inside) if match else ("", name, outside)
+    if rest in table:  # a bare parameter, such as modulation
+        return block + table[rest]
+    module, _, leaf = rest.rpartition(".")
+    return f"{block}{table[module]}.{leaf}" if module in table and leaf in ("weight", "bias") else None
+
+
+def _refuse_attention(raw: Mapping[str, Any]) -> None:
+    """Attention that Wan's classes can be configured to, and that no published model has."""
+    if raw.get("qk_norm", True) not in (True, "rms_norm_across_heads"):
+        raise UnsupportedModelError(
+            f"{_WHERE} says qk_norm {raw['qk_norm']!r}; expected RMSNorm across all heads (rms_norm_across_heads)"
+        )
+    if raw.get("window_size") not in (None, [-1, -1]):
+        raise UnsupportedModelError(
+            f"{_WHERE} says window_size {raw['window_size']}; expected [-1, -1], no local window"
+        )
+
+
+def _raw_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says, in WanConfig's names; a null field counts as absent."""
+    fields = {ours: raw.get(ours, raw.get(theirs)) for ours, theirs in _FIELDS.items()}
+    fields |= {name: raw.get(name) for name in _SAME_FIELDS if name not in _FIELDS}
+    heads, head_dim = fields["num_heads"], raw.get("attention_head_dim")
+    if fields["dim"] is None and isinstance(heads, int) and isinstance(head_dim, int):
+        fields["dim"] = heads * head_dim
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _shape_fields(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """What the shapes say. Raises UnsupportedModelError when a tensor that says it is missing or odd."""
+
+    def shape(name: str, ndim: int) -> tuple[int, ...]:
+        found = tensors[name].shape if name in tensors else None
+        if found is None or len(found) != ndim or min(found) < 1:
+            raise UnsupportedModelError(
+                f"tensor {name!r} is {'missing' if found is None else list(found)}; expected {ndim} dimensions"
+            )
+        return found
+
+    dim, in_dim, *patch = shape("patch_embedding.weight", 5)
+    out_dim = shape("head.head.weight", 2)[0] // prod(patch)
+    image_dim = shape("img_emb.proj.1.weight", 2)[1] if "img_emb.proj.1.weight" in tensors else None
+    return {
+        "dim": dim,
+        "in_dim": in_dim,
+        "out_dim": out_dim,
+        "patch_size": patch,
+        "num_layers": len({match[2] for name in tensors if (match := _BLOCK.fullmatch(name))}),
+        "ffn_dim": shape("blocks.0.ffn.0.weight", 2)[0],
+        "freq_dim": shape("time_embedding.0.weight", 2)[1],
+        "text_dim": shape("text_embedding.0.weight", 2)[1],
+        "image_dim": image_dim,
+        "cross_attn_norm": "blocks.0.norm3.weight" in tensors,
+        "model_type": "ti2v" if in_dim == out_dim == 48 else "t2v" if in_dim == out_dim else "i2v",
+    }
+
+
+def _linear(shapes: dict[str, tuple[int, ...]], name: str, rows: int, columns: int) -> None:
+    shapes[f"{name}.weight"] = (rows, columns)
+    shapes[f"{name}.bias"] = (rows,)
+
+
+def _layer_norm(shapes: dict[str, tuple[int, ...]], name: str, width: int) -> None:
+    shapes[f"{name}.weight"] = (width,)
+    shapes[f"{name}.bias"] = (width,)
+
+
+def _dense_attention(shapes: dict[str, tuple[int, ...]], prefix: str, dim: int) -> None:
+    for name in ("q", "k", "v", "o"):
+        _linear(shapes, prefix + name, dim, dim)
+    shapes[prefix + "norm_q.weight"] = (dim,)
+    shapes[prefix + "norm_k.weight"] = (dim,)
+
+
+def _latent_attention(
+    shapes: dict[str, tuple[int, ...]], prefix: str, config: WanConfig, mla: MLAConfig, layer: MLALayer
+) -> None:
+    """The converted layer's tensors; rows of kv_a: latent, rotary; rows of kv_b, per head: content key, value."""
+    d, heads = config.dim, config.num_heads
+    nope, rope, value, rank = layer.qk_nope_head_dim, layer.qk_rope_head_dim, layer.v_head_dim, layer.kv_lora_rank
+    query_rank = mla.q_lora_rank or d
+    _linear(shapes, prefix + "q_a_proj", query_rank, d)
+    shapes[prefix + "q_a_layernorm.weight"] = (query_rank,)
+    exact_query = mla.q_lora_rank is None
+    shapes[prefix + "q_b_proj.weight"] = (
+        (heads, nope + rope, config.head_dim) if exact_query else (heads * (nope + rope), query_rank)
+    )
+    _linear(shapes, prefix + "kv_a_proj_with_mqa", rank + rope, d)
+    if mla.key_norm == "latent":
+        shapes[prefix + "kv_a_layernorm.weight"] = (rank,)
+    else:
+        _linear(shapes, prefix + "k_norm_proj", d, d)
+    shapes[prefix + "kv_b_proj.weight"] = (heads * (nope + value), rank)
+    shapes[prefix + "kv_b_proj.bias"] = (heads * nope,)
+    shapes[prefix + "o.weight"] = (d, heads * value)
+    shapes[prefix + "o.bias"] = (d,)
