@@ -12,6 +12,8 @@ measured or guessed from the weights.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,6 +128,64 @@ def modulation_moments(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Dense:
+    """A dense layer in the metric of its moments, float64."""
+
+    weights: AttentionWeights
+    moments: LayerMoments
+    key: Tensor  # [H, d, D + 1], affine keys before their norm s
+    value: Tensor  # [H, d, D]
+    out: Tensor  # [H, D, d]
+    root: Tensor  # [D, D], covariance = root root^T
+    affine_root: Tensor  # [D + 1, D + 1], the same of [x; 1]
+    value_covariance: Tensor  # [H, d, d]
+    output_spread: Tensor  # [H], E|W_O,h (v_h - E v_h)|^2: how far a head's output moves with its scores
+
+    @classmethod
+    def of(cls, weights: AttentionWeights, moments: LayerMoments, num_heads: int) -> _Dense:
+        w = weights.double(moments.mean.device)
+        root = cholesky(moments.covariance)
+        value = w.v_weight.unflatten(0, (num_heads, -1))
+        out = w.o_weight.unflatten(1, (num_heads, -1)).transpose(0, 1)
+        covariance = _gram(value @ root)
+        return cls(
+            weights=w,
+            moments=moments,
+            key=affine(w.norm_k[:, None] * w.k_weight, w.norm_k * w.k_bias).unflatten(0, (num_heads, -1)),
+            value=value,
+            out=out,
+            root=root,
+            affine_root=affine_root(root, moments.mean),
+            value_covariance=covariance,
+            output_spread=((out @ covariance) * out).sum((1, 2)),
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.key.shape[1]
+
+    @property
+    def score_weight(self) -> Tensor:
+        """[H]: squared output error of a unit squared score error."""
+        return self.output_spread * self.moments.inverse_norm**2 / self.head_dim
+
+    def importance(self) -> Tensor:
+        """[H, pairs]: squared output error of a unit error of a complex key; half, for a score is a real part."""
+        power = self.moments.query.diagonal(dim1=1, dim2=2).unflatten(1, (-1, 2)).sum(-1)
+        power = power * self.score_weight[:, None] / 2
+        return power.clamp_min(1e-12 * float(power.max()) or 1e-300)
+
+    def pairs(self) -> Tensor:
+        """Keys as complex pairs [H, pairs, D + 1]."""
+        return torch.complex(self.key[:, 0::2], self.key[:, 1::2])
+
+    def key_weight(self, query_map: Tensor) -> Tensor:
+        """Root [H, n, n] of the output error of content keys that meet queries mapped by `query_map` [H, n, d]."""
+        second = query_map @ self.moments.query @ query_map.mT
+        return symmetric_root(second * self.score_weight[:, None, None])
+
+
 def factorize_layer(
     weights: AttentionWeights,
     layer: MLALayer,
@@ -134,57 +194,158 @@ def factorize_layer(
     num_heads: int,
     key_norm: KeyNorm,
     q_lora_rank: int | None,
-    eps: float,
+    rotary_in_content: bool = False,
 ) -> Factors:
     """The best latent factors of a layer in the metric of `moments`.
 
-    With every pair kept in H components and a latent as wide as the model, the result is the teacher itself up to
-    rounding (token key norm, exact queries). `eps` is that of the teacher's norms.
+    With `rotary_in_content`, content keys and values read the shared rotary keys as well, as latent channels that the
+    cache holds anyway. With every pair kept in H components and a latent as wide as the model, the result is the
+    teacher itself up to rounding (token key norm, exact queries).
     """
-    w = weights.double(moments.mean.device)
-    nope, rank, dim = layer.qk_nope_head_dim, layer.kv_lora_rank, w.q_weight.shape[0]
-    root = cholesky(moments.covariance)  # covariance = root root^T
-    key = affine(w.norm_k[:, None] * w.k_weight, w.norm_k * w.k_bias).unflatten(0, (num_heads, -1))  # [H, d, D + 1]
+    dense = _Dense.of(weights, moments, num_heads)
+    w, mean, root, dim = dense.weights, moments.mean, dense.root, len(moments.mean)
+    nope = layer.qk_nope_head_dim
 
-    shared, query_rope, content, errors = _shared_rotary_keys(key, layer, moments, affine_root(root, moments.mean))
+    shared, query_rope, content, errors = _shared_rotary_keys(dense, layer.rope_components)
     query_map, key_map = _narrow(moments.query, _gram(content[..., :dim] @ root), nope)
     content = key_map @ content  # [H, nope, D + 1]
+    out_map, value_map = _narrow(dense.out.mT @ dense.out, dense.value_covariance, layer.v_head_dim)
+    value = value_map @ dense.value  # [H, v, D]
+    out = dense.out @ out_map.mT  # [H, D, v]
 
-    value = w.v_weight.unflatten(0, (num_heads, -1))  # [H, d, D]
-    out = w.o_weight.unflatten(1, (num_heads, -1)).transpose(0, 1)  # [H, D, d]
-    spread = _gram(value @ root)  # [H, d, d], covariance of values
-    out_map, value_map = _narrow(out.mT @ out, spread, layer.v_head_dim)
-    value_bias = value_map @ (value @ moments.mean + w.v_bias.unflatten(0, (num_heads, -1))).unsqueeze(-1)
-    value = value_map @ value  # [H, v, D]
-    narrow_out = out @ out_map.mT  # [H, D, v]
-
-    # A score error moves the output by about the spread of the head's output, a value error by W_O itself.
-    query_second = query_map @ moments.query @ query_map.mT / key.shape[1]
-    output_spread = (out @ spread @ out.mT).diagonal(dim1=1, dim2=2).sum(-1)
-    weight_key = symmetric_root(query_second) * (output_spread.sqrt() * moments.inverse_norm)[:, None, None]
-    weight_value = symmetric_root(narrow_out.mT @ narrow_out)
     joint = torch.cat((content[..., :dim], value), 1)  # [H, nope + v, D]
-    weighted = torch.cat((weight_key @ content[..., :dim], weight_value @ value), 1).flatten(0, 1) @ root
-    basis, kept = leading_directions(weighted.mT @ weighted, rank)
-    down = torch.linalg.solve_triangular(root, basis.mT, upper=False, left=False)  # basis^T root^-1
-    up = (joint @ root) @ basis  # [H, nope + v, rank]
-    errors["content"] = max(0.0, 1 - kept) ** 0.5
+    weight = (dense.key_weight(query_map), symmetric_root(out.mT @ out))
+    weighted = torch.cat((weight[0] @ content[..., :dim], weight[1] @ value), 1).flatten(0, 1) @ root
+    total = float(weighted.square().sum())
+    read = shared if rotary_in_content else shared[:0]
+    held = torch.linalg.qr((read[:, :dim] @ root).mT).Q  # [D, rope], directions that rotary keys hold already
+    weighted = weighted - (weighted @ held) @ held.mT
+    basis, _ = leading_directions(weighted.mT @ weighted, layer.kv_lora_rank)
+    missed = float((weighted - (weighted @ basis) @ basis.mT).square().sum())
+    errors["content"] = (missed / total) ** 0.5 if total else 0.0
 
-    key_bias = content[..., dim] + content[..., :dim] @ moments.mean  # [H, nope]
+    down = torch.linalg.solve_triangular(root, basis.mT, upper=False, left=False)  # basis^T root^-1
+    latent = affine(down, -down @ mean)  # [rank, D + 1], of mean zero and identity covariance
+    source = torch.cat((latent, read))  # what keys and values are built from
+    whitened = source[:, :dim] @ root
+    up = torch.linalg.lstsq(whitened.mT, (joint @ root).flatten(0, 1).mT).solution.mT.unflatten(0, (num_heads, -1))
+    offset = source[:, :dim] @ mean + source[:, dim]  # the source at the mean input
+    key_bias = content[..., dim] + content[..., :dim] @ mean - up[:, :nope] @ offset  # [H, nope]
+    value_bias = value_map @ w.v_bias.unflatten(0, (num_heads, -1)).unsqueeze(-1)
+    value_bias = value_bias.squeeze(-1) + value @ mean - up[:, nope:] @ offset  # [H, v]
     if key_norm == "latent":
         # No token's own norm: fold the mean one. The latent has identity covariance, so its RMSNorm needs no gain.
-        shared, key_bias = shared * moments.inverse_norm, key_bias * moments.inverse_norm
-        up = torch.cat((up[:, :nope] * moments.inverse_norm, up[:, nope:]), 1)
-    tensors = _query_path(w, torch.cat((query_map, query_rope), 1), moments, root, q_lora_rank, errors)
+        s = moments.inverse_norm
+        shared, key_bias, latent_width = shared * s, key_bias * s, layer.kv_lora_rank
+        up = torch.cat((up[:, :nope] * s, up[:, nope:]), 1)
+        up = torch.cat((up[..., :latent_width], up[..., latent_width:] / s), -1)
+    tensors = _query_path(dense, torch.cat((query_map, query_rope), 1), q_lora_rank, errors)
+    down_rows = torch.cat((latent, shared))
     tensors |= {
-        "kv_a_proj_with_mqa.weight": torch.cat((down, shared[:, :dim])),
-        "kv_a_proj_with_mqa.bias": torch.cat((-down @ moments.mean, shared[:, dim])),
+        "kv_a_proj_with_mqa.weight": down_rows[:, :dim],
+        "kv_a_proj_with_mqa.bias": down_rows[:, dim],
         "kv_b_proj.weight": up.flatten(0, 1),
         "kv_b_proj.bias": key_bias.flatten(),
-        "o.weight": narrow_out.transpose(0, 1).flatten(1),
-        "o.bias": w.o_bias + (narrow_out @ value_bias).sum(0).squeeze(-1),
+        "o.weight": out.transpose(0, 1).flatten(1),
+        "o.bias": w.o_bias + torch.einsum("hdv,hv->d", out, value_bias),
     }
-    return Factors(tensors=tensors | _norms(w, key_norm, rank), errors=errors)
+    return Factors(tensors=tensors | _norms(w, key_norm, layer.kv_lora_rank), errors=errors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """One way to divide a layer's cached scalars: these rotary components, and a latent of any rank.
+
+    `lost` is the squared output error of rotations given up, `tail[r]` [D + 1] that of content keys and values that
+    a latent of rank r misses. Both are in units of E|attention output|^2, so they add.
+    """
+
+    components: tuple[tuple[int, int], ...]
+    lost: float
+    tail: Tensor
+
+    @property
+    def rope(self) -> int:
+        return 2 * sum(count for _, count in self.components)
+
+    def error(self, budget: int) -> float:
+        """Squared output error at `budget` scalars in all; infinite where no latent channel is left."""
+        rank = budget - self.rope
+        return self.lost + float(self.tail[min(rank, len(self.tail) - 1)]) if rank > 0 else float("inf")
+
+
+def splits(
+    weights: AttentionWeights,
+    moments: LayerMoments,
+    *,
+    num_heads: int,
+    counts: Sequence[int],
+    rotary_in_content: bool = False,
+) -> list[Split]:
+    """What `counts` rotary components each leave to the latent, the components chosen by what they buy.
+
+    A component (pair f, its r-th singular triple) buys sigma_r^2 (1 - |rho_f|^2): the energy whose rotation is lost
+    without it, less what a constant mean rotation keeps.
+    """
+    dense = _Dense.of(weights, moments, num_heads)
+    dim, importance = len(moments.mean), dense.importance()
+    turned = 1 - moments.rho.abs().square()
+    gains = []
+    for pair in range(importance.shape[1]):
+        _, _, sigma = _components(dense, importance, pair)
+        gains += [(float(value.square() * turned[pair]), pair) for value in sigma]
+    gains.sort(reverse=True)
+    eye = torch.eye(dense.head_dim, dtype=torch.float64, device=moments.mean.device).expand(num_heads, -1, -1)
+    key_weight, value_weight = dense.key_weight(eye), symmetric_root(dense.out.mT @ dense.out)
+    found = []
+    for count in sorted({min(count, len(gains)) for count in counts}):
+        kept = Counter(pair for _, pair in gains[:count])
+        components = tuple(sorted(kept.items()))
+        shared, _, content, _ = _shared_rotary_keys(dense, components)
+        weighted = (
+            torch.cat((key_weight @ content[..., :dim], value_weight @ dense.value), 1).flatten(0, 1) @ dense.root
+        )
+        if rotary_in_content:
+            held = torch.linalg.qr((shared[:, :dim] @ dense.root).mT).Q
+            weighted = weighted - (weighted @ held) @ held.mT
+        energy = torch.linalg.eigvalsh(weighted.mT @ weighted).clamp_min(0)
+        tail = torch.cat((energy.cumsum(0).flip(0), energy.new_zeros(1))).cpu()
+        found.append(Split(components=components, lost=sum(gain for gain, _ in gains[count:]), tail=tail))
+    return found
+
+
+def best_split(candidates: Sequence[Split], budget: int) -> Split:
+    """The candidate with the least error at `budget` scalars."""
+    return min(candidates, key=lambda split: split.error(budget))
+
+
+def allocate(
+    layers: Sequence[Sequence[Split]], weights: Sequence[float], total: int, *, bounds: tuple[int, int]
+) -> list[int]:
+    """Scalars of each layer, `total` in all and within `bounds` each, that minimise the weighted sum of errors.
+
+    Greedy: the next scalars go where they buy most (errors fall ever more slowly with the budget, and looking ahead by
+    a whole rotary component steps over the kinks). Raises ValueError when `total` does not fit the bounds.
+    """
+    low, high = bounds
+    if not low * len(layers) <= total <= high * len(layers):
+        raise ValueError(f"{total} scalars do not fit {len(layers)} layers of {low} to {high}")
+    errors = [
+        [weight * best_split(candidates, budget).error(budget) for budget in range(low, high + 1)]
+        for candidates, weight in zip(layers, weights, strict=True)
+    ]
+    chosen = [low] * len(layers)
+    left = total - sum(chosen)
+    while left:
+        gains = []
+        for layer, curve in enumerate(errors):
+            at = chosen[layer] - low
+            for step in range(1, min(3, left, len(curve) - 1 - at) + 1):
+                gains.append(((curve[at] - curve[at + step]) / step, step, layer))
+        _, step, layer = max(gains)
+        chosen[layer] += step
+        left -= step
+    return chosen
 
 
 def random_layer(
@@ -242,46 +403,51 @@ def _norms(w: AttentionWeights, key_norm: KeyNorm, rank: int) -> dict[str, Tenso
     return {"k_norm_proj.weight": w.k_weight, "k_norm_proj.bias": w.k_bias}
 
 
+def _components(dense: _Dense, importance: Tensor, pair: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular triples of a pair's keys in all heads: a [H, H], u [H, D + 1] (rows) and sigma [H].
+
+    Rotation commutes with complex factors, so the keys Z [H, D + 1] of a pair may become a u: one shared key u [x; 1]
+    and a factor conj(a_h) in head h's query. The best a u in the metric Q^1/2 Z M^1/2 (Q = diag E|q_h|^2, M the second
+    moment of [x; 1]) are its leading singular triples, mapped back.
+    """
+    keys = torch.complex(dense.key[:, 2 * pair], dense.key[:, 2 * pair + 1])
+    root, scale = dense.affine_root.to(keys.dtype), importance[:, pair].sqrt()[:, None]
+    left, sigma, right = torch.linalg.svd((scale * keys) @ root, full_matrices=False)
+    return left * sigma / scale, torch.linalg.solve_triangular(root, right, upper=False, left=False), sigma
+
+
 def _shared_rotary_keys(
-    key: Tensor, layer: MLALayer, moments: LayerMoments, root: Tensor
+    dense: _Dense, components: Sequence[tuple[int, int]]
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, float]]:
     """Keys of the kept pairs that all heads share, and the content keys that carry the rest.
 
-    Rotation commutes with complex factors, so the keys Z [H, D + 1] of a pair in all heads may become a u: one shared
-    key u [x; 1] and a factor conj(a_h) in head h's query. The best are the leading singular triples of
-    Q^1/2 Z root, Q = diag E|q_h|^2. What loses its rotation turns by its mean instead: Re(q conj(k) rho).
-
-    Takes affine keys [H, d, D + 1] and a root of E[[x; 1] [x; 1]^T]; returns shared keys [rope, D + 1], query maps
-    [H, rope, d], content keys [H, d, D + 1] and errors.
+    What loses its rotation turns by its mean instead: Re(q conj(k) rho). Returns shared keys [rope, D + 1], the maps
+    of each head's query [H, rope, d], content keys [H, d, D + 1] and errors.
     """
-    heads, width, _ = key.shape
-    pairs = torch.complex(key[:, 0::2], key[:, 1::2])  # [H, pairs, D + 1]
-    importance = moments.query.diagonal(dim1=1, dim2=2).unflatten(1, (-1, 2)).sum(-1).clamp_min(1e-12)  # [H, pairs]
-    shared, query, missed, kept_energy = [], [], 0.0, 0.0
-    rest = pairs.clone()
-    for pair, count in layer.rope_components:
-        scale = importance[:, pair].sqrt()[:, None]
-        left, sigma, right = torch.linalg.svd((scale * pairs[:, pair]) @ root.to(pairs.dtype), full_matrices=False)
-        factor = left[:, :count] * sigma[:count] / scale  # a, [H, count]
-        row = torch.linalg.solve_triangular(root.to(pairs.dtype), right[:count], upper=False, left=False)  # u
-        rest[:, pair] = pairs[:, pair] - factor @ row
+    heads, width, columns = dense.key.shape
+    pairs, importance, rho = dense.pairs(), dense.importance(), dense.moments.rho
+    rest, missed, kept_energy = pairs.clone(), 0.0, 0.0
+    shared, query = [dense.key.new_zeros(0, columns)], [dense.key.new_zeros(heads, 0, width)]
+    for pair, count in components:
+        factors, rows, sigma = _components(dense, importance, pair)
+        factor, row = factors[:, :count], rows[:count]
+        rest[:, pair] -= factor @ row
         missed += float(sigma[count:].square().sum())
         kept_energy += float(sigma.square().sum())
         shared.append(torch.view_as_real(row).transpose(1, 2).flatten(0, 1))
-        turn = torch.zeros(heads, count, 2, width, dtype=key.dtype, device=key.device)
+        turn = dense.key.new_zeros(heads, count, 2, width)
         turn[:, :, 0, 2 * pair], turn[:, :, 0, 2 * pair + 1] = factor.real, factor.imag
         turn[:, :, 1, 2 * pair], turn[:, :, 1, 2 * pair + 1] = -factor.imag, factor.real
         query.append(turn.flatten(1, 2))
-    lost = (importance.sqrt()[..., None] * (rest @ root.to(pairs.dtype))).abs().square().sum((0, 2))  # [pairs]
-    total = (importance.sqrt()[..., None] * (pairs @ root.to(pairs.dtype))).abs().square().sum()
+    root, power = dense.affine_root.to(pairs.dtype), importance.sqrt()[..., None]
+    lost = (power * (rest @ root)).abs().square().sum((0, 2))  # [pairs]
+    total = (power * (pairs @ root)).abs().square().sum()
     errors = {
         "rope": (missed / kept_energy) ** 0.5 if kept_energy else 0.0,
-        "unrotated": float((lost * (1 - moments.rho.abs().square())).sum() / total) ** 0.5,
+        "unrotated": float((lost * (1 - rho.abs().square())).sum() / total) ** 0.5,
     }
-    rest = rest * moments.rho.conj()[:, None]
-    content = torch.view_as_real(rest).transpose(2, 3).flatten(1, 2)  # [H, d, D + 1]
-    empty = key.new_zeros(0, key.shape[-1])
-    return torch.cat([empty, *shared]), torch.cat([key.new_zeros(heads, 0, width), *query], 1), content, errors
+    content = torch.view_as_real(rest * rho.conj()[:, None]).transpose(2, 3).flatten(1, 2)
+    return torch.cat(shared), torch.cat(query, 1), content, errors
 
 
 def _narrow(left: Tensor, right: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -302,19 +468,13 @@ def _narrow(left: Tensor, right: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return left_map, right_map
 
 
-def _query_path(
-    w: AttentionWeights,
-    query_map: Tensor,
-    moments: LayerMoments,
-    root: Tensor,
-    rank: int | None,
-    errors: dict[str, float],
-) -> dict[str, Tensor]:
+def _query_path(dense: _Dense, query_map: Tensor, rank: int | None, errors: dict[str, float]) -> dict[str, Tensor]:
     """The teacher's own query projection and norm, or its best `rank` directions.
 
     `query_map` [H, nope + rope, d] acts on normed queries. A latent of orthonormal directions of W_Q x + b_q has, but
     for the energy cut off, the same length, hence the same norm: its RMSNorm only needs the gain sqrt(D kept / rank).
     """
+    w = dense.weights
     if rank is None:
         return {
             "q_a_proj.weight": w.q_weight,
@@ -323,7 +483,7 @@ def _query_path(
             "q_b_proj.weight": query_map,
         }
     dim, heads = w.q_weight.shape[0], query_map.shape[0]
-    metric = affine(w.q_weight, w.q_bias) @ affine_root(root, moments.mean)
+    metric = affine(w.q_weight, w.q_bias) @ dense.affine_root
     basis, kept = leading_directions(metric @ metric.mT, rank)  # [D, rank]
     errors["query"] = max(0.0, 1 - kept) ** 0.5
     up = (w.norm_q[:, None] * basis).unflatten(0, (heads, -1))  # [H, d, rank]

@@ -24,7 +24,7 @@ class Rotary(NamedTuple):
 
     def select(self, pairs: Sequence[int] | Tensor) -> Rotary:
         """The columns of `pairs`, which may repeat."""
-        index = torch.as_tensor(pairs, device=self.cos.device)
+        index = torch.as_tensor(pairs, dtype=torch.long, device=self.cos.device)
         return Rotary(self.cos[:, index], self.sin[:, index])
 
 

@@ -97,9 +97,7 @@ def run(factors: Factors, layer: MLALayer, key_norm: KeyNorm, q_rank: int | None
 def convert(
     weights: AttentionWeights, layer: MLALayer, key_norm: KeyNorm = "token", q_rank: int | None = None
 ) -> Factors:
-    return factorize_layer(
-        weights, layer, moments(weights), num_heads=HEADS, key_norm=key_norm, q_lora_rank=q_rank, eps=EPS
-    )
+    return factorize_layer(weights, layer, moments(weights), num_heads=HEADS, key_norm=key_norm, q_lora_rank=q_rank)
 
 
 def lossless(**change: Any) -> MLALayer:
@@ -199,7 +197,10 @@ def test_shared_rotary_key_is_the_best_rank_one() -> None:
     keys = affine(weights.norm_k[:, None] * weights.k_weight, weights.norm_k * weights.k_bias)
     keys = keys.reshape(HEADS, WIDTH, DIM + 1)
     z = torch.complex(keys[:, 2 * pair], keys[:, 2 * pair + 1])
-    power = m.query.diagonal(dim1=1, dim2=2)[:, [2 * pair, 2 * pair + 1]].sum(1).sqrt()[:, None]
+    power = m.query.diagonal(dim1=1, dim2=2)[:, [2 * pair, 2 * pair + 1]].sum(1)
+    values = weights.v_weight.reshape(HEADS, WIDTH, DIM) @ torch.linalg.cholesky(m.covariance)
+    outputs = weights.o_weight.reshape(DIM, HEADS, WIDTH).transpose(0, 1) @ values
+    power = (power * outputs.square().sum((1, 2))).sqrt()[:, None]  # how far a head's scores move the output
     weighted = (power * z) @ root.to(z.dtype)
     sigma = torch.linalg.svdvals(weighted)
     factors = convert(weights, lossy(rope_components=((pair, 1),)))
