@@ -27,7 +27,7 @@ from mlaconvert.model import Block, WanModel
 from mlaconvert.rollout import add_noise, warp
 from mlaconvert.tiny.clips import CAPTION_LEN, VOCABULARY, embed_captions, sample_scenes
 
-STEPS, BATCH, WARM_UP, PEAK_RATE, EMA = 9000, 16, 200, 2e-3, 0.999
+STEPS, BATCH, WARM_UP, PEAK_RATE, EMA = 7500, 16, 200, 2e-3, 0.999
 CONFIG = WanConfig(
     dim=192,
     num_heads=6,

@@ -265,18 +265,20 @@ def _latent_spectrum(
     checkpoint: Checkpoint, index: int, mla: MLALayer, threshold: float, device: torch.device
 ) -> LatentSpectrum:
     prefix = f"blocks.{index}.self_attn"
-    down = _finite(checkpoint, f"{prefix}.kv_a_proj_with_mqa.weight", device)[: mla.kv_lora_rank]
-    # The order of W_UK's and W_UV's rows does not matter to singular values, so they stay mixed by head.
+    # The order of W_UK's and W_UV's rows does not matter to singular values, so they stay mixed by head. Columns are
+    # the latent's channels and, where these serve content too, the shared rotary keys'.
     up = _finite(checkpoint, f"{prefix}.kv_b_proj.weight", device).to(torch.float64)
+    rank = up.shape[1]
+    down = _finite(checkpoint, f"{prefix}.kv_a_proj_with_mqa.weight", device)[:rank]
     if checkpoint.config.mla is not None and checkpoint.config.mla.key_norm == "latent":
-        up = up * _finite(checkpoint, f"{prefix}.kv_a_layernorm.weight", device)
+        up[:, : mla.kv_lora_rank] *= _finite(checkpoint, f"{prefix}.kv_a_layernorm.weight", device)
     values = product_singular_values(up, down).cpu()
     return LatentSpectrum(
         layer=index,
-        kv_lora_rank=mla.kv_lora_rank,
+        kv_lora_rank=rank,
         singular_values=values,
         effective_rank=effective_rank(values, threshold),
-        baseline_rank=random_rank_baseline(up.shape[0], mla.kv_lora_rank, checkpoint.config.dim, threshold),
+        baseline_rank=random_rank_baseline(up.shape[0], rank, checkpoint.config.dim, threshold),
     )
 
 

@@ -124,13 +124,15 @@ class LatentAttention(nn.Module):
     """Multi-Head Latent Attention (DeepSeek-V2, arXiv 2405.04434) with VideoMLA's shared 3D-RoPE key (2605.30351).
 
     A token caches its latent, one rotary key for all heads (unrotated) and, with `key_norm` "token", the teacher's
-    key norm s = 1 / rms(W_K x + b_k), which scales keys but never values.
+    key norm s = 1 / rms(W_K x + b_k), which scales keys but never values. Content keys and values are built from the
+    content c: the latent, and with `rotary_in_content` the rotary key as well.
     """
 
     def __init__(self, config: WanConfig, mla: MLAConfig, layer: MLALayer) -> None:
         super().__init__()
         dim, heads, rank = config.dim, config.num_heads, layer.kv_lora_rank
         self.layer, self.num_heads, self.eps, self.scale = layer, heads, config.eps, mla.softmax_scale
+        self.rotary_in_content = mla.rotary_in_content
         rope, width = layer.qk_rope_head_dim, layer.qk_nope_head_dim + layer.qk_rope_head_dim
         query_rank = mla.q_lora_rank or dim
         self.q_a_proj = nn.Linear(dim, query_rank)
@@ -143,11 +145,11 @@ class LatentAttention(nn.Module):
         self.kv_a_proj_with_mqa = nn.Linear(dim, rank + rope)
         self.kv_a_layernorm = RMSNorm(rank, config.eps) if mla.key_norm == "latent" else None
         self.k_norm_proj = nn.Linear(dim, dim) if mla.key_norm == "token" else None
-        self.kv_b_proj = LatentUp(heads, layer.qk_nope_head_dim, layer.v_head_dim, rank)
+        self.kv_b_proj = LatentUp(heads, layer.qk_nope_head_dim, layer.v_head_dim, mla.content_width(layer))
         self.o = nn.Linear(heads * layer.v_head_dim, dim)
 
     def compress(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What is cached of [B, N, D]: latent [B, N, r], rotary key [B, N, R] and, in token mode, s [B, N, 1]."""
+        """What is cached of [B, N, D]: latent [B, N, r], rotary key [B, N, R] (times s) and, in token mode, s."""
         latent, rope = self.kv_a_proj_with_mqa(x).split((self.layer.kv_lora_rank, self.layer.qk_rope_head_dim), -1)
         if self.kv_a_layernorm is not None:
             return self.kv_a_layernorm(latent), rope
@@ -157,53 +159,67 @@ class LatentAttention(nn.Module):
 
     def forward(self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None = None) -> Tensor:
         """[B, N, D] -> [B, N, D]; with a cache, the queries see its window."""
+        return self.o(self.heads(x, plan, cache))
+
+    def content(self, latent: Tensor, k_rope: Tensor, norm: Tensor | None) -> Tensor:
+        """What content keys and values are built from, [B, M, columns of kv_b_proj]."""
+        if not self.rotary_in_content:
+            return latent
+        return torch.cat((latent, k_rope if norm is None else k_rope / norm), -1)
+
+    def heads(self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None = None) -> Tensor:
+        """Attention before its output projection, [B, N, D] -> [B, N, H * v]."""
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))).unflatten(-1, (self.num_heads, -1))
         q_nope, q_rope = q.split((self.layer.qk_nope_head_dim, self.layer.qk_rope_head_dim), -1)
-        latent, k_rope, *norm = plan.remember(cache, *self.compress(x))
+        latent, k_rope, *norms = plan.remember(cache, *self.compress(x))
+        norm = norms[0] if norms else None  # [B, M, 1]
+        content = self.content(latent, k_rope, norm)
         q_rope = rotate(q_rope, plan.query_rotary.select(self.layer.component_pairs))
         k_rope = rotate(k_rope.unsqueeze(2), plan.key_rotary.select(self.layer.component_pairs))  # [B, M, 1, R]
         attend_heads = self._expanded if plan.mode == "expanded" else self._absorbed
-        out = attend_heads(q_nope, q_rope, latent, k_rope, norm[0] if norm else None, plan.mask)
-        return self.o(out.flatten(-2))
+        return attend_heads(q_nope, q_rope, content, k_rope, norm, plan.mask).flatten(-2)
+
+    def content_keys(self, content: Tensor, norm: Tensor | None) -> Tensor:
+        """Unrotated keys of every head, [B, M, H, nope]."""
+        up_key, _, bias = self.kv_b_proj.factors()
+        keys = torch.einsum("bmr,hdr->bmhd", content, up_key) + bias
+        return keys if norm is None else keys * norm.unsqueeze(2)
 
     def _expanded(
         self,
         q_nope: Tensor,
         q_rope: Tensor,
-        latent: Tensor,
+        content: Tensor,
         k_rope: Tensor,
         norm: Tensor | None,
         mask: Tensor | None,
     ) -> Tensor:
-        """Keys and values of every head, rebuilt from the latents."""
-        up_key, up_value, bias = self.kv_b_proj.factors()
-        k_nope = torch.einsum("bmr,hdr->bmhd", latent, up_key) + bias
-        if norm is not None:
-            k_nope = k_nope * norm.unsqueeze(2)
-        v = torch.einsum("bmr,hdr->bmhd", latent, up_value)
-        k = torch.cat((k_nope, k_rope.expand(-1, -1, self.num_heads, -1)), -1)
+        """Keys and values of every head, rebuilt from the content."""
+        _, up_value, _ = self.kv_b_proj.factors()
+        v = torch.einsum("bmr,hdr->bmhd", content, up_value)
+        k = torch.cat((self.content_keys(content, norm), k_rope.expand(-1, -1, self.num_heads, -1)), -1)
         return attend(torch.cat((q_nope, q_rope), -1), k, v, mask, self.scale)
 
     def _absorbed(
         self,
         q_nope: Tensor,
         q_rope: Tensor,
-        latent: Tensor,
+        content: Tensor,
         k_rope: Tensor,
         norm: Tensor | None,
         mask: Tensor | None,
     ) -> Tensor:
-        """Attention on the latents themselves: one key and value for all heads.
+        """Attention on the content itself: one key and value for all heads.
 
         The content-key bias is one more channel, [c; 1], scaled by s on the key side like the rest of the key.
         """
         up_key, up_value, bias = self.kv_b_proj.factors()
         q_latent = torch.einsum("bnhd,hdr->bnhr", q_nope, up_key)
         q_bias = torch.einsum("bnhd,hd->bnh", q_nope, bias).unsqueeze(-1)
-        key = torch.cat((latent, torch.ones_like(latent[..., :1])), -1)
+        key = torch.cat((content, torch.ones_like(content[..., :1])), -1)
         if norm is not None:
             key = key * norm
         k = torch.cat((key.unsqueeze(2), k_rope), -1).expand(-1, -1, self.num_heads, -1)
-        v = latent.unsqueeze(2).expand(-1, -1, self.num_heads, -1)
+        v = content.unsqueeze(2).expand(-1, -1, self.num_heads, -1)
         out = attend(torch.cat((q_latent, q_bias, q_rope), -1), k, v, mask, self.scale)
         return torch.einsum("bnhr,hdr->bnhd", out, up_value)

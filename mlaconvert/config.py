@@ -87,12 +87,15 @@ class MLAConfig:
 
     `q_lora_rank` None means the exact query path: the teacher's own projection and norm. `key_norm` "latent" is
     the paper's RMSNorm on the latent; "token" keeps the teacher's key norm exactly, for one more cached scalar.
+    `rotary_in_content`: content keys and values read the shared rotary keys (unrotated) as well as the latent, so
+    every cached scalar serves both; kv_b_proj then has kv_lora_rank + qk_rope_head_dim columns.
     """
 
     q_lora_rank: int | None
     key_norm: KeyNorm
     softmax_scale: float
     layers: tuple[MLALayer | None, ...]
+    rotary_in_content: bool = False
     calibration: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -102,6 +105,10 @@ class MLAConfig:
             raise ConfigError(f"mla.softmax_scale is {self.softmax_scale}: it must be positive")
         if self.key_norm not in ("latent", "token"):
             raise ConfigError(f"mla.key_norm is {self.key_norm!r}: give latent or token")
+
+    def content_width(self, layer: MLALayer) -> int:
+        """Columns of kv_b_proj: what content keys and values are built from."""
+        return layer.kv_lora_rank + (layer.qk_rope_head_dim if self.rotary_in_content else 0)
 
     def cached_scalars(self, layer: int, dense_scalars: int) -> int:
         """Scalars that `layer` caches for one token; `dense_scalars` is what a dense layer caches."""
@@ -120,6 +127,8 @@ class MLAConfig:
             "softmax_scale": self.softmax_scale,
             "layers": layers,
         }
+        if self.rotary_in_content:
+            data["rotary_in_content"] = True
         if self.calibration is not None:
             data["calibration"] = dict(self.calibration)
         return data
@@ -147,6 +156,7 @@ class MLAConfig:
             key_norm=head.key_norm,
             softmax_scale=head.softmax_scale,
             layers=parsed,
+            rotary_in_content=head.rotary_in_content,
             calibration=head.calibration,
         )
 
@@ -157,6 +167,7 @@ class _MLAHead:
     q_lora_rank: int | None
     key_norm: KeyNorm
     softmax_scale: float
+    rotary_in_content: bool = False
     calibration: dict[str, Any] | None = None
 
 

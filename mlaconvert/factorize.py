@@ -13,7 +13,7 @@ measured or guessed from the weights.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -314,27 +314,18 @@ def splits(
     return found
 
 
-def best_split(candidates: Sequence[Split], budget: int) -> Split:
-    """The candidate with the least error at `budget` scalars."""
-    return min(candidates, key=lambda split: split.error(budget))
+def allocate(curves: Sequence[Callable[[int], float]], total: int, *, bounds: tuple[int, int]) -> list[int]:
+    """Scalars of each layer, `total` in all and within `bounds` each, that minimise the sum of errors.
 
-
-def allocate(
-    layers: Sequence[Sequence[Split]], weights: Sequence[float], total: int, *, bounds: tuple[int, int]
-) -> list[int]:
-    """Scalars of each layer, `total` in all and within `bounds` each, that minimise the weighted sum of errors.
-
-    Greedy: the next scalars go where they buy most (errors fall ever more slowly with the budget, and looking ahead by
-    a whole rotary component steps over the kinks). Raises ValueError when `total` does not fit the bounds.
+    `curves` give each layer's error at a budget. Greedy: the next scalars go where they buy most (errors fall ever
+    more slowly with the budget, and looking ahead by a whole rotary component steps over the kinks). Raises ValueError
+    when `total` does not fit the bounds.
     """
     low, high = bounds
-    if not low * len(layers) <= total <= high * len(layers):
-        raise ValueError(f"{total} scalars do not fit {len(layers)} layers of {low} to {high}")
-    errors = [
-        [weight * best_split(candidates, budget).error(budget) for budget in range(low, high + 1)]
-        for candidates, weight in zip(layers, weights, strict=True)
-    ]
-    chosen = [low] * len(layers)
+    if not low * len(curves) <= total <= high * len(curves):
+        raise ValueError(f"{total} scalars do not fit {len(curves)} layers of {low} to {high}")
+    errors = [[curve(budget) for budget in range(low, high + 1)] for curve in curves]
+    chosen = [low] * len(curves)
     left = total - sum(chosen)
     while left:
         gains = []
@@ -356,6 +347,7 @@ def random_layer(
     key_norm: KeyNorm,
     q_lora_rank: int | None,
     generator: torch.Generator,
+    rotary_in_content: bool = False,
 ) -> Factors:
     """Every new projection drawn from N(0, 1 / fan_in), biases zero; what the teacher shares stays the teacher's.
 
@@ -364,6 +356,7 @@ def random_layer(
     w = weights.double()
     dim, rank, rope = w.q_weight.shape[0], layer.kv_lora_rank, layer.qk_rope_head_dim
     width, head_dim = layer.qk_nope_head_dim + rope, dim // num_heads
+    content = rank + rope if rotary_in_content else rank
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64) * shape[-1] ** -0.5
@@ -389,7 +382,7 @@ def random_layer(
     tensors = query | {
         "kv_a_proj_with_mqa.weight": draw(rank + rope, dim),
         "kv_a_proj_with_mqa.bias": zeros(rank + rope),
-        "kv_b_proj.weight": draw(num_heads * (layer.qk_nope_head_dim + layer.v_head_dim), rank),
+        "kv_b_proj.weight": draw(num_heads * (layer.qk_nope_head_dim + layer.v_head_dim), content),
         "kv_b_proj.bias": zeros(num_heads * layer.qk_nope_head_dim),
         "o.weight": w.o_weight if same_width else draw(dim, num_heads * layer.v_head_dim),
         "o.bias": w.o_bias,

@@ -20,13 +20,13 @@ H, W = 4, 6  # latent pixels, 6 tokens a frame
 BASE = WanConfig(dim=60, num_heads=5, num_layers=3, ffn_dim=20, freq_dim=8, text_dim=9, text_len=4, in_dim=3, out_dim=3)
 
 
-def make_config(key_norm: KeyNorm, streaming: StreamingConfig, *, mixed: bool = True) -> WanConfig:
+def make_config(key_norm: KeyNorm, streaming: StreamingConfig, *, mixed: bool = True, shared: bool = True) -> WanConfig:
     layers = (
         MLALayer(kv_lora_rank=7, qk_nope_head_dim=8, v_head_dim=11, rope_components=((0, 1), (2, 2))),
         None if mixed else MLALayer(kv_lora_rank=5, qk_nope_head_dim=0, v_head_dim=4, rope_components=((1, 3),)),
         MLALayer(kv_lora_rank=13, qk_nope_head_dim=3, v_head_dim=12, rope_components=((5, 1),)),
     )
-    mla = MLAConfig(q_lora_rank=17, key_norm=key_norm, softmax_scale=0.3, layers=layers)
+    mla = MLAConfig(q_lora_rank=17, key_norm=key_norm, softmax_scale=0.3, layers=layers, rotary_in_content=shared)
     return dataclasses.replace(BASE, streaming=streaming, mla=mla)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from mlaconvert.factorize import (
     LayerMoments,
     affine,
     affine_root,
+    allocate,
     cholesky,
     factorize_layer,
     highest_pairs,
@@ -25,6 +28,7 @@ from mlaconvert.factorize import (
     mean_rotation,
     modulation_moments,
     random_layer,
+    splits,
 )
 from mlaconvert.rope import angles, rotary
 
@@ -84,8 +88,22 @@ def longhand(w: AttentionWeights, x: Tensor) -> Tensor:
     return out @ w.o_weight.T + w.o_bias
 
 
-def run(factors: Factors, layer: MLALayer, key_norm: KeyNorm, q_rank: int | None, x: Tensor, mode: Any) -> Tensor:
-    mla = MLAConfig(q_lora_rank=q_rank, key_norm=key_norm, softmax_scale=WIDTH**-0.5, layers=(layer,))
+def run(
+    factors: Factors,
+    layer: MLALayer,
+    key_norm: KeyNorm,
+    q_rank: int | None,
+    x: Tensor,
+    mode: Any,
+    rotary_in_content: bool = False,
+) -> Tensor:
+    mla = MLAConfig(
+        q_lora_rank=q_rank,
+        key_norm=key_norm,
+        softmax_scale=WIDTH**-0.5,
+        layers=(layer,),
+        rotary_in_content=rotary_in_content,
+    )
     with torch.device("meta"):
         module = LatentAttention(dataclasses.replace(CONFIG, mla=mla), mla, layer)
     module.load_state_dict(factors.tensors, strict=True, assign=True)
@@ -95,9 +113,21 @@ def run(factors: Factors, layer: MLALayer, key_norm: KeyNorm, q_rank: int | None
 
 
 def convert(
-    weights: AttentionWeights, layer: MLALayer, key_norm: KeyNorm = "token", q_rank: int | None = None
+    weights: AttentionWeights,
+    layer: MLALayer,
+    key_norm: KeyNorm = "token",
+    q_rank: int | None = None,
+    rotary_in_content: bool = False,
 ) -> Factors:
-    return factorize_layer(weights, layer, moments(weights), num_heads=HEADS, key_norm=key_norm, q_lora_rank=q_rank)
+    return factorize_layer(
+        weights,
+        layer,
+        moments(weights),
+        num_heads=HEADS,
+        key_norm=key_norm,
+        q_lora_rank=q_rank,
+        rotary_in_content=rotary_in_content,
+    )
 
 
 def lossless(**change: Any) -> MLALayer:
@@ -128,13 +158,70 @@ def test_latent_key_norm_is_not_exact() -> None:
 
 
 @pytest.mark.parametrize("key_norm", ["token", "latent"])
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("widths", [(8, WIDTH), (3, WIDTH), (5, 7), (0, 9)])
-def test_absorbed_equals_expanded(key_norm: KeyNorm, widths: tuple[int, int]) -> None:
+def test_absorbed_equals_expanded(key_norm: KeyNorm, shared: bool, widths: tuple[int, int]) -> None:
     layer = lossy(qk_nope_head_dim=widths[0], v_head_dim=widths[1])
-    factors, x = convert(make_weights(), layer, key_norm, 31), make_inputs()
+    factors, x = convert(make_weights(), layer, key_norm, 31, shared), make_inputs()
     assert float(factors.tensors["kv_b_proj.bias"].abs().sum()) > 0 or widths[0] == 0
-    expanded, absorbed = (run(factors, layer, key_norm, 31, x, mode) for mode in ("expanded", "absorbed"))
+    expanded, absorbed = (run(factors, layer, key_norm, 31, x, mode, shared) for mode in ("expanded", "absorbed"))
     assert relative(absorbed, expanded) < EXACT
+
+
+def test_rotary_keys_that_serve_content_lose_less() -> None:
+    """The same cache, and every cached scalar of it read by keys and values."""
+    weights, x, layer = make_weights(), make_inputs(), lossy(kv_lora_rank=12)
+    expected = longhand(weights, x)
+    apart, shared = (
+        relative(run(convert(weights, layer, rotary_in_content=s), layer, "token", None, x, "expanded", s), expected)
+        for s in (False, True)
+    )
+    assert shared < 0.97 * apart
+    # With every direction in the latent already, there is nothing left to share.
+    full = lossless(qk_nope_head_dim=WIDTH, rope_components=((1, HEADS), (2, 1)))
+    outputs = [
+        run(convert(weights, full, rotary_in_content=s), full, "token", None, x, "expanded", s) for s in (False, True)
+    ]
+    assert relative(outputs[1], outputs[0]) < 1e-6
+
+
+def test_splits_count_what_conversions_lose() -> None:
+    """Each candidate's tail and loss against the conversion that it describes."""
+    weights = make_weights()
+    m = moments(weights)
+    for shared in (False, True):
+        for split in splits(weights, m, num_heads=HEADS, counts=(0, 3, 7), rotary_in_content=shared):
+            layer = lossy(kv_lora_rank=9, qk_nope_head_dim=WIDTH, rope_components=split.components)
+            made = factorize_layer(
+                weights, layer, m, num_heads=HEADS, key_norm="token", q_lora_rank=None, rotary_in_content=shared
+            )
+            every = splits(weights, m, num_heads=HEADS, counts=[split.rope // 2])[0].tail[0]
+            assert made.errors["content"] ** 2 * float(every) == pytest.approx(float(split.tail[9]), rel=1e-6)
+    rotations = [split.lost for split in splits(weights, m, num_heads=HEADS, counts=range(1, 30))]
+    assert rotations == sorted(rotations, reverse=True)
+    assert rotations[-1] < 0.1 * rotations[0]
+
+
+def test_allocation_against_every_possibility() -> None:
+    """Greedy against brute force on convex curves, and the total is met exactly."""
+    g = torch.Generator().manual_seed(4)
+    energies = torch.rand(3, 20, generator=g, dtype=torch.float64).sort(1, descending=True).values
+    weights, bounds = (1.0, 5.0, 0.2), (2, 11)
+
+    def error(layer: int, budget: int) -> float:
+        return weights[layer] * float(energies[layer, budget:].sum())
+
+    curves = [partial(error, i) for i in range(3)]
+    found = allocate(curves, 18, bounds=bounds)
+
+    def cost(budgets: tuple[int, ...]) -> float:
+        return sum(error(i, b) for i, b in enumerate(budgets))
+
+    every = [b for b in product(range(2, 12), repeat=3) if sum(b) == 18]
+    assert sum(found) == 18
+    assert cost(tuple(found)) == pytest.approx(min(map(cost, every)))
+    with pytest.raises(ValueError, match="do not fit"):
+        allocate(curves, 40, bounds=bounds)
 
 
 def test_value_bias_folds_exactly() -> None:

@@ -312,7 +312,7 @@ def _latent_attention(
         shapes[prefix + "kv_a_layernorm.weight"] = (rank,)
     else:
         _linear(shapes, prefix + "k_norm_proj", d, d)
-    shapes[prefix + "kv_b_proj.weight"] = (heads * (nope + value), rank)
+    shapes[prefix + "kv_b_proj.weight"] = (heads * (nope + value), mla.content_width(layer))
     shapes[prefix + "kv_b_proj.bias"] = (heads * nope,)
     shapes[prefix + "o.weight"] = (d, heads * value)
     shapes[prefix + "o.bias"] = (d,)

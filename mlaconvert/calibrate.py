@@ -1,0 +1,561 @@
+"""Statistics of what self-attention really reads, and closed-form refits on it: no training, no gradients.
+
+A `Sweep` carries clips through the teacher one layer at a time, so it holds one layer's weights plus the activations.
+Its windows hold the (query, key) pairs that attention forms. Streaming: for every chunk of a clip, the chunk at one of
+the sampler's timesteps attends to itself and to the clean frames of its window, and the clean pass (timestep 0) to
+clean ones; with `noisy_context` a second window has an independent noise level per chunk, as in training and in the
+validation loss. Only the newest chunk's queries count. Bidirectional: all frames at one noise level.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from bisect import bisect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mlaconvert.attention import AttentionPlan, DenseAttention, LatentAttention, inverse_rms
+from mlaconvert.config import KeyNorm, MLAConfig, MLALayer, StreamingConfig, WanConfig
+from mlaconvert.data import Clips
+from mlaconvert.errors import InputError
+from mlaconvert.factorize import AttentionWeights, LayerMoments, allocate, factorize_layer, splits
+from mlaconvert.families import Checkpoint
+from mlaconvert.model import Block, Prepared, WanModel, default_chunks
+from mlaconvert.rollout import Sampler, add_noise, warp
+from mlaconvert.rope import Rotary, rotate
+
+BATCH = 8  # clips that go through the model at once
+RIDGE = 1e-3  # of the mean squared feature: how strongly a refit holds on to what it starts from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regime:
+    """Which (query, key) pairs attention forms: the window, or None for a bidirectional model, and timesteps."""
+
+    streaming: StreamingConfig | None
+    timesteps: tuple[float, ...]
+    noisy_context: bool = True
+    seed: int = 0
+
+    @classmethod
+    def of(cls, streaming: StreamingConfig | None, seed: int = 0) -> Regime:
+        """The sampler's timesteps: four and the clean pass when streaming, else the shift-5 grid of eight levels."""
+        steps = (*Sampler.few_step().timesteps, 0.0) if streaming else Sampler.many_step(8).timesteps
+        return cls(streaming=streaming, timesteps=steps, seed=seed)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; what a moments folder is checked against."""
+        return {
+            "streaming": dataclasses.asdict(self.streaming) if self.streaming else None,
+            "timesteps": [round(t, 4) for t in self.timesteps],
+            "noisy_context": self.noisy_context,
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """A batch of windows as the model sees them; the queries of the last `queries` frames count."""
+
+    latents: Tensor  # [B, C, F, H, W]
+    timestep: Tensor  # [B, F]
+    context: Tensor  # [B, T, text_dim]
+    chunks: tuple[int, ...] | None
+    queries: int
+
+
+def windows(clips: Clips, regime: Regime) -> Iterator[Window]:
+    """Every window of every clip, in batches; the rows of a batch take the timesteps in turn."""
+    generator = torch.Generator().manual_seed(regime.seed)
+    timesteps = torch.tensor(regime.timesteps)
+    turn = 0
+    for part in clips.batches(BATCH):
+        for frames, chunks in _views(part.latents.shape[2], regime.streaming):
+            latents, sizes = part.latents[:, :, frames], chunks or (len(frames),)
+            rows = torch.arange(turn, turn + len(latents))
+            turn += len(latents)
+            sampled = torch.zeros(len(latents), len(sizes))
+            sampled[:, -1] = timesteps[rows % len(timesteps)] / 1000
+            levels = [sampled]
+            if regime.noisy_context:
+                levels.append(warp(torch.rand(sampled.shape, generator=generator)))
+            for level in levels:
+                sigma = level.repeat_interleave(torch.tensor(sizes), 1)
+                noise = torch.randn(latents.shape, generator=generator)
+                yield Window(
+                    latents=add_noise(latents, noise, sigma),
+                    timestep=1000 * sigma,
+                    context=part.context,
+                    chunks=chunks,
+                    queries=sizes[-1],
+                )
+
+
+def _views(frames: int, streaming: StreamingConfig | None) -> Iterator[tuple[list[int], tuple[int, ...] | None]]:
+    """Frames and chunks of each window: what the newest chunk sees as a clip goes by."""
+    if streaming is None:
+        yield list(range(frames)), None
+        return
+    sink, window = streaming.sink_frames, streaming.window_frames
+    end = 0
+    for size in default_chunks(frames, streaming):
+        end += size
+        if end <= window:
+            yield list(range(end)), tuple(default_chunks(end, streaming))
+            continue
+        recent = window - sink - size
+        seen = [*range(sink), *range(end - size - recent, end)]
+        older = default_chunks(recent, streaming)[::-1]
+        yield seen, (*((sink,) if sink else ()), *older, size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What one layer's self-attention reads in one batch of windows."""
+
+    x: Tensor  # [B, N, D]
+    plan: AttentionPlan
+    first_query: int  # queries before this token do not count
+
+
+@dataclass(kw_only=True)
+class Layer:
+    """One layer of a sweep: its pretrained attention and its inputs."""
+
+    index: int
+    weights: AttentionWeights
+    attention: DenseAttention
+    inputs: list[Inputs]
+    replacement: LatentAttention | None = field(default=None)
+
+    def probe(self, attention: LatentAttention) -> None:
+        """Ask the sweep what the model's velocity loses when this layer alone is converted."""
+        self.replacement = attention
+
+
+class Sweep:
+    """Clips going through a dense checkpoint layer by layer. Iterate once; then read `velocity_errors`.
+
+    `probes` batches, spread over the windows, are followed to the end for every layer that was probed. Raises what
+    `Checkpoint.read` raises.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        clips: Clips,
+        regime: Regime,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        probes: int = 0,
+    ) -> None:
+        self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
+        config = dataclasses.replace(checkpoint.config, streaming=regime.streaming)
+        with torch.device("meta"):
+            self.model = WanModel(config).eval().requires_grad_(False)
+        outside = {name: self._read(name) for name in checkpoint.names if not name.startswith("blocks.")}
+        self.model.load_state_dict(outside, strict=False, assign=True)
+        self.prepared: list[Prepared] = []
+        self.queries: list[int] = []
+        for window in windows(clips, regime):
+            moved = [t.to(self.device) for t in (window.latents, window.timestep, window.context)]
+            self.prepared.append(self.model.prepare(*moved, chunks=window.chunks))
+            self.queries.append(window.queries)
+        self.hidden = [p.x for p in self.prepared]
+        spread = max(1, len(self.hidden) // max(probes, 1))
+        self.probed = list(range(0, len(self.hidden), spread))[:probes]
+        self.streams: dict[int, list[Tensor]] = {}
+        self.velocity_errors: dict[int, float] = {}
+
+    def _read(self, name: str) -> Tensor:
+        return self.checkpoint.read(name).to(self.device, self.dtype)
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[Layer]:
+        for index in range(self.model.config.num_layers):
+            block = self._load(index)
+            inputs = [
+                Inputs(
+                    x=block.attention_input(x, p.modulation),
+                    plan=p.plan,
+                    first_query=x.shape[1] - queries * p.grid[1] * p.grid[2],
+                )
+                for x, p, queries in zip(self.hidden, self.prepared, self.queries, strict=True)
+            ]
+            layer = Layer(
+                index=index,
+                weights=self.checkpoint.attention(index),
+                attention=cast(DenseAttention, block.self_attn),
+                inputs=inputs,
+            )
+            yield layer
+            for stream in self.streams.values():
+                stream[:] = [self._run(block, x, self.prepared[i]) for x, i in zip(stream, self.probed, strict=True)]
+            if layer.replacement is not None:
+                dense, block.self_attn = block.self_attn, layer.replacement.to(self.device, self.dtype)
+                self.streams[index] = [self._run(block, self.hidden[i], self.prepared[i]) for i in self.probed]
+                block.self_attn = dense
+            self.hidden = [self._run(block, x, p) for x, p in zip(self.hidden, self.prepared, strict=True)]
+            block.to("meta")
+        for index, stream in self.streams.items():
+            self.velocity_errors[index] = self._velocity_error(stream)
+
+    def _load(self, index: int) -> Block:
+        prefix = f"blocks.{index}."
+        block = cast(Block, self.model.blocks[index])
+        names = [name for name in self.checkpoint.names if name.startswith(prefix)]
+        block.load_state_dict({n.removeprefix(prefix): self._read(n) for n in names}, strict=True, assign=True)
+        return block
+
+    def _run(self, block: Block, x: Tensor, p: Prepared) -> Tensor:
+        return block(x, p.modulation, p.text, p.image, p.plan, None)
+
+    def _velocity_error(self, stream: Sequence[Tensor]) -> float:
+        """Squared velocity error of the counted frames, relative to the teacher's velocity."""
+        error = power = 0.0
+        for x, i in zip(stream, self.probed, strict=True):
+            frames = slice(-self.queries[i], None)
+            teacher = self.model.finish(self.hidden[i], self.prepared[i])[:, :, frames].double()
+            error += float((self.model.finish(x, self.prepared[i])[:, :, frames].double() - teacher).square().sum())
+            power += float(teacher.square().sum())
+        return error / power
+
+
+@torch.no_grad()
+def layer_moments(layer: Layer) -> LayerMoments:
+    """Moments of a layer's inputs over all counted (query, key) pairs, accumulated in float64.
+
+    A key counts once for every query that sees it; the mean rotation weighs a pair by |q|^2 |k|^2.
+    """
+    attention = layer.attention
+    heads = attention.num_heads
+    dim = layer.inputs[0].x.shape[2]
+    total = torch.zeros(dim, dtype=torch.float64, device=layer.inputs[0].x.device)
+    second = torch.outer(total, total)
+    norm = pairs = queries = 0.0
+    query: Tensor | float = 0.0
+    turned: Tensor | float = 0.0
+    power: Tensor | float = 0.0
+    for batch in layer.inputs:
+        x, first = batch.x, batch.first_query
+        rows = x.shape[1] - first
+        q = attention.norm_q(attention.q(x[:, first:])).unflatten(-1, (heads, -1)).double()
+        projected = attention.k(x)
+        k = attention.norm_k(projected).unflatten(-1, (heads, -1)).double()
+        wide = x.flatten(0, 1).double()
+        total += rows * wide.sum(0)
+        second += rows * (wide.mT @ wide)
+        norm += rows * float(inverse_rms(projected, attention.norm_k.eps).double().sum())
+        pairs += rows * len(wide)
+        query = query + torch.einsum("bnhd,bnhe->hde", q, q)
+        queries += rows * len(x)
+        # Over all (i, j) of a window, E[|q|^2 |k|^2 e^{i theta (m - n)}] is a product of two sums.
+        spin_q = _spin(q, Rotary(batch.plan.query_rotary.cos[first:], batch.plan.query_rotary.sin[first:]))
+        spin_k = _spin(k, batch.plan.key_rotary)
+        turned = turned + (spin_q[0] * spin_k[0].conj()).sum((0, 1))
+        power = power + (spin_q[1] * spin_k[1]).sum((0, 1))
+    mean = total / pairs
+    return LayerMoments(
+        mean=mean,
+        covariance=second / pairs - torch.outer(mean, mean),
+        inverse_norm=norm / pairs,
+        query=cast(Tensor, query) / queries,
+        rho=cast(Tensor, turned) / cast(Tensor, power),
+    )
+
+
+def _spin(x: Tensor, turn: Rotary) -> tuple[Tensor, Tensor]:
+    """Sums over tokens of |x_f|^2 e^{i theta position} and of |x_f|^2, [B, H, pairs] each, of heads [B, N, H, d]."""
+    energy = x.unflatten(-1, (-1, 2)).square().sum(-1)
+    phase = torch.complex(turn.cos.double(), turn.sin.double())[:, None]
+    return (energy * phase).sum(1), energy.sum(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What the layers of a dense model with geometry `config` become, but for how each divides its scalars.
+
+    `nope_dim` None fills a head up to the teacher's width.
+    """
+
+    config: WanConfig
+    key_norm: KeyNorm
+    q_lora_rank: int | None
+    rotary_in_content: bool
+    v_dim: int
+    nope_dim: int | None = None
+
+    def layer(self, budget: int, components: tuple[tuple[int, int], ...]) -> MLALayer:
+        """`budget` cached scalars (the key norm aside): these rotary components, the rest latent channels."""
+        rope = 2 * sum(count for _, count in components)
+        nope = max(0, self.config.head_dim - rope) if self.nope_dim is None else self.nope_dim
+        return MLALayer(
+            kv_lora_rank=budget - rope, qk_nope_head_dim=nope, v_head_dim=self.v_dim, rope_components=components
+        )
+
+    def mla(self, layers: Sequence[MLALayer | None], calibration: dict[str, Any] | None = None) -> MLAConfig:
+        """The model's `mla` section."""
+        return MLAConfig(
+            q_lora_rank=self.q_lora_rank,
+            key_norm=self.key_norm,
+            softmax_scale=self.config.head_dim**-0.5,
+            layers=tuple(layers),
+            rotary_in_content=self.rotary_in_content,
+            calibration=calibration,
+        )
+
+    def convert(self, layer: Layer, shape: MLALayer, moments: LayerMoments) -> LatentAttention:
+        """`layer` converted in the metric of `moments`, as a module that runs beside its teacher."""
+        factors = factorize_layer(
+            layer.weights,
+            shape,
+            moments,
+            num_heads=self.config.num_heads,
+            key_norm=self.key_norm,
+            q_lora_rank=self.q_lora_rank,
+            rotary_in_content=self.rotary_in_content,
+        )
+        with torch.device("meta"):
+            module = LatentAttention(self.config, self.mla([shape]), shape)
+        like = layer.inputs[0].x
+        state = {name: tensor.to(like.device, like.dtype) for name, tensor in factors.tensors.items()}
+        module.load_state_dict(state, strict=True, assign=True)
+        return module.requires_grad_(False)
+
+    def measure(
+        self, layer: Layer, moments: LayerMoments, *, counts: Sequence[int], budgets: Sequence[int], inputs: int = 12
+    ) -> ErrorTable:
+        """The layer converted with each number of rotary components at each budget, W_O refitted, on some inputs."""
+        candidates = splits(
+            layer.weights,
+            moments,
+            num_heads=self.config.num_heads,
+            counts=counts,
+            rotary_in_content=self.rotary_in_content,
+        )
+        some = dataclasses.replace(layer, inputs=layer.inputs[:: max(1, len(layer.inputs) // inputs)])
+        errors: dict[int, dict[int, float]] = {}
+        for split in candidates:
+            measured = errors.setdefault(split.rope // 2, {})
+            for budget in budgets:
+                if budget > split.rope:
+                    student = self.convert(some, self.layer(budget, split.components), moments)
+                    refit_output(some, student)
+                    measured[budget] = attention_error(some, student)
+        return ErrorTable(components={split.rope // 2: split.components for split in candidates}, errors=errors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorTable:
+    """Measured attention errors of one layer, relative Frobenius, by rotary components kept and by budget."""
+
+    components: dict[int, tuple[tuple[int, int], ...]]  # number of components -> (pair, count), ...
+    errors: dict[int, dict[int, float]]  # number of components -> budget in scalars -> error
+
+    def best(self, budget: int) -> tuple[float, tuple[tuple[int, int], ...]]:
+        """The least error at `budget` scalars, log-linear between measured budgets, and the components that give it."""
+        found = [
+            (_interpolate(curve, budget), count) for count, curve in self.errors.items() if curve and budget > 2 * count
+        ]
+        error, count = min(found)
+        return error, self.components[count]
+
+
+def _interpolate(curve: dict[int, float], budget: int) -> float:
+    known = sorted(curve)
+    if len(known) == 1:
+        return curve[known[0]]
+    right = min(max(bisect(known, budget), 1), len(known) - 1)
+    share = (budget - known[right - 1]) / (known[right] - known[right - 1])
+    low, high = (math.log(max(curve[known[i]], 1e-12)) for i in (right - 1, right))
+    return math.exp(low + share * (high - low))
+
+
+def share_budget(
+    tables: Sequence[ErrorTable], velocity_errors: Sequence[float], budget: int, *, spread: float = 2.0
+) -> list[int]:
+    """Scalars of each layer, `budget` on average, from measured errors.
+
+    A layer's squared attention error counts by what it did to the model's velocity when that layer alone was converted
+    at `budget` scalars (`Sweep.velocity_errors`). No layer gets less than 1/spread or more than `spread` times the
+    average.
+    """
+
+    def curve(index: int) -> Callable[[int], float]:
+        table = tables[index]
+        unit = velocity_errors[index] / table.best(budget)[0] ** 2
+        return lambda scalars: unit * table.best(scalars)[0] ** 2
+
+    smallest = max(3, *(2 * min(table.errors) + 1 for table in tables))
+    bounds = (max(smallest, round(budget / spread)), max(budget, round(budget * spread)))
+    return allocate([curve(i) for i in range(len(tables))], budget * len(tables), bounds=bounds)
+
+
+@torch.no_grad()
+def attention_error(layer: Layer, student: LatentAttention) -> float:
+    """Frobenius error of the counted queries' attention output, relative to the teacher's."""
+    error = power = 0.0
+    for batch in layer.inputs:
+        expected = layer.attention(batch.x, batch.plan)[:, batch.first_query :].double()
+        found = student(batch.x, batch.plan)[:, batch.first_query :].double()
+        error += float((found - expected).square().sum())
+        power += float(expected.square().sum())
+    return (error / power) ** 0.5
+
+
+@torch.no_grad()
+def refit_output(layer: Layer, student: LatentAttention, *, ridge: float = RIDGE) -> None:
+    """Ridge regression of W_O and its bias, in place: from the student's heads to the teacher's attention output."""
+    dim, width = student.o.weight.shape
+    eye = torch.eye(width, dtype=torch.float64, device=student.o.weight.device)
+    gram, cross = eye.new_zeros(width + 1, width + 1), eye.new_zeros(width + 1, dim)
+    for batch in layer.inputs:
+        expected = layer.attention(batch.x, batch.plan)[:, batch.first_query :].flatten(0, 1).double()
+        heads = student.heads(batch.x, batch.plan)[:, batch.first_query :].flatten(0, 1).double()
+        features = torch.cat((heads, torch.ones_like(heads[:, :1])), 1)
+        gram += features.mT @ features
+        cross += features.mT @ expected
+    count = gram[-1, -1]
+    mean, mean_out = gram[-1, :-1] / count, cross[-1] / count
+    centred = gram[:-1, :-1] / count - torch.outer(mean, mean)
+    target = cross[:-1] / count - torch.outer(mean, mean_out)
+    old = student.o.weight.double()
+    hold = ridge * centred.diagonal().mean()
+    new = torch.linalg.solve(centred + hold * eye, target + hold * old.mT).mT
+    student.o.weight.copy_(new)
+    student.o.bias.copy_(mean_out - new @ mean)
+
+
+@torch.no_grad()
+def refit_query(
+    layer: Layer, student: LatentAttention, *, samples: int = 1024, ridge: float = RIDGE, iterations: int = 40
+) -> None:
+    """Least squares of the query up-projection, in place: from the student's scores to the teacher's.
+
+    Queries are not cached, so they may make up for what the student's keys miss. Minimises E_i sum_j p_ij (e_ij -
+    sum_k p_ik e_ik)^2 over `samples` counted queries i, where e = student - teacher scores and p are the teacher's
+    probabilities: to second order the divergence of the two softmaxes. Solved by conjugate gradients from where the
+    projection stands, with a ridge that holds on to it.
+    """
+    sampled = [_sample_scores(layer, student, batch, samples, i) for i, batch in enumerate(layer.inputs)]
+    curvature, gradient, features, cos, sin = (torch.cat(parts) for parts in zip(*sampled, strict=True))
+    turn = Rotary(cos, sin)
+    weight = cast(Tensor, student.q_b_proj.weight)
+    start = weight.double().unflatten(0, (student.num_heads, -1)) if weight.ndim == 2 else weight.double()
+    nope = student.layer.qk_nope_head_dim
+    back = Rotary(turn.cos, -turn.sin)
+
+    def turned(x: Tensor, by: Rotary) -> Tensor:  # [n, H, width], the rotary part rotated
+        return torch.cat((x[..., :nope], rotate(x[None, ..., nope:], by)[0]), -1)
+
+    def apply(matrix: Tensor) -> Tensor:  # [H, width, f] -> the same, the normal operator
+        scores = turned(torch.einsum("hwf,nhf->nhw", matrix, features), turn)
+        pulled = turned(torch.einsum("nhvw,nhw->nhv", curvature, scores), back)
+        return torch.einsum("nhw,nhf->hwf", pulled, features)
+
+    diagonal = torch.einsum("nhww,nhf->h", curvature, features.square()) / (start.shape[1] * start.shape[2])
+    hold = ridge * diagonal[:, None, None]
+    residual = torch.einsum("nhw,nhf->hwf", turned(gradient, back), features) - apply(start)
+    step, change = residual.clone(), torch.zeros_like(start)
+    power = residual.square().sum((1, 2), keepdim=True)
+    for _ in range(iterations):
+        image = apply(step) + hold * step
+        length = power / (step * image).sum((1, 2), keepdim=True).clamp_min(1e-300)
+        change += length * step
+        residual -= length * image
+        power, before = residual.square().sum((1, 2), keepdim=True), power
+        step = residual + power / before.clamp_min(1e-300) * step
+    weight.copy_((start + change).reshape(weight.shape))
+
+
+def _sample_scores(
+    layer: Layer, student: LatentAttention, batch: Inputs, samples: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of some of a batch's queries: curvature [n, H, w, w], gradient [n, H, w], features [n, H, f], cos and sin [n, P].
+
+    Curvature and gradient are those of the weighted squared score error with respect to the rotated query; features
+    are what the query up-projection reads.
+    """
+    teacher, plan, x = layer.attention, batch.plan, batch.x
+    heads, scale = teacher.num_heads, student.scale
+    count = max(1, samples // (len(layer.inputs) * len(x)))
+    generator = torch.Generator().manual_seed(seed)
+    chosen = batch.first_query + torch.randperm(x.shape[1] - batch.first_query, generator=generator)[:count]
+    chosen = chosen.to(x.device)
+    turn = Rotary(plan.query_rotary.cos[chosen], plan.query_rotary.sin[chosen])
+    q = rotate(teacher.norm_q(teacher.q(x[:, chosen])).unflatten(-1, (heads, -1)), turn)
+    k = rotate(teacher.norm_k(teacher.k(x)).unflatten(-1, (heads, -1)), plan.key_rotary)
+    scores = torch.einsum("bnhd,bmhd->bnhm", q, k).double() * scale
+    if plan.mask is not None:
+        scores = scores.masked_fill(~plan.mask[chosen][:, None], float("-inf"))
+    p = scores.softmax(-1)
+    scores = scores.masked_fill(p == 0, 0.0)
+    latent, k_rope, *norms = student.compress(x)
+    norm = norms[0] if norms else None
+    pairs = student.layer.component_pairs
+    rotated = rotate(k_rope.unsqueeze(2), plan.key_rotary.select(pairs)).expand(-1, -1, heads, -1)
+    keys = torch.cat((student.content_keys(student.content(latent, k_rope, norm), norm), rotated), -1).double() * scale
+    mean_key = torch.einsum("bnhm,bmhw->bnhw", p, keys)
+    centred = scores - (p * scores).sum(-1, keepdim=True)
+    curvature = torch.einsum("bnhm,bmhv,bmhw->bnhvw", p, keys, keys) - mean_key[..., None] * mean_key[..., None, :]
+    gradient = torch.einsum("bnhm,bmhw->bnhw", p * centred, keys)
+    features = student.q_a_layernorm(student.q_a_proj(x[:, chosen])).double()
+    exact = cast(Tensor, student.q_b_proj.weight).ndim == 3
+    features = features.unflatten(-1, (heads, -1)) if exact else features.unsqueeze(2).expand(-1, -1, heads, -1)
+    rows, spun = len(x), turn.select(pairs)
+    return (
+        curvature.flatten(0, 1),
+        gradient.flatten(0, 1),
+        features.flatten(0, 1),
+        spun.cos.repeat(rows, 1).double(),
+        spun.sin.repeat(rows, 1).double(),
+    )
+
+
+def save_moments(folder: Path, index: int, moments: LayerMoments, regime: Regime, source: str) -> None:
+    """Write one layer's moments, float64, as `layer-NNN.safetensors`; `source` is the checkpoint's hash."""
+    tensors = {
+        "mean": moments.mean,
+        "covariance": moments.covariance,
+        "inverse_norm": torch.tensor(moments.inverse_norm, dtype=torch.float64),
+        "query": moments.query,
+        "rho": torch.view_as_real(moments.rho),
+    }
+    metadata = {"regime": json.dumps(regime.to_json()), "source": source}
+    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, _moments_file(folder, index), metadata)
+
+
+def load_moments(folder: Path, index: int, regime: Regime, source: str, device: torch.device | str) -> LayerMoments:
+    """Read what `save_moments` wrote. Raises InputError when it is missing or belongs to another model or regime."""
+    path = _moments_file(folder, index)
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: no readable moments of layer {index} ({error}); calibrate again") from None
+    if metadata.get("source") != source:
+        raise InputError(f"{path}: moments of another checkpoint; calibrate this one, or give its own --moments")
+    if json.loads(metadata.get("regime", "null")) != regime.to_json():
+        raise InputError(f"{path}: moments of another window, timesteps or seed; calibrate again")
+    return LayerMoments(
+        mean=tensors["mean"],
+        covariance=tensors["covariance"],
+        inverse_norm=float(tensors["inverse_norm"]),
+        query=tensors["query"],
+        rho=torch.view_as_complex(tensors["rho"]),
+    )
+
+
+def _moments_file(folder: Path, index: int) -> Path:
+    return folder / f"layer-{index:03d}.safetensors"

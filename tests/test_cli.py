@@ -1,0 +1,289 @@
+"""The command line: what goes to stdout, what to stderr, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from mlaconvert import __version__
+from mlaconvert.checkpoint import WEIGHTS_NAME
+from mlaconvert.cli import app
+from mlaconvert.errors import MLAConvertError
+from mlaconvert.model import load_model
+
+SaveFolder = Callable[..., Path]
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def succeed(*arguments: object) -> Result:
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+@pytest.fixture
+def pair(golden_state: dict[str, torch.Tensor], golden_config: dict[str, Any], save_folder: SaveFolder) -> Path:
+    save_folder(golden_state, golden_config, "pair/transformer")
+    return save_folder(golden_state, golden_config, "pair/transformer_2").parent
+
+
+# --- starting --------------------------------------------------------------------------------------------------------
+
+
+def test_help_and_version() -> None:
+    assert succeed("--version").stdout == f"mlaconvert {__version__}\n"
+    text = succeed("--help").stdout
+    assert "analyze" in text
+    assert "convert" in text
+    assert invoke().exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["analyze", "convert"])
+def test_every_option_says_its_default(command: str) -> None:
+    """Switches are off; everything else names a default, its own or Typer's."""
+    import inspect
+
+    from mlaconvert import cli
+
+    for name, parameter in inspect.signature(getattr(cli, command), eval_str=True).parameters.items():
+        info = parameter.annotation.__metadata__[0]
+        if parameter.default is None:
+            assert "Default: " in info.help, name
+        elif parameter.default is not inspect.Parameter.empty and parameter.default is not False:
+            assert info.show_default, name  # Typer prints it
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = ("torch", "numpy", "pydantic", "yaml", "huggingface_hub", "matplotlib", "safetensors")
+    code = f"import sys, mlaconvert.cli; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+# --- analyze ---------------------------------------------------------------------------------------------------------
+
+
+def test_analyze_shows_spectra_and_memory(golden: Path, tmp_path: Path) -> None:
+    result = succeed("analyze", golden, "--layers", "0,2", "--gpu-gb", 24, "--plot", tmp_path / "plot.png")
+    assert "Weight spectra" in result.stdout
+    assert "Memory at 480x832" in result.stdout
+    assert "3 layers x 96 wide x 4 heads" in result.stderr
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_analyze_json_is_only_json(golden: Path) -> None:
+    result = succeed("analyze", golden, "--json", "--kv-rank", 5, "--threshold", 0.5, "--height", 96, "--width", 160)
+    data = json.loads(result.stdout)
+    assert (data["kv_rank"], data["threshold"], data["num_layers"]) == (5, 0.5, 3)
+    assert [layer["layer"] for layer in data["layers"]] == [0, 1, 2]
+    assert data["memory"]["frame_tokens"] == 6 * 10
+    assert data["memory"]["window_frames"] == 7
+    assert data["memory"]["mla"]["scalars_per_token"] == [5 + 6] * 3
+
+
+def test_analyze_of_a_converted_model(golden: Path, tmp_path: Path) -> None:
+    succeed("convert", golden, "-o", tmp_path / "out", "--kv-rank", 10, "--layers", "1")
+    data = json.loads(succeed("analyze", tmp_path / "out", "--json").stdout)
+    assert [layer["kind"] for layer in data["layers"]] == ["dense", "mla", "dense"]
+    assert data["memory"]["mla"]["scalars_per_token"] == [192, 16, 192]
+
+
+def test_analyze_of_two_experts(pair: Path, tmp_path: Path) -> None:
+    data = json.loads(succeed("analyze", pair, "--json", "--plot", tmp_path / "plot.png").stdout)
+    assert list(data["experts"]) == ["transformer", "transformer_2"]
+    assert (tmp_path / "plot-transformer_2.png").is_file()
+    assert "kv_rank" in json.loads(succeed("analyze", pair, "--subfolder", "transformer_2", "--json").stdout)
+
+
+# --- convert ---------------------------------------------------------------------------------------------------------
+
+
+def test_convert_shows_the_model_first_and_the_layers_after(golden: Path, tmp_path: Path) -> None:
+    result = succeed("convert", golden, "-o", tmp_path / "out", "--verify")
+    assert "wan t2v, native layout, 3 layers x 96 wide x 4 heads" in result.stderr
+    assert "576 -> 42 scalars a token (-92.7%)" in result.stderr
+    assert "verified: 66 tensors" in result.stderr
+    assert "converted layers" in result.stdout
+    assert "a proxy, no data" in result.stdout
+    load_model(tmp_path / "out")
+
+
+def test_convert_options_reach_the_model(golden: Path, tmp_path: Path) -> None:
+    flags = ("--init", "random", "--kv-rank", 9, "--q-rank", "none", "--nope-dim", 7, "--rope-dim", 10)
+    more = ("--key-norm", "token", "--dtype", "bfloat16", "--layers", "0,2", "--seed", 5, "--json")
+    data = json.loads(succeed("convert", golden, "-o", tmp_path / "out", *flags, *more).stdout)
+    recipe = data["models"][0]["recipe"]
+    expected = {"init": "random", "kv_rank": 9, "q_rank": "none", "nope_dim": 7, "rope_dim": 10, "v_dim": 24}
+    expected |= {"key_norm": "token", "dtype": "bfloat16", "layers": "0,2", "seed": 5}
+    assert recipe | expected == recipe
+    model = load_model(tmp_path / "out")
+    assert model.config.cached_scalars() == (20, 192, 20)
+    assert model.dtype == torch.bfloat16
+
+
+def test_options_override_the_recipe(golden: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("kv_rank: 9\nrope_dim: 4\nkey_norm: token\n")
+    arguments = ("convert", golden, "-o", tmp_path / "out", "--recipe", path, "--kv-rank", 11, "--q-rank", 13)
+    recipe = json.loads(succeed(*arguments, "--dry-run", "--json").stdout)["models"][0]["recipe"]
+    assert (recipe["kv_rank"], recipe["rope_dim"], recipe["key_norm"], recipe["q_rank"]) == (11, 4, "token", 13)
+    assert not (tmp_path / "out").exists()
+    result = invoke("convert", golden, "-o", tmp_path / "out", "--recipe", "videomla")
+    assert result.exit_code == 2
+    assert "kv_rank is 192, larger than the layer, which is 96 wide" in result.stderr
+
+
+def test_dry_run_prints_the_plan_with_sizes(golden: Path, tmp_path: Path) -> None:
+    result = succeed("convert", golden, "-o", tmp_path / "out", "--dry-run")
+    assert "blocks.0.self_attn.kv_a_proj_with_mqa.weight" in result.stdout
+    assert "14 x 96" in result.stdout
+    assert "66 tensors that pass through" in result.stdout
+    assert "1.58 MiB -> 1.40 MiB" in result.stdout
+    assert "nothing was written" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lossless_flag(golden: Path, tmp_path: Path) -> None:
+    data = json.loads(
+        succeed("convert", golden, "-o", tmp_path / "out", "--init", "lossless", "--verify", "--json").stdout
+    )
+    assert max(data["models"][0]["verification"]["attention_errors"].values()) < 1e-5
+    result = invoke("convert", golden, "-o", tmp_path / "other", "--init", "lossless", "--kv-rank", 9)
+    assert (result.exit_code, "it fixes kv_rank" in result.stderr) == (2, True)
+
+
+def test_overwrite(golden: Path, tmp_path: Path) -> None:
+    succeed("convert", golden, "-o", tmp_path / "out")
+    result = invoke("convert", golden, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert "--overwrite" in result.stderr
+    succeed("convert", golden, "-o", tmp_path / "out", "--overwrite", "--kv-rank", 3)
+    weights = load_file(tmp_path / "out" / WEIGHTS_NAME)
+    assert weights["blocks.0.self_attn.kv_a_layernorm.weight"].shape == (3,)
+
+
+def test_two_experts(pair: Path, tmp_path: Path) -> None:
+    result = succeed("convert", pair, "-o", tmp_path / "out", "--verify")
+    assert "transformer: pair" in result.stderr
+    assert "verified: 132 tensors" in result.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["transformer", "transformer_2"]
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "{golden}", "-o", "{out}", "--kv-rank", "97"], "error: kv_rank is 97"),
+        (["convert", "{golden}", "-o", "{out}", "--q-rank", "some"], "error: options: q_rank is 'some'"),
+        (["convert", "{golden}", "-o", "{out}", "--init", "magic"], "error: options: init: Input should be"),
+        (["convert", "{golden}", "-o", "{out}", "--recipe", "none.yaml"], "error: none.yaml: no such recipe"),
+        (["convert", "{golden}", "-o", "{out}", "--layers", "7"], "layer 7 does not exist"),
+        (["convert", "{golden}", "-o", "{out}", "--device", "abacus"], "error: device 'abacus'"),
+        (["convert", "{out}", "-o", "{out}2"], "there is no such file or folder"),
+        (["convert", "{golden}", "-o", "{out}/a/b"], "does not exist; create it first"),
+        (["convert", "{golden}"], "give one with -o DIR"),
+        (["convert", "{golden}", "-o", "{out}", "--kv-rank", "many"], "--kv-rank"),
+        (["convert", "{golden}", "-o", "{out}", "--no-such-option"], "No such option"),
+        (["analyze", "{golden}", "--threshold", "2"], "error: "),
+        (["analyze", "{golden}", "--height", "481"], "error: height is 481"),
+        (["analyze", "{golden}", "--layers", "x"], "error: layers is 'x'"),
+        (["analyze", "{golden}", "--subfolder", "x"], "error: "),
+        (["analyze", "{golden}", "--revision", "main"], "error: "),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_exit_code_two(
+    golden: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    result = invoke(*(a.format(golden=golden, out=tmp_path / "out") for a in arguments))
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (MLAConvertError("it broke"), 1, "error: it broke"),
+        (ZeroDivisionError("by zero\nmore"), 1, "error: unexpected ZeroDivisionError: by zero (--debug shows where)"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_exceptions_become_one_line(
+    golden: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    raised: BaseException,
+    code: int,
+    message: str,
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("mlaconvert.convert._convert_layer", fail)
+    result = invoke("convert", golden, "-o", tmp_path / "out")
+    assert result.exit_code == code
+    assert result.stderr.splitlines()[-1] == message
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+    result = invoke("--debug", "convert", golden, "-o", tmp_path / "out")
+    assert result.exit_code == code
+    assert ("Traceback" in result.stderr) == (code != 130)
+
+
+def test_a_killed_process_cleans_up(golden: Path, tmp_path: Path) -> None:
+    """SIGTERM in the middle of the first layer, while the output is half written."""
+    code = (
+        "import sys, time, mlaconvert.convert as c, mlaconvert.cli as cli\n"
+        "c._convert_layer = lambda *a: (print('ready', flush=True), time.sleep(60))\n"
+        f"sys.argv = ['mlaconvert', 'convert', {str(golden)!r}, '-o', {str(tmp_path / 'out')!r}]\n"
+        "cli.main()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    assert (tmp_path / ".out.partial").is_dir()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_module_runs(tmp_path: Path) -> None:
+    """`python -m mlaconvert`, quick to answer and quiet on stdout about errors."""
+    environment = {**os.environ, "PYTHONWARNINGS": "error"}
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "mlaconvert", "--help"], capture_output=True, text=True, check=True, env=environment
+    )
+    assert time.monotonic() - start < 5  # a tenth of a second alone; importing torch takes several times that
+    assert "Usage: " in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-m", "mlaconvert", "analyze", str(tmp_path / "none")],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1

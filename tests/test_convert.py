@@ -1,0 +1,709 @@
+"""Conversion of whole checkpoints: small ones of odd sizes in every layout, and the golden model without loss."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import relative
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mlaconvert import convert as module
+from mlaconvert.cache import LatentCache
+from mlaconvert.checkpoint import CONFIG_NAME, WEIGHTS_NAME, ModelWriter, TensorSpec
+from mlaconvert.config import ConvertRecipe, StreamingConfig, WanConfig, default_video, parse_layers
+from mlaconvert.convert import ConversionReport, convert, open_models, time_modulation, verify_conversion
+from mlaconvert.errors import CheckpointError, ConfigError, InputError, MLAConvertError, OutputError
+from mlaconvert.families import WanFamily, open_checkpoint
+from mlaconvert.model import load_model
+
+State = dict[str, Tensor]
+SaveFolder = Callable[..., Path]
+
+# Heads of 20 are 10 rotary pairs, split (4, 3, 3). The default budget is 7 * 60 // 48 = 8 scalars: latent 4, rotary 4.
+CONFIG = WanConfig(dim=60, num_heads=3, num_layers=3, ffn_dim=44, freq_dim=14, text_dim=18, in_dim=5, out_dim=5)
+NATIVE = {
+    "_class_name": "WanModel",
+    "model_type": "t2v",
+    "dim": 60,
+    "num_heads": 3,
+    "num_layers": 3,
+    "ffn_dim": 44,
+    "freq_dim": 14,
+    "text_dim": 18,
+    "in_dim": 5,
+    "out_dim": 5,
+}
+DIFFUSERS = {
+    "_class_name": "WanTransformer3DModel",
+    "num_attention_heads": 3,
+    "attention_head_dim": 20,
+    "num_layers": 3,
+    "ffn_dim": 44,
+    "freq_dim": 14,
+    "text_dim": 18,
+    "in_channels": 5,
+    "out_channels": 5,
+    "patch_size": [1, 2, 2],
+}
+LOSSLESS = ConvertRecipe(init="lossless")
+EXACT = ConvertRecipe(q_rank="none", key_norm="token")
+
+
+@pytest.fixture(scope="module")
+def state() -> State:
+    """A random model in native names, with gains near one and biases that matter."""
+    generator = torch.Generator().manual_seed(7)
+    tensors = {}
+    for name, shape in WanFamily().expected_shapes(CONFIG).items():
+        tensors[name] = torch.randn(shape, generator=generator) * (0.3 if len(shape) == 1 else shape[-1] ** -0.5)
+        if "norm" in name and name.endswith("weight"):
+            tensors[name] += 1
+    return tensors
+
+
+@pytest.fixture
+def source(state: State, save_folder: SaveFolder) -> Path:
+    return save_folder(state, NATIVE)
+
+
+def to_diffusers(state: State) -> State:
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    converted: State = convert_wan_transformer_to_diffusers(dict(state))
+    return {name: tensor.contiguous() for name, tensor in converted.items()}
+
+
+def native(tmp_path: Path, state: State, save: SaveFolder) -> Path:
+    return save(state, NATIVE)
+
+
+def diffusers(tmp_path: Path, state: State, save: SaveFolder) -> Path:
+    return save(to_diffusers(state), DIFFUSERS, "model/transformer").parent
+
+
+def bfloat16(tmp_path: Path, state: State, save: SaveFolder) -> Path:
+    return save({name: tensor.bfloat16() for name, tensor in state.items()}, NATIVE)
+
+
+def sharded(tmp_path: Path, state: State, save: SaveFolder) -> Path:
+    specs = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()]
+    with ModelWriter(tmp_path / "model", specs, metadata={}, max_shard_bytes=100_000) as writer:
+        for name, tensor in state.items():
+            writer.write(name, tensor)
+        writer.write_text(CONFIG_NAME, json.dumps(NATIVE))
+        writer.commit()
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
+    return tmp_path / "model"
+
+
+def wrapped(tmp_path: Path, state: State, save: SaveFolder) -> Path:
+    """As streaming checkpoints are published: an FSDP average beside the generator."""
+    average = {f"model._fsdp_wrapped_module.{name}": tensor for name, tensor in state.items()}
+    other = {f"model.{name}": tensor + 1 for name, tensor in state.items()}
+    torch.save({"generator": other, "generator_ema": average}, tmp_path / "model.pt")
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(NATIVE))
+    return tmp_path / "model.pt"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+# --- layouts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [native, diffusers, bfloat16, sharded, wrapped])
+def test_every_layout_converts_and_loads(
+    tmp_path: Path, state: State, save_folder: SaveFolder, layout: Callable[..., Path]
+) -> None:
+    given = layout(tmp_path, state, save_folder)
+    convert(given, tmp_path / "out", EXACT)
+    model = load_model(tmp_path / "out")  # strict
+    assert model.config.mla is not None
+    assert model.config.cached_scalars() == (9, 9, 9)
+    assert (model.config.streaming == StreamingConfig()) == (layout is wrapped)
+    written = load_file(tmp_path / "out" / WEIGHTS_NAME)
+    if layout is diffusers:
+        expected = to_diffusers(state)
+        attention, outward = ".attn1.", "blocks.1.attn1.to_out.0.weight"
+    else:
+        expected = {n: t.bfloat16() for n, t in state.items()} if layout is bfloat16 else state
+        attention, outward = ".self_attn.", "blocks.1.self_attn.o.weight"
+    passed = {name for name in expected if attention not in name}
+    assert len(passed) == len(state) - 3 * 10
+    for name in passed:
+        assert written[name].dtype == expected[name].dtype
+        assert torch.equal(written[name], expected[name]), name
+    assert f"blocks.2{attention}kv_a_proj_with_mqa.weight" in written
+    assert torch.equal(written[outward], expected[outward])  # values stay as wide as the head
+    assert {tensor.dtype for tensor in written.values()} == {expected[outward].dtype}
+
+
+def test_names_and_shapes_are_the_documented_ones(source: Path, tmp_path: Path) -> None:
+    """Latent 7, rotary 4 (2 pairs), unrotated 11, values 13 wide."""
+    widths = {"kv_rank": 7, "rope_dim": 4, "nope_dim": 11, "v_dim": 13}
+    common = {
+        "q_a_proj.weight": (9, 60),
+        "q_a_proj.bias": (9,),
+        "q_a_layernorm.weight": (9,),
+        "q_b_proj.weight": (3 * 15, 9),
+        "kv_a_proj_with_mqa.weight": (7 + 4, 60),
+        "kv_a_proj_with_mqa.bias": (7 + 4,),
+        "kv_b_proj.weight": (3 * (11 + 13), 7),
+        "kv_b_proj.bias": (3 * 11,),
+        "o.weight": (60, 3 * 13),
+        "o.bias": (60,),
+    }
+    latent = common | {"kv_a_layernorm.weight": (7,)}
+    token = common | {"k_norm_proj.weight": (60, 60), "k_norm_proj.bias": (60,)}
+    token |= {
+        "q_a_proj.weight": (60, 60),
+        "q_a_proj.bias": (60,),
+        "q_a_layernorm.weight": (60,),
+        "q_b_proj.weight": (3, 15, 20),
+    }
+    for name, recipe, expected in (
+        ("latent", ConvertRecipe(**widths, q_rank=9), latent),
+        ("token", ConvertRecipe(**widths, q_rank="none", key_norm="token"), token),
+    ):
+        convert(source, tmp_path / name, recipe)
+        with safe_open(tmp_path / name / WEIGHTS_NAME, framework="pt") as opened:
+            prefix = "blocks.1.self_attn."
+            found = {n: tuple(opened.get_slice(n).get_shape()) for n in opened.keys() if n.startswith(prefix)}  # noqa: SIM118
+            assert opened.metadata() == {"format": "pt"}
+        assert found == {prefix + n: shape for n, shape in expected.items()}
+
+
+def test_config_keeps_the_source_and_adds_mla(source: Path, tmp_path: Path) -> None:
+    streaming = StreamingConfig(window_frames=5)
+    convert(source, tmp_path / "out", ConvertRecipe(layers="0,2", streaming=streaming))
+    config = json.loads((tmp_path / "out" / CONFIG_NAME).read_text())
+    assert {name: config[name] for name in NATIVE} == NATIVE
+    assert config["streaming"] == {"chunk_frames": 3, "window_frames": 5, "sink_frames": 1, "positions": "window"}
+    mla = config["mla"]
+    layer = {"kv_lora_rank": 4, "qk_nope_head_dim": 16, "v_head_dim": 20, "rope_components": [[0, 1], [1, 1]]}
+    assert mla["layers"] == [layer, {"dense": True}, layer]
+    assert (mla["q_lora_rank"], mla["key_norm"]) == (30, "latent")
+    assert mla["softmax_scale"] == pytest.approx(20**-0.5)
+    assert mla["calibration"]["regime"] == "streaming"
+    assert mla["calibration"]["frames"] == 5
+    assert mla["calibration"]["tokens"] == [30, 52]
+    assert mla["calibration"]["timesteps"] == pytest.approx([1000, 937.5, 833.333333, 625, 0])
+
+
+def test_dense_layers_and_mixed_dtypes_stay(state: State, save_folder: SaveFolder, tmp_path: Path) -> None:
+    """Norms in float32 beside bfloat16 weights, as diffusers' repositories have them."""
+    mixed = {n: t if "norm" in n or "modulation" in n else t.bfloat16() for n, t in state.items()}
+    convert(save_folder(mixed, NATIVE), tmp_path / "out", ConvertRecipe(layers="1"))
+    written = load_file(tmp_path / "out" / WEIGHTS_NAME)
+    for name, tensor in mixed.items():
+        if not name.startswith("blocks.1.self_attn."):
+            assert written[name].dtype == tensor.dtype
+            assert torch.equal(written[name], tensor)
+    made = {name.removeprefix("blocks.1.self_attn."): tensor.dtype for name, tensor in written.items()}
+    assert made["kv_a_layernorm.weight"] == made["q_a_layernorm.weight"] == torch.float32
+    assert made["kv_b_proj.weight"] == made["kv_a_proj_with_mqa.bias"] == made["o.bias"] == torch.bfloat16
+    assert load_model(tmp_path / "out", dtype=torch.float32).config.cached_scalars() == (120, 8, 120)
+
+
+def test_dtype_option_casts_everything(source: Path, state: State, tmp_path: Path) -> None:
+    report = convert(source, tmp_path / "out", ConvertRecipe(dtype="bfloat16"), verify=True)
+    written = load_file(tmp_path / "out" / WEIGHTS_NAME)
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+    assert torch.equal(written["blocks.0.ffn.0.weight"], state["blocks.0.ffn.0.weight"].bfloat16())
+    assert report.models[0].verification is not None
+
+
+# --- without loss ------------------------------------------------------------------------------------------------
+
+
+def test_lossless_conversion_is_the_golden_model(golden: Path, tmp_path: Path) -> None:
+    """Identity 5 of the design, through files: what the reference code computes, with latent attention."""
+    vectors = load_file(golden / "golden.safetensors")
+    report = convert(golden, tmp_path / "out", LOSSLESS, verify=True)
+    model = load_model(tmp_path / "out")
+    out = model(vectors["x"], vectors["t"], vectors["context"])
+    assert relative(out, vectors["wan21.out"]) < 1e-5
+    verification = report.models[0].verification
+    assert verification is not None
+    assert sorted(verification.attention_errors) == [0, 1, 2]
+    assert max(verification.attention_errors.values()) < 1e-5
+    for latents, expected in (("x", "sf.chunks3.out"), ("x_long", "sf.window6_sink1.out")):
+        streaming = StreamingConfig(window_frames=6, positions="absolute")
+        model = load_model(tmp_path / "out", streaming=streaming)
+        cache = LatentCache(model.config, batch=1, height=6, width=10)
+        chunks = [
+            model(chunk, vectors["t"], vectors["context"], cache=cache, start_frame=3 * i)
+            for i, chunk in enumerate(vectors[latents].split(3, dim=2))
+        ]
+        assert relative(torch.cat(chunks, 2), vectors[expected]) < 1e-5
+
+
+def test_lossy_conversion_is_worse_than_lossless_and_better_than_random(source: Path, tmp_path: Path) -> None:
+    errors = {}
+    for name, recipe in (
+        ("wide", ConvertRecipe(kv_rank=50, rope_dim=20, nope_dim=0, q_rank="none", key_norm="token")),
+        ("narrow", EXACT),
+        ("random", ConvertRecipe(init="random")),
+    ):
+        report = convert(source, tmp_path / name, recipe, verify=True)
+        verification = report.models[0].verification
+        assert verification is not None
+        errors[name] = sum(verification.attention_errors.values())
+    assert 1e-3 < errors["wide"] < errors["narrow"] < errors["random"]
+
+
+# --- what it is computed from --------------------------------------------------------------------------------------
+
+
+def test_modulation_is_what_the_blocks_apply(source: Path) -> None:
+    timesteps = [1000.0, 625.0, 0.0]
+    model = load_model(source)
+    _, modulation = model._embed_time(torch.tensor(timesteps), 3, 1)
+    with open_checkpoint(source) as checkpoint:
+        time = time_modulation(checkpoint, timesteps)
+        for layer, block in enumerate(model.blocks):
+            expected = (modulation + block.modulation)[:, 0, :2]  # shift and scale of self-attention
+            found = module._layer_modulation(checkpoint, layer, time)
+            assert found.shape == (3, 2, 60)
+            assert relative(found, expected) < 1e-6
+
+
+def test_the_regime_decides_the_mean_rotation(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Mapping[str, Any]] = []
+    original = module.mean_rotation
+
+    def remember(split: tuple[int, int, int], **arguments: Any) -> Tensor:
+        seen.append({"split": split, **arguments})
+        return original(split, **arguments)
+
+    monkeypatch.setattr(module, "mean_rotation", remember)
+    streaming = StreamingConfig(window_frames=9)
+    convert(source, tmp_path / "a", ConvertRecipe(streaming=streaming, layers="0"))
+    convert(source, tmp_path / "b", ConvertRecipe(frames=5, height=96, width=160, vae_stride=16, layers="0"))
+    assert seen == [
+        {"split": (4, 3, 3), "streaming": streaming, "frames": 21, "height": 30, "width": 52},
+        {"split": (4, 3, 3), "streaming": None, "frames": 5, "height": 3, "width": 5},
+    ]
+    a, b = (load_file(tmp_path / name / WEIGHTS_NAME)["blocks.0.self_attn.kv_b_proj.weight"] for name in "ab")
+    assert not torch.allclose(a, b)
+
+
+# --- the record ----------------------------------------------------------------------------------------------------
+
+
+def test_conversion_json_says_what_was_done(source: Path, state: State, tmp_path: Path) -> None:
+    report = convert(source, tmp_path / "out", ConvertRecipe(layers="1-2", kv_rank=6))
+    text = (tmp_path / "out" / "conversion.json").read_text()
+    data = json.loads(text)
+    assert data["source"]["name"] == "model"
+    with open_checkpoint(source) as checkpoint:
+        assert data["source"]["sha256"] == checkpoint.store.sha256() == report.models[0].sha256
+    assert data["recipe"] | {"kv_rank": 6, "rope_dim": 4, "nope_dim": 16, "q_rank": 30} == data["recipe"]
+    assert data["recipe"]["layers"] == "1-2"
+    assert data["cache_scalars_per_token"] == {"dense": 360, "mla": 120 + 10 + 10}
+    assert [layer["layer"] for layer in data["layers"]] == [1, 2]
+    for layer in data["layers"]:
+        names = (f"blocks.{layer['layer']}.self_attn.{name}.weight" for name in "kv")
+        singular = np.linalg.svd(np.concatenate([state[name].double().numpy() for name in names]), compute_uv=False)
+        np.testing.assert_allclose(layer["singular_values"], singular, rtol=1e-5)
+        energy = (singular**2).cumsum() / (singular**2).sum()
+        assert layer["effective_rank"] == int((energy < 0.99).sum()) + 1
+        assert layer["energy_at_kv_rank"] == pytest.approx(energy[5], rel=1e-5)
+        assert {"rope", "content", "query"} <= layer["errors"].keys()
+        assert 0 < layer["errors"]["content"] < 1
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert "layers 1-2" in readme
+    assert str(tmp_path) not in text + readme
+    assert listing(tmp_path / "out") == ["README.md", "config.json", "conversion.json", WEIGHTS_NAME]
+
+
+@pytest.mark.parametrize("init", ["svd", "random", "lossless"])
+def test_same_input_and_seed_give_the_same_bytes(
+    state: State, save_folder: SaveFolder, tmp_path: Path, init: Any
+) -> None:
+    """From copies in two places, without touching torch's own generator."""
+    recipe = ConvertRecipe(init=init)
+    for place in ("here", "there"):
+        torch.manual_seed(len(place))
+        given = save_folder(state, NATIVE, f"{place}/model")
+        before = torch.get_rng_state()
+        convert(given, tmp_path / place / "out", recipe, verify=True)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert files(tmp_path / "here" / "out") == files(tmp_path / "there" / "out")
+
+
+def test_random_init_follows_its_seed_layer_by_layer(source: Path, tmp_path: Path) -> None:
+    weights = {}
+    for name, recipe in (
+        ("all", ConvertRecipe(init="random", seed=3)),
+        ("one", ConvertRecipe(init="random", seed=3, layers="2")),
+        ("other", ConvertRecipe(init="random", seed=4)),
+    ):
+        convert(source, tmp_path / name, recipe)
+        weights[name] = load_file(tmp_path / name / WEIGHTS_NAME)
+    key = "blocks.{}.self_attn.kv_a_proj_with_mqa.weight"
+    assert torch.equal(weights["all"][key.format(2)], weights["one"][key.format(2)])
+    assert not torch.equal(weights["all"][key.format(2)], weights["other"][key.format(2)])
+    assert not torch.equal(weights["all"][key.format(1)], weights["all"][key.format(2)])
+
+
+def test_large_outputs_are_sharded(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer's limit of 5 GB, made small."""
+    monkeypatch.setattr(module, "ModelWriter", lambda *a, **k: ModelWriter(*a, **k, max_shard_bytes=150_000))
+    convert(source, tmp_path / "out")
+    assert (tmp_path / "out" / f"{WEIGHTS_NAME}.index.json").is_file()
+    assert len(list((tmp_path / "out").glob("*-of-*.safetensors"))) > 1
+    load_model(tmp_path / "out")
+
+
+# --- two experts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(state: State, save_folder: SaveFolder, tmp_path: Path) -> Path:
+    save_folder(state, NATIVE, "pair/high_noise_model")
+    return save_folder({n: t * 1.25 for n, t in state.items()}, NATIVE, "pair/low_noise_model").parent
+
+
+def test_two_experts_keep_their_layout(pair: Path, state: State, tmp_path: Path) -> None:
+    plans = []
+    report = convert(pair, tmp_path / "out", EXACT, verify=True, on_plan=plans.append)
+    assert [plan.subfolder for plan in plans] == ["high_noise_model", "low_noise_model"]
+    assert [model.plan.subfolder for model in report.models] == ["high_noise_model", "low_noise_model"]
+    assert all(model.verification is not None for model in report.models)
+    for name, gain in (("high_noise_model", 1.0), ("low_noise_model", 1.25)):
+        written = load_file(tmp_path / "out" / name / WEIGHTS_NAME)
+        assert torch.equal(written["head.head.weight"], gain * state["head.head.weight"])
+        load_model(tmp_path / "out", subfolder=name)
+    assert listing(tmp_path / "out")[0] == "high_noise_model"
+    convert(pair, tmp_path / "one", EXACT, subfolder="low_noise_model")
+    assert files(tmp_path / "one") == files(tmp_path / "out" / "low_noise_model")
+
+
+def test_an_expert_that_fails_takes_the_other_with_it(pair: Path, state: State, tmp_path: Path) -> None:
+    bad = dict(state)
+    bad["blocks.1.ffn.2.bias"] = bad["blocks.1.ffn.2.bias"].clone().index_fill_(0, torch.tensor(3), float("nan"))
+    save_file(bad, pair / "low_noise_model" / WEIGHTS_NAME)
+    before = listing(tmp_path)
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.ffn\.2\.bias"):
+        convert(pair, tmp_path / "out")
+    assert listing(tmp_path) == before
+
+
+def test_a_disk_that_fails_at_the_end_leaves_the_old_experts(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(pair, tmp_path / "out")
+    before, rename = files(tmp_path), Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.name == ".out.partial":
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OutputError, match=r"writing failed \(No space left"):
+        convert(pair, tmp_path / "out", EXACT, overwrite=True)
+    assert files(tmp_path) == before
+
+
+def test_overwriting_two_experts(pair: Path, tmp_path: Path) -> None:
+    convert(pair, tmp_path / "out")
+    with pytest.raises(OutputError, match="exists"):
+        convert(pair, tmp_path / "out", EXACT)
+    convert(pair, tmp_path / "out", EXACT, overwrite=True)
+    assert load_model(tmp_path / "out", subfolder="high_noise_model").config.cached_scalars() == (9, 9, 9)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pair"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    with pytest.raises(OutputError, match="not a model folder"):
+        convert(pair, tmp_path / "mine", overwrite=True)
+
+
+# --- bad input leaves nothing behind ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"kv_rank": 61}, "kv_rank is 61, larger than the layer, which is 60 wide"),
+        ({"q_rank": 61}, "q_rank is 61, larger than the layer"),
+        ({"rope_dim": 22}, "rope_dim is 22, larger than the head, which is 20 wide"),
+        ({"nope_dim": 21}, "nope_dim is 21, larger than the head"),
+        ({"v_dim": 21}, "v_dim is 21, larger than the head"),
+        ({"nope_dim": 18}, "nope_dim 18 and rope_dim 4 are 22 wide together, a head is 20"),
+        ({"layers": "1-3"}, "layer 3 does not exist, the model has 0 to 2"),
+        ({"height": 100}, "height is 100 pixels: give a multiple of 16"),
+    ],
+)
+def test_budgets_larger_than_the_layer(source: Path, tmp_path: Path, recipe: Any, message: str) -> None:
+    before = listing(tmp_path)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        convert(source, tmp_path / "out", ConvertRecipe(**recipe))
+    assert listing(tmp_path) == before
+
+
+def spoil_nan(folder: Path, state: State) -> str:
+    state["blocks.2.self_attn.v.weight"] = state["blocks.2.self_attn.v.weight"].clone()
+    state["blocks.2.self_attn.v.weight"][4, 7] = float("nan")
+    save_file(state, folder / WEIGHTS_NAME)
+    return r"blocks\.2\.self_attn\.v\.weight"
+
+
+def spoil_inf(folder: Path, state: State) -> str:
+    state["head.head.bias"] = state["head.head.bias"] + float("inf")
+    save_file(state, folder / WEIGHTS_NAME)
+    return r"head\.head\.bias"
+
+
+def spoil_zero(folder: Path, state: State) -> str:
+    for name in ("k.weight", "k.bias"):
+        state[f"blocks.1.self_attn.{name}"] = torch.zeros_like(state[f"blocks.1.self_attn.{name}"])
+    save_file(state, folder / WEIGHTS_NAME)
+    return "layer 1 are degenerate"
+
+
+def spoil_shape(folder: Path, state: State) -> str:
+    state["blocks.0.ffn.0.weight"] = torch.ones(44, 59)
+    save_file(state, folder / WEIGHTS_NAME)
+    return r"blocks\.0\.ffn\.0\.weight.*\[44, 59\]"
+
+
+def spoil_truncated(folder: Path, state: State) -> str:
+    data = (folder / WEIGHTS_NAME).read_bytes()
+    (folder / WEIGHTS_NAME).write_bytes(data[:-100])
+    return WEIGHTS_NAME
+
+
+def spoil_empty(folder: Path, state: State) -> str:
+    (folder / WEIGHTS_NAME).unlink()
+    return "holds no weights"
+
+
+def spoil_converted(folder: Path, state: State) -> str:
+    convert(folder, folder.parent / "once")
+    shutil.rmtree(folder)
+    (folder.parent / "once").rename(folder)
+    return "converted already"
+
+
+@pytest.mark.parametrize(
+    "spoil", [spoil_nan, spoil_inf, spoil_zero, spoil_shape, spoil_truncated, spoil_empty, spoil_converted]
+)
+def test_bad_sources(source: Path, state: State, tmp_path: Path, spoil: Callable[[Path, State], str]) -> None:
+    pattern = spoil(source, dict(state))
+    before = listing(tmp_path)
+    with pytest.raises(InputError, match=pattern) as raised:
+        convert(source, tmp_path / "out")
+    assert raised.value.exit_code == 2
+    assert str(source) in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert listing(tmp_path) == before
+
+
+def test_outputs_that_are_taken(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="exists"):
+        convert(source, tmp_path / "out")
+    with pytest.raises(OutputError, match="exists"):
+        convert(source, tmp_path / "out", dry_run=True)
+    with pytest.raises(OutputError, match="holds the source"):
+        convert(source, source, overwrite=True)
+    with pytest.raises(OutputError, match="holds the source"):
+        convert(source, tmp_path, overwrite=True)
+    convert(source, tmp_path / "out", overwrite=True)
+    convert(source, tmp_path / "out", EXACT, overwrite=True)
+    assert load_model(tmp_path / "out").config.cached_scalars() == (9, 9, 9)
+
+
+def test_disk_space_is_checked_before_work(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    shown: list[Any] = []
+    with pytest.raises(OutputError, match="free on its disk"):
+        convert(source, tmp_path / "out", on_plan=shown.append)
+    assert shown == []
+
+
+def test_half_precision_overflow_is_an_error(state: State, save_folder: SaveFolder, tmp_path: Path) -> None:
+    large = dict(state)
+    large["blocks.2.ffn.0.bias"] = large["blocks.2.ffn.0.bias"] + 1e6
+    source = save_folder(large, NATIVE)
+    before = listing(tmp_path)
+    with pytest.raises(ConfigError, match=r"blocks\.2\.ffn\.0\.bias.*does not fit torch\.float16"):
+        convert(source, tmp_path / "out", ConvertRecipe(dtype="float16"))
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("bad", ["quantum", "cuda:99", "meta"])
+def test_a_device_that_is_not_there(source: Path, tmp_path: Path, bad: str) -> None:
+    with pytest.raises(ConfigError, match=bad):
+        convert(source, tmp_path / "out", device=bad)
+
+
+@pytest.mark.parametrize("stage", ["convert", "hash"])
+def test_interruption_leaves_nothing(source: Path, pair: Path, tmp_path: Path, stage: str) -> None:
+    before = listing(tmp_path)
+
+    def interrupt(now: str, done: int, total: int) -> None:
+        if now == stage and done == total:
+            raise KeyboardInterrupt
+
+    for given in (source, pair):
+        with pytest.raises(KeyboardInterrupt):
+            convert(given, tmp_path / "out", progress=interrupt)
+        assert listing(tmp_path) == before
+
+
+def test_dry_run_plans_and_writes_nothing(source: Path, tmp_path: Path) -> None:
+    before = files(tmp_path)
+    report = convert(source, tmp_path / "out", dry_run=True)
+    assert files(tmp_path) == before
+    plan = report.models[0].plan
+    assert (plan.dense_scalars, plan.mla_scalars) == (360, 24)
+    convert(source, tmp_path / "out")
+    with safe_open(tmp_path / "out" / WEIGHTS_NAME, framework="pt") as opened:
+        written = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    assert plan.output_bytes == sum(tensor.nbytes for tensor in written.values())
+    planned = plan.to_json()["tensors"]
+    assert {t["name"]: t["shape"] for t in planned} == {n: list(t.shape) for n, t in written.items()}
+    assert sum(t["converted"] for t in planned) == 3 * 11
+
+
+# --- verification ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def converted(source: Path, tmp_path: Path) -> ConversionReport:
+    return convert(source, tmp_path / "out", LOSSLESS)
+
+
+def tamper(folder: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    tensors = load_file(folder / WEIGHTS_NAME)
+    tensors[name] = change(tensors[name])
+    save_file(tensors, folder / WEIGHTS_NAME)
+
+
+def check(source: Path, report: ConversionReport) -> dict[int, float]:
+    with open_checkpoint(source) as checkpoint:
+        plan = report.models[0].plan
+        found = verify_conversion(checkpoint, report.output, plan, device=torch.device("cpu"))
+    assert found.passed_through == 66
+    return dict(found.attention_errors)
+
+
+def test_verification_sees_one_flipped_bit(source: Path, converted: ConversionReport) -> None:
+    check(source, converted)
+
+    def flip(tensor: Tensor) -> Tensor:
+        tensor.view(torch.int32)[5] ^= 1
+        return tensor
+
+    tamper(converted.output, "blocks.1.cross_attn.q.bias", flip)
+    with pytest.raises(MLAConvertError, match=r"blocks\.1\.cross_attn\.q\.bias") as raised:
+        check(source, converted)
+    assert raised.value.exit_code == 1
+
+
+def test_verification_measures_attention(source: Path, converted: ConversionReport) -> None:
+    """Doubling W_O and its bias doubles the output: an error of one, in that layer only."""
+    for leaf in ("weight", "bias"):
+        tamper(converted.output, f"blocks.1.self_attn.o.{leaf}", lambda t: 2 * t)
+    errors = check(source, converted)
+    assert errors[1] == pytest.approx(1, abs=1e-4)
+    assert max(errors[0], errors[2]) < 1e-5
+    tamper(converted.output, "blocks.1.self_attn.o.bias", lambda t: t * float("inf"))
+    with pytest.raises(MLAConvertError, match="layer 1 is not finite"):
+        check(source, converted)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])  # type: ignore[index]
+
+
+@contextmanager
+def peak_memory() -> Iterator[Callable[[], int]]:
+    """The most anonymous memory taken inside the block, beyond what there was at its start."""
+    start, highest, stop = anonymous_bytes(), [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.002):
+            highest[0] = max(highest[0], anonymous_bytes() - start)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield lambda: highest[0]
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_tensors_pass_through_one_at_a_time(state: State, save_folder: SaveFolder, tmp_path: Path) -> None:
+    """Six tensors of 24 MB: one at a time needs a few copies of one (the check for NaN), not all of them."""
+    width = 100_000
+    wide = dict(state)
+    for i in range(3):
+        wide[f"blocks.{i}.ffn.0.weight"] = torch.ones(width, 60)
+        wide[f"blocks.{i}.ffn.0.bias"] = torch.ones(width)
+        wide[f"blocks.{i}.ffn.2.weight"] = torch.ones(60, width)
+    source = save_folder(wide, NATIVE | {"ffn_dim": width})
+    del wide
+    with peak_memory() as peak:
+        convert(source, tmp_path / "out")
+    assert 0 < peak() < 100e6
+
+
+# --- small parts -----------------------------------------------------------------------------------------------------
+
+
+def test_layer_lists() -> None:
+    assert parse_layers("0-2, 7,5", 8) == (0, 1, 2, 5, 7)
+    assert module._format_layers((0, 1, 2, 5, 7)) == "0-2,5,7"
+    assert module._format_layers((3,)) == "3"
+    for text in ("", "a", "1-", "-1", "1,,2", "3-1", "8"):
+        with pytest.raises(ConfigError, match="layers is"):
+            parse_layers(text, 8)
+
+
+def test_default_videos() -> None:
+    assert default_video(CONFIG)[:2] == (480, 832)
+    assert default_video(CONFIG).vae_stride == 8
+    wan22 = WanConfig(dim=60, num_heads=3, num_layers=1, ffn_dim=4, in_dim=48, out_dim=48)
+    assert default_video(wan22).vae_stride == 16
+    pixels = WanConfig(dim=60, num_heads=3, num_layers=1, ffn_dim=4, in_dim=3, out_dim=3)
+    assert default_video(pixels) == (24, 32, 1, 1)
+
+
+def test_open_models_opens_what_is_there(source: Path, pair: Path) -> None:
+    experts = ["high_noise_model", "low_noise_model"]
+    for given, subfolder, expected in (
+        (source, None, [""]),
+        (pair, None, experts),
+        (pair, experts[1], [""]),
+        (source.parent, "pair/low_noise_model", [""]),
+    ):
+        with open_models(given, subfolder=subfolder) as models:
+            assert list(models) == expected

@@ -1,0 +1,123 @@
+"""What the README shows is what the program does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from mlaconvert.cli import app
+from mlaconvert.config import MLAConfig, MLALayer, WanConfig
+from mlaconvert.convert import load_recipe, recipe_names
+from mlaconvert.families import WanFamily
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "BENCHMARKS.md")
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced code blocks of the README in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Arguments of every `mlaconvert` call that the README shows, in code blocks and in running text."""
+    lines = [line for block in blocks("bash") for line in re.split(r"\n|&&", block)] + re.findall(
+        r"`([^`\n]+)`", README
+    )
+    return [words[1:] for words in (shlex.split(line, comments=True) for line in lines) if words[:1] == ["mlaconvert"]]
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_local_links_resolve(document: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / document).read_text()):
+        if "://" not in target:
+            assert (ROOT / target.partition("#")[0]).exists(), target
+
+
+def test_commands_and_their_flags_exist() -> None:
+    shown = [words for words in commands() if not words[0].startswith("-")]
+    assert {words[0] for words in shown} >= {"analyze", "convert", "demo"}
+    for name, *words in shown:
+        result = invoke(name, "--help")
+        assert result.exit_code == 0, name
+        for flag in (word for word in words if word.startswith("--")):
+            assert re.search(rf"{flag}\b", result.stdout), f"{name} {flag}"
+
+
+def test_flags_named_in_the_text_exist() -> None:
+    texts = "".join(invoke(*name, "--help").stdout for name in ([], ["analyze"], ["convert"]))
+    named = re.findall(r"`(--[a-z-]+)", README)
+    assert named
+    for flag in named:
+        assert re.search(rf"{flag}\b", texts), flag
+
+
+def test_the_three_commands_and_the_python_snippet_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    three = [words for words in commands() if any(word.startswith("tiny") for word in words)]
+    assert [words[0] for words in three] == ["analyze", "convert", "analyze"]
+    for words in three:
+        result = invoke(*words)
+        assert result.exit_code == 0, result.stderr
+    files = {path.name for path in (tmp_path / "tiny-mla").iterdir()}
+    table = README.split("## The output folder")[1].split("```")[0]
+    assert files == set(re.findall(r"^\| `([^`]+)`", table, re.MULTILINE))
+    (snippet,) = blocks("python")
+    scope: dict[str, object] = {}
+    exec(compile(snippet, "README.md", "exec"), scope)
+    assert getattr(scope["velocity"], "shape", None) == getattr(scope["latents"], "shape", ())
+    assert capsys.readouterr().out.count("torch.Size([1, 3, 3, 24, 32])") == 3
+
+
+def test_recipes_are_listed_with_what_they_cache() -> None:
+    section = README.split("## Recipes")[1].split("##")[0]
+    listed = {name: int(count) for name, count in re.findall(r"^\| `(\S+)` \|.*\| (\d+) \|$", section, re.MULTILINE)}
+    recipes = {name: load_recipe(name) for name in recipe_names()}
+    assert listed == {
+        name: (recipe.kv_rank or 0) + (recipe.rope_dim or 0) + (recipe.key_norm == "token")
+        for name, recipe in recipes.items()
+    }
+
+
+def test_the_config_and_the_tensors_are_those_of_the_format() -> None:
+    (shown,) = blocks("json")
+    example = MLAConfig.from_json(json.loads(shown)["mla"], "README.md")
+    latent = example.layers[0]
+    fields = {field.name for cls in (MLAConfig, MLALayer) for field in dataclasses.fields(cls)}
+    format_section = README.split("## The output folder")[1].split("Names follow")[0]
+    assert fields <= set(re.findall(r"\w+", format_section))
+    names: set[str] = set()
+    for key_norm in ("latent", "token"):
+        mla = MLAConfig(q_lora_rank=None, key_norm=key_norm, softmax_scale=1.0, layers=(latent,))
+        config = WanConfig(dim=1536, num_heads=12, num_layers=1, ffn_dim=64, mla=mla)
+        prefix = "blocks.0.self_attn."
+        names |= {name.removeprefix(prefix) for name in WanFamily().expected_shapes(config) if prefix in name}
+    section = README.split("Names follow DeepSeek-V2")[1].split("##")[0]
+    found: set[str] = set()
+    for module, leaf, second in re.findall(r"^\| `(\w+)\.(\w+)`(?:, `\.(\w+)`)?", section, re.MULTILINE):
+        found |= {f"{module}.{one}" for one in (leaf, second) if one}
+    assert found == names
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    (line,) = re.findall(r"^test_command=\$\((.*?)\)", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    read = subprocess.run(
+        ["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    shown = [line for block in blocks("bash") for line in block.splitlines() if "pytest" in line]
+    assert read == shown
+    assert len(shown) == 1
