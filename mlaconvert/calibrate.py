@@ -10,7 +10,6 @@ validation loss. Only the newest chunk's queries count. Bidirectional: all frame
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
@@ -19,14 +18,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mlaconvert.attention import AttentionPlan, DenseAttention, LatentAttention, inverse_rms
 from mlaconvert.config import KeyNorm, MLAConfig, MLALayer, StreamingConfig, WanConfig
 from mlaconvert.data import Clips
-from mlaconvert.errors import InputError
 from mlaconvert.factorize import AttentionWeights, LayerMoments, allocate, factorize_layer, splits
 from mlaconvert.families import Checkpoint
 from mlaconvert.model import Block, Prepared, WanModel, default_chunks
@@ -53,7 +50,7 @@ class Regime:
         return cls(streaming=streaming, timesteps=steps, seed=seed)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; what a moments folder is checked against."""
+        """Plain data, for config.json."""
         return {
             "streaming": dataclasses.asdict(self.streaming) if self.streaming else None,
             "timesteps": [round(t, 4) for t in self.timesteps],
@@ -118,6 +115,11 @@ def _views(frames: int, streaming: StreamingConfig | None) -> Iterator[tuple[lis
         yield seen, (*((sink,) if sink else ()), *older, size)
 
 
+def _some(total: int, wanted: int) -> list[int]:
+    """`wanted` of `total` windows, drawn: a stride would keep step with their order, and see only one kind of them."""
+    return sorted(torch.randperm(total, generator=torch.Generator().manual_seed(0))[:wanted].tolist())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     """What one layer's self-attention reads in one batch of windows."""
@@ -172,8 +174,7 @@ class Sweep:
             self.prepared.append(self.model.prepare(*moved, chunks=window.chunks))
             self.queries.append(window.queries)
         self.hidden = [p.x for p in self.prepared]
-        spread = max(1, len(self.hidden) // max(probes, 1))
-        self.probed = list(range(0, len(self.hidden), spread))[:probes]
+        self.probed = _some(len(self.hidden), probes)
         self.streams: dict[int, list[Tensor]] = {}
         self.velocity_errors: dict[int, float] = {}
 
@@ -285,7 +286,7 @@ def _spin(x: Tensor, turn: Rotary) -> tuple[Tensor, Tensor]:
 class Target:
     """What the layers of a dense model with geometry `config` become, but for how each divides its scalars.
 
-    `nope_dim` None fills a head up to the teacher's width.
+    `nope_dim` is the most unrotated channels of a head; None fills it up to the teacher's width.
     """
 
     config: WanConfig
@@ -298,7 +299,8 @@ class Target:
     def layer(self, budget: int, components: tuple[tuple[int, int], ...]) -> MLALayer:
         """`budget` cached scalars (the key norm aside): these rotary components, the rest latent channels."""
         rope = 2 * sum(count for _, count in components)
-        nope = max(0, self.config.head_dim - rope) if self.nope_dim is None else self.nope_dim
+        room = max(0, self.config.head_dim - rope)
+        nope = room if self.nope_dim is None else min(room, self.nope_dim)
         return MLALayer(
             kv_lora_rank=budget - rope, qk_nope_head_dim=nope, v_head_dim=self.v_dim, rope_components=components
         )
@@ -333,7 +335,7 @@ class Target:
         return module.requires_grad_(False)
 
     def measure(
-        self, layer: Layer, moments: LayerMoments, *, counts: Sequence[int], budgets: Sequence[int], inputs: int = 12
+        self, layer: Layer, moments: LayerMoments, *, counts: Sequence[int], budgets: Sequence[int], inputs: int = 6
     ) -> ErrorTable:
         """The layer converted with each number of rotary components at each budget, W_O refitted, on some inputs."""
         candidates = splits(
@@ -343,7 +345,7 @@ class Target:
             counts=counts,
             rotary_in_content=self.rotary_in_content,
         )
-        some = dataclasses.replace(layer, inputs=layer.inputs[:: max(1, len(layer.inputs) // inputs)])
+        some = dataclasses.replace(layer, inputs=[layer.inputs[i] for i in _some(len(layer.inputs), inputs)])
         errors: dict[int, dict[int, float]] = {}
         for split in candidates:
             measured = errors.setdefault(split.rope // 2, {})
@@ -364,8 +366,11 @@ class ErrorTable:
 
     def best(self, budget: int) -> tuple[float, tuple[tuple[int, int], ...]]:
         """The least error at `budget` scalars, log-linear between measured budgets, and the components that give it."""
+        # Below its smallest measured budget a candidate has too little latent left to guess from.
         found = [
-            (_interpolate(curve, budget), count) for count, curve in self.errors.items() if curve and budget > 2 * count
+            (_interpolate(curve, budget), count)
+            for count, curve in self.errors.items()
+            if curve and min(curve) <= budget and budget > 2 * count
         ]
         error, count = min(found)
         return error, self.components[count]
@@ -396,7 +401,7 @@ def share_budget(
         unit = velocity_errors[index] / table.best(budget)[0] ** 2
         return lambda scalars: unit * table.best(scalars)[0] ** 2
 
-    smallest = max(3, *(2 * min(table.errors) + 1 for table in tables))
+    smallest = max(min(min(curve) for curve in table.errors.values() if curve) for table in tables)
     bounds = (max(smallest, round(budget / spread)), max(budget, round(budget * spread)))
     return allocate([curve(i) for i in range(len(tables))], budget * len(tables), bounds=bounds)
 
@@ -522,8 +527,86 @@ def _sample_scores(
     )
 
 
-def save_moments(folder: Path, index: int, moments: LayerMoments, regime: Regime, source: str) -> None:
-    """Write one layer's moments, float64, as `layer-NNN.safetensors`; `source` is the checkpoint's hash."""
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How each converted layer divides its scalars; its moments lie in `folder`."""
+
+    folder: Path
+    layers: dict[int, MLALayer]
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    clips: Clips,
+    regime: Regime,
+    target: Target,
+    *,
+    layers: Sequence[int],
+    budget: int,
+    adaptive: bool,
+    folder: Path,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Calibration:
+    """First sweep: moments of `layers`, written to `folder`, and the split of `budget` scalars that measures best.
+
+    With `adaptive`, layers share the total by what a scalar buys the model's velocity.
+    """
+    most = max(1, (budget - 1) // 2)
+    counts = sorted({max(1, round(most * share)) for share in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75)})
+    budgets = sorted({max(3, budget // 2), budget, 2 * budget}) if adaptive else [budget]
+    budgets = [min(b, checkpoint.config.dim) for b in budgets]
+    tables: dict[int, ErrorTable] = {}
+    sweep = Sweep(checkpoint, clips, regime, device=device, probes=8 if adaptive else 0)
+    for layer in sweep:
+        if layer.index in layers:
+            moments = layer_moments(layer)
+            save_moments(folder, layer.index, moments)
+            table = target.measure(layer, moments, counts=counts, budgets=budgets)
+            tables[layer.index] = table
+            if adaptive:
+                student = target.convert(layer, target.layer(budget, table.best(budget)[1]), moments)
+                refit_output(layer, student)
+                layer.probe(student)
+        if progress is not None:
+            progress(layer.index + 1, checkpoint.config.num_layers)
+    ordered = [tables[i] for i in sorted(tables)]
+    shares = [budget] * len(ordered)
+    if adaptive:
+        shares = share_budget(ordered, [sweep.velocity_errors[i] for i in sorted(tables)], budget)
+    chosen = {
+        index: target.layer(share, table.best(share)[1])
+        for index, table, share in zip(sorted(tables), ordered, shares, strict=True)
+    }
+    return Calibration(folder=folder, layers=chosen)
+
+
+def refit_layers(
+    checkpoint: Checkpoint,
+    clips: Clips,
+    regime: Regime,
+    target: Target,
+    calibration: Calibration,
+    *,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[int, dict[str, Tensor], dict[str, float]]]:
+    """Second sweep: each layer's tensors, its queries and output refitted, with its attention error by stage."""
+    for layer in Sweep(checkpoint, clips, regime, device=device):
+        if layer.index not in calibration.layers:
+            continue
+        moments = load_moments(calibration.folder, layer.index, device)
+        student = target.convert(layer, calibration.layers[layer.index], moments)
+        errors = {"factorised": attention_error(layer, student)}
+        refit_output(layer, student)
+        errors["output refit"] = attention_error(layer, student)
+        refit_query(layer, student)
+        refit_output(layer, student)
+        errors["query refit"] = attention_error(layer, student)
+        yield layer.index, dict(student.state_dict()), errors
+
+
+def save_moments(folder: Path, index: int, moments: LayerMoments) -> None:
+    """Write one layer's moments, float64, as `layer-NNN.safetensors`."""
     tensors = {
         "mean": moments.mean,
         "covariance": moments.covariance,
@@ -531,29 +614,18 @@ def save_moments(folder: Path, index: int, moments: LayerMoments, regime: Regime
         "query": moments.query,
         "rho": torch.view_as_real(moments.rho),
     }
-    metadata = {"regime": json.dumps(regime.to_json()), "source": source}
-    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, _moments_file(folder, index), metadata)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, _moments_file(folder, index))
 
 
-def load_moments(folder: Path, index: int, regime: Regime, source: str, device: torch.device | str) -> LayerMoments:
-    """Read what `save_moments` wrote. Raises InputError when it is missing or belongs to another model or regime."""
-    path = _moments_file(folder, index)
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: no readable moments of layer {index} ({error}); calibrate again") from None
-    if metadata.get("source") != source:
-        raise InputError(f"{path}: moments of another checkpoint; calibrate this one, or give its own --moments")
-    if json.loads(metadata.get("regime", "null")) != regime.to_json():
-        raise InputError(f"{path}: moments of another window, timesteps or seed; calibrate again")
+def load_moments(folder: Path, index: int, device: torch.device | str = "cpu") -> LayerMoments:
+    """Read what `save_moments` wrote."""
+    tensors = load_file(_moments_file(folder, index), device=str(device))
     return LayerMoments(
         mean=tensors["mean"],
         covariance=tensors["covariance"],
         inverse_norm=float(tensors["inverse_norm"]),
         query=tensors["query"],
-        rho=torch.view_as_complex(tensors["rho"]),
+        rho=torch.complex(*tensors["rho"].unbind(-1)),  # a complex view of a file need not be aligned, and may crash
     )
 
 

@@ -240,8 +240,9 @@ def convert(
     init: Annotated[
         str | None,
         typer.Option(
-            metavar="svd|random|lossless",
-            help="Factorise the weights, draw new ones, or keep everything (a check, saves nothing). Default: svd.",
+            metavar="svd|calibrated|random|lossless",
+            help="Factorise the weights, or in the metric of real inputs (needs clips), draw new ones, or keep "
+            "everything (a check, saves nothing). Default: svd.",
         ),
     ] = None,
     kv_rank: KvRank = None,
@@ -271,6 +272,24 @@ def convert(
             help="RMSNorm on the latent, or the exact key norm for one more cached scalar. Default: latent.",
         ),
     ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="uniform|adaptive",
+            help="Cached scalars alike in all layers, or where they measure best. With --init calibrated. "
+            "Default: adaptive.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Clips for --init calibrated: safetensors with latents and context. Default: its own rollouts.",
+        ),
+    ] = None,
+    clips: Annotated[
+        int | None, typer.Option(metavar="N", help="Clips that --init calibrated reads or generates. Default: 40.")
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="float32, bfloat16 or float16 for all tensors. Default: as in the source."),
@@ -299,6 +318,8 @@ def convert(
         "nope_dim": nope_dim,
         "rope_dim": rope_dim,
         "key_norm": key_norm,
+        "allocation": allocation,
+        "clips": clips,
         "dtype": dtype,
         "layers": layers,
         "seed": seed,
@@ -317,6 +338,7 @@ def convert(
             state_key=state_key,
             config=config,
             device=device,
+            data=data,
             overwrite=overwrite,
             verify=verify,
             dry_run=dry_run,
@@ -334,6 +356,33 @@ def convert(
         for model in report.models:
             out.print(_layer_table(model))
     err.print(_summary(report, time.monotonic() - started), markup=False)
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the converted model and the pictures.")
+    ] = Path("demo"),
+    as_json: Json = False,
+) -> None:
+    """Do the whole job on the small trained model that ships: analyze, convert, compare, show frames. Takes minutes."""
+    from mlaconvert.demo import run_demo
+    from mlaconvert.report import analysis_table, demo_table
+
+    out, err = _console(), _console(stderr=True)
+    started = time.monotonic()
+    with _progress(err) as progress:
+        found = run_demo(output, progress)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        out.print(analysis_table(found.analysis), *map(_layer_table, found.report.models), demo_table(found))
+    err.print(
+        f"done in {time.monotonic() - started:.0f} s; look at {found.sheet} (teacher above, converted below) "
+        f"and {found.movie} (teacher left, converted right); the model is {found.report.output}",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _override(recipe: str | None, options: dict[str, Any]) -> ConvertRecipe:
@@ -439,7 +488,8 @@ def _layer_table(model: ModelReport) -> Table:
     table = Table(title=f"{_titled(model.plan.subfolder)}converted layers")
     rows = [layer.to_json() for layer in model.layers]
     stages = list(rows[0]["errors"]) if rows else []
-    checked = model.verification.attention_errors if model.verification is not None else {}
+    calibrated = model.plan.recipe.init == "calibrated"  # random inputs say nothing of it, and it has real ones
+    checked = model.verification.attention_errors if model.verification is not None and not calibrated else {}
     for name in ("layer", "r_0.99\n\\[K;V]", "energy at\nkv rank", *(f"error\n{stage}" for stage in stages)):
         table.add_column(name, justify="right")
     if checked:
@@ -451,7 +501,11 @@ def _layer_table(model: ModelReport) -> Table:
         table.add_row(*cells)
     table.caption_justify = "left"
     if stages:
-        table.caption = "Relative errors on inputs guessed from the modulation: a proxy, no data was seen."
+        table.caption = (
+            "Relative errors of the attention output on the calibration clips, after each step."
+            if calibrated
+            else "Relative errors on inputs guessed from the modulation: a proxy, no data was seen."
+        )
     return table
 
 

@@ -323,19 +323,22 @@ def default_video(config: WanConfig) -> Video:
     return Video(480, 832, 4, 16 if config.out_dim == 48 else 8)
 
 
-Init = Literal["svd", "random", "lossless"]
-_LOSSLESS_SETS = ("kv_rank", "q_rank", "nope_dim", "rope_dim", "v_dim", "key_norm")
+Init = Literal["svd", "calibrated", "random", "lossless"]
+_LOSSLESS_SETS = ("kv_rank", "q_rank", "nope_dim", "rope_dim", "v_dim", "key_norm", "rotary_in_content")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertRecipe:
     """What `convert` does. A field that is None takes its default from the model (`default_budget`).
 
-    `init`: "svd" factorises the pretrained weights, "random" draws the new ones from `seed`, "lossless" keeps every
-    pair of every head, so that only rounding changes the model; it fixes all widths. `kv_rank`, `nope_dim` and
-    `rope_dim` (scalars), `v_dim` and `q_rank` are the widths of the latent attention; `q_rank` "none" keeps the
-    teacher's query path. `key_norm` as in `MLAConfig` ("latent" by default). `dtype` is that of the output, by
-    default each tensor's own. `layers` ("0-3,7") are converted, the others stay dense.
+    `init`: "svd" factorises the pretrained weights, "calibrated" does so in the metric of the inputs that `clips`
+    clips bring (queries exact and `key_norm` "token" by default), "random" draws the new ones from `seed`, "lossless"
+    keeps every pair of every head, so that only rounding changes the model; it fixes all widths. A calibrated
+    conversion divides `kv_rank` + `rope_dim` scalars a layer by what it measures, and with `allocation` "adaptive" the
+    total between layers as well. `rotary_in_content` as in `MLAConfig` (calibrated: on, otherwise off). `kv_rank`,
+    `nope_dim` and `rope_dim` (scalars), `v_dim` and `q_rank` are the widths of the latent attention; `q_rank` "none"
+    keeps the teacher's query path. `key_norm` as in `MLAConfig` ("latent" by default). `dtype` is that of the output,
+    by default each tensor's own. `layers` ("0-3,7") are converted, the others stay dense.
 
     `streaming` is how the converted model sees time, by default as its source does. With `height` and `width`
     (video pixels), `vae_stride` and, for a bidirectional model, `frames` (latent), it says between which positions
@@ -350,6 +353,9 @@ class ConvertRecipe:
     rope_dim: int | None = None
     v_dim: int | None = None
     key_norm: KeyNorm | None = None
+    rotary_in_content: bool | None = None
+    allocation: Literal["uniform", "adaptive"] | None = None
+    clips: int = 40
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     layers: str | None = None
     seed: int = 0
@@ -362,7 +368,7 @@ class ConvertRecipe:
     def __post_init__(self) -> None:
         if isinstance(self.q_rank, str) and self.q_rank != "none":
             raise ConfigError(f"q_rank is {self.q_rank!r}: give a rank, or none to keep the query path exact")
-        sizes = ("kv_rank", "q_rank", "rope_dim", "v_dim", "frames", "height", "width", "vae_stride")
+        sizes = ("kv_rank", "q_rank", "rope_dim", "v_dim", "clips", "frames", "height", "width", "vae_stride")
         _positive(self, *(name for name in sizes if isinstance(getattr(self, name), int)))
         if self.nope_dim is not None and self.nope_dim < 0:
             raise ConfigError(f"nope_dim is {self.nope_dim}: give 0 or more")
@@ -372,6 +378,8 @@ class ConvertRecipe:
             raise ConfigError(f"seed is {self.seed}: give 0 to {2**32 - 1}")
         if self.layers is not None:
             parse_layers(self.layers, 10**6)
+        if self.allocation is not None and self.init != "calibrated":
+            raise ConfigError(f"allocation {self.allocation} needs measured errors; use init calibrated")
         fixed = [name for name in _LOSSLESS_SETS if getattr(self, name) is not None]
         if self.init == "lossless" and fixed:
             raise ConfigError(f"init lossless keeps everything, so it fixes {fixed[0]}; leave {fixed[0]} out")

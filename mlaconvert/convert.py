@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -26,17 +27,20 @@ from torch import Tensor
 
 from mlaconvert import __version__
 from mlaconvert.attention import AttentionPlan, DenseAttention, LatentAttention
-from mlaconvert.checkpoint import CONFIG_NAME, ModelWriter, TensorSpec, check_finite, experts
+from mlaconvert.calibrate import Calibration, Regime, Target, calibrate, refit_layers
+from mlaconvert.checkpoint import CONFIG_NAME, TINY, ModelWriter, TensorSpec, check_finite, experts
 from mlaconvert.config import (
     ConvertRecipe,
     MLAConfig,
     MLALayer,
+    StreamingConfig,
     WanConfig,
     default_budget,
     default_video,
     parse,
     parse_layers,
 )
+from mlaconvert.data import Clips, load_clips
 from mlaconvert.errors import CheckpointError, ConfigError, MLAConvertError, OutputError, UnsupportedModelError
 from mlaconvert.factorize import (
     AttentionWeights,
@@ -48,10 +52,11 @@ from mlaconvert.factorize import (
     random_layer,
 )
 from mlaconvert.families import Checkpoint, open_checkpoint
-from mlaconvert.model import timestep_embedding
-from mlaconvert.rollout import Sampler
+from mlaconvert.model import load_model, timestep_embedding
+from mlaconvert.rollout import Sampler, rollout
 from mlaconvert.rope import rotary
 from mlaconvert.spectrum import effective_rank, energy_at, gram, singular_values_from_gram
+from mlaconvert.tiny.clips import training_clips
 
 THRESHOLD = 0.99  # share of the energy that the reported effective rank holds
 CONVERSION_NAME = "conversion.json"
@@ -123,16 +128,20 @@ def resolve_recipe(recipe: ConvertRecipe, config: WanConfig) -> ConvertRecipe:
         "vae_stride": recipe.vae_stride or video.vae_stride,
     }
     if recipe.init != "lossless":
-        budget = default_budget(config)
+        budget, calibrated = default_budget(config), recipe.init == "calibrated"
         rope = recipe.rope_dim or budget.qk_rope_head_dim
         changes |= {
             "kv_rank": recipe.kv_rank or budget.kv_lora_rank,
-            "q_rank": recipe.q_rank or budget.q_lora_rank,
-            "nope_dim": max(0, head_dim - rope) if recipe.nope_dim is None else recipe.nope_dim,
+            "q_rank": recipe.q_rank or ("none" if calibrated else budget.q_lora_rank),
+            # A calibrated layer fills its heads up to their width, whatever rotary key it gets.
+            "nope_dim": max(0, head_dim - rope) if recipe.nope_dim is None and not calibrated else recipe.nope_dim,
             "rope_dim": rope,
             "v_dim": recipe.v_dim or head_dim,
-            "key_norm": recipe.key_norm or "latent",
+            "key_norm": recipe.key_norm or ("token" if calibrated else "latent"),
+            "rotary_in_content": calibrated if recipe.rotary_in_content is None else recipe.rotary_in_content,
         }
+        if calibrated:
+            changes["allocation"] = recipe.allocation or "adaptive"
     resolved = dataclasses.replace(recipe, **changes)
     for name, limit, what in (
         ("kv_rank", config.dim, "layer"),
@@ -171,22 +180,28 @@ def _token_grid(recipe: ConvertRecipe, config: WanConfig) -> tuple[int, int]:
     return grid[0], grid[1]
 
 
-def mla_config(recipe: ConvertRecipe, config: WanConfig) -> MLAConfig:
-    """The `mla` section that a resolved recipe makes of a model of geometry `config`."""
+def mla_config(recipe: ConvertRecipe, config: WanConfig, measured: Mapping[int, MLALayer] | None = None) -> MLAConfig:
+    """The `mla` section that a resolved recipe makes of a model of geometry `config`.
+
+    `measured` are the layers that a calibration decided on; without it all are alike.
+    """
     lossless = recipe.init == "lossless"
     if lossless:
         components = tuple((pair, config.num_heads) for pair in range(config.head_dim // 2))
     else:
         components = highest_pairs(config.rope_split, (recipe.rope_dim or 0) // 2)
+    nope = 0 if lossless else max(0, config.head_dim - (recipe.rope_dim or 0))
     layer = MLALayer(
         kv_lora_rank=recipe.kv_rank or config.dim,
-        qk_nope_head_dim=recipe.nope_dim or 0,
+        qk_nope_head_dim=nope if recipe.nope_dim is None else recipe.nope_dim,
         v_head_dim=recipe.v_dim or config.head_dim,
         rope_components=components,
     )
     chosen = parse_layers(recipe.layers or "", config.num_layers)
     calibration = None
-    if recipe.init != "random":
+    if recipe.init == "calibrated":
+        calibration = {"inputs": "clips", "clips": recipe.clips, **Regime.of(recipe.streaming, recipe.seed).to_json()}
+    elif recipe.init != "random":
         height, width = _token_grid(recipe, config)
         streaming = recipe.streaming
         calibration = {
@@ -200,7 +215,8 @@ def mla_config(recipe: ConvertRecipe, config: WanConfig) -> MLAConfig:
         q_lora_rank=recipe.q_rank if isinstance(recipe.q_rank, int) else None,
         key_norm=recipe.key_norm or "token",
         softmax_scale=config.head_dim**-0.5,
-        layers=tuple(layer if i in chosen else None for i in range(config.num_layers)),
+        layers=tuple((measured or {}).get(i, layer) if i in chosen else None for i in range(config.num_layers)),
+        rotary_in_content=bool(recipe.rotary_in_content),
         calibration=calibration,
     )
 
@@ -282,8 +298,16 @@ class ConversionPlan:
         }
 
 
-def plan_conversion(checkpoint: Checkpoint, recipe: ConvertRecipe, *, subfolder: str = "") -> ConversionPlan:
+def plan_conversion(
+    checkpoint: Checkpoint,
+    recipe: ConvertRecipe,
+    *,
+    subfolder: str = "",
+    measured: Mapping[int, MLALayer] | None = None,
+) -> ConversionPlan:
     """Resolve `recipe` for `checkpoint` and list what becomes of every tensor; reads no weights.
+
+    `measured` are the layers that a calibration decided on. Before it, a calibrated plan shows all layers alike.
 
     Raises UnsupportedModelError for a model that is converted already, ConfigError for a recipe that does not fit.
     """
@@ -291,7 +315,7 @@ def plan_conversion(checkpoint: Checkpoint, recipe: ConvertRecipe, *, subfolder:
     if config.mla is not None:
         raise UnsupportedModelError(f"{checkpoint.store.path}: it is converted already; give the dense model")
     resolved = resolve_recipe(recipe, config)
-    target = dataclasses.replace(config, mla=mla_config(resolved, config), streaming=resolved.streaming)
+    target = dataclasses.replace(config, mla=mla_config(resolved, config, measured), streaming=resolved.streaming)
     return ConversionPlan(
         source=_public_name(checkpoint.store.source),
         subfolder=subfolder,
@@ -354,7 +378,8 @@ class LayerReport:
     """What the conversion of one layer found and lost.
 
     `singular_values` are those of the pretrained [W_K; W_V], [D] float64 descending; `errors` are
-    `factorize.Factors.errors`, in the metric of guessed inputs.
+    `factorize.Factors.errors`, in the metric of guessed inputs; of a calibrated layer, the attention output's on the
+    calibration inputs after each step.
     """
 
     layer: int
@@ -416,17 +441,23 @@ def _convert_layer(
             q_lora_rank=mla.q_lora_rank,
             # A generator a layer: a layer comes out the same whichever others are converted.
             generator=torch.Generator().manual_seed((plan.recipe.seed << 16) + layer),
+            rotary_in_content=mla.rotary_in_content,
         )
     else:
         factors = _factorize(checkpoint, plan, weights, layer, time, device)
+    return factors, _layer_report(weights, plan, layer, factors.errors, device)
+
+
+def _layer_report(
+    weights: AttentionWeights, plan: ConversionPlan, layer: int, errors: Mapping[str, float], device: torch.device
+) -> LayerReport:
     joint = gram(weights.k_weight.to(device), weights.v_weight.to(device))
-    report = LayerReport(
+    return LayerReport(
         layer=layer,
-        kv_lora_rank=target.kv_lora_rank,
+        kv_lora_rank=plan.layers[layer].kv_lora_rank,
         singular_values=singular_values_from_gram(joint).cpu(),
-        errors=factors.errors,
+        errors=errors,
     )
-    return factors, report
 
 
 def _factorize(
@@ -452,6 +483,7 @@ def _factorize(
             num_heads=config.num_heads,
             key_norm=mla.key_norm,
             q_lora_rank=mla.q_lora_rank,
+            rotary_in_content=mla.rotary_in_content,
         )
     except (torch.linalg.LinAlgError, LinAlgError):  # type: ignore[attr-defined]
         factors = None
@@ -472,19 +504,23 @@ def _cast(tensor: Tensor, spec: TensorSpec) -> Tensor:
 
 
 def _write_tensors(
-    checkpoint: Checkpoint, plan: ConversionPlan, writer: ModelWriter, device: torch.device, progress: Progress
+    checkpoint: Checkpoint,
+    plan: ConversionPlan,
+    writer: ModelWriter,
+    made: Iterator[tuple[int, Factors, LayerReport]],
+    progress: Progress,
 ) -> tuple[LayerReport, ...]:
-    """Apply the plan tensor by tensor, layer by layer."""
-    time = None if plan.recipe.init == "random" else time_modulation(checkpoint, _timesteps(plan.recipe))
+    """Apply the plan tensor by tensor: what passes through, then layer by layer what `made` brings."""
+    converted: dict[int, list[Operation]] = {layer: [] for layer in plan.layers}
+    for operation in plan.operations:
+        if operation.layer is None:
+            writer.write(operation.spec.name, _cast(_read(checkpoint, operation.canonical), operation.spec))
+        else:
+            converted[operation.layer].append(operation)
     reports: list[LayerReport] = []
     progress("convert", 0, len(plan.layers))
-    for layer, operations in groupby(plan.operations, lambda operation: operation.layer):
-        if layer is None:
-            for operation in operations:
-                writer.write(operation.spec.name, _cast(_read(checkpoint, operation.canonical), operation.spec))
-            continue
-        factors, report = _convert_layer(checkpoint, plan, layer, time, device)
-        for operation in operations:
+    for layer, factors, report in made:
+        for operation in converted[layer]:
             tensor = factors.tensors[operation.canonical.split(".", 3)[3]]
             check_finite(tensor, operation.spec.name, writer.path)
             writer.write(operation.spec.name, _cast(tensor, operation.spec))
@@ -492,6 +528,87 @@ def _write_tensors(
         _return_memory()
         progress("convert", len(reports), len(plan.layers))
     return tuple(sorted(reports, key=lambda report: report.layer))
+
+
+def _from_weights(
+    checkpoint: Checkpoint, plan: ConversionPlan, device: torch.device
+) -> Iterator[tuple[int, Factors, LayerReport]]:
+    """Layers converted from their weights alone, or drawn at random."""
+    time = None if plan.recipe.init == "random" else time_modulation(checkpoint, _timesteps(plan.recipe))
+    for layer in plan.layers:
+        factors, report = _convert_layer(checkpoint, plan, layer, time, device)
+        yield layer, factors, report
+
+
+def _from_clips(
+    checkpoint: Checkpoint, plan: ConversionPlan, clips: Clips, calibration: Calibration, device: torch.device
+) -> Iterator[tuple[int, Factors, LayerReport]]:
+    """Layers converted in the metric of what `clips` bring, and refitted to it."""
+    regime, target = Regime.of(plan.recipe.streaming, plan.recipe.seed), _target(plan)
+    for layer, tensors, errors in refit_layers(checkpoint, clips, regime, target, calibration, device=device):
+        report = _layer_report(checkpoint.attention(layer), plan, layer, errors, device)
+        yield layer, Factors(tensors={name: tensor.cpu() for name, tensor in tensors.items()}, errors=errors), report
+
+
+def _target(plan: ConversionPlan) -> Target:
+    mla, recipe = _mla(plan.config), plan.recipe
+    return Target(
+        config=plan.source_config,
+        key_norm=mla.key_norm,
+        q_lora_rank=mla.q_lora_rank,
+        rotary_in_content=mla.rotary_in_content,
+        v_dim=recipe.v_dim or plan.source_config.head_dim,
+        nope_dim=recipe.nope_dim,
+    )
+
+
+def _calibrate(
+    checkpoint: Checkpoint, plan: ConversionPlan, clips: Clips, folder: Path, device: torch.device, progress: Progress
+) -> Calibration:
+    """Decide how each layer divides its scalars."""
+    recipe = plan.recipe
+    progress("calibrate", 0, plan.config.num_layers)
+    try:
+        return calibrate(
+            checkpoint,
+            clips,
+            Regime.of(recipe.streaming, recipe.seed),
+            _target(plan),
+            layers=sorted(plan.layers),
+            budget=(recipe.kv_rank or 0) + (recipe.rope_dim or 0),
+            adaptive=recipe.allocation == "adaptive",
+            folder=folder,
+            device=device,
+            progress=lambda done, total: progress("calibrate", done, total),
+        )
+    except (torch.linalg.LinAlgError, LinAlgError):  # type: ignore[attr-defined]
+        raise CheckpointError(
+            f"{checkpoint.store.path}: a layer's self-attention is degenerate on these clips and cannot be factorised; "
+            "give more or other clips, or leave the layer dense with --layers"
+        ) from None
+
+
+def calibration_clips(checkpoint: Checkpoint, plan: ConversionPlan, data: Path | None) -> Clips:
+    """Clips of the folder `data`, or without one what the teacher generates from an empty caption.
+
+    The built-in tiny model draws its own clips. Raises InputError when the folder does not fit the model.
+    """
+    config, recipe = plan.source_config, plan.recipe
+    if data is not None:
+        return load_clips(data, config, recipe.clips)
+    if TINY in checkpoint.store.path.parents:
+        return training_clips(recipe.clips)
+    if config.in_dim != config.out_dim:
+        raise ConfigError("an image-to-video model cannot generate its own clips here; give some with --data DIR")
+    height, width = (
+        tokens * patch for tokens, patch in zip(_token_grid(recipe, config), config.patch_size[1:], strict=True)
+    )
+    model = load_model(checkpoint, dtype=torch.float32, streaming=recipe.streaming or StreamingConfig())
+    context = torch.zeros(recipe.clips, 1, config.text_dim)
+    # Published streaming models are few-step students; base models need many steps.
+    sampler = Sampler.few_step() if config.streaming else Sampler.many_step(20)
+    chunks = rollout(model, context, frames=9, height=height, width=width, sampler=sampler, seed=recipe.seed)
+    return Clips(torch.cat([chunk.cpu() for chunk in chunks], 2), context)
 
 
 def _return_memory() -> None:
@@ -587,6 +704,7 @@ def convert(
     state_key: str | None = None,
     config: Path | None = None,
     device: str | torch.device = "cpu",
+    data: Path | None = None,
     overwrite: bool = False,
     verify: bool = False,
     dry_run: bool = False,
@@ -597,7 +715,8 @@ def convert(
 
     `source`, `revision`, `subfolder`, `state_key` and `config` are those of `open_models`; two experts become two
     subfolders. `on_plan` sees each model's plan once all checks have passed and before work starts; a `dry_run` ends
-    there and writes nothing (`output` may then be None). The float64 maths runs on `device`. `verify` reads the output
+    there and writes nothing (`output` may then be None). The maths runs on `device`. `data` is a folder of clips
+    (`mlaconvert.data`) for init "calibrated". `verify` reads the output
     back and compares it.
 
     Raises InputError for bad input, a recipe that does not fit, an output that exists (without `overwrite`) or a disk
@@ -605,6 +724,8 @@ def convert(
     """
     chosen_device, report = resolve_device(str(device)), progress or _silent
     folder = None if output is None else Path(output)
+    if data is not None and (recipe or ConvertRecipe()).init != "calibrated":
+        raise ConfigError(f"--data {data} is only read by init calibrated; leave it out, or give --init calibrated")
     if folder is None and not dry_run:
         raise ConfigError("no folder to write to; give one with -o DIR (output), or --dry-run to see the plan")
     with open_models(source, revision=revision, subfolder=subfolder, state_key=state_key, config=config) as checkpoints:
@@ -620,11 +741,11 @@ def convert(
         if dry_run or folder is None:
             return ConversionReport(output=folder, models=tuple(ModelReport(plan=plan) for plan in plans.values()))
         if "" in plans:
-            models = {"": _convert_model(checkpoints[""], plans[""], folder, chosen_device, overwrite, report)}
+            models = {"": _convert_model(checkpoints[""], plans[""], folder, chosen_device, overwrite, data, report)}
         else:
             with _staged_folder(folder) as staged:
                 models = {
-                    name: _convert_model(checkpoints[name], plan, staged / name, chosen_device, False, report)
+                    name: _convert_model(checkpoints[name], plan, staged / name, chosen_device, False, data, report)
                     for name, plan in plans.items()
                 }
         if verify:
@@ -694,11 +815,20 @@ def _convert_model(
     path: Path,
     device: torch.device,
     overwrite: bool,
+    data: Path | None,
     progress: Progress,
 ) -> ModelReport:
-    specs = [operation.spec for operation in plan.operations]
-    with ModelWriter(path, specs, metadata={"format": "pt"}, overwrite=overwrite) as writer:
-        layers = _write_tensors(checkpoint, plan, writer, device, progress)
+    with tempfile.TemporaryDirectory(prefix="mlaconvert-") as scratch, ExitStack() as stack:
+        if plan.recipe.init == "calibrated":
+            clips = calibration_clips(checkpoint, plan, data)
+            calibration = _calibrate(checkpoint, plan, clips, Path(scratch), device, progress)
+            plan = plan_conversion(checkpoint, plan.recipe, subfolder=plan.subfolder, measured=calibration.layers)
+            made = _from_clips(checkpoint, plan, clips, calibration, device)
+        else:
+            made = _from_weights(checkpoint, plan, device)
+        specs = [operation.spec for operation in plan.operations]
+        writer = stack.enter_context(ModelWriter(path, specs, metadata={"format": "pt"}, overwrite=overwrite))
+        layers = _write_tensors(checkpoint, plan, writer, made, progress)
         total = sum(file.stat().st_size for file in checkpoint.store.files)
         hashed = 0
 

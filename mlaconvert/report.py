@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mlaconvert.analyze import Analysis, DenseSpectra, LatentSpectrum
+from mlaconvert.demo import Demo
 from mlaconvert.errors import OutputError
 from mlaconvert.memory import MemoryPlan
 from mlaconvert.spectrum import cumulative_energy
@@ -241,3 +242,28 @@ def _median(curves: list[list[float]]) -> list[float]:
     length = max(len(curve) for curve in curves)
     padded = torch.tensor([curve + [1.0] * (length - len(curve)) for curve in curves])
     return padded.quantile(0.5, dim=0).tolist()
+
+
+def demo_table(demo: Demo) -> Table:
+    """Teacher and converted model side by side, as the demo measured them."""
+    found = demo.evaluation
+    table = Table(title="The shipped model before and after", caption_justify="left")
+    for name in ("", "teacher", "converted", "change"):
+        table.add_column(name, justify="right" if name else "left")
+    table.add_row(
+        "cache of a window, float32",
+        format_bytes(demo.teacher_bytes),
+        format_bytes(demo.student_bytes),
+        f"-{demo.reduction_percent:.1f}%",
+    )
+    table.add_row(
+        "validation loss, held-back clips",
+        f"{found.teacher_loss:.4f}",
+        f"{found.student_loss:.4f}",
+        f"+{100 * found.excess:.1f}%",
+    )
+    table.add_row("velocity, relative error", "", f"{100 * found.velocity_error:.1f}%", "")
+    layers = " ".join(f"{100 * error:.0f}" for error in found.attention_errors)
+    table.add_row("attention output, error by layer, %", "", layers, "")
+    table.caption = "No training after the conversion. Scenes, noise and noise levels are the same for both."
+    return table

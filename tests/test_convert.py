@@ -25,7 +25,9 @@ from mlaconvert.cache import LatentCache
 from mlaconvert.checkpoint import CONFIG_NAME, WEIGHTS_NAME, ModelWriter, TensorSpec
 from mlaconvert.config import ConvertRecipe, StreamingConfig, WanConfig, default_video, parse_layers
 from mlaconvert.convert import ConversionReport, convert, open_models, time_modulation, verify_conversion
+from mlaconvert.data import Clips
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, MLAConvertError, OutputError
+from mlaconvert.evaluate import evaluate
 from mlaconvert.families import WanFamily, open_checkpoint
 from mlaconvert.model import load_model
 
@@ -707,3 +709,44 @@ def test_open_models_opens_what_is_there(source: Path, pair: Path) -> None:
     ):
         with open_models(given, subfolder=subfolder) as models:
             assert list(models) == expected
+
+
+def test_calibrated_conversion_end_to_end(state: State, save_folder: SaveFolder, tmp_path: Path) -> None:
+    """From clips in a folder: the total is kept, layers differ, and the result is closer than from weights alone."""
+    streaming = {"chunk_frames": 2, "window_frames": 5, "sink_frames": 1, "positions": "window"}
+    source = save_folder(state, NATIVE | {"streaming": streaming})
+    generator = torch.Generator().manual_seed(2)
+    latents = torch.randn(10, CONFIG.out_dim, 6, 4, 6, generator=generator)
+    context = torch.randn(10, 2, CONFIG.text_dim, generator=generator)
+    data = tmp_path / "clips"
+    data.mkdir()
+    save_file({"latents": latents, "context": context}, data / "a.safetensors")
+    common = {"kv_rank": 10, "rope_dim": 6, "key_norm": "token", "q_rank": "none", "height": 32, "width": 48}
+    for name, recipe in (
+        ("svd", ConvertRecipe(init="svd", **common)),
+        ("uniform", ConvertRecipe(init="calibrated", allocation="uniform", clips=10, **common)),
+        ("adaptive", ConvertRecipe(init="calibrated", clips=10, **common)),
+        ("again", ConvertRecipe(init="calibrated", clips=10, **common)),
+    ):
+        convert(source, tmp_path / name, recipe, data=data if recipe.init == "calibrated" else None)
+    teacher = load_model(source)
+    held = Clips(torch.randn(8, CONFIG.out_dim, 5, 4, 6, generator=generator), context[:8])
+    errors = {
+        name: evaluate(teacher, load_model(tmp_path / name), held).velocity_error
+        for name in ("svd", "uniform", "adaptive")
+    }
+    assert errors["uniform"] < errors["svd"]
+    assert errors["adaptive"] < errors["svd"]
+    mla = load_model(tmp_path / "adaptive").config.mla
+    assert mla is not None
+    assert mla.rotary_in_content
+    widths = [layer.kv_lora_rank + layer.qk_rope_head_dim for layer in mla.layers if layer is not None]
+    assert sum(widths) == 3 * 16
+    assert all(layer.qk_nope_head_dim + layer.qk_rope_head_dim <= CONFIG.head_dim for layer in mla.layers if layer)
+    for file in sorted(p.name for p in (tmp_path / "adaptive").iterdir()):
+        assert (tmp_path / "adaptive" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+    with pytest.raises(InputError, match="shards"):
+        convert(source, tmp_path / "none", ConvertRecipe(init="calibrated"), data=tmp_path / "svd" / "missing")
+    with pytest.raises(ConfigError, match="init calibrated"):
+        convert(source, tmp_path / "none", ConvertRecipe(init="svd"), data=data)
+    assert not (tmp_path / "none").exists()

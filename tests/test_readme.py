@@ -68,7 +68,8 @@ def test_the_three_commands_and_the_python_snippet_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    three = [words for words in commands() if any(word.startswith("tiny") for word in words)]
+    # The calibrated one takes minutes; tests/test_convert.py runs it on a smaller model.
+    three = [words for words in commands() if any(word.startswith("tiny") for word in words) and "--init" not in words]
     assert [words[0] for words in three] == ["analyze", "convert", "analyze"]
     for words in three:
         result = invoke(*words)

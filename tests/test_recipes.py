@@ -150,7 +150,7 @@ def test_a_recipe_of_the_lossless_setting() -> None:
         ("q_rank: -1", "q_rank is -1"),
         ("nope_dim: -1", "nope_dim is -1"),
         ("rope_dim: 31", "rope_dim is 31: give an even number"),
-        ("init: magic", "init: Input should be 'svd', 'random' or 'lossless'"),
+        ("init: magic", "init: Input should be 'svd', 'calibrated', 'random' or 'lossless'"),
         ("key_norm: both", "key_norm: Input should be 'latent' or 'token'"),
         ("dtype: int8", "dtype: Input should be 'float32', 'bfloat16' or 'float16'"),
         ("seed: -1", "seed is -1"),

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mlaconvert.data import Clips
+
 HEIGHT, WIDTH = 24, 32
 SHAPES = ("disc", "square", "triangle", "ring")
 COLORS = ("red", "green", "blue", "yellow", "magenta", "cyan", "white", "black")
@@ -20,6 +22,7 @@ TEXTURES = ("stripes", "waves", "checks", "haze")
 SPEEDS = ("slow", "fast")
 VOCABULARY = ("nothing", *SHAPES, *COLORS, *TEXTURES, *SPEEDS)
 CAPTION_LEN = 7  # color shape speed, color shape speed, texture
+HELD_BACK = 2_000_000_000  # training takes its seeds from 1,000,000 on
 EMBEDDINGS = Path(__file__).with_name("captions.safetensors")
 
 _RGB = torch.tensor(
@@ -135,6 +138,24 @@ def embed_captions(tokens: Tensor, tables: dict[str, Tensor] | None = None) -> T
     """
     tables = load_file(EMBEDDINGS) if tables is None else tables
     return tables["words"][tokens] + tables["positions"]
+
+
+def null_context() -> Tensor:
+    """The embedding of an empty caption, [1, CAPTION_LEN, text_dim], for guidance."""
+    return embed_captions(torch.zeros(1, CAPTION_LEN, dtype=torch.long))
+
+
+def held_back(count: int, *, frames: int = 6, seed: int = HELD_BACK) -> Clips:
+    """Clips that training never drew, with their captions."""
+    scenes = sample_scenes(count, seed)
+    return Clips(scenes.draw(torch.arange(frames)), embed_captions(scenes.tokens()))
+
+
+def training_clips(count: int, *, frames: int = 9, seed: int = 1_000_000) -> Clips:
+    """Clips that training drew from, at any time of their scene, with their captions."""
+    scenes = sample_scenes(count, seed)
+    start = torch.randint(0, 60, (count, 1), generator=torch.Generator().manual_seed(seed))
+    return Clips(scenes.draw(start + torch.arange(frames)), embed_captions(scenes.tokens()))
 
 
 def words(tokens: Tensor) -> str:
