@@ -27,7 +27,9 @@ from mlaconvert.model import Block, WanModel
 from mlaconvert.rollout import add_noise, warp
 from mlaconvert.tiny.clips import CAPTION_LEN, VOCABULARY, embed_captions, sample_scenes
 
-STEPS, BATCH, WARM_UP, PEAK_RATE, EMA = 7500, 16, 200, 2e-3, 0.999
+BATCH, WARM_UP, PEAK_RATE, EMA = 16, 200, 2e-3, 0.999
+# First everything; then mostly chunks behind a clean past, which is what a rollout asks for.
+FIRST, STEPS, SECOND_RATE = 7500, 9900, 1.2e-3
 CONFIG = WanConfig(
     dim=192,
     num_heads=6,
@@ -118,9 +120,12 @@ def batch(step: int) -> tuple[Tensor, Tensor, tuple[int, ...], Tensor, Tensor]:
         times = torch.cat((torch.zeros(BATCH, 1), gap + torch.arange(1, 7)), 1)
     clips = scenes.draw(times + torch.randint(0, 60, (BATCH, 1), generator=g))
     count = len(chunks)
-    level = warp(torch.rand(BATCH, count, generator=g))
+    second = step >= FIRST
+    level = warp(torch.rand(BATCH, count, generator=g), 3.0 if second else 5.0)
     # Half of the clips: everything before one chunk is clean, as the cache is in a rollout.
-    clean_before = torch.randint(0, count, (BATCH, 1), generator=g) * (torch.rand(BATCH, 1, generator=g) < 0.6)
+    clean_before = torch.randint(0, count, (BATCH, 1), generator=g) * (
+        torch.rand(BATCH, 1, generator=g) < (0.95 if second else 0.6)
+    )
     clean = torch.arange(count) < clean_before
     level = level.masked_fill(clean, 0.0).repeat_interleave(torch.tensor(chunks), 1)
     # A rollout's own past is not quite clean: perturb it a little, without saying so.
@@ -158,10 +163,12 @@ def initialise(model: WanModel) -> None:
 
 
 def learning_rate(step: int) -> float:
-    """Linear warm-up, then cosine down to a thousandth."""
-    if step < WARM_UP:
-        return PEAK_RATE * (step + 1) / WARM_UP
-    return PEAK_RATE * max(0.001, 0.5 + 0.5 * math.cos(math.pi * (step - WARM_UP) / (STEPS - WARM_UP)))
+    """Linear warm-up, then cosine down to a thousandth; once for each part."""
+    start, end, peak = (0, FIRST, PEAK_RATE) if step < FIRST else (FIRST, STEPS, SECOND_RATE)
+    if step < start + WARM_UP:
+        return peak * (step - start + 1) / WARM_UP
+    share = (step - start - WARM_UP) / (end - start - WARM_UP)
+    return peak * max(0.001, 0.5 + 0.5 * math.cos(math.pi * share))
 
 
 def export(folder: Path, average: dict[str, Tensor], tables: dict[str, Tensor], curve: list[list[float]]) -> None:

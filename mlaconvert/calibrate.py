@@ -24,7 +24,7 @@ from torch import Tensor
 from mlaconvert.attention import AttentionPlan, DenseAttention, LatentAttention, inverse_rms
 from mlaconvert.config import KeyNorm, MLAConfig, MLALayer, StreamingConfig, WanConfig
 from mlaconvert.data import Clips
-from mlaconvert.factorize import AttentionWeights, LayerMoments, allocate, factorize_layer, splits
+from mlaconvert.factorize import AttentionWeights, LayerMoments, allocate, choose_components, factorize_layer
 from mlaconvert.families import Checkpoint
 from mlaconvert.model import Block, Prepared, WanModel, default_chunks
 from mlaconvert.rollout import Sampler, add_noise, warp
@@ -302,7 +302,10 @@ class Target:
         room = max(0, self.config.head_dim - rope)
         nope = room if self.nope_dim is None else min(room, self.nope_dim)
         return MLALayer(
-            kv_lora_rank=budget - rope, qk_nope_head_dim=nope, v_head_dim=self.v_dim, rope_components=components
+            kv_lora_rank=min(budget - rope, self.config.dim),  # wider than the model, a latent holds nothing more
+            qk_nope_head_dim=nope,
+            v_head_dim=self.v_dim,
+            rope_components=components,
         )
 
     def mla(self, layers: Sequence[MLALayer | None], calibration: dict[str, Any] | None = None) -> MLAConfig:
@@ -338,23 +341,16 @@ class Target:
         self, layer: Layer, moments: LayerMoments, *, counts: Sequence[int], budgets: Sequence[int], inputs: int = 6
     ) -> ErrorTable:
         """The layer converted with each number of rotary components at each budget, W_O refitted, on some inputs."""
-        candidates = splits(
-            layer.weights,
-            moments,
-            num_heads=self.config.num_heads,
-            counts=counts,
-            rotary_in_content=self.rotary_in_content,
-        )
+        components = choose_components(layer.weights, moments, num_heads=self.config.num_heads, counts=counts)
         some = dataclasses.replace(layer, inputs=[layer.inputs[i] for i in _some(len(layer.inputs), inputs)])
-        errors: dict[int, dict[int, float]] = {}
-        for split in candidates:
-            measured = errors.setdefault(split.rope // 2, {})
+        errors: dict[int, dict[int, float]] = {count: {} for count in counts}
+        for count, kept in zip(counts, components, strict=True):
             for budget in budgets:
-                if budget > split.rope:
-                    student = self.convert(some, self.layer(budget, split.components), moments)
+                if budget > 2 * count:
+                    student = self.convert(some, self.layer(budget, kept), moments)
                     refit_output(some, student)
-                    measured[budget] = attention_error(some, student)
-        return ErrorTable(components={split.rope // 2: split.components for split in candidates}, errors=errors)
+                    errors[count][budget] = attention_error(some, student)
+        return ErrorTable(components=dict(zip(counts, components, strict=True)), errors=errors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -387,13 +383,18 @@ def _interpolate(curve: dict[int, float], budget: int) -> float:
 
 
 def share_budget(
-    tables: Sequence[ErrorTable], velocity_errors: Sequence[float], budget: int, *, spread: float = 2.0
+    tables: Sequence[ErrorTable],
+    velocity_errors: Sequence[float],
+    budget: int,
+    *,
+    largest: int,
+    spread: float = 2.0,
 ) -> list[int]:
     """Scalars of each layer, `budget` on average, from measured errors.
 
     A layer's squared attention error counts by what it did to the model's velocity when that layer alone was converted
     at `budget` scalars (`Sweep.velocity_errors`). No layer gets less than 1/spread or more than `spread` times the
-    average.
+    average, and none more than `largest`.
     """
 
     def curve(index: int) -> Callable[[int], float]:
@@ -402,7 +403,7 @@ def share_budget(
         return lambda scalars: unit * table.best(scalars)[0] ** 2
 
     smallest = max(min(min(curve) for curve in table.errors.values() if curve) for table in tables)
-    bounds = (max(smallest, round(budget / spread)), max(budget, round(budget * spread)))
+    bounds = (max(smallest, round(budget / spread)), min(largest, max(budget, round(budget * spread))))
     return allocate([curve(i) for i in range(len(tables))], budget * len(tables), bounds=bounds)
 
 
@@ -555,7 +556,8 @@ def calibrate(
     most = max(1, (budget - 1) // 2)
     counts = sorted({max(1, round(most * share)) for share in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75)})
     budgets = sorted({max(3, budget // 2), budget, 2 * budget}) if adaptive else [budget]
-    budgets = [min(b, checkpoint.config.dim) for b in budgets]
+    largest = max(budget, checkpoint.config.dim)  # no latent is wider than the model
+    budgets = [b for b in budgets if b <= largest]
     tables: dict[int, ErrorTable] = {}
     sweep = Sweep(checkpoint, clips, regime, device=device, probes=8 if adaptive else 0)
     for layer in sweep:
@@ -573,7 +575,7 @@ def calibrate(
     ordered = [tables[i] for i in sorted(tables)]
     shares = [budget] * len(ordered)
     if adaptive:
-        shares = share_budget(ordered, [sweep.velocity_errors[i] for i in sorted(tables)], budget)
+        shares = share_budget(ordered, [sweep.velocity_errors[i] for i in sorted(tables)], budget, largest=largest)
     chosen = {
         index: target.layer(share, table.best(share)[1])
         for index, table, share in zip(sorted(tables), ordered, shares, strict=True)

@@ -252,66 +252,22 @@ def factorize_layer(
     return Factors(tensors=tensors | _norms(w, key_norm, layer.kv_lora_rank), errors=errors)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """One way to divide a layer's cached scalars: these rotary components, and a latent of any rank.
-
-    `lost` is the squared output error of rotations given up, `tail[r]` [D + 1] that of content keys and values that
-    a latent of rank r misses. Both are in units of E|attention output|^2, so they add.
-    """
-
-    components: tuple[tuple[int, int], ...]
-    lost: float
-    tail: Tensor
-
-    @property
-    def rope(self) -> int:
-        return 2 * sum(count for _, count in self.components)
-
-    def error(self, budget: int) -> float:
-        """Squared output error at `budget` scalars in all; infinite where no latent channel is left."""
-        rank = budget - self.rope
-        return self.lost + float(self.tail[min(rank, len(self.tail) - 1)]) if rank > 0 else float("inf")
-
-
-def splits(
-    weights: AttentionWeights,
-    moments: LayerMoments,
-    *,
-    num_heads: int,
-    counts: Sequence[int],
-    rotary_in_content: bool = False,
-) -> list[Split]:
-    """What `counts` rotary components each leave to the latent, the components chosen by what they buy.
+def choose_components(
+    weights: AttentionWeights, moments: LayerMoments, *, num_heads: int, counts: Sequence[int]
+) -> list[tuple[tuple[int, int], ...]]:
+    """The best rotary components, for each number of them in `counts`: (pair, count) in ascending pair order.
 
     A component (pair f, its r-th singular triple) buys sigma_r^2 (1 - |rho_f|^2): the energy whose rotation is lost
     without it, less what a constant mean rotation keeps.
     """
     dense = _Dense.of(weights, moments, num_heads)
-    dim, importance = len(moments.mean), dense.importance()
-    turned = 1 - moments.rho.abs().square()
+    importance, turned = dense.importance(), 1 - moments.rho.abs().square()
     gains = []
     for pair in range(importance.shape[1]):
         _, _, sigma = _components(dense, importance, pair)
         gains += [(float(value.square() * turned[pair]), pair) for value in sigma]
     gains.sort(reverse=True)
-    eye = torch.eye(dense.head_dim, dtype=torch.float64, device=moments.mean.device).expand(num_heads, -1, -1)
-    key_weight, value_weight = dense.key_weight(eye), symmetric_root(dense.out.mT @ dense.out)
-    found = []
-    for count in sorted({min(count, len(gains)) for count in counts}):
-        kept = Counter(pair for _, pair in gains[:count])
-        components = tuple(sorted(kept.items()))
-        shared, _, content, _ = _shared_rotary_keys(dense, components)
-        weighted = (
-            torch.cat((key_weight @ content[..., :dim], value_weight @ dense.value), 1).flatten(0, 1) @ dense.root
-        )
-        if rotary_in_content:
-            held = torch.linalg.qr((shared[:, :dim] @ dense.root).mT).Q
-            weighted = weighted - (weighted @ held) @ held.mT
-        energy = torch.linalg.eigvalsh(weighted.mT @ weighted).clamp_min(0)
-        tail = torch.cat((energy.cumsum(0).flip(0), energy.new_zeros(1))).cpu()
-        found.append(Split(components=components, lost=sum(gain for gain, _ in gains[count:]), tail=tail))
-    return found
+    return [tuple(sorted(Counter(pair for _, pair in gains[:count]).items())) for count in counts]
 
 
 def allocate(curves: Sequence[Callable[[int], float]], total: int, *, bounds: tuple[int, int]) -> list[int]:

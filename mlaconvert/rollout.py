@@ -81,6 +81,7 @@ def rollout(
     sampler: Sampler,
     seed: int = 0,
     null_context: Tensor | None = None,
+    prefix: Tensor | None = None,
     streaming: StreamingConfig | None = None,
     cache_dtype: torch.dtype | None = None,
     on_step: Callable[[], None] | None = None,
@@ -89,7 +90,9 @@ def rollout(
 
     `context` [B, T, text_dim]; `null_context` likewise for guidance other than 1. The noise depends on `seed` alone,
     so that two models can be compared from the same noise. Every chunk is denoised, then run once at timestep 0 to
-    write its clean keys and values. Raises InputError when guidance has no null context.
+    write its clean keys and values. A `prefix` [B, out_dim, F, height, width] of whole chunks is taken as given and
+    continued; `frames` counts it. Raises InputError when guidance has no null context, or for a prefix that is not
+    whole chunks of this size.
     """
     streaming = streaming or model.config.streaming or StreamingConfig()
     guided = sampler.guidance != 1
@@ -124,9 +127,22 @@ def rollout(
         conditional, unconditional = out.chunk(2)
         return torch.lerp(unconditional, conditional, sampler.guidance)
 
+    given = 0 if prefix is None else prefix.shape[2]
+    if prefix is not None and (prefix.shape != (batch, model.config.out_dim, given, height, width) or given > frames):
+        raise InputError(
+            f"the prefix is {list(prefix.shape)}; expected {[batch, model.config.out_dim]} x frames x size"
+        )
+    if given % streaming.chunk_frames:
+        raise InputError(f"the prefix has {given} frames; give whole chunks of {streaming.chunk_frames}")
     start = 0
     for count in default_chunks(frames, streaming):
         x = noise(count)
+        if prefix is not None and start < given:
+            x = prefix[:, :, start : start + count].to(x)
+            velocity(x, 0.0, start)
+            yield x
+            start += count
+            continue
         levels = [*(t / 1000 for t in sampler.timesteps), 0.0]
         for now, after in pairwise(levels):
             flow = velocity(x, 1000 * now, start)

@@ -14,6 +14,7 @@ from mlaconvert.cache import LatentCache
 from mlaconvert.config import KeyNorm, MLAConfig, MLALayer, StreamingConfig, WanConfig
 from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.model import WanModel
+from mlaconvert.rollout import Sampler, rollout
 from mlaconvert.rope import Rotary, angles
 
 H, W = 4, 6  # latent pixels, 6 tokens a frame
@@ -196,3 +197,34 @@ def test_frames_of_another_size_are_refused() -> None:
     cache = LatentCache(model.config, batch=1, height=H, width=W)
     with pytest.raises(InputError, match="tokens"):
         model(torch.zeros(1, 3, 3, H, W + 2), torch.zeros(1), torch.zeros(1, 2, 9), cache=cache)
+
+
+def test_a_rollout_continues_what_it_is_given() -> None:
+    """The given chunk comes back as it was, and what follows depends on it."""
+    model = make_model(make_config("token", StreamingConfig(chunk_frames=2, window_frames=5)))
+    prefix, _, context = inputs(2)
+
+    def run(given: Tensor | None) -> Tensor:
+        chunks = rollout(
+            model, context, frames=6, height=H, width=W, sampler=Sampler.few_step((1000, 400)), prefix=given
+        )
+        return torch.cat(list(chunks), 2)
+
+    found = run(prefix)
+    assert torch.equal(found[:, :, :2], prefix)
+    assert found.shape[2] == 6
+    assert relative(run(prefix.flip(0))[:, :, 2:], found[:, :, 2:]) > 1e-3
+    # By hand: the clean pass of the prefix, then the second chunk's two steps from the noise of its place.
+    noise = torch.Generator().manual_seed(0)
+    torch.randn(prefix.shape, generator=noise)
+    x, cache = torch.randn(prefix.shape, generator=noise), LatentCache(model.config, batch=2, height=H, width=W)
+    model(prefix, torch.zeros(2), context, cache=cache)
+    levels = [t / 1000 for t in Sampler.few_step((1000, 400)).timesteps]
+    clean = x - levels[0] * model(x, torch.full((2,), 1000 * levels[0]), context, cache=cache, start_frame=2)
+    x = (1 - levels[1]) * clean + levels[1] * torch.randn(prefix.shape, generator=noise)
+    x = x - levels[1] * model(x, torch.full((2,), 1000 * levels[1]), context, cache=cache, start_frame=2)
+    assert relative(found[:, :, 2:4], x) < 1e-5
+    with pytest.raises(InputError, match="whole chunks"):
+        run(prefix[:, :, :1])
+    with pytest.raises(InputError, match="prefix is"):
+        run(prefix[:1])

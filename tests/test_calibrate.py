@@ -94,7 +94,7 @@ def nth(sweep: Sweep, index: int) -> Layer:
     return next(layer for layer in sweep if layer.index == index)
 
 
-def make_layer(seed: int, *, batch: int = 2, anisotropic: bool = False) -> Layer:
+def make_layer(seed: int, *, batch: int = 2) -> Layer:
     """A layer of random weights beside its inputs: a full window of five frames, and one of three."""
     attention = DenseAttention(CONFIG).double().requires_grad_(False)
     randomize(attention, seed)
@@ -102,8 +102,6 @@ def make_layer(seed: int, *, batch: int = 2, anisotropic: bool = False) -> Layer
              for name, p in attention.named_parameters()}  # fmt: skip
     g = torch.Generator().manual_seed(100 + seed)
     mixing = torch.randn(DIM, DIM, generator=g, dtype=torch.float64)
-    if anisotropic:
-        mixing = mixing * torch.logspace(0, -2, DIM, dtype=torch.float64)[:, None]
     inputs = []
     for frames, queries in ((5, 2), (3, 1)):
         x = torch.randn(batch, frames * TOKENS, DIM, generator=g, dtype=torch.float64) @ mixing
@@ -238,12 +236,17 @@ def test_bidirectional_windows_are_whole_clips() -> None:
 # --- sweep -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("streaming", [STREAMING, None])
-def test_a_sweep_is_the_models_own_forward(folder: Path, both_ways: Path, streaming: StreamingConfig | None) -> None:
-    """One layer's weights at a time, and in the end the velocities of the whole model."""
-    source, clips = folder if streaming else both_ways, make_clips(3)
+def test_a_sweep_is_the_models_own_forward(
+    folder: Path, both_ways: Path, streaming: StreamingConfig | None, own: bool
+) -> None:
+    """One layer's weights at a time, and in the end the velocities of the whole model, in any regime."""
+    source, clips = folder if (streaming is not None) == own else both_ways, make_clips(3)
     regime = dataclasses.replace(FEW, streaming=streaming)
     model = load_model(source, dtype=torch.float64)
+    assert (model.config.streaming == streaming) == own
+    model.config = dataclasses.replace(model.config, streaming=streaming)
     captured: list[Tensor] = []
     model.blocks[1].self_attn.register_forward_pre_hook(lambda _, given: captured.append(given[0]))  # type: ignore[union-attr]
     expected = [model(w.latents, w.timestep, w.context, chunks=w.chunks) for w in windows(clips, regime)]
@@ -255,9 +258,12 @@ def test_a_sweep_is_the_models_own_forward(folder: Path, both_ways: Path, stream
             assert layer.weights.k_weight.shape == (DIM, DIM)
             assert torch.equal(layer.weights.k_weight.double(), layer.attention.k.weight)
             if layer.index == 1:
-                assert [relative(i.x, x) < EXACT for i, x in zip(layer.inputs, captured, strict=True)]
-                for inputs, w in zip(layer.inputs, windows(clips, regime), strict=True):
+                for inputs, x, w in zip(layer.inputs, captured, windows(clips, regime), strict=True):
+                    assert relative(inputs.x, x) < EXACT
                     assert inputs.x.shape[1] - inputs.first_query == TOKENS * w.queries
+                    # Queries that count see every key: moments rely on it.
+                    mask = inputs.plan.mask
+                    assert mask is None or bool(mask[inputs.first_query :].all())
         assert all(p.is_meta for p in sweep.model.blocks.parameters())
         assert sweep.velocity_errors == {}
     assert len(expected) == len(sweep.hidden) == (8 if streaming else 2)
@@ -403,6 +409,20 @@ def lossy(layer: Layer, budget: int = 13, *, q_rank: int | None = None, shared: 
           key_norm: KeyNorm = "token") -> LatentAttention:  # fmt: skip
     made = target(key_norm, q_rank=q_rank, shared=shared)
     return made.convert(layer, made.layer(budget, SMALL), layer_moments(layer))
+
+
+def test_attention_error_is_of_counted_queries() -> None:
+    """Relative Frobenius over all windows at once: what earlier queries get does not matter."""
+    layer = make_layer(6)
+    student = lossy(layer)
+    missed, whole = [], []
+    for batch in layer.inputs:
+        teacher, found = layer.attention(batch.x, batch.plan), student(batch.x, batch.plan)
+        missed.append((found - teacher)[:, batch.first_query :].flatten())
+        whole.append(teacher[:, batch.first_query :].flatten())
+    expected = float(torch.cat(missed).norm() / torch.cat(whole).norm())
+    assert attention_error(layer, student) == pytest.approx(expected, rel=1e-9)
+    assert 0.05 < expected < 0.9
 
 
 @pytest.mark.parametrize("ridge", [1e-5, 1e-3, 0.3])
@@ -588,7 +608,8 @@ def test_layer_arithmetic() -> None:
     )
     assert made.layer(50, EVERY).qk_nope_head_dim == 0
     assert made.layer(50, EVERY).kv_lora_rank == 8
-    assert dataclasses.replace(made, nope_dim=9).layer(13, SMALL).qk_nope_head_dim == 9
+    assert dataclasses.replace(made, nope_dim=5).layer(13, SMALL).qk_nope_head_dim == 5
+    assert dataclasses.replace(made, nope_dim=9).layer(13, SMALL).qk_nope_head_dim == min(9, WIDTH - 6)
     section = target("latent", q_rank=9, shared=True).mla([made.layer(13, SMALL), None], {"clips": 3})
     assert section.softmax_scale == pytest.approx(WIDTH**-0.5)
     assert (section.q_lora_rank, section.key_norm, section.rotary_in_content) == (9, "latent", True)
@@ -651,12 +672,16 @@ def test_best_split_by_hand() -> None:
         components={2: two, 4: four, 5: ((1, 5),)},
         errors={2: {6: 0.4, 10: 0.1}, 4: {9: 0.3, 12: 0.03}, 5: {}},
     )
-    assert table.best(6) == (pytest.approx(0.4), two)
-    assert table.best(8) == (pytest.approx(0.2), two)  # the geometric mean; four components were not measured there
-    assert table.best(9) == (pytest.approx(0.4 * 0.25**0.75), two)
-    assert table.best(11) == (pytest.approx(0.3 * 0.1 ** (2 / 3)), four)
-    assert table.best(12) == (pytest.approx(0.03), four)
-    assert table.best(15) == (pytest.approx(0.003), four)
+    for budget, error, components in (
+        (6, 0.4, two),
+        (8, 0.2, two),  # the geometric mean; four components were not measured there
+        (9, 0.4 * 0.25**0.75, two),
+        (11, 0.3 * 0.1 ** (2 / 3), four),
+        (12, 0.03, four),
+        (15, 0.003, four),
+    ):
+        assert table.best(budget)[0] == pytest.approx(error)
+        assert table.best(budget)[1] == components
     with pytest.raises(ValueError):
         table.best(5)
     lone = ErrorTable(components={2: two}, errors={2: {7: 0.2}})
@@ -673,15 +698,18 @@ def falling(start: float, smallest: int = 4, halving: float = 5.0) -> ErrorTable
 def test_budgets_are_shared_by_what_layers_lose() -> None:
     """Equal slopes: budgets differ by halving / 2 * log2 of the ratio of sensitivities, whatever the tables' units."""
     tables, sensitive = [falling(1.0), falling(7.0), falling(0.2)], (1.0, 8.0, 0.5)
-    found = share_budget(tables, sensitive, 20)
+    found = share_budget(tables, sensitive, 20, largest=99)
     assert sum(found) == 60
     assert found[1] - found[0] == pytest.approx(2.5 * 3, abs=1.5)
     assert found[0] - found[2] == pytest.approx(2.5 * 1, abs=1.5)
-    assert share_budget(tables, (3.0, 3.0, 3.0), 20) == [20, 20, 20]
-    wide = share_budget(tables[:2], (1.0, 1e9), 20)
+    assert share_budget(tables, (3.0, 3.0, 3.0), 20, largest=99) == [20, 20, 20]
+    wide = share_budget(tables[:2], (1.0, 1e9), 20, largest=99)
     assert wide == [10, 30]  # half of the average, or nothing less than the rest allows
-    assert share_budget([falling(1.0)] * 3, (1.0, 1e9, 1e9), 20, spread=1.25) == [16, 22, 22]
-    assert share_budget([falling(1.0, 17), falling(1.0)], (1.0, 1e9), 20) == [17, 23]  # no less than was measured
+    assert share_budget([falling(1.0)] * 3, (1.0, 1e9, 1e9), 20, largest=99, spread=1.25) == [16, 22, 22]
+    assert share_budget([falling(1.0, 17), falling(1.0)], (1.0, 1e9), 20, largest=99) == [
+        17,
+        23,
+    ]  # no less than was measured
 
 
 # --- moments on disk -------------------------------------------------------------------------------------------------
@@ -736,7 +764,7 @@ def test_calibration_beats_a_guess_from_weights(folder: Path, key_norm: KeyNorm)
     with open_checkpoint(folder) as checkpoint:
         fresh = [layer.inputs for layer in make_sweep(checkpoint, make_clips(4, seed=9), regime)]
         for layer, unseen in zip(make_sweep(checkpoint, make_clips(8), regime), fresh, strict=True):
-            modulation = (shared + model.blocks[layer.index].modulation)[:, :2]  # type: ignore[operator]
+            modulation = (shared + model.blocks[layer.index].modulation)[:, :2]
             guessed = modulation_moments(layer.weights, modulation, num_heads=HEADS, eps=CONFIG.eps, rho=rho)
             shape = made.layer(18, SMALL)
             measured, guess = (made.convert(layer, shape, m) for m in (layer_moments(layer), guessed))
@@ -788,3 +816,9 @@ def test_two_sweeps_convert_a_model(save_folder: SaveFolder, tmp_path: Path, ada
                 table = made.measure(layer, layer_moments(layer), counts=counts, budgets=[14])
                 least = min(curve[14] for curve in table.errors.values() if curve)
                 assert table.errors[counts[1]][14] < 1.02 * least
+
+
+def test_no_layer_gets_more_than_the_model_is_wide() -> None:
+    table = falling(1.0)
+    assert share_budget([table, table], (1.0, 1e9), 20, largest=23) == [17, 23]
+    assert target().layer(DIM + 9, SMALL).kv_lora_rank == DIM

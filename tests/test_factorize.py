@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from itertools import product
+from itertools import combinations_with_replacement, product
 from typing import Any
 
 import pytest
@@ -22,13 +22,13 @@ from mlaconvert.factorize import (
     affine_root,
     allocate,
     cholesky,
+    choose_components,
     factorize_layer,
     highest_pairs,
     leading_directions,
     mean_rotation,
     modulation_moments,
     random_layer,
-    splits,
 )
 from mlaconvert.rope import angles, rotary
 
@@ -185,21 +185,21 @@ def test_rotary_keys_that_serve_content_lose_less() -> None:
     assert relative(outputs[1], outputs[0]) < 1e-6
 
 
-def test_splits_count_what_conversions_lose() -> None:
-    """Each candidate's tail and loss against the conversion that it describes."""
+def test_components_are_chosen_by_what_losing_their_rotation_costs() -> None:
+    """Against every set of three components: the chosen one leaves the least energy without its rotation."""
     weights = make_weights()
     m = moments(weights)
-    for shared in (False, True):
-        for split in splits(weights, m, num_heads=HEADS, counts=(0, 3, 7), rotary_in_content=shared):
-            layer = lossy(kv_lora_rank=9, qk_nope_head_dim=WIDTH, rope_components=split.components)
-            made = factorize_layer(
-                weights, layer, m, num_heads=HEADS, key_norm="token", q_lora_rank=None, rotary_in_content=shared
-            )
-            every = splits(weights, m, num_heads=HEADS, counts=[split.rope // 2])[0].tail[0]
-            assert made.errors["content"] ** 2 * float(every) == pytest.approx(float(split.tail[9]), rel=1e-6)
-    rotations = [split.lost for split in splits(weights, m, num_heads=HEADS, counts=range(1, 30))]
-    assert rotations == sorted(rotations, reverse=True)
-    assert rotations[-1] < 0.1 * rotations[0]
+    (chosen,) = choose_components(weights, m, num_heads=HEADS, counts=[3])
+
+    def lost(pairs: tuple[int, ...]) -> float:
+        kept = tuple(sorted((pair, pairs.count(pair)) for pair in set(pairs)))
+        return convert(weights, lossy(rope_components=kept)).errors["unrotated"]
+
+    every = combinations_with_replacement(range(WIDTH // 2), 3)
+    best = min(every, key=lost)
+    assert chosen == tuple(sorted((pair, best.count(pair)) for pair in set(best)))
+    whole = choose_components(weights, m, num_heads=HEADS, counts=[WIDTH // 2 * HEADS])
+    assert whole == [tuple((pair, HEADS) for pair in range(WIDTH // 2))]
 
 
 def test_allocation_against_every_possibility() -> None:
