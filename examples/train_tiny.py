@@ -122,7 +122,7 @@ def batch(step: int) -> tuple[Tensor, Tensor, tuple[int, ...], Tensor, Tensor]:
     count = len(chunks)
     second = step >= FIRST
     level = warp(torch.rand(BATCH, count, generator=g), 3.0 if second else 5.0)
-    # Half of the clips: everything before one chunk is clean, as the cache is in a rollout.
+    # Often everything before one chunk is clean, as the cache is in a rollout.
     clean_before = torch.randint(0, count, (BATCH, 1), generator=g) * (
         torch.rand(BATCH, 1, generator=g) < (0.95 if second else 0.6)
     )

@@ -140,6 +140,9 @@ def resolve_recipe(recipe: ConvertRecipe, config: WanConfig) -> ConvertRecipe:
             "key_norm": recipe.key_norm or ("token" if calibrated else "latent"),
             "rotary_in_content": calibrated if recipe.rotary_in_content is None else recipe.rotary_in_content,
         }
+        streaming = recipe.streaming or config.streaming
+        if calibrated and streaming is not None and streaming.positions == "absolute":
+            raise ConfigError("init calibrated counts frames from a window's sink; set streaming.positions to window")
         if calibrated:
             changes["allocation"] = recipe.allocation or "adaptive"
     resolved = dataclasses.replace(recipe, **changes)

@@ -20,12 +20,12 @@ from mlaconvert.evaluate import Evaluation, evaluate
 from mlaconvert.families import open_checkpoint
 from mlaconvert.model import WanModel, load_model
 from mlaconvert.rollout import Sampler, rollout
-from mlaconvert.tiny.clips import HEIGHT, WIDTH, embed_captions, held_back, null_context, sample_scenes
+from mlaconvert.tiny.clips import HEIGHT, HELD_BACK, WIDTH, embed_captions, held_back, null_context, sample_scenes
 
 FRAMES = 60
 CAPTIONS = 3
 STEPS = 12
-GUIDANCE = 2.0
+GUIDANCE = 1.5
 SCALE = 4  # screen pixels per pixel of the tiny videos
 CLIPS = 64
 
@@ -78,7 +78,7 @@ def run_demo(output: Path, progress: Progress) -> Demo:
     evaluation = evaluate(teacher, student, held_back(CLIPS))
     progress("evaluate", 1, 1)
     chunk = (teacher.config.streaming or StreamingConfig()).chunk_frames
-    total, done = 2 * (FRAMES // chunk) * (STEPS + 1), 0
+    total, done = 2 * ((FRAMES // chunk - 1) * (STEPS + 1) + 1), 0
 
     def step() -> None:
         nonlocal done
@@ -101,16 +101,21 @@ def run_demo(output: Path, progress: Progress) -> Demo:
 
 
 def generate(model: WanModel, on_step: Callable[[], None] | None = None) -> Tensor:
-    """Rollouts [CAPTIONS, 3, FRAMES, HEIGHT, WIDTH] of held-back captions, from the same noise for every model."""
-    context = embed_captions(sample_scenes(CAPTIONS, 3_000_000_001).tokens())
+    """Videos [CAPTIONS, 3, FRAMES, HEIGHT, WIDTH] that continue the first chunk of held-back clips.
+
+    The noise is the same for every model.
+    """
+    scenes = sample_scenes(CAPTIONS, HELD_BACK + 1)
+    chunk = (model.config.streaming or StreamingConfig()).chunk_frames
     chunks = rollout(
         model,
-        context,
+        embed_captions(scenes.tokens()),
         frames=FRAMES,
         height=HEIGHT,
         width=WIDTH,
         sampler=Sampler.many_step(STEPS, guidance=GUIDANCE),
         null_context=null_context(),
+        prefix=scenes.draw(torch.arange(chunk)),
         on_step=on_step,
     )
     return torch.cat(list(chunks), 2)

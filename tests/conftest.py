@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+
+# OpenMP threads that spin while they wait make small matrices crawl when another process needs a core; read at import.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,0 +1,58 @@
+"""Put the tiny model's training loss and a strip of its rollouts on record.
+
+    python examples/show_tiny.py                       # writes examples/tiny.png
+
+Below the loss, three 60-frame rollouts: three given frames of a held-back clip and what the model makes of them, every
+sixth frame, above the clip itself; then two videos from noise and a caption alone.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from mlaconvert import tiny
+from mlaconvert.demo import CAPTIONS, FRAMES, GUIDANCE, STEPS, contact_sheet, generate
+from mlaconvert.model import load_model
+from mlaconvert.rollout import Sampler, rollout
+from mlaconvert.tiny.clips import HEIGHT, HELD_BACK, WIDTH, embed_captions, null_context, sample_scenes
+
+
+def main() -> None:
+    model, record = load_model("tiny"), json.loads((Path(tiny.__file__).parent / "training.json").read_text())
+    scenes = sample_scenes(CAPTIONS, HELD_BACK + 1)
+    fresh = rollout(
+        model,
+        embed_captions(sample_scenes(2, HELD_BACK + 2).tokens()),
+        frames=FRAMES,
+        height=HEIGHT,
+        width=WIDTH,
+        sampler=Sampler.many_step(STEPS, guidance=GUIDANCE),
+        null_context=null_context(),
+    )
+    strips = [
+        contact_sheet([generate(model), scenes.draw(torch.arange(FRAMES))]),
+        contact_sheet([torch.cat(list(fresh), 2)]),
+    ]
+    figure = Figure(figsize=(10, 10), layout="constrained")
+    axes = figure.subplots(3, 1, height_ratios=[1.2, 3, 1])
+    steps, losses = zip(*record["curve"], strict=True)
+    axes[0].plot(steps, losses, linewidth=1)
+    axes[0].set(xlabel="step", ylabel="training loss (MSE of velocity)", ylim=(0.06, 0.25))
+    for axis, strip, title in zip(
+        axes[1:],
+        strips,
+        ("continued (above) and drawn (below), every sixth frame", "from noise and a caption"),
+        strict=True,
+    ):
+        axis.imshow(strip)
+        axis.set_title(title, fontsize=10)
+        axis.set_axis_off()
+    figure.savefig(Path(__file__).with_name("tiny.png"), dpi=110)
+
+
+if __name__ == "__main__":
+    main()
