@@ -228,7 +228,8 @@ def factorize_layer(
     latent = affine(down, -down @ mean)  # [rank, D + 1], of mean zero and identity covariance
     source = torch.cat((latent, read))  # what keys and values are built from
     whitened = source[:, :dim] @ root
-    up = torch.linalg.lstsq(whitened.mT, (joint @ root).flatten(0, 1).mT).solution.mT.unflatten(0, (num_heads, -1))
+    # Not lstsq: with more rows than the model is wide, torch's gives another answer at every call.
+    up = (joint @ root) @ torch.linalg.pinv(whitened)  # [H, nope + v, columns of kv_b_proj]
     offset = source[:, :dim] @ mean + source[:, dim]  # the source at the mean input
     key_bias = content[..., dim] + content[..., :dim] @ mean - up[:, :nope] @ offset  # [H, nope]
     value_bias = value_map @ w.v_bias.unflatten(0, (num_heads, -1)).unsqueeze(-1)

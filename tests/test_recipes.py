@@ -41,7 +41,7 @@ SHIPPED = {
     "self-forcing-1.3b": (WAN_1B, 192 + 32 + 1),
     "wan21-t2v-14b": (WAN_14B, 714 + 32 + 1),
     "wan22-ti2v-5b": (WAN_5B, 416 + 32 + 1),
-    "tiny": (TINY, 20 + 8 + 1),
+    "tiny": (TINY, 19 + 8 + 1),
 }
 
 
@@ -72,11 +72,14 @@ def test_shipped_recipes_fit_their_models(name: str) -> None:
     plan = plan_conversion(shapes_only(config), recipe)
     assert plan.config.cached_scalars() == (scalars,) * config.num_layers
     less = 1 - plan.mla_scalars / plan.dense_scalars
-    assert less > (0.926 if name != "tiny" else 0.924)
+    assert less > 0.926
     # Written out in the file, the widths are still those that the model would get by default.
     default = resolve_recipe(ConvertRecipe(), config)
     same = ("kv_rank", "rope_dim", "nope_dim", "v_dim", "vae_stride")
-    assert {n: getattr(plan.recipe, n) for n in same} == {n: getattr(default, n) for n in same}
+    expected = {n: getattr(default, n) for n in same}
+    if name == "tiny":  # one channel less makes room for the key norm: 92.7%, as at real widths
+        expected["kv_rank"] -= 1
+    assert {n: getattr(plan.recipe, n) for n in same} == expected
     # Every tensor outside self-attention passes through; every planned shape is the family's.
     shapes = WanFamily().expected_shapes(plan.config)
     assert {o.canonical: o.spec.shape for o in plan.operations} == shapes
