@@ -14,6 +14,7 @@ import math
 from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -138,6 +139,12 @@ class Layer:
     attention: DenseAttention
     inputs: list[Inputs]
     replacement: LatentAttention | None = field(default=None)
+
+    @cached_property
+    def expected(self) -> list[Tensor]:
+        """The teacher's attention output of each batch's counted queries [B, n, D]; every candidate is held to it."""
+        with torch.no_grad():
+            return [self.attention(batch.x, batch.plan)[:, batch.first_query :] for batch in self.inputs]
 
     def probe(self, attention: LatentAttention) -> None:
         """Ask the sweep what the model's velocity loses when this layer alone is converted."""
@@ -411,8 +418,8 @@ def share_budget(
 def attention_error(layer: Layer, student: LatentAttention) -> float:
     """Frobenius error of the counted queries' attention output, relative to the teacher's."""
     error = power = 0.0
-    for batch in layer.inputs:
-        expected = layer.attention(batch.x, batch.plan)[:, batch.first_query :].double()
+    for batch, teacher in zip(layer.inputs, layer.expected, strict=True):
+        expected = teacher.double()
         found = student(batch.x, batch.plan)[:, batch.first_query :].double()
         error += float((found - expected).square().sum())
         power += float(expected.square().sum())
@@ -425,8 +432,8 @@ def refit_output(layer: Layer, student: LatentAttention, *, ridge: float = RIDGE
     dim, width = student.o.weight.shape
     eye = torch.eye(width, dtype=torch.float64, device=student.o.weight.device)
     gram, cross = eye.new_zeros(width + 1, width + 1), eye.new_zeros(width + 1, dim)
-    for batch in layer.inputs:
-        expected = layer.attention(batch.x, batch.plan)[:, batch.first_query :].flatten(0, 1).double()
+    for batch, teacher in zip(layer.inputs, layer.expected, strict=True):
+        expected = teacher.flatten(0, 1).double()
         heads = student.heads(batch.x, batch.plan)[:, batch.first_query :].flatten(0, 1).double()
         features = torch.cat((heads, torch.ones_like(heads[:, :1])), 1)
         gram += features.mT @ features
