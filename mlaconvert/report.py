@@ -1,4 +1,4 @@
-"""What people see of an analysis or a memory plan: rich tables and one PNG."""
+"""What people see of an analysis, a conversion or a memory plan: rich tables and one PNG."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mlaconvert.analyze import Analysis, DenseSpectra, LatentSpectrum
+from mlaconvert.convert import ConversionPlan, ModelReport
 from mlaconvert.demo import Demo
 from mlaconvert.errors import OutputError
 from mlaconvert.memory import MemoryPlan
@@ -35,6 +36,11 @@ def format_bytes(count: int) -> str:
         value, unit = value / 1024, unit + 1
     digits = 0 if unit == 0 or value >= 100 or value.is_integer() else 1 if value >= 10 else 2
     return f"{value:.{digits}f} {_UNITS[unit]}"
+
+
+def titled(name: str) -> str:
+    """What a line or a title begins with when there are several models: the subfolder's name."""
+    return f"{name}: " if name else ""
 
 
 def _percent(share: float) -> str:
@@ -105,6 +111,50 @@ def analysis_table(analysis: Analysis) -> Table:
     summary = analysis.summary()
     for row in ("min", "median", "max"):
         table.add_row(row, *(write(getattr(summary[name], row)) for _, name, write in columns), style="bold")
+    return table
+
+
+def tensor_table(plan: ConversionPlan) -> Table:
+    """The new tensors of the first converted layer, which stand for all, and what passes through."""
+    first = min(plan.layers)
+    table = Table(title=f"Tensors of each converted layer (here layer {first})")
+    table.add_column("tensor")
+    for name in ("shape", "dtype", "size"):
+        table.add_column(name, justify="right")
+    for operation in plan.operations:
+        if operation.layer == first:
+            spec = operation.spec
+            shape, dtype = " x ".join(map(str, spec.shape)), str(spec.dtype).removeprefix("torch.")
+            table.add_row(spec.name, shape, dtype, format_bytes(spec.nbytes))
+    passed = [operation.spec.nbytes for operation in plan.operations if operation.layer is None]
+    table.add_section()
+    table.add_row(f"{len(passed)} tensors that pass through", "", "", format_bytes(sum(passed)))
+    return table
+
+
+def layer_table(model: ModelReport) -> Table:
+    """One row a converted layer: how compressible it was, and what the factors miss."""
+    table = Table(title=f"{titled(model.plan.subfolder)}converted layers")
+    rows = [layer.to_json() for layer in model.layers]
+    stages = list(rows[0]["errors"]) if rows else []
+    calibrated = model.plan.recipe.init == "calibrated"  # random inputs say nothing of it, and it has real ones
+    checked = model.verification.attention_errors if model.verification is not None and not calibrated else {}
+    for name in ("layer", "r_0.99\n\\[K;V]", "energy at\nkv rank", *(f"error\n{stage}" for stage in stages)):
+        table.add_column(name, justify="right")
+    if checked:
+        table.add_column("attention\noutput", justify="right")
+    for row in rows:
+        cells = [str(row["layer"]), str(row["effective_rank"]), f"{100 * row['energy_at_kv_rank']:.1f}%"]
+        cells += [f"{row['errors'][stage]:.3g}" for stage in stages]
+        cells += [f"{checked[row['layer']]:.3g}"] if checked else []
+        table.add_row(*cells)
+    table.caption_justify = "left"
+    if stages:
+        table.caption = (
+            "Relative errors of the attention output on the calibration clips, after each step."
+            if calibrated
+            else "Relative errors on inputs guessed from the modulation: a proxy, no data was seen."
+        )
     return table
 
 

@@ -1,0 +1,87 @@
+"""The command line: thin wiring, one file a command.
+
+Data goes to stdout, everything else to stderr. torch and all that needs it are imported inside the commands, so that
+--help answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from mlaconvert import __version__
+from mlaconvert.cli.analyze import analyze
+from mlaconvert.cli.convert import convert
+from mlaconvert.cli.demo import demo
+from mlaconvert.errors import MLAConvertError
+
+# The root of Typer's own errors (usage, bad values), which it prints itself and does not export.
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+class _Group(TyperGroup):
+    """Turns exceptions of every command into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, _UsageError, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+        except Exception as error:
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            if isinstance(error, MLAConvertError):
+                typer.echo(f"error: {error}", err=True)
+                raise typer.Exit(error.exit_code) from None
+            first = (str(error).strip().splitlines() or [""])[0][:300]
+            typer.echo(f"error: unexpected {type(error).__name__}: {first} (--debug shows where)", err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    name="mlaconvert",
+    help="Convert Wan-family video diffusion transformers to Multi-Head Latent Attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Entry point of the `mlaconvert` command."""
+    # OpenMP threads that spin while they wait make linear algebra far slower when another process needs a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A polite kill cleans up like Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mlaconvert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    pass
+
+
+for command in (analyze, convert, demo):
+    app.command()(command)

@@ -1,0 +1,98 @@
+"""mlaconvert analyze"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlaconvert.cli.options import ConfigFile, Device, Json, KvRank, Layers, Revision, Source, StateKey, Subfolder
+from mlaconvert.cli.show import console, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from mlaconvert.families import Checkpoint
+    from mlaconvert.memory import MemoryPlan
+
+
+def analyze(
+    checkpoint: Source,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    state_key: StateKey = None,
+    config: ConfigFile = None,
+    kv_rank: KvRank = None,
+    threshold: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of the energy, 0 to 1, that an effective rank holds.")
+    ] = 0.99,
+    layers: Layers = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw the spectra as a PNG of 1600 x 750 pixels. Default: no plot."),
+    ] = None,
+    height: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Video height of the memory plan, in pixels. Default: 480 (tiny: 24)."),
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Video width of the memory plan, in pixels. Default: 832 (tiny: 32)."),
+    ] = None,
+    batch: Annotated[int, typer.Option(metavar="N", help="Videos that the memory plan runs at once.")] = 1,
+    window_frames: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Latent frames that the cache holds. Default: the model's window, else 7."),
+    ] = None,
+    gpu_gb: Annotated[
+        float | None,
+        typer.Option(metavar="GB", help="GPU memory in GiB, to plan what fits on it. Default: not planned."),
+    ] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Show how compressible the attention weights are, and what their cache takes in memory."""
+    from mlaconvert import analyze as analysis
+    from mlaconvert.config import ConvertRecipe, StreamingConfig, default_video, parse_layers
+    from mlaconvert.convert import mla_config, open_models, resolve_device, resolve_recipe
+    from mlaconvert.memory import plan_memory
+    from mlaconvert.report import analysis_table, memory_table, plot_analysis, titled
+
+    def plan(model: Checkpoint) -> MemoryPlan:
+        geometry, video = model.config, default_video(model.config)
+        recipe = ConvertRecipe(kv_rank=kv_rank, height=height, width=width)
+        return plan_memory(
+            geometry,
+            geometry.mla or mla_config(resolve_recipe(recipe, geometry), geometry),
+            height=height or video.height,
+            width=width or video.width,
+            window_frames=window_frames or (geometry.streaming or StreamingConfig()).window_frames,
+            batch=batch,
+            vae_stride=(video.frame_stride, video.vae_stride, video.vae_stride),
+            gpu_gb=gpu_gb,
+        )
+
+    chosen_device, out, err = resolve_device(device), console(), console(stderr=True)
+    data: dict[str, Any] = {}
+    with open_models(checkpoint, revision=revision, subfolder=subfolder, state_key=state_key, config=config) as models:
+        for name, model in models.items():
+            err.print(f"{titled(name)}{model.describe()}", markup=False)
+            memory = plan(model)
+            with progress_bar(err) as progress:
+                found = analysis.analyze(
+                    model,
+                    kv_rank=kv_rank,
+                    threshold=threshold,
+                    layers=parse_layers(layers, model.config.num_layers) if layers is not None else None,
+                    device=chosen_device,
+                    progress=partial(progress, "analyze"),
+                )
+            if plot is not None:
+                path = plot.with_stem(f"{plot.stem}-{name}") if name else plot
+                plot_analysis(found, path)
+                err.print(f"plot written to {path}", markup=False)
+            data[name] = found.to_json() | {"memory": memory.to_json()}
+            if not as_json:
+                out.print(analysis_table(found), memory_table(memory))
+    if as_json:
+        print_json(data.get("", {"experts": data}))

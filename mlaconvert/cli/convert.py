@@ -1,0 +1,200 @@
+"""mlaconvert convert"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlaconvert.cli.options import ConfigFile, Device, Json, KvRank, Layers, Revision, Source, StateKey, Subfolder
+from mlaconvert.cli.show import console, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mlaconvert.config import ConvertRecipe
+    from mlaconvert.convert import ConversionPlan, ConversionReport
+
+
+def convert(
+    checkpoint: Source,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder to write; it must not exist yet. Default: none, for --dry-run.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Recipe file, or the name of a shipped recipe. Options override it. Default: none."
+        ),
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            metavar="svd|calibrated|random|lossless",
+            help="Factorise the weights, or in the metric of real inputs (needs clips), draw new ones, or keep "
+            "everything (a check, saves nothing). Default: svd.",
+        ),
+    ] = None,
+    kv_rank: KvRank = None,
+    q_rank: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|none",
+            help="Channels of the query latent, or none to keep queries exact. Default: half the width, 768 at 1536.",
+        ),
+    ] = None,
+    nope_dim: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Unrotated score channels of a head. Default: a head less --rope-dim, 96 of 128."
+        ),
+    ] = None,
+    rope_dim: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Rotated score channels, shared by all heads. Default: a quarter head, 32 of 128."
+        ),
+    ] = None,
+    key_norm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="latent|token",
+            help="RMSNorm on the latent, or the exact key norm for one more cached scalar. Default: latent.",
+        ),
+    ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="uniform|adaptive",
+            help="Cached scalars alike in all layers, or where they measure best. With --init calibrated. "
+            "Default: adaptive.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Clips for --init calibrated: safetensors with latents and context. Default: its own rollouts.",
+        ),
+    ] = None,
+    clips: Annotated[
+        int | None, typer.Option(metavar="N", help="Clips that --init calibrated reads or generates. Default: 40.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="float32, bfloat16 or float16 for all tensors. Default: as in the source."),
+    ] = None,
+    layers: Layers = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of --init random. Default: 0.")] = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    state_key: StateKey = None,
+    config: ConfigFile = None,
+    device: Device = "cpu",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the plan; write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder DIR.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the output back and compare it with the source.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a checkpoint to latent attention, into a new model folder."""
+    from mlaconvert import convert as conversion
+    from mlaconvert.report import layer_table
+
+    options = {
+        "init": init,
+        "kv_rank": kv_rank,
+        "q_rank": int(q_rank) if q_rank is not None and q_rank.isdecimal() else q_rank,
+        "nope_dim": nope_dim,
+        "rope_dim": rope_dim,
+        "key_norm": key_norm,
+        "allocation": allocation,
+        "clips": clips,
+        "dtype": dtype,
+        "layers": layers,
+        "seed": seed,
+    }
+    resolved = _override(recipe, {name: value for name, value in options.items() if value is not None})
+    out, err = console(), console(stderr=True)
+    plans = out if dry_run and not as_json else err
+    started = time.monotonic()
+    with progress_bar(err) as progress:
+        report = conversion.convert(
+            checkpoint,
+            output,
+            resolved,
+            revision=revision,
+            subfolder=subfolder,
+            state_key=state_key,
+            config=config,
+            device=device,
+            data=data,
+            overwrite=overwrite,
+            verify=verify,
+            dry_run=dry_run,
+            on_plan=lambda plan: _print_plan(plans, plan, details=dry_run),
+            progress=progress,
+        )
+    if as_json:
+        print_json(
+            {"output": report.output and str(report.output), "models": [model.to_json() for model in report.models]}
+        )
+    if dry_run:
+        err.print("dry run: nothing was written")
+        return
+    if not as_json:
+        for model in report.models:
+            out.print(layer_table(model))
+    err.print(_summary(report, time.monotonic() - started), markup=False)
+
+
+def _override(recipe: str | None, options: dict[str, Any]) -> ConvertRecipe:
+    """The recipe of that name (or the defaults) with the given options on top."""
+    from mlaconvert.config import ConvertRecipe, parse
+    from mlaconvert.convert import load_recipe
+
+    base = load_recipe(recipe) if recipe is not None else ConvertRecipe()
+    return parse(ConvertRecipe, dataclasses.asdict(base) | options, "options")
+
+
+def _print_plan(console: Console, plan: ConversionPlan, *, details: bool) -> None:
+    """What will be done; with details, every new tensor of a converted layer."""
+    from mlaconvert.report import format_bytes, tensor_table, titled
+
+    recipe, less = plan.recipe, 100 * (1 - plan.mla_scalars / plan.dense_scalars)
+    layer = next(iter(plan.layers.values()))
+    queries = "exact" if recipe.q_rank in (None, "none") else f"rank {recipe.q_rank}"
+    norm = plan.config.mla.key_norm if plan.config.mla is not None else ""
+    streaming = plan.config.streaming
+    sees = f"streaming, window of {streaming.window_frames} latent frames" if streaming else "bidirectional"
+    lines = (
+        f"{titled(plan.subfolder)}{plan.source}",
+        f"  model    {plan.description}",
+        f"  convert  layers {recipe.layers}, init {recipe.init}, {sees}",
+        f"  widths   latent {layer.kv_lora_rank}, rotary {layer.qk_rope_head_dim}, unrotated "
+        f"{layer.qk_nope_head_dim}, value {layer.v_head_dim}, queries {queries}, key norm {norm}",
+        f"  cache    {plan.dense_scalars:,} -> {plan.mla_scalars:,} scalars a token ({-less:+.1f}%)",
+        f"  weights  {format_bytes(plan.source_bytes)} -> {format_bytes(plan.output_bytes)}",
+    )
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
+    if details:
+        console.print(tensor_table(plan))
+
+
+def _summary(report: ConversionReport, seconds: float) -> str:
+    checked = [model.verification for model in report.models if model.verification is not None]
+    lines = [f"written to {report.output} in {seconds:.1f} s"]
+    if checked:
+        count = sum(verification.passed_through for verification in checked)
+        lines.append(f"verified: {count} tensors are the source's bit for bit, every attention output is finite")
+    return "\n".join(lines)

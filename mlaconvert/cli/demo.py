@@ -1,0 +1,38 @@
+"""mlaconvert demo"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlaconvert.cli.options import Json
+from mlaconvert.cli.show import console, print_json, progress_bar
+
+
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the converted model and the pictures.")
+    ] = Path("demo"),
+    as_json: Json = False,
+) -> None:
+    """Do the whole job on the small trained model that ships: analyze, convert, compare, show frames. Takes minutes."""
+    from mlaconvert.demo import run_demo
+    from mlaconvert.report import analysis_table, demo_table, layer_table
+
+    out, err = console(), console(stderr=True)
+    started = time.monotonic()
+    with progress_bar(err) as progress:
+        found = run_demo(output, progress)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        out.print(analysis_table(found.analysis), *map(layer_table, found.report.models), demo_table(found))
+    err.print(
+        f"done in {time.monotonic() - started:.0f} s; look at {found.sheet} (teacher above, converted below) "
+        f"and {found.movie} (teacher left, converted right); the model is {found.report.output}",
+        markup=False,
+        soft_wrap=True,
+    )

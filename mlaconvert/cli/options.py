@@ -1,0 +1,47 @@
+"""Options that several commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A .safetensors or .pt file, a model folder, a Hub id (user/repo), or the built-in model `tiny`.",
+        show_default=False,
+    ),
+]
+Revision = Annotated[
+    str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a Hub id. Default: its main branch.")
+]
+Subfolder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Folder inside the checkpoint, such as one of two experts. Default: both experts, or the one model.",
+    ),
+]
+StateKey = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY",
+        help="State dict of a .pt file. Default: generator_ema, generator, model, or none, whichever comes first.",
+    ),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="config.json to use. Default: the one beside the weights."),
+]
+KvRank = Annotated[
+    int | None,
+    typer.Option(
+        "--kv-rank", metavar="N", help="Channels of the KV latent. Default: the paper's, 192 at width 1536, scaled."
+    ),
+]
+Layers = Annotated[str | None, typer.Option(metavar="LIST", help="Layers to take, such as 0-3,7. Default: all.")]
+Device = Annotated[str, typer.Option(metavar="NAME", help="Device of the float64 maths: cpu, cuda or cuda:N.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
