@@ -5,8 +5,9 @@ Shapes: B batch, N query tokens, M key tokens, H heads, D head width, r latent r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,16 +15,20 @@ from torch import Tensor, nn
 
 from mlaconvert.cache import LayerCache, WindowView
 from mlaconvert.config import MLAConfig, MLALayer, WanConfig
-from mlaconvert.rope import Rotary, rotate
+from mlaconvert.errors import InputError
+from mlaconvert.rope import Rope, Rotary
 
-AttentionMode = Literal["expanded", "absorbed"]
+AttentionMode = Literal["auto", "expanded", "absorbed"]
+# What a device computes while it moves one byte, roughly: H100 and H200 in bfloat16 do 200 to 300 FLOPs, a CPU core 10.
+FLOPS_PER_BYTE = {"cuda": 200.0, "cpu": 10.0}
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
     """What all layers of one forward pass share: rotations, who sees whom, and where the cache is written.
 
-    `mask` is bool [N, M], True where a query sees a key; None where every query sees every key.
+    `mask` is bool [N, M], True where a query sees a key; None where every query sees every key. `turns` are the
+    rotations of queries and keys for pairs that were selected beforehand.
     """
 
     query_rotary: Rotary
@@ -31,6 +36,12 @@ class AttentionPlan:
     mask: Tensor | None = None
     window: WindowView | None = None
     mode: AttentionMode = "expanded"
+    turns: Mapping[tuple[int, ...], tuple[Rotary, Rotary]] = field(default_factory=dict)
+
+    def select(self, pairs: tuple[int, ...]) -> tuple[Rotary, Rotary]:
+        """The rotations of queries and of keys for these pairs."""
+        found = self.turns.get(pairs)
+        return found or (self.query_rotary.select(pairs), self.key_rotary.select(pairs))
 
     def remember(self, cache: LayerCache | None, *new: Tensor) -> tuple[Tensor, ...]:
         """Put the chunk's tensors into the cache and return the window's; without a cache, `new` itself."""
@@ -48,7 +59,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * inverse_rms(x, self.eps).to(x.dtype) * self.weight
+        if x.dtype != self.weight.dtype:  # the fused kernels want one dtype
+            return x * inverse_rms(x, self.eps).to(x.dtype) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -57,18 +70,90 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
 
 
+def kernel_width(*widths: int) -> int:
+    """The width that scores and values are padded to: the fused kernels want both alike, in multiples of 8."""
+    return -(-max(widths) // 8) * 8
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
     """Softmax attention: [B, N, H, Dq], [B, M, H, Dq], [B, M, H, Dv] -> [B, N, H, Dv]."""
+    scale, value = scale or q.shape[-1] ** -0.5, v.shape[-1]
     q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))
     if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
         # The fused CPU kernel's backward is several times slower than plain products.
-        scores = (q * (scale or q.shape[-1] ** -0.5)) @ k.mT
+        scores = (q * scale) @ k.mT
         if mask is not None:
             scores = scores + torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))
         out = scores.softmax(-1).to(v.dtype) @ v
     else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        width = kernel_width(q.shape[-1], value)
+        q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[..., :value]
     return out.transpose(1, 2)
+
+
+def flops_per_byte(device: torch.device) -> float:
+    """The balance of `FLOPS_PER_BYTE` for a device; unknown ones count as GPUs."""
+    return FLOPS_PER_BYTE.get(device.type, FLOPS_PER_BYTE["cuda"])
+
+
+class AttentionCost(NamedTuple):
+    """Floating point operations (a multiplication and an addition are two) and bytes read and written."""
+
+    flops: int
+    bytes: int
+
+    def seconds(self, flops_per_byte: float) -> float:
+        """Time by the roofline, in units of one FLOP at the device's peak rate."""
+        return max(float(self.flops), flops_per_byte * self.bytes)
+
+
+def latent_cost(
+    mode: Literal["expanded", "absorbed"],
+    layer: MLALayer,
+    *,
+    num_heads: int,
+    content: int,
+    queries: int,
+    keys: int,
+    itemsize: int = 2,
+) -> AttentionCost:
+    """What latent attention costs one video between its query and output projections.
+
+    `content` is the number of columns of kv_b_proj; `queries` and `keys` are counted in tokens, `itemsize` in bytes.
+    With head width w = max(nope + rope, v) and key width c = content + 1 + rope, both rounded up to multiples of 8:
+    expanded builds K and V by two products of 2 M c H w FLOPs each and attends with 4 N M H w; their 2 M H w scalars
+    are written and read. Absorbed attends with 4 N M H c, and maps queries and outputs by 2 N c H (w + v); their
+    2 N H c scalars are written and read. What both read and write alike is left out.
+    """
+    heads, value = num_heads, layer.v_head_dim
+    width = kernel_width(layer.qk_nope_head_dim + layer.qk_rope_head_dim, value)
+    channels = kernel_width(content + 1 + layer.qk_rope_head_dim)
+    if mode == "expanded":
+        flops = 2 * keys * channels * heads * 2 * width + 4 * queries * keys * heads * width
+        return AttentionCost(flops, 2 * 2 * keys * heads * width * itemsize)
+    flops = 4 * queries * keys * heads * channels + 2 * queries * channels * heads * (width + value)
+    return AttentionCost(flops, 2 * 2 * queries * heads * channels * itemsize)
+
+
+def cheaper_mode(
+    layer: MLALayer,
+    *,
+    num_heads: int,
+    content: int,
+    queries: int,
+    keys: int,
+    itemsize: int,
+    flops_per_byte: float,
+) -> Literal["expanded", "absorbed"]:
+    """The mode with the shorter roofline time, max(FLOPs, flops_per_byte * bytes) of `latent_cost`.
+
+    A chunk of thousands of queries is bound by FLOPs: expanded wins, its heads are narrower. With few queries, what
+    expanding the whole window costs rules: absorbed wins.
+    """
+    sizes = {"num_heads": num_heads, "content": content, "queries": queries, "keys": keys, "itemsize": itemsize}
+    expanded = latent_cost("expanded", layer, **sizes).seconds(flops_per_byte)
+    return "expanded" if expanded <= latent_cost("absorbed", layer, **sizes).seconds(flops_per_byte) else "absorbed"
 
 
 class DenseAttention(nn.Module):
@@ -80,6 +165,7 @@ class DenseAttention(nn.Module):
         self.num_heads = config.num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, config.eps), RMSNorm(dim, config.eps)
+        self.rope = Rope()
 
     def forward(self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None = None) -> Tensor:
         """[B, N, D] -> [B, N, D]; with a cache, the queries see its window."""
@@ -88,7 +174,7 @@ class DenseAttention(nn.Module):
         k = self.norm_k(self.k(x)).unflatten(-1, heads)
         v = self.v(x).unflatten(-1, heads)
         k, v = plan.remember(cache, k, v)
-        out = attend(rotate(q, plan.query_rotary), rotate(k, plan.key_rotary), v, plan.mask)
+        out = attend(self.rope(q, plan.query_rotary), self.rope(k, plan.key_rotary), v, plan.mask)
         return self.o(out.flatten(-2))
 
 
@@ -123,17 +209,18 @@ class LatentUp(nn.Module):
 class LatentAttention(nn.Module):
     """Multi-Head Latent Attention (DeepSeek-V2, arXiv 2405.04434) with VideoMLA's shared 3D-RoPE key (2605.30351).
 
-    A token caches its latent, one rotary key for all heads (unrotated) and, with `key_norm` "token", the teacher's
-    key norm s = 1 / rms(W_K x + b_k), which scales keys but never values. Content keys and values are built from the
-    content c: the latent, and with `rotary_in_content` the rotary key as well.
+    A token caches its latent and, with `key_norm` "token", the teacher's key norm s = 1 / rms(W_K x + b_k), which
+    scales keys but never values. What is turned by position follows `mla.rope`: a rotary key that all heads share,
+    cached (unrotated) or read from the latent, or each head's own keys.
     """
 
     def __init__(self, config: WanConfig, mla: MLAConfig, layer: MLALayer) -> None:
         super().__init__()
         dim, heads, rank = config.dim, config.num_heads, layer.kv_lora_rank
         self.layer, self.num_heads, self.eps, self.scale = layer, heads, config.eps, mla.softmax_scale
-        self.rotary_in_content = mla.rotary_in_content
         rope, width = layer.qk_rope_head_dim, layer.qk_nope_head_dim + layer.qk_rope_head_dim
+        self.turns_heads = mla.rope == "head"
+        self.turned_pairs = tuple(range(config.head_dim // 2)) if self.turns_heads else layer.component_pairs
         query_rank = mla.q_lora_rank or dim
         self.q_a_proj = nn.Linear(dim, query_rank)
         self.q_a_layernorm = RMSNorm(query_rank, config.eps)
@@ -142,84 +229,129 @@ class LatentAttention(nn.Module):
             if mla.q_lora_rank is not None
             else LatentQuery(heads, config.head_dim, width)
         )
-        self.kv_a_proj_with_mqa = nn.Linear(dim, rank + rope)
+        self.kv_a_proj_with_mqa = nn.Linear(dim, rank + mla.cached_rope(layer))
+        self.k_rope_proj = nn.Linear(rank, rope) if mla.rope == "latent" and rope else None
         self.kv_a_layernorm = RMSNorm(rank, config.eps) if mla.key_norm == "latent" else None
         self.k_norm_proj = nn.Linear(dim, dim) if mla.key_norm == "token" else None
-        self.kv_b_proj = LatentUp(heads, layer.qk_nope_head_dim, layer.v_head_dim, mla.content_width(layer))
+        self.kv_b_proj = LatentUp(heads, layer.qk_nope_head_dim, layer.v_head_dim, rank)
         self.o = nn.Linear(heads * layer.v_head_dim, dim)
+        self.rope = Rope()
+        self._products: tuple[Tensor, Tensor] | None = None
+        self._made_of: tuple[Tensor, int, int] | None = None  # the weight, where it lay, and its version
 
     def compress(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What is cached of [B, N, D]: latent [B, N, r], rotary key [B, N, R] (times s) and, in token mode, s."""
-        latent, rope = self.kv_a_proj_with_mqa(x).split((self.layer.kv_lora_rank, self.layer.qk_rope_head_dim), -1)
+        """What is cached of [B, N, D]: latent [B, N, r], any rotary key [B, N, R] (times s) and, in token mode, s."""
+        made = self.kv_a_proj_with_mqa(x)
+        latent, rope = made[..., : self.layer.kv_lora_rank], made[..., self.layer.kv_lora_rank :]
+        cached = (rope,) if rope.shape[-1] else ()
         if self.kv_a_layernorm is not None:
-            return self.kv_a_layernorm(latent), rope
+            return self.kv_a_layernorm(latent), *cached
         assert self.k_norm_proj is not None
         norm = inverse_rms(self.k_norm_proj(x), self.eps).to(x.dtype)
-        return latent, rope * norm, norm
+        return latent, *(rope * norm for rope in cached), norm
+
+    def unpack(self, cached: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Latent, unrotated rotary key [B, M, R] (times s) and s [B, M, 1] of what `compress` made."""
+        latent, *rest = cached
+        norm = rest.pop() if self.k_norm_proj is not None else None
+        if self.k_rope_proj is not None:
+            rope = self.k_rope_proj(latent)
+            return latent, rope if norm is None else rope * norm, norm
+        return latent, rest[0] if rest else latent[..., :0], norm
 
     def forward(self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None = None) -> Tensor:
         """[B, N, D] -> [B, N, D]; with a cache, the queries see its window."""
         return self.o(self.heads(x, plan, cache))
 
-    def content(self, latent: Tensor, k_rope: Tensor, norm: Tensor | None) -> Tensor:
-        """What content keys and values are built from, [B, M, columns of kv_b_proj]."""
-        if not self.rotary_in_content:
-            return latent
-        return torch.cat((latent, k_rope if norm is None else k_rope / norm), -1)
+    def products(self) -> tuple[Tensor, Tensor]:
+        """W_K and W_V [H, w, c], which make padded keys and values of the cached channels in one product each.
+
+        The channels are [content, 1, rotary key] and zeros up to a multiple of 8: content-key bias and rotary key need
+        no pass of their own. The same W_K maps queries into the latent space, and W_V leads back from there.
+        """
+        key, value, bias = self.kv_b_proj.factors()
+        rope, content = self.layer.qk_rope_head_dim, key.shape[-1]
+        width = kernel_width(key.shape[1] + rope, value.shape[1])
+        channels = kernel_width(content + 1 + rope)
+        turned = torch.eye(rope, channels - content - 1, dtype=key.dtype, device=key.device)
+        turned = F.pad(turned, (content + 1, 0)).expand(self.num_heads, -1, -1)
+        unturned = F.pad(torch.cat((key, bias.unsqueeze(-1)), -1), (0, channels - content - 1))
+        rows = F.pad(torch.cat((unturned, turned), 1), (0, 0, 0, width - key.shape[1] - rope))
+        return rows, F.pad(value, (0, channels - content, 0, width - value.shape[1]))
+
+    def refresh(self) -> None:
+        """Make `products` once for all passes until the weights change."""
+        weight, known = self.kv_b_proj.weight, self._made_of
+        version = 0 if weight.is_inference() else weight._version + self.kv_b_proj.bias._version
+        if known is None or known[0] is not weight or known[1:] != (weight.data_ptr(), version):
+            with torch.no_grad():
+                self._products = self.products()
+            self._made_of = (weight, weight.data_ptr(), version)
 
     def heads(self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None = None) -> Tensor:
-        """Attention before its output projection, [B, N, D] -> [B, N, H * v]."""
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))).unflatten(-1, (self.num_heads, -1))
-        q_nope, q_rope = q.split((self.layer.qk_nope_head_dim, self.layer.qk_rope_head_dim), -1)
-        latent, k_rope, *norms = plan.remember(cache, *self.compress(x))
-        norm = norms[0] if norms else None  # [B, M, 1]
-        content = self.content(latent, k_rope, norm)
-        q_rope = rotate(q_rope, plan.query_rotary.select(self.layer.component_pairs))
-        k_rope = rotate(k_rope.unsqueeze(2), plan.key_rotary.select(self.layer.component_pairs))  # [B, M, 1, R]
-        attend_heads = self._expanded if plan.mode == "expanded" else self._absorbed
-        return attend_heads(q_nope, q_rope, content, k_rope, norm, plan.mask).flatten(-2)
+        """Attention before its output projection, [B, N, D] -> [B, N, H * v].
 
-    def content_keys(self, content: Tensor, norm: Tensor | None) -> Tensor:
-        """Unrotated keys of every head, [B, M, H, nope]."""
+        Expanded attention builds the keys and values of every head; absorbed attention takes the cached channels as
+        the one key and value of all heads (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
+        """
+        layer = self.layer
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))).unflatten(-1, (self.num_heads, -1))
+        q_nope, q_rope = q.split((layer.qk_nope_head_dim, layer.qk_rope_head_dim), -1)
+        if self.turns_heads:
+            q_nope = self.rope(q_nope, plan.query_rotary)
+        content, k_rope, norm = self.unpack(plan.remember(cache, *self.compress(x)))
+        turn_q, turn_k = plan.select(layer.component_pairs)
+        turned = self.rope(k_rope.unsqueeze(2), turn_k).squeeze(2)
+        known = self._products if cache is not None and not torch.is_grad_enabled() else None
+        w_key, w_value = known or self.products()
+        width, channels = w_key.shape[1:]
+        one = torch.ones_like(content[..., :1]) if norm is None else norm
+        zeros = content.new_zeros(()).expand(*content.shape[:2], channels - content.shape[-1] - 1 - turned.shape[-1])
+        keys = torch.cat((content if norm is None else content * norm, one, turned, zeros), -1)  # [B, M, c]
+        # Without s, the keys hold the content as it is, and zero columns of W_V skip the rest.
+        values = keys if norm is None else F.pad(content, (0, channels - content.shape[-1]))
+        empty = q.new_zeros(()).expand(*q.shape[:-1], width - q.shape[-1])
+        q = torch.cat((q_nope, self.rope(q_rope, turn_q), empty), -1)
+        mode = plan.mode
+        if self.turns_heads:
+            if mode == "absorbed":
+                raise InputError(
+                    "absorbed attention shares keys between heads, but this model turns each head's own; "
+                    "use auto or expanded attention, or convert with --rope latent"
+                )
+            mode = "expanded"
+        if mode == "auto":
+            mode = cheaper_mode(
+                layer,
+                num_heads=self.num_heads,
+                content=content.shape[-1],
+                queries=q.shape[1],
+                keys=keys.shape[1],
+                itemsize=q.element_size(),
+                flops_per_byte=flops_per_byte(q.device),
+            )
+        if mode == "expanded":
+            k, v = (
+                F.linear(c, w.flatten(0, 1)).unflatten(-1, (-1, width)) for c, w in ((keys, w_key), (values, w_value))
+            )
+            if self.turns_heads:
+                turned = self.rope(k[..., : q_nope.shape[-1]], plan.key_rotary)
+                k = torch.cat((turned, k[..., q_nope.shape[-1] :]), -1) if width > q_nope.shape[-1] else turned
+            out = attend(q, k, v, plan.mask, self.scale)[..., : layer.v_head_dim]
+        else:
+            q = torch.einsum("bnhw,hwc->bnhc", q, w_key)
+            k, v = (c.unsqueeze(2).expand(-1, -1, self.num_heads, -1) for c in (keys, values))
+            out = attend(q, k, v, plan.mask, self.scale)
+            out = torch.einsum("bnhc,hvc->bnhv", out, w_value[:, : layer.v_head_dim])
+        return out.flatten(-2)
+
+    def keys(self, x: Tensor, plan: AttentionPlan) -> Tensor:
+        """The keys of every head at their positions, [B, N, H, nope + rope], of inputs [B, N, D]."""
+        content, k_rope, norm = self.unpack(self.compress(x))
         up_key, _, bias = self.kv_b_proj.factors()
         keys = torch.einsum("bmr,hdr->bmhd", content, up_key) + bias
-        return keys if norm is None else keys * norm.unsqueeze(2)
-
-    def _expanded(
-        self,
-        q_nope: Tensor,
-        q_rope: Tensor,
-        content: Tensor,
-        k_rope: Tensor,
-        norm: Tensor | None,
-        mask: Tensor | None,
-    ) -> Tensor:
-        """Keys and values of every head, rebuilt from the content."""
-        _, up_value, _ = self.kv_b_proj.factors()
-        v = torch.einsum("bmr,hdr->bmhd", content, up_value)
-        k = torch.cat((self.content_keys(content, norm), k_rope.expand(-1, -1, self.num_heads, -1)), -1)
-        return attend(torch.cat((q_nope, q_rope), -1), k, v, mask, self.scale)
-
-    def _absorbed(
-        self,
-        q_nope: Tensor,
-        q_rope: Tensor,
-        content: Tensor,
-        k_rope: Tensor,
-        norm: Tensor | None,
-        mask: Tensor | None,
-    ) -> Tensor:
-        """Attention on the content itself: one key and value for all heads.
-
-        The content-key bias is one more channel, [c; 1], scaled by s on the key side like the rest of the key.
-        """
-        up_key, up_value, bias = self.kv_b_proj.factors()
-        q_latent = torch.einsum("bnhd,hdr->bnhr", q_nope, up_key)
-        q_bias = torch.einsum("bnhd,hd->bnh", q_nope, bias).unsqueeze(-1)
-        key = torch.cat((content, torch.ones_like(content[..., :1])), -1)
-        if norm is not None:
-            key = key * norm
-        k = torch.cat((key.unsqueeze(2), k_rope), -1).expand(-1, -1, self.num_heads, -1)
-        v = content.unsqueeze(2).expand(-1, -1, self.num_heads, -1)
-        out = attend(torch.cat((q_latent, q_bias, q_rope), -1), k, v, mask, self.scale)
-        return torch.einsum("bnhr,hdr->bnhd", out, up_value)
+        keys = keys if norm is None else keys * norm.unsqueeze(2)
+        if self.turns_heads:
+            return self.rope(keys, plan.key_rotary)
+        turned = self.rope(k_rope.unsqueeze(2), plan.key_rotary.select(self.turned_pairs))
+        return torch.cat((keys, turned.expand(-1, -1, self.num_heads, -1)), -1)

@@ -8,6 +8,7 @@ each slot only has to know which frame it holds, because keys are cached unrotat
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,11 @@ class WindowView:
 
 
 class LayerCache:
-    """One layer's buffers, each [B, capacity, ...]; allocated once."""
+    """One layer's buffers, each [B, capacity, ...]; allocated once.
+
+    `text` holds the keys and values of the prompt that cross-attention reads, [B, T, H, D] each; the model fills it
+    when the prompt changes.
+    """
 
     def __init__(
         self,
@@ -42,7 +47,10 @@ class LayerCache:
         device: torch.device | str,
     ) -> None:
         self.buffers = tuple(torch.zeros(batch, capacity, *width, dtype=dtype, device=device) for width in widths)
+        self.text: tuple[Tensor, ...] = ()
 
+    # Never compiled: a compiler may turn writing in place into a copy of the whole buffer.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(self, view: WindowView, *new: Tensor) -> tuple[Tensor, ...]:
         """Write the chunk's tensors [B, n * tokens, ...] and return the window's [B, length, ...]."""
         for buffer, value in zip(self.buffers, new, strict=True):
@@ -54,7 +62,8 @@ class LatentCache:
     """Cache of all layers of a causal model for one window of video.
 
     An MLA layer holds the latent, the rotary key and, with the token key norm, that norm; a dense layer holds
-    per-head keys (unrotated) and values. `height` and `width` are in latent pixels.
+    per-head keys (unrotated) and values. `height` and `width` are in latent pixels. With `keeps_text`, each layer
+    also holds the keys and values of the prompt for as long as it is the same.
     """
 
     def __init__(
@@ -67,7 +76,9 @@ class LatentCache:
         streaming: StreamingConfig | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        keeps_text: bool = True,
     ) -> None:
+        self.keeps_text = keeps_text
         self.streaming = streaming or config.streaming or StreamingConfig()
         self.tokens_per_frame = config.tokens_per_frame(height, width)
         self.device = torch.device(device)
@@ -81,18 +92,36 @@ class LatentCache:
         """Forget everything; the buffers stay allocated."""
         self.start = 0  # first frame of the newest chunk
         self.end = 0  # one past its last frame
+        self.view: WindowView | None = None  # the newest chunk's
+        self.plan: Any = None  # what the model derived from it; every step of a chunk shares it
+        self.prompt: tuple[Any, ...] = ()  # what the layers' text was made of
+        for layer in self.layers:
+            layer.text = ()
 
     @property
     def nbytes(self) -> int:
-        """Measured bytes of all buffers."""
+        """Measured bytes of all buffers; the prompt's keys and values are counted by `text_nbytes`."""
         return sum(b.nbytes for layer in self.layers for b in layer.buffers)
+
+    @property
+    def text_nbytes(self) -> int:
+        """Measured bytes of the prompt's keys and values, which do not depend on the window."""
+        return sum(t.nbytes for layer in self.layers for t in layer.text)
+
+    def seek(self, frame: int) -> None:
+        """Count on from `frame` as if all before it had been written; the buffers stay as they are."""
+        self.start = self.end = frame
+        self.view = self.plan = None
 
     def begin(self, start: int, frames: int) -> WindowView:
         """Open the chunk of `frames` frames at frame `start`: the next one, or the newest once more.
 
-        Raises InputError when the chunk is neither or does not fit into the window.
+        The view of a chunk that is opened again is the same object. Raises InputError when the chunk is neither or
+        does not fit into the window.
         """
         again = start == self.start and start + frames == self.end
+        if again and self.view is not None:
+            return self.view
         if start != self.end and not again:
             raise InputError(
                 f"chunk at frame {start} with {frames} frames: the cache expects the next one at frame {self.end}, "
@@ -117,12 +146,13 @@ class LatentCache:
         position = {frame: frame if frame < sink else frame - shift for frame in held}
         tokens = torch.arange(self.tokens_per_frame)
         write = torch.tensor([slot(f) for f in range(start, self.end)])[:, None] * self.tokens_per_frame + tokens
-        return WindowView(
+        self.view = WindowView(
             write=write.flatten().to(self.device),
             length=len(held) * self.tokens_per_frame,
             key_frames=torch.tensor([position[frame] for _, frame in frame_of], device=self.device),
             query_frames=torch.tensor([position[f] for f in range(start, self.end)], device=self.device),
         )
+        return self.view
 
 
 def layer_widths(config: WanConfig, layer: int) -> tuple[tuple[int, ...], ...]:
@@ -131,4 +161,5 @@ def layer_widths(config: WanConfig, layer: int) -> tuple[tuple[int, ...], ...]:
     if mla is None or config.mla is None:
         return ((config.num_heads, config.head_dim),) * 2
     norm = ((1,),) if config.mla.key_norm == "token" else ()
-    return ((mla.kv_lora_rank,), (mla.qk_rope_head_dim,), *norm)
+    rope = config.mla.cached_rope(mla)
+    return ((mla.kv_lora_rank,), *(((rope,),) if rope else ()), *norm)

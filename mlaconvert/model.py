@@ -6,12 +6,15 @@ pixels, D model width, T text tokens.
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +30,7 @@ from mlaconvert.attention import (
 )
 from mlaconvert.cache import LatentCache, LayerCache
 from mlaconvert.config import StreamingConfig, WanConfig
-from mlaconvert.errors import InputError
+from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.families import Checkpoint, open_checkpoint
 from mlaconvert.rope import rotary
 
@@ -46,15 +49,24 @@ class CrossAttention(nn.Module):
             self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim, config.eps)
 
-    def forward(self, x: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
-        """[B, N, D], [B, T, D], [B, I, D] or None -> [B, N, D]."""
+    def project(self, text: Tensor, image: Tensor | None) -> tuple[Tensor, ...]:
+        """Keys and values [B, T, H, D] of the text [B, T, D], then those of image tokens [B, I, D] if there are any."""
         heads = (self.num_heads, -1)
-        q = self.norm_q(self.q(x)).unflatten(-1, heads)
-        k, v = self.norm_k(self.k(text)).unflatten(-1, heads), self.v(text).unflatten(-1, heads)
-        out = attend(q, k, v, None)
-        if self.has_image and image is not None:
-            k = self.norm_k_img(self.k_img(image)).unflatten(-1, heads)
-            out = out + attend(q, k, self.v_img(image).unflatten(-1, heads), None)
+        found = (self.norm_k(self.k(text)).unflatten(-1, heads), self.v(text).unflatten(-1, heads))
+        if not self.has_image or image is None:
+            return found
+        return (
+            *found,
+            self.norm_k_img(self.k_img(image)).unflatten(-1, heads),
+            self.v_img(image).unflatten(-1, heads),
+        )
+
+    def forward(self, x: Tensor, memory: Sequence[Tensor]) -> Tensor:
+        """[B, N, D] and the keys and values of `project` -> [B, N, D]."""
+        q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))
+        out = attend(q, memory[0], memory[1], None)
+        if len(memory) > 2:
+            out = out + attend(q, memory[2], memory[3], None)
         return self.o(out.flatten(-2))
 
 
@@ -91,10 +103,12 @@ class Block(nn.Module):
         plan: AttentionPlan,
         cache: LayerCache | None,
     ) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
+        """[B, N, D] -> [B, N, D]. Text and image are read from the cache where it holds them."""
         _, _, gate, ffn_shift, ffn_scale, ffn_gate = (modulation + self.modulation).unbind(-2)
         x = x + _gate(self.self_attn(self.attention_input(x, modulation), plan, cache), gate)
-        x = x + self.cross_attn(self.norm3(x), text, image)
+        remembered = cache.text if cache is not None and not torch.is_grad_enabled() else ()
+        memory = remembered or self.cross_attn.project(text, image)
+        x = x + self.cross_attn(self.norm3(x), memory)
         return x + _gate(self.ffn(_modulate(self.norm2(x), ffn_shift, ffn_scale)), ffn_gate)
 
 
@@ -154,7 +168,7 @@ class WanModel(nn.Module):
         super().__init__()
         self.config = config
         dim = config.dim
-        self.attention_mode: AttentionMode = "expanded"
+        self.attention_mode: AttentionMode = "auto"
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
@@ -165,6 +179,8 @@ class WanModel(nn.Module):
             self.img_emb = ImageEmbedding(config)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.head = Head(config)
+        mla = [layer for layer in config.mla.layers if layer is not None] if config.mla else []
+        self._pairs = {layer.component_pairs for layer in mla}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -210,6 +226,22 @@ class WanModel(nn.Module):
             x = block(x, p.modulation, p.text, p.image, p.plan, cache.layers[i] if cache is not None else None)
         return self.finish(x, p)
 
+    def compile_blocks(self) -> None:
+        """Compile the blocks with torch.compile; layers of one shape share the code.
+
+        Worth it where a model runs for long: each new window length compiles again, which takes minutes. Raises
+        ConfigError when there is no C++ compiler (CPU) or no Triton (GPU).
+        """
+        if self.patch_embedding.weight.device.type == "cpu":
+            if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+                raise ConfigError("compiling for a CPU needs a C++ compiler (g++ or clang++); install one, or do not")
+        elif importlib.util.find_spec("triton") is None:
+            raise ConfigError("compiling for a GPU needs triton: pip install triton, or do not compile")
+        dynamo: Any = importlib.import_module("torch._dynamo.config")
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * (len(self._pairs) + 2))
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
     def finish(self, x: Tensor, prepared: Prepared) -> Tensor:
         """Velocity from the last block's output [B, N, D]."""
         return self._unpatch(self.head(x, prepared.embedding), prepared.grid)
@@ -227,15 +259,16 @@ class WanModel(nn.Module):
         start_frame: int = 0,
     ) -> Prepared:
         """What `forward` computes before the first block; its arguments are `forward`'s."""
-        x, grid = self._embed_patches(latents, image_latents)
-        embedding, modulation = self._embed_time(timestep, x.shape[0], grid[0])
+        x, grid = self.embed_patches(latents, image_latents)
+        embedding, modulation = self.embed_time(timestep, x.shape[0], grid[0])
+        text, image = self._condition(context, image_features, cache)
         return Prepared(
             x=x,
             grid=grid,
             embedding=embedding,
             modulation=modulation,
-            text=self._embed_text(context),
-            image=self.img_emb(image_features.to(self.dtype)) if image_features is not None else None,
+            text=text,
+            image=image,
             plan=self.attention_plan(grid, x.device, chunks=chunks, cache=cache, start_frame=start_frame),
         )
 
@@ -258,12 +291,24 @@ class WanModel(nn.Module):
                     "make a cache for this height and width"
                 )
             window = cache.begin(start_frame, frames)
-            return AttentionPlan(
-                query_rotary=rotary(window.query_frames, height, width, split, dtype),
-                key_rotary=rotary(window.key_frames, height, width, split, dtype),
-                window=window,
-                mode=self.attention_mode,
-            )
+            plan: AttentionPlan | None = cache.plan
+            if plan is None or plan.window is not window or plan.mode != self.attention_mode:
+                for block in self.blocks:
+                    if isinstance(block.self_attn, LatentAttention):
+                        block.self_attn.refresh()
+                queries, keys = (
+                    rotary(positions, height, width, split, dtype)
+                    for positions in (window.query_frames, window.key_frames)
+                )
+                plan = AttentionPlan(
+                    query_rotary=queries,
+                    key_rotary=keys,
+                    window=window,
+                    mode=self.attention_mode,
+                    turns={pairs: (queries.select(pairs), keys.select(pairs)) for pairs in self._pairs},
+                )
+                cache.plan = plan
+            return plan
         turn = rotary(torch.arange(frames, device=device), height, width, split, dtype)
         mask = None
         if self.config.streaming is not None or chunks is not None:
@@ -276,7 +321,8 @@ class WanModel(nn.Module):
                 mask = visible.repeat_interleave(height * width, 0).repeat_interleave(height * width, 1).to(device)
         return AttentionPlan(query_rotary=turn, key_rotary=turn, mask=mask, mode=self.attention_mode)
 
-    def _embed_patches(self, latents: Tensor, image_latents: Tensor | None) -> tuple[Tensor, tuple[int, int, int]]:
+    def embed_patches(self, latents: Tensor, image_latents: Tensor | None) -> tuple[Tensor, tuple[int, int, int]]:
+        """Tokens [B, N, D] and the grid F x H x W of `latents` [B, C, F, H, W] with any `image_latents` appended."""
         x = latents if image_latents is None else torch.cat((latents, image_latents.to(latents)), 1)
         patch = self.config.patch_size
         if x.ndim != 5 or x.shape[1] != self.config.in_dim:
@@ -293,7 +339,7 @@ class WanModel(nn.Module):
         grid = (x.shape[1], x.shape[2], x.shape[3])
         return F.linear(x.flatten(4).flatten(1, 3).to(weight.dtype), weight, self.patch_embedding.bias), grid
 
-    def _embed_time(self, timestep: Tensor, batch: int, frames: int) -> tuple[Tensor, Tensor]:
+    def embed_time(self, timestep: Tensor, batch: int, frames: int) -> tuple[Tensor, Tensor]:
         """The embedding [B, F or 1, D] and the six modulations [B, F or 1, 6, D]."""
         t = timestep[:, None] if timestep.ndim == 1 else timestep
         if t.shape not in ((batch, 1), (batch, frames)):
@@ -301,7 +347,32 @@ class WanModel(nn.Module):
         embedding = self.time_embedding(timestep_embedding(t, self.config.freq_dim).to(self.dtype))
         return embedding, self.time_projection(embedding).unflatten(-1, (6, -1))
 
-    def _embed_text(self, context: Tensor) -> Tensor:
+    def _condition(
+        self, context: Tensor, image_features: Tensor | None, cache: LatentCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Text [B, T, D] and image tokens [B, I, D]; a cache remembers what its layers make of them.
+
+        A prompt is known by its tensors: the same objects, unchanged, are the same prompt. Nothing is remembered where
+        gradients may be wanted.
+        """
+        if torch.is_grad_enabled():
+            cache = None
+        given = tuple(part for part in (context, image_features) if part is not None)
+        versions = tuple(0 if part.is_inference() else part._version for part in given)
+        if cache is not None and cache.prompt:
+            known, were, text, image = cache.prompt
+            if len(known) == len(given) and all(a is b for a, b in zip(known, given, strict=True)) and were == versions:
+                return text, image
+        text = self.embed_text(context)
+        image = self.img_emb(image_features.to(self.dtype)) if image_features is not None else None
+        if cache is not None:
+            for block, layer in zip(self.blocks, cache.layers, strict=True):
+                layer.text = block.cross_attn.project(text, image) if cache.keeps_text else ()  # type: ignore[operator, union-attr]
+            cache.prompt = (given, versions, text, image)
+        return text, image
+
+    def embed_text(self, context: Tensor) -> Tensor:
+        """[B, T, text_dim] -> [B, text_len, D]."""
         missing = self.config.text_len - context.shape[1]
         if context.ndim != 3 or context.shape[2] != self.config.text_dim or missing < 0:
             raise InputError(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from conftest import randomize, relative
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mlaconvert.cache import LatentCache
-from mlaconvert.config import KeyNorm, MLAConfig, MLALayer, StreamingConfig, WanConfig
+from mlaconvert.attention import AttentionPlan
+from mlaconvert.cache import LatentCache, LayerCache
+from mlaconvert.config import KeyNorm, MLAConfig, MLALayer, RopeMode, StreamingConfig, WanConfig
 from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.model import WanModel
 from mlaconvert.rollout import Sampler, rollout
@@ -21,13 +25,19 @@ H, W = 4, 6  # latent pixels, 6 tokens a frame
 BASE = WanConfig(dim=60, num_heads=5, num_layers=3, ffn_dim=20, freq_dim=8, text_dim=9, text_len=4, in_dim=3, out_dim=3)
 
 
-def make_config(key_norm: KeyNorm, streaming: StreamingConfig, *, mixed: bool = True, shared: bool = True) -> WanConfig:
-    layers = (
+def make_config(
+    key_norm: KeyNorm, streaming: StreamingConfig, *, mixed: bool = True, rope: RopeMode = "cached"
+) -> WanConfig:
+    layers: tuple[MLALayer | None, ...] = (
         MLALayer(kv_lora_rank=7, qk_nope_head_dim=8, v_head_dim=11, rope_components=((0, 1), (2, 2))),
         None if mixed else MLALayer(kv_lora_rank=5, qk_nope_head_dim=0, v_head_dim=4, rope_components=((1, 3),)),
         MLALayer(kv_lora_rank=13, qk_nope_head_dim=3, v_head_dim=12, rope_components=((5, 1),)),
     )
-    mla = MLAConfig(q_lora_rank=17, key_norm=key_norm, softmax_scale=0.3, layers=layers, rotary_in_content=shared)
+    if rope == "head":  # whole heads turn, and nothing is shared
+        layers = tuple(
+            layer and dataclasses.replace(layer, qk_nope_head_dim=12, rope_components=()) for layer in layers
+        )
+    mla = MLAConfig(q_lora_rank=17, key_norm=key_norm, softmax_scale=0.3, layers=layers, rope=rope)
     return dataclasses.replace(BASE, streaming=streaming, mla=mla)
 
 
@@ -55,6 +65,7 @@ def stream(model: WanModel, cache: LatentCache, x: Tensor, t: Tensor, context: T
 
 @pytest.mark.parametrize("key_norm", ["latent", "token"])
 @pytest.mark.parametrize("mode", ["expanded", "absorbed"])
+@torch.no_grad()
 def test_streaming_equals_one_masked_pass(key_norm: KeyNorm, mode: str) -> None:
     model = make_model(make_config(key_norm, StreamingConfig(chunk_frames=3, window_frames=8)))
     model.attention_mode = mode  # type: ignore[assignment]
@@ -67,31 +78,50 @@ def test_streaming_equals_one_masked_pass(key_norm: KeyNorm, mode: str) -> None:
     assert torch.equal(stream(model, cache, x, t, context, [3, 3, 2]), streamed)
 
 
+@dataclasses.dataclass(frozen=True)
+class ListedPlan(AttentionPlan):
+    """Remembers every frame in a plain list, and hands out the frames that it is told to."""
+
+    memory: list[list[Tensor]] = dataclasses.field(default_factory=list)
+    frames: int = 0
+    seen: tuple[int, ...] = ()
+
+    def remember(self, cache: LayerCache | None, *new: Tensor) -> tuple[Tensor, ...]:
+        tokens = new[0].shape[1] // self.frames
+        self.memory.extend([v[:, tokens * i : tokens * (i + 1)] for v in new] for i in range(self.frames))
+        return tuple(torch.cat([self.memory[f][j] for f in self.seen], 1) for j in range(len(new)))
+
+
 @pytest.mark.parametrize("key_norm", ["latent", "token"])
 @pytest.mark.parametrize("positions", ["window", "absolute"])
-@pytest.mark.parametrize(("chunk", "window", "sink"), [(3, 7, 1), (2, 7, 2), (1, 4, 0), (2, 5, 1)])
+@pytest.mark.parametrize(("chunk", "window", "sink"), [(3, 7, 1), (2, 7, 2), (2, 7, 3), (1, 4, 0), (2, 5, 1)])
+@pytest.mark.parametrize("rope", ["cached", "latent", "head"])
+@torch.no_grad()
 def test_eviction_equals_recomputed_windows(
-    key_norm: KeyNorm, positions: str, chunk: int, window: int, sink: int
+    key_norm: KeyNorm, positions: str, chunk: int, window: int, sink: int, rope: RopeMode
 ) -> None:
-    """Every chunk against a pass, layer by layer, over exactly the frames that it may see, in plain frame order."""
+    """Every chunk against a pass, layer by layer, over exactly the frames that it may see, in plain frame order.
+
+    Two layers are latent, one is dense.
+    """
     streaming = StreamingConfig(
         chunk_frames=chunk,
         window_frames=window,
         sink_frames=sink,
         positions=positions,  # type: ignore[arg-type]
     )
-    model = make_model(make_config(key_norm, streaming, mixed=False)).double()
+    model = make_model(make_config(key_norm, streaming, rope=rope)).double()
     frames = 6 * chunk + 2
     sizes = [chunk] * 6 + ([2] if chunk > 1 else [1, 1])
     x, t, context = (v.double() for v in inputs(frames))
     cache = LatentCache(model.config, batch=2, height=H, width=W, dtype=torch.float64)
     streamed = stream(model, cache, x, t, context, sizes)
 
-    stored: list[list[list[Tensor]]] = [[] for _ in model.blocks]  # layer, frame, compressed tensors
+    stored: list[list[list[Tensor]]] = [[] for _ in model.blocks]  # layer, frame, cached tensors
     start = 0
     for size in sizes:
         end = start + size
-        seen = [f for f in range(end) if f < sink or f >= end - (window - sink)]
+        seen = tuple(f for f in range(end) if f < sink or f >= end - (window - sink))
         if positions == "absolute" or end <= window:
             place = dict(zip(seen, seen, strict=True))
         else:
@@ -100,17 +130,10 @@ def test_eviction_equals_recomputed_windows(
         turn = angles(torch.tensor([place[f] for f in seen]), H // 2, W // 2, model.config.rope_split)
         keys = Rotary(turn.cos(), turn.sin())
         queries = Rotary(keys.cos[-size * 6 :], keys.sin[-size * 6 :])
-        plan = dataclasses.replace(p.plan, query_rotary=queries, key_rotary=keys, mask=None)
         hidden = p.x
         for block, memory in zip(model.blocks, stored, strict=True):
-            attention = block.self_attn
-            own = attention.compress(block.attention_input(hidden, p.modulation))  # type: ignore[operator]
-            for i in range(size):
-                memory.append([v[:, 6 * i : 6 * i + 6] for v in own])
-            whole = tuple(torch.cat([memory[f][j] for f in seen], 1) for j in range(len(own)))
-            attention.compress = lambda _, whole=whole: whole  # type: ignore[assignment]
+            plan = ListedPlan(query_rotary=queries, key_rotary=keys, memory=memory, frames=size, seen=seen)
             hidden = block(hidden, p.modulation, p.text, p.image, plan, None)
-            del attention.compress
         assert relative(streamed[:, :, start:end], model.finish(hidden, p)) < 1e-10, f"chunk at {start}"
         start = end
 
@@ -199,32 +222,116 @@ def test_frames_of_another_size_are_refused() -> None:
         model(torch.zeros(1, 3, 3, H, W + 2), torch.zeros(1), torch.zeros(1, 2, 9), cache=cache)
 
 
-def test_a_rollout_continues_what_it_is_given() -> None:
-    """The given chunk comes back as it was, and what follows depends on it."""
-    model = make_model(make_config("token", StreamingConfig(chunk_frames=2, window_frames=5)))
-    prefix, _, context = inputs(2)
+def test_the_window_is_a_view_of_the_cache() -> None:
+    """Nothing is copied when a chunk is written: what attention gets lies in the buffers themselves."""
+    config = make_config("token", StreamingConfig(chunk_frames=2, window_frames=5))
+    cache = LatentCache(config, batch=1, height=H, width=W)
+    for start in range(0, 12, 2):
+        view = cache.begin(start, 2)
+        for layer in cache.layers:
+            new = tuple(torch.rand(1, 12, *buffer.shape[2:]) for buffer in layer.buffers)
+            window = layer.update(view, *new)
+            for buffer, seen, own in zip(layer.buffers, window, new, strict=True):
+                assert seen.data_ptr() == buffer.data_ptr()
+                assert seen.is_contiguous()  # one video, so no kernel has to gather it
+                assert torch.equal(seen[:, view.write], own)
 
-    def run(given: Tensor | None) -> Tensor:
-        chunks = rollout(
-            model, context, frames=6, height=H, width=W, sampler=Sampler.few_step((1000, 400)), prefix=given
-        )
-        return torch.cat(list(chunks), 2)
 
-    found = run(prefix)
-    assert torch.equal(found[:, :, :2], prefix)
-    assert found.shape[2] == 6
-    assert relative(run(prefix.flip(0))[:, :, 2:], found[:, :, 2:]) > 1e-3
-    # By hand: the clean pass of the prefix, then the second chunk's two steps from the noise of its place.
-    noise = torch.Generator().manual_seed(0)
-    torch.randn(prefix.shape, generator=noise)
-    x, cache = torch.randn(prefix.shape, generator=noise), LatentCache(model.config, batch=2, height=H, width=W)
-    model(prefix, torch.zeros(2), context, cache=cache)
-    levels = [t / 1000 for t in Sampler.few_step((1000, 400)).timesteps]
-    clean = x - levels[0] * model(x, torch.full((2,), 1000 * levels[0]), context, cache=cache, start_frame=2)
-    x = (1 - levels[1]) * clean + levels[1] * torch.randn(prefix.shape, generator=noise)
-    x = x - levels[1] * model(x, torch.full((2,), 1000 * levels[1]), context, cache=cache, start_frame=2)
-    assert relative(found[:, :, 2:4], x) < 1e-5
-    with pytest.raises(InputError, match="whole chunks"):
-        run(prefix[:, :, :1])
-    with pytest.raises(InputError, match="prefix is"):
-        run(prefix[:1])
+def test_steps_of_a_chunk_share_its_bookkeeping() -> None:
+    model = make_model(make_config("latent", StreamingConfig(chunk_frames=2, window_frames=5)))
+    cache = LatentCache(model.config, batch=2, height=H, width=W)
+    x, t, context = inputs(2)
+    plans = []
+    for start in (0, 0, 2, 2, 2):
+        model(x, t, context, cache=cache, start_frame=start)
+        plans.append(cache.plan)
+    assert plans[0] is plans[1]
+    assert plans[1] is not plans[2]
+    assert plans[2] is plans[3] is plans[4]
+    model.attention_mode = "absorbed"
+    model(x, t, context, cache=cache, start_frame=2)
+    assert cache.plan.mode == "absorbed"
+
+
+@pytest.mark.parametrize("keeps_text", [True, False])
+@torch.no_grad()
+def test_a_prompt_is_projected_once(keeps_text: bool) -> None:
+    """And again when it changes, be it another tensor or the same one written to."""
+    model = make_model(make_config("latent", StreamingConfig(chunk_frames=2, window_frames=5)))
+    calls = []
+    for block in model.blocks:
+        block.cross_attn.k.register_forward_hook(lambda *_: calls.append(1))
+    cache = LatentCache(model.config, batch=2, height=H, width=W, keeps_text=keeps_text)
+    x, t, context = inputs(2)
+    for change, expected in ((None, 3), (None, 0), ("other", 3), ("written", 3), (None, 0)):
+        if change == "other":
+            context = context + 1
+        elif change == "written":
+            context.mul_(2)
+        calls.clear()
+        found = model(x, t, context, cache=cache, start_frame=0)
+        assert len(calls) == (expected if keeps_text else 3)
+        assert relative(found, model(x, t, context)) < 1e-5
+    assert cache.text_nbytes == (3 * 2 * 2 * 4 * 60 * 4 if keeps_text else 0)
+
+
+def test_gradients_pass_a_cache_that_remembers() -> None:
+    """Of the prompt's projections and the latent's, though a pass without gradients came before."""
+    model = make_model(make_config("token", StreamingConfig(chunk_frames=2, window_frames=5))).requires_grad_(True)
+    x, t, context = inputs(2)
+
+    def gradients(before: bool) -> list[Tensor]:
+        cache = LatentCache(model.config, batch=2, height=H, width=W)
+        if before:
+            with torch.no_grad():
+                model(x, t, context, cache=cache)
+        model.zero_grad()
+        model(x, t, context, cache=cache).square().sum().backward()
+        block = model.blocks[0]
+        weights = (block.cross_attn.k.weight, block.self_attn.kv_b_proj.weight, model.text_embedding[0].weight)  # type: ignore[union-attr]
+        return [w.grad.clone() for w in weights]  # type: ignore[union-attr, operator]
+
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        assert float(expected.norm()) > 0
+        assert relative(found, expected) < 1e-4
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors that Python can reach, each storage once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) is Tensor and thing.device.type == "cpu":
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes that the operations of a stretch make, together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.bytes += out.nbytes
+        return out
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_a_thousand_frames_take_the_memory_of_twenty(mixed: bool) -> None:
+    """Live tensors and what a chunk makes on its way are the same after 21 frames and after 1,000."""
+    model = make_model(make_config("token", StreamingConfig(chunk_frames=4, window_frames=9), mixed=mixed))
+    context = inputs(1, 1)[2]
+    video = rollout(model, context, frames=1000, height=2, width=2, sampler=Sampler.few_step((1000,)))
+    figures = []
+    for skipped in (5, 242):  # then follow the chunks at frames 20 and 992
+        for _ in range(skipped):
+            next(video)
+        with Largest() as meter:
+            next(video)
+        figures.append((meter.bytes, live_bytes()))
+    assert figures[0] == figures[1]
+    assert figures[0][0] > 0

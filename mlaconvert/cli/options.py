@@ -45,3 +45,27 @@ KvRank = Annotated[
 Layers = Annotated[str | None, typer.Option(metavar="LIST", help="Layers to take, such as 0-3,7. Default: all.")]
 Device = Annotated[str, typer.Option(metavar="NAME", help="Device of the float64 maths: cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
+RunDevice = Annotated[str, typer.Option("--device", metavar="NAME", help="Device to run on: cpu, cuda or cuda:N.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="float32, bfloat16 or float16 to run in. Default: the file's on a CPU, bfloat16 elsewhere.",
+    ),
+]
+Attention = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|expanded|absorbed",
+        help="How latent attention reads its cache: rebuilt keys and values, or the latents themselves; auto counts "
+        "FLOPs and bytes.",
+    ),
+]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Compile the blocks with torch.compile: a slow start, then faster. Needs Triton "
+        "on a GPU, a C++ compiler on a CPU.",
+    ),
+]

@@ -24,8 +24,11 @@ def print_json(data: Any) -> None:
 
 
 @contextmanager
-def progress_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar for each stage on a terminal, with the time that is left; nothing elsewhere."""
+def progress_bar(console: Console) -> Iterator[Callable[..., None]]:
+    """A progress bar for each stage on a terminal, with the time that is left; nothing elsewhere.
+
+    Yields report(stage, done, total, note=""); the note, such as a rate, stands at the end.
+    """
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -33,15 +36,16 @@ def progress_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
         BarColumn(),
         TextColumn("{task.percentage:.0f}%"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
 
-        def report(stage: str, done: int, total: int) -> None:
+        def report(stage: str, done: int, total: int, note: str = "") -> None:
             if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
+                tasks[stage] = bar.add_task(stage, total=total, note="")
             elif done < bar.tasks[tasks[stage]].completed:  # the next expert
                 bar.reset(tasks[stage])
-            bar.update(tasks[stage], completed=done, total=total)
+            bar.update(tasks[stage], completed=done, total=total, note=note)
 
         yield report

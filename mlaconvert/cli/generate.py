@@ -1,0 +1,229 @@
+"""mlaconvert generate"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from mlaconvert.cli.options import Attention, Compile, ConfigFile, Dtype, Json, Revision, RunDevice, Source, StateKey
+from mlaconvert.cli.show import console, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from mlaconvert.generate import GenerationReport, Movie
+
+
+def generate(
+    model: Source,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write the video to.")] = Path(
+        "video"
+    ),
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="What to show, with a caption the model has a table for (tiny: 'red disc slow, blue square fast, "
+            "stripes'). Several play one after the other. Default: tiny's own; other models take --embeddings.",
+        ),
+    ] = None,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="safetensors with context (prompts x T x text_dim) from the text encoder and, for --guidance, "
+            "null_context (1 x T x text_dim). Default: none, for tiny.",
+        ),
+    ] = None,
+    switch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Seconds of video at which the next prompt begins, such as 4,10; it takes effect with the next "
+            "chunk. Default: prompts share the time evenly.",
+        ),
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(metavar="S", help="Length in seconds of video. Default: see --frames.")
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(metavar="N", help="Length in latent frames. Default: 21 (tiny: 60).")
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Videos, with seeds that count up. Default: 1, with --vbench-names 5."),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the first video's noise.")] = 0,
+    timesteps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST", help="Few-step schedule, before the shift. Default: 1000,750,500,250 (tiny: --steps 12)."
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Many-step flow sampling instead. Default: the few-step schedule.")
+    ] = None,
+    shift: Annotated[float, typer.Option(metavar="X", help="How far the schedule is warped towards noise.")] = 5.0,
+    guidance: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Weight of classifier-free guidance; 1 is off. Default: 1 (tiny: 1.5)."),
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(metavar="N", help="Video height in pixels. Default: 480 (tiny: 24).")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(metavar="N", help="Video width in pixels. Default: 832 (tiny: 32).")
+    ] = None,
+    window_frames: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Latent frames a query sees: sink, cached, own chunk. Default: the model's, else 7."
+        ),
+    ] = None,
+    sink_frames: Annotated[
+        int | None, typer.Option(metavar="N", help="First latent frames, kept for good. Default: the model's, else 1.")
+    ] = None,
+    chunk_frames: Annotated[
+        int | None, typer.Option(metavar="N", help="Latent frames made at a time. Default: the model's, else 3.")
+    ] = None,
+    given: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="safetensors with latents (1 x C x F x H x W) to continue, whole chunks, or image_latents and "
+            "image_features of an image-to-video model. Default: none.",
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Text file with one prompt a line, for --vbench-names. Default: none."),
+    ] = None,
+    vbench_names: Annotated[
+        bool,
+        typer.Option(
+            "--vbench-names",
+            help='A video for every line of --prompts and sample, named "{prompt}-{index}.mp4" as VBench and '
+            "VBench-Long read them. Rows of --embeddings go with the lines. Files that exist are kept.",
+        ),
+    ] = False,
+    movie: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="auto|mp4|gif|none",
+            help="Movies of models on RGB pixels; auto is mp4 where its encoder is installed, else gif.",
+        ),
+    ] = "auto",
+    attention: Attention = "auto",
+    compiled: Compile = False,
+    slice_size: Annotated[
+        int | None,
+        typer.Option("--slice", metavar="N", help="Samples that go through the model at a time. Default: all."),
+    ] = None,
+    device: RunDevice = "cpu",
+    dtype: Dtype = None,
+    revision: Revision = None,
+    subfolder: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Folder inside the checkpoint, such as one of two experts. Default: none."),
+    ] = None,
+    state_key: StateKey = None,
+    config: ConfigFile = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the video in DIR, and drop an unfinished one.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Generate video chunk by chunk, with constant memory; interrupted, the same command goes on."""
+    from mlaconvert import generate as generation
+    from mlaconvert.errors import ConfigError
+
+    wanted = generation.Generation(
+        frames=frames,
+        seconds=seconds,
+        prompts=tuple(prompt or ()),
+        embeddings=embeddings,
+        switch=None if switch is None else _numbers("switch", switch),
+        samples=samples if samples is not None else generation.VBENCH_SAMPLES if vbench_names else 1,
+        seed=seed,
+        timesteps=None if timesteps is None else _numbers("timesteps", timesteps),
+        steps=steps,
+        shift=shift,
+        guidance=guidance,
+        height=height,
+        width=width,
+        chunk_frames=chunk_frames,
+        window_frames=window_frames,
+        sink_frames=sink_frames,
+        given=given,
+    )
+    if movie not in ("auto", "mp4", "gif", "none"):
+        raise ConfigError(f"--format is {movie!r}: give auto, mp4, gif or none")
+    if vbench_names != (prompts is not None):
+        raise ConfigError("--vbench-names and --prompts FILE go together; give both, or --prompt TEXT for one video")
+    runtime = generation.Runtime.of(
+        device=device, dtype=dtype, attention=attention, compile=compiled, slice_size=slice_size
+    )
+    place = {"revision": revision, "subfolder": subfolder, "state_key": state_key, "config": config}
+    err = console(stderr=True)
+    with progress_bar(err) as report:
+
+        def progress(done: int, total: int, note: str) -> None:
+            report("generate", done, total, note)
+
+        if prompts is not None:
+            files = generation.generate_for_vbench(
+                model, output, _lines(prompts), wanted, runtime, **cast(Any, place), progress=progress
+            )
+        else:
+            found = generation.generate(
+                model,
+                output,
+                wanted,
+                runtime,
+                **cast(Any, place),
+                movie=cast("Movie", movie),
+                overwrite=overwrite,
+                progress=progress,
+            )
+    if prompts is not None:
+        if as_json:
+            print_json({"files": [str(path) for path in files]})
+        err.print(f"{len(files)} videos in {output}", markup=False, soft_wrap=True)
+        return
+    if as_json:
+        print_json(found.to_json())
+    err.print(_summary(found), markup=False, soft_wrap=True)
+
+
+def _summary(found: GenerationReport) -> str:
+    from mlaconvert.report import format_bytes
+
+    resumed = f", {found.resumed_frames} of them from before" if found.resumed_frames else ""
+    return (
+        f"{found.frames} latent frames{resumed} ({found.video_seconds:.1f} s of video) in {found.elapsed:.1f} s, "
+        f"{found.video_fps:.3g} frames/s, cache {format_bytes(found.cache_bytes)}; "
+        f"{', '.join(found.files)} in {found.output}"
+    )
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    from mlaconvert.errors import ConfigError
+
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--{name} is {text!r}: give numbers with commas between them") from None
+
+
+def _lines(path: Path) -> list[str]:
+    from mlaconvert.errors import InputError
+
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a readable text file ({error})") from None
+    found = [line for line in lines if line]
+    if not found:
+        raise InputError(f"{path} has no prompts; give one a line")
+    return found

@@ -1,0 +1,734 @@
+"""Video from a model folder: chunk by chunk through the sliding-window cache, onto the disk as it comes.
+
+The latents go into a file that is laid out beforehand, so a long video never lies in memory. What an interrupted run
+finished stays in `.<output>.partial`; the same call takes it up from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mlaconvert.attention import AttentionMode
+from mlaconvert.cache import LatentCache
+from mlaconvert.config import StreamingConfig, WanConfig, default_video
+from mlaconvert.errors import ConfigError, InputError, OutputError
+from mlaconvert.families import open_checkpoint
+from mlaconvert.model import WanModel, load_model
+from mlaconvert.pictures import can_write_mp4, contact_sheet, save_movie
+from mlaconvert.rollout import FEW_STEPS, SHIFT, Images, Sampler, passes, rollout
+from mlaconvert.tiny.clips import (
+    CAPTION_LEN,
+    COLORS,
+    SHAPES,
+    SPEEDS,
+    TEXTURES,
+    VOCABULARY,
+    embed_captions,
+    null_context,
+)
+
+LATENTS_NAME = "latents.safetensors"
+REPORT_NAME = "generation.json"
+SHEET_NAME = "frames.png"
+FPS = 16
+# The tiny model is no few-step student; these suit it.
+TINY_STEPS, TINY_GUIDANCE = 12, 1.5
+VBENCH_SAMPLES = 5
+_CAPTION = (COLORS, SHAPES, SPEEDS, COLORS, SHAPES, SPEEDS, TEXTURES)
+_LONGEST_NAME = 255  # bytes of a file name
+
+Movie = Literal["auto", "gif", "mp4", "none"]
+# progress(done, total, note) counts passes through the model
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What to generate. None leaves a choice to the model.
+
+    `frames` are latent frames, `seconds` video; give one of them (81 video frames, 21 latent ones, by default).
+    `prompts` play one after the other and change at `switch` (seconds of video, one fewer than prompts; by default they
+    share the time evenly). Prompts are texts for models with a caption table of their own (the tiny one), otherwise
+    rows of `context` [P, T, text_dim] in the safetensors file `embeddings`; its `null_context` [1, T, text_dim] is what
+    guidance other than 1 needs. `samples` videos differ in their seeds: `seed`, `seed` + 1, ...
+
+    `timesteps`, given before the warp by `shift`, make a few-step schedule; `steps` integrates the flow in so many.
+    `height` and `width` are video pixels. `chunk_frames`, `window_frames` and `sink_frames` replace the model's own.
+    `given` is a safetensors file with any of `latents` [samples or 1, C, F, H, W], whole chunks that are continued,
+    `image_latents` [samples or 1, in_dim - C, frames, H, W] and `image_features` [samples or 1, I, image_dim].
+    """
+
+    frames: int | None = None
+    seconds: float | None = None
+    prompts: tuple[str, ...] = ()
+    embeddings: Path | None = None
+    switch: tuple[float, ...] | None = None
+    samples: int = 1
+    seed: int = 0
+    timesteps: tuple[float, ...] | None = None
+    steps: int | None = None
+    shift: float = SHIFT
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    chunk_frames: int | None = None
+    window_frames: int | None = None
+    sink_frames: int | None = None
+    given: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.frames is not None and self.seconds is not None:
+            raise ConfigError("frames and seconds both say how long; give one of them")
+        if self.steps is not None and self.timesteps is not None:
+            raise ConfigError("steps (many-step) and timesteps (few-step) exclude each other; give one of them")
+        if self.prompts and self.embeddings is not None:
+            raise ConfigError("prompts and embeddings both say what to show; give one of them")
+        for name in ("frames", "samples", "steps", "height", "width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}: give 1 or more")
+        for name in ("seconds", "shift"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} is {value}: give a positive number")
+        if not 0 <= self.seed <= self.seed + self.samples <= 2**32:
+            raise ConfigError(f"seed is {self.seed}: give 0 to {2**32 - self.samples}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """How to run a model: nothing here changes what is generated, but for rounding.
+
+    `device` is torch's name; `dtype` None keeps the file's on a CPU and takes bfloat16 elsewhere. `slice_size` videos
+    go through the model at a time, all by default.
+    """
+
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    attention: AttentionMode = "auto"
+    compile: bool = False
+    slice_size: int | None = None
+
+    @classmethod
+    def of(cls, *, device: str, dtype: str | None, attention: str, compile: bool, slice_size: int | None) -> Runtime:
+        """From names, as a command line has them. Raises ConfigError for one that does not exist."""
+        if attention not in ("auto", "expanded", "absorbed"):
+            raise ConfigError(f"attention is {attention!r}: give auto, expanded or absorbed")
+        if dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ConfigError(f"dtype is {dtype!r}: give float32, bfloat16 or float16")
+        if slice_size is not None and slice_size < 1:
+            raise ConfigError(f"slice is {slice_size}: give 1 or more videos at a time")
+        return cls(
+            device=device,
+            dtype=None if dtype is None else getattr(torch, dtype),
+            attention=cast(AttentionMode, attention),
+            compile=compile,
+            slice_size=slice_size,
+        )
+
+    def load(
+        self,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        state_key: str | None = None,
+        config: Path | None = None,
+    ) -> WanModel:
+        """The model, ready to run. Raises ConfigError for a device that is not there, and what `load_model` raises."""
+        try:
+            device = torch.device(self.device)
+            torch.zeros(1, device=device).item()
+        except Exception as error:  # torch raises whatever its backends raise
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise ConfigError(f"device {self.device!r} cannot be used ({reason[:200]}); use cpu or cuda") from None
+        dtype = self.dtype or (None if device.type == "cpu" else torch.bfloat16)
+        with open_checkpoint(
+            source, revision=revision, subfolder=subfolder, state_key=state_key, config=config
+        ) as checkpoint:
+            model = load_model(checkpoint, dtype=dtype, device=device)
+        model.attention_mode = self.attention
+        if self.compile:
+            model.compile_blocks()
+        return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A `Generation` with every choice made for one model."""
+
+    frames: int  # latent
+    size: tuple[int, int]  # latent pixels
+    stride: int  # video frames a latent frame
+    streaming: StreamingConfig
+    sampler: Sampler
+    seeds: tuple[int, ...]
+    schedule: tuple[tuple[int, Tensor], ...]  # first latent frame, context [samples, T, text_dim]
+    null_context: Tensor | None
+    prefix: Tensor | None
+    images: Images
+    has_pixels: bool  # the latents are RGB pixels
+
+    def settings(self) -> dict[str, Any]:
+        """What the video depends on besides the model, as plain data."""
+        tensors = [context for _, context in self.schedule]
+        tensors += [
+            t for t in (self.null_context, self.prefix, self.images.latents, self.images.features) if t is not None
+        ]
+        return {
+            "frames": self.frames,
+            "size": list(self.size),
+            "streaming": dataclasses.asdict(self.streaming),
+            "sampler": dataclasses.asdict(self.sampler) | {"timesteps": list(self.sampler.timesteps)},
+            "seeds": list(self.seeds),
+            "prompts_begin": [start for start, _ in self.schedule],
+            "inputs": hashlib.sha256(b"".join(_raw(tensor) for tensor in tensors)).hexdigest(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationReport:
+    """What came out. `frames` are latent; `video_fps` video frames of all samples a second of computing.
+
+    `resumed_frames` were there from an interrupted run. Bytes are measured: of the cache (all samples and, with
+    guidance, both halves), and of the prompt's keys and values beside it.
+    """
+
+    output: Path
+    files: tuple[str, ...]
+    frames: int
+    resumed_frames: int
+    video_seconds: float
+    elapsed: float
+    video_fps: float
+    cache_bytes: int
+    settings: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**dataclasses.asdict(self), "output": str(self.output), "files": list(self.files)}
+
+
+def caption_tokens(caption: str) -> Tensor:
+    """Tokens [1, 7] of a caption for the tiny model, such as "red disc slow, blue square fast, stripes".
+
+    An empty one means no caption. Raises InputError naming the word that does not belong.
+    """
+    words = re.findall(r"[^\s,]+", caption.lower())
+    if words in ([], ["nothing"]):
+        words = ["nothing"] * CAPTION_LEN
+    else:
+        for place, allowed in enumerate(_CAPTION):
+            word = words[place] if place < len(words) else "(missing)"
+            if word not in allowed:
+                raise InputError(f"caption {caption!r}: word {place + 1} is {word}; give one of {', '.join(allowed)}")
+        if len(words) > CAPTION_LEN:
+            raise InputError(
+                f"caption {caption!r}: {words[CAPTION_LEN]} is one word too many; the form is "
+                "COLOR SHAPE SPEED, COLOR SHAPE SPEED, TEXTURE"
+            )
+    return torch.tensor([[VOCABULARY.index(word) for word in words]])
+
+
+def plan_generation(wanted: Generation, config: WanConfig, *, row: int | None = None) -> Plan:
+    """Check a `Generation` against a model and fill its defaults in. Raises ConfigError or InputError.
+
+    With `row`, only that one of the prompts is shown.
+    """
+    video = default_video(config)
+    pixels = config.out_dim == 3
+    if wanted.seconds is not None:
+        frames = max(1, round(wanted.seconds * FPS / video.frame_stride))
+    else:
+        frames = wanted.frames or (60 if pixels else 21)
+    size = []
+    for name, value, patch in (
+        ("height", wanted.height or video.height, config.patch_size[1]),
+        ("width", wanted.width or video.width, config.patch_size[2]),
+    ):
+        if value % (video.vae_stride * patch):
+            raise ConfigError(f"{name} is {value} pixels: give a multiple of {video.vae_stride * patch}")
+        size.append(value // video.vae_stride)
+    own = config.streaming or StreamingConfig()
+    names = ("chunk_frames", "window_frames", "sink_frames")
+    changes = {name: getattr(wanted, name) for name in names if getattr(wanted, name) is not None}
+    streaming = dataclasses.replace(own, **changes)
+    contexts, empty = _contexts(wanted, config)
+    if row is not None:
+        contexts = [contexts[row]]
+    many = wanted.steps or (TINY_STEPS if pixels and wanted.timesteps is None else None)
+    guidance = wanted.guidance if wanted.guidance is not None else (TINY_GUIDANCE if pixels and many else 1.0)
+    sampler = (
+        Sampler.many_step(many, shift=wanted.shift, guidance=guidance)
+        if many
+        else Sampler.few_step(wanted.timesteps or FEW_STEPS, shift=wanted.shift, guidance=guidance)
+    )
+    if guidance != 1 and empty is None:
+        raise InputError(
+            f"guidance {guidance} needs the embedding of an empty prompt: put null_context [1, T, {config.text_dim}] "
+            "into the embeddings file, or take guidance 1"
+        )
+    prefix, images = _given(wanted, config, frames, size)
+    return Plan(
+        frames=frames,
+        size=(size[0], size[1]),
+        stride=video.frame_stride,
+        streaming=streaming,
+        sampler=sampler,
+        seeds=tuple(range(wanted.seed, wanted.seed + wanted.samples)),
+        schedule=tuple(
+            (start, context.expand(wanted.samples, -1, -1))
+            for start, context in zip(_starts(wanted, len(contexts), frames, video.frame_stride), contexts, strict=True)
+        ),
+        null_context=empty,
+        prefix=prefix,
+        images=images,
+        has_pixels=pixels,
+    )
+
+
+def generate(
+    source: str | Path,
+    output: str | Path,
+    wanted: Generation | None = None,
+    runtime: Runtime | None = None,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    state_key: str | None = None,
+    config: Path | None = None,
+    movie: Movie = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> GenerationReport:
+    """Generate videos into the new folder `output`, by a dense or a converted model alike.
+
+    The folder gets `latents.safetensors` (`latents` [samples, C, F, H, W] in float32 and, with one prompt, its
+    `context`), `generation.json`, and for models that work on RGB pixels a movie for each sample and a contact sheet.
+    An interrupted run leaves its finished chunks in `.<output>.partial`, and the same call continues them: one pass a
+    chunk, and the same video. Raises OutputError for an output that exists, and what `plan_generation`,
+    `open_checkpoint` and `rollout` raise.
+    """
+    wanted, runtime, folder = wanted or Generation(), runtime or Runtime(), Path(output)
+    _check_folder(folder, overwrite)
+    if movie == "mp4" and not can_write_mp4():
+        raise InputError("MP4 needs an encoder: pip install 'mlaconvert[video]', or take --format gif")
+    model = runtime.load(source, revision=revision, subfolder=subfolder, state_key=state_key, config=config)
+    plan = plan_generation(wanted, model.config)
+    identity = {"source": str(source), "revision": revision, "subfolder": subfolder, "state_key": state_key}
+    settings = identity | {"weights": _fingerprint(model), "dtype": str(model.dtype)} | plan.settings()
+    staging = folder.absolute().parent / f".{folder.name}.partial"
+    store = _ChunkFile.open(staging, plan, model.config, settings, overwrite)
+    resumed, started = store.done, time.monotonic()
+    with store:
+        cache_bytes = _run(model, plan, runtime, store, progress)
+    elapsed = time.monotonic() - started
+    files = [LATENTS_NAME]
+    if plan.has_pixels and movie != "none":
+        files += _pictures(store.latents, staging, plan.seeds, _ending(movie))
+    report = GenerationReport(
+        output=folder,
+        files=(*files, REPORT_NAME),
+        frames=plan.frames,
+        resumed_frames=resumed,
+        video_seconds=plan.frames * plan.stride / FPS,
+        elapsed=elapsed,
+        video_fps=len(plan.seeds) * (plan.frames - resumed) * plan.stride / elapsed,
+        cache_bytes=cache_bytes,
+        settings=settings,
+    )
+    (staging / REPORT_NAME).write_text(json.dumps(report.to_json(), indent=2) + "\n")
+    _publish(staging, folder)
+    return report
+
+
+def generate_for_vbench(
+    source: str | Path,
+    output: str | Path,
+    prompts: Sequence[str],
+    wanted: Generation | None = None,
+    runtime: Runtime | None = None,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    state_key: str | None = None,
+    config: Path | None = None,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """One video for every prompt and sample in the folder `output`, named "{prompt}-{index}.mp4".
+
+    That is how VBench and VBench-Long look for a prompt's videos; both score five a prompt, index 0 to 4. Models that
+    do not work on RGB pixels leave "{prompt}-{index}.safetensors" with `latents` [1, C, F, H, W], to be decoded. Each
+    file appears whole, and those that are there already are left alone, so an interrupted run continues. The prompts'
+    embeddings are the rows of `wanted.embeddings`, in order; the tiny model embeds its captions itself.
+
+    Returns all files. Raises InputError for a prompt that cannot be a file name, and what `generate` raises.
+    """
+    wanted, runtime, folder = wanted or Generation(samples=VBENCH_SAMPLES), runtime or Runtime(), Path(output)
+    if wanted.prompts:
+        raise ConfigError("the prompts come from their own list; leave prompts out")
+    for number, prompt in enumerate(prompts, 1):
+        _check_prompt_name(prompt, number, prompts)
+    model = runtime.load(source, revision=revision, subfolder=subfolder, state_key=state_key, config=config)
+    has_pixels = model.config.out_dim == 3
+    if has_pixels and not can_write_mp4():
+        raise InputError("VBench's file names end in .mp4, which needs an encoder: pip install 'mlaconvert[video]'")
+    plans = [_prompt_plan(wanted, model.config, prompt, i, len(prompts)) for i, prompt in enumerate(prompts)]
+    with _as_output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    ending = ".mp4" if has_pixels else ".safetensors"
+    files = [[folder / f"{prompt}-{i}{ending}" for i in range(wanted.samples)] for prompt in prompts]
+    missing = [i for i, paths in enumerate(files) if not all(path.is_file() for path in paths)]
+    count = _Counter(sum(_passes(plans[i], runtime) for i in missing), progress)
+    for i in missing:
+        chunks = list(_chunks(model, plans[i], runtime, plans[i].prefix, count))
+        videos = torch.cat([chunk.cpu() for chunk in chunks], 2)
+        for video, path in zip(videos, files[i], strict=True):
+            if has_pixels:
+                save_movie(video.unbind(1), path, fps=FPS)
+            else:
+                staged = path.with_name(f".{os.getpid()}.partial")
+                save_file({"latents": video[None].contiguous()}, staged)
+                staged.replace(path)
+    return [path for paths in files for path in paths]
+
+
+# --- inputs --------------------------------------------------------------------------------------------------------
+
+
+def _contexts(wanted: Generation, config: WanConfig) -> tuple[list[Tensor], Tensor | None]:
+    """The prompts' contexts [1, T, text_dim], and that of an empty prompt."""
+    if wanted.embeddings is not None:
+        tensors = _read_tensors(wanted.embeddings, ("context", "null_context"))
+        if "context" not in tensors:
+            raise InputError(f"{wanted.embeddings}: no tensor 'context'; expected [prompts, T, {config.text_dim}]")
+        for name, tensor in tensors.items():
+            if tensor.ndim != 3 or tensor.shape[2] != config.text_dim or not 0 < tensor.shape[1] <= config.text_len:
+                raise InputError(
+                    f"{wanted.embeddings}: {name} is {list(tensor.shape)}; expected "
+                    f"[prompts, 1 to {config.text_len}, {config.text_dim}]"
+                )
+        empty = tensors.get("null_context")
+        return list(tensors["context"].split(1)), None if empty is None else empty[:1]
+    if config.out_dim != 3 or null_context().shape[2] != config.text_dim:
+        raise InputError(
+            "this model needs text embeddings: give --embeddings FILE, a safetensors file with context "
+            f"[prompts, T, {config.text_dim}]"
+        )
+    captions = wanted.prompts or ("red disc slow, blue square fast, waves",)
+    return [embed_captions(caption_tokens(caption)) for caption in captions], null_context()
+
+
+def _starts(wanted: Generation, prompts: int, frames: int, stride: int) -> list[int]:
+    """The latent frame at which each prompt begins."""
+    if wanted.switch is None:
+        starts = [frames * i // prompts for i in range(prompts)]
+    elif len(wanted.switch) != prompts - 1:
+        raise ConfigError(f"{prompts} prompts switch {prompts - 1} times, not {len(wanted.switch)}")
+    else:
+        starts = [0, *(round(second * FPS / stride) for second in wanted.switch)]
+    if any(a >= b for a, b in zip(starts, [*starts[1:], frames], strict=True)):
+        raise ConfigError(
+            f"the prompts would begin at latent frames {starts} of {frames}; let the switches ascend within the video"
+        )
+    return starts
+
+
+def _given(wanted: Generation, config: WanConfig, frames: int, size: Sequence[int]) -> tuple[Tensor | None, Images]:
+    """The prefix [samples, C, F, H, W] and the image conditioning of the file `wanted.given`."""
+    extra = config.in_dim - config.out_dim
+    tensors = (
+        {} if wanted.given is None else _read_tensors(wanted.given, ("latents", "image_latents", "image_features"))
+    )
+    where = wanted.given
+    expected: dict[str, tuple[str, Callable[[torch.Size], bool]]] = {
+        "latents": ("C, F, H, W", lambda s: (s[1], *s[3:]) == (config.out_dim, *size) and s[2] <= frames),
+        "image_latents": ("channels, frames, H, W", lambda s: tuple(s[1:]) == (extra, frames, *size)),
+        "image_features": ("I, image_dim", lambda s: s[2:] == (config.image_dim,)),
+    }
+    shapes = {
+        "latents": f"[1, {config.out_dim}, up to {frames}, {size[0]}, {size[1]}]",
+        "image_latents": f"[1, {extra}, {frames}, {size[0]}, {size[1]}]",
+        "image_features": f"[1, I, {config.image_dim}]",
+    }
+    for name, tensor in tensors.items():
+        dims, fits = expected[name]
+        if tensor.ndim != dims.count(",") + 2 or tensor.shape[0] not in (1, wanted.samples) or not fits(tensor.shape):
+            raise InputError(f"{where}: {name} is {list(tensor.shape)}; expected {shapes[name]} (or one a sample)")
+    if extra and "image_latents" not in tensors:
+        raise InputError(
+            f"an image-to-video model needs image_latents {shapes['image_latents']} in a safetensors file: "
+            "give it with --given FILE"
+        )
+    prefix = tensors.get("latents")
+    if prefix is not None:
+        prefix = prefix.expand(wanted.samples, -1, -1, -1, -1)
+    return prefix, Images(latents=tensors.get("image_latents"), features=tensors.get("image_features"))
+
+
+def _read_tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """Those of the tensors `names` that a safetensors file has, in float32."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_tensor(name).float() for name in names if name in file.keys()}  # noqa: SIM118
+            others = sorted(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from None
+    if not found:
+        raise InputError(f"{path}: has {', '.join(others) or 'no tensors'}; expected {', '.join(names)}")
+    for name, tensor in found.items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{path}: {name} has values that are not finite")
+    return found
+
+
+def _check_prompt_name(prompt: str, number: int, prompts: Sequence[str]) -> None:
+    longest = len(f"{prompt}-00.safetensors".encode())
+    if "/" in prompt or "\0" in prompt or not prompt.strip() or longest > _LONGEST_NAME:
+        raise InputError(f"prompt {number} cannot be a file name: {prompt[:60]!r}; leave out slashes, shorten it")
+    if prompts.index(prompt) != number - 1:
+        raise InputError(f"prompt {number} is there twice: {prompt[:60]!r}")
+
+
+def _prompt_plan(wanted: Generation, config: WanConfig, prompt: str, index: int, count: int) -> Plan:
+    """The plan of one prompt of a list."""
+    if wanted.embeddings is None:
+        return plan_generation(dataclasses.replace(wanted, prompts=(prompt,)), config)
+    rows = len(_contexts(wanted, config)[0])
+    if rows != count:
+        raise InputError(f"{wanted.embeddings}: context has {rows} rows for {count} prompts; give one a prompt")
+    return plan_generation(wanted, config, row=index)
+
+
+# --- running -------------------------------------------------------------------------------------------------------
+
+
+class _Counter:
+    """Counts passes through the model for a progress bar, and the video frames that came out of them."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.done, self.total, self.progress = 0, total, progress
+        self.frames, self.started = 0, time.monotonic()
+
+    def step(self) -> None:
+        self.done += 1
+        self.show()
+
+    def show(self) -> None:
+        if self.progress is not None:
+            rate = self.frames / (time.monotonic() - self.started)
+            self.progress(self.done, self.total, f"{rate:.3g} frames/s" if self.frames else "")
+
+
+def _passes(plan: Plan, runtime: Runtime, given: int | None = None) -> int:
+    """How often the model runs for a plan of which `given` frames are only read."""
+    if given is None:
+        given = 0 if plan.prefix is None else plan.prefix.shape[2]
+    slices = -(-len(plan.seeds) // (runtime.slice_size or len(plan.seeds)))
+    return passes(plan.frames, plan.sampler, plan.streaming, given=given, slices=slices)
+
+
+def _chunks(model: WanModel, plan: Plan, runtime: Runtime, prefix: Tensor | None, count: _Counter) -> Iterator[Tensor]:
+    given, start = 0 if prefix is None else prefix.shape[2], 0
+    for chunk in rollout(
+        model,
+        plan.schedule,
+        frames=plan.frames,
+        height=plan.size[0],
+        width=plan.size[1],
+        sampler=plan.sampler,
+        seed=plan.seeds,
+        null_context=plan.null_context,
+        prefix=prefix,
+        images=plan.images,
+        streaming=plan.streaming,
+        slice_size=runtime.slice_size,
+        on_step=count.step,
+    ):
+        start += chunk.shape[2]
+        if start > given:
+            count.frames += len(chunk) * chunk.shape[2] * plan.stride
+            count.show()
+        yield chunk
+
+
+def _run(model: WanModel, plan: Plan, runtime: Runtime, store: _ChunkFile, progress: Progress | None) -> int:
+    """Generate what the file lacks; the bytes of the cache that it takes."""
+    if store.done < plan.frames:
+        prefix = store.latents[:, :, : store.done] if store.done else plan.prefix
+        count = _Counter(_passes(plan, runtime, 0 if prefix is None else prefix.shape[2]), progress)
+        start = 0
+        for chunk in _chunks(model, plan, runtime, prefix, count):
+            if start >= store.done:
+                store.write(start, chunk)
+            start += chunk.shape[2]
+    copies = 1 if plan.sampler.guidance == 1 else 2
+    return LatentCache(
+        model.config,
+        batch=copies * len(plan.seeds),
+        height=plan.size[0],
+        width=plan.size[1],
+        streaming=plan.streaming,
+        dtype=model.dtype,
+        device="meta",
+    ).nbytes
+
+
+# --- the output folder ---------------------------------------------------------------------------------------------
+
+
+class _ChunkFile:
+    """A safetensors file that is laid out at once and filled chunk by chunk, with a note of how far it is.
+
+    Both lie in a staging folder that outlives an interrupted run.
+    """
+
+    def __init__(self, staging: Path, shape: tuple[int, ...], offset: int, settings: dict[str, Any], done: int) -> None:
+        self._note, self._settings, self.done = staging / "progress.json", settings, done
+        self._map = np.memmap(staging / LATENTS_NAME, dtype="<f4", mode="r+", offset=offset, shape=shape)
+        self.latents = torch.from_numpy(self._map)
+
+    @classmethod
+    def open(
+        cls, staging: Path, plan: Plan, config: WanConfig, settings: dict[str, Any], overwrite: bool
+    ) -> _ChunkFile:
+        """Take up what an interrupted run with the same settings left, or begin."""
+        shape = (len(plan.seeds), config.out_dim, plan.frames, *plan.size)
+        context = plan.schedule[0][1] if len(plan.schedule) == 1 else None
+        header = _header(shape, None if context is None else tuple(context.shape))
+        settings = json.loads(json.dumps(settings))
+        with _as_output_errors(staging):
+            if staging.exists() and not overwrite:
+                left = _read_note(staging / "progress.json")
+                if left is None or left["settings"] != settings:
+                    raise OutputError(
+                        f"{staging} is an unfinished video with other settings; delete it, repeat its settings, "
+                        "or pass --overwrite"
+                    )
+                return cls(staging, shape, len(header), settings, left["frames"])
+            shutil.rmtree(staging, ignore_errors=True)
+            needed = 4 * math.prod(shape)
+            free = shutil.disk_usage(staging.parent).free
+            if needed > free:
+                raise OutputError(
+                    f"{staging.parent}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; "
+                    "make room or choose another disk"
+                )
+            staging.mkdir()
+            with (staging / LATENTS_NAME).open("wb") as file:
+                file.write(header)
+                file.seek(needed, os.SEEK_CUR)
+                file.write(b"" if context is None else _raw(context))
+                file.truncate(max(file.tell(), len(header) + needed))
+            made = cls(staging, shape, len(header), settings, 0)
+            made._write_note()
+            return made
+
+    def write(self, start: int, chunk: Tensor) -> None:
+        """Put a chunk [N, C, f, H, W] at frame `start` and note it once it is on the disk."""
+        with _as_output_errors(self._note.parent):
+            self.latents[:, :, start : start + chunk.shape[2]] = chunk.float().cpu()
+            self._map.flush()
+            self.done = start + chunk.shape[2]
+            self._write_note()
+
+    def _write_note(self) -> None:
+        staged = self._note.with_suffix(".partial")
+        staged.write_text(json.dumps({"frames": self.done, "settings": self._settings}))
+        staged.replace(self._note)
+
+    def __enter__(self) -> _ChunkFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self.done == 0:  # nothing to take up
+            shutil.rmtree(self._note.parent, ignore_errors=True)
+
+
+def _header(latents: tuple[int, ...], context: tuple[int, ...] | None) -> bytes:
+    """Header of a safetensors file with `latents` and perhaps `context`, both float32."""
+    entries, end = {}, 0
+    for name, shape in (("latents", latents), ("context", context)):
+        if shape is not None:
+            begin, end = end, end + 4 * math.prod(shape)
+            entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return tensor.detach().float().cpu().contiguous().numpy().tobytes()
+
+
+def _fingerprint(model: WanModel) -> str:
+    """Tells weights apart by their biases and norms, which every training and conversion changes."""
+    return hashlib.sha256(b"".join(_raw(p) for p in model.parameters() if p.ndim == 1)).hexdigest()
+
+
+def _read_note(path: Path) -> dict[str, Any] | None:
+    try:
+        note = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return note if isinstance(note, dict) and {"frames", "settings"} <= note.keys() else None
+
+
+def _pictures(latents: Tensor, folder: Path, seeds: Sequence[int], ending: str) -> list[str]:
+    """A movie of each sample and a contact sheet of all."""
+    names = [f"video-{seed}{ending}" for seed in seeds]
+    for video, name in zip(latents, names, strict=True):
+        save_movie(video.unbind(1), folder / name, fps=FPS)
+    contact_sheet([latents]).save(folder / SHEET_NAME)
+    return [*names, SHEET_NAME]
+
+
+def _ending(movie: Movie) -> str:
+    return ".mp4" if movie == "mp4" or (movie == "auto" and can_write_mp4()) else ".gif"
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    if not folder.parent.is_dir():
+        raise OutputError(f"{folder}: its parent folder {folder.parent} does not exist; create it first")
+    if folder.exists():
+        if not overwrite:
+            raise OutputError(f"{folder} exists; choose another path, or pass --overwrite to replace it")
+        if not (folder / REPORT_NAME).is_file():
+            raise OutputError(f"{folder} holds no generated video, so it is not replaced; choose another path")
+
+
+def _publish(staging: Path, folder: Path) -> None:
+    """Put the finished folder in place of an older one."""
+    aside = folder.parent / f".{folder.name}.replaced"
+    with _as_output_errors(folder):
+        (staging / "progress.json").unlink()
+        if folder.exists():
+            folder.rename(aside)
+        staging.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _as_output_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: writing failed ({error.strerror or error})") from None

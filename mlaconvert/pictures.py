@@ -1,0 +1,84 @@
+"""Videos as pictures: contact sheets, GIF and MP4. Pixels are RGB in [-1, 1]."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mlaconvert.errors import InputError
+
+SCALE = 4  # screen pixels per pixel of the tiny videos
+FPS = 16
+
+
+def can_write_mp4() -> bool:
+    """Whether the optional MP4 encoder (the extra `video`) is installed."""
+    return importlib.util.find_spec("imageio_ffmpeg") is not None
+
+
+def to_image(pixels: Tensor, scale: int = SCALE) -> Image.Image:
+    """[3, H, W] in [-1, 1] as a picture, enlarged without smoothing."""
+    values = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous()
+    picture = Image.fromarray(values.numpy())
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def contact_sheet(videos: list[Tensor], columns: int = 10) -> Image.Image:
+    """Frames at even steps in time of videos [N, 3, F, H, W]: a row per model below each other, clip by clip."""
+    picked = torch.linspace(0, videos[0].shape[2] - 1, columns).round().long()
+    rows = [video[row, :, picked] for row in range(len(videos[0])) for video in videos]  # [3, columns, H, W]
+    return to_image(torch.cat([torch.cat(list(row.unbind(1)), 2) for row in rows], 1))
+
+
+def side_by_side(videos: list[Tensor]) -> Iterator[Tensor]:
+    """Frames [3, N * H, models * W] of videos [N, 3, F, H, W]: models from left to right, clips from top to bottom."""
+    for i in range(videos[0].shape[2]):
+        yield torch.cat([torch.cat(list(video[:, :, i].unbind(0)), 1) for video in videos], 2)
+
+
+def save_movie(frames: Iterable[Tensor], path: Path, *, fps: int = FPS) -> None:
+    """Write frames [3, H, W] as a GIF or MP4, by the path's ending; the file appears whole or not at all.
+
+    GIF counts hundredths of a second, so its rate is the nearest that this allows. Raises InputError for another
+    ending, and for MP4 without its encoder.
+    """
+    if path.suffix not in (".gif", ".mp4"):
+        raise InputError(f"{path}: a movie ends in .gif or .mp4")
+    staged = path.with_name(f".{os.getpid()}.partial{path.suffix}")
+    try:
+        (_save_gif if path.suffix == ".gif" else _save_mp4)(map(to_image, frames), staged, fps)
+        staged.replace(path)
+    finally:
+        with suppress(FileNotFoundError):
+            staged.unlink()
+
+
+def _save_gif(images: Iterator[Image.Image], path: Path, fps: int) -> None:
+    first = next(images)
+    first.save(path, save_all=True, append_images=images, duration=round(100 / fps) * 10, loop=0)
+
+
+def _save_mp4(images: Iterator[Image.Image], path: Path, fps: int) -> None:
+    if not can_write_mp4():
+        raise InputError("MP4 needs an encoder: pip install 'mlaconvert[video]', or write a GIF")
+    import imageio_ffmpeg
+
+    first = next(images)
+    # H.264 halves the resolution of colours, so sides must be even; tiny videos are enlarged by an even number.
+    writer = imageio_ffmpeg.write_frames(
+        str(path), first.size, fps=fps, codec="libx264", quality=8, macro_block_size=2, ffmpeg_log_level="error"
+    )
+    writer.send(None)
+    try:
+        for image in chain((first,), images):
+            writer.send(image.tobytes())
+    finally:
+        writer.close()

@@ -1,0 +1,232 @@
+"""The benchmark at small size: its counts, its memory against the plan, and what it prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from mlaconvert.bench import (
+    BenchReport,
+    BenchSetting,
+    _largest,
+    _Runner,
+    bench,
+    forward_flops,
+    random_model,
+    side_configs,
+)
+from mlaconvert.cli import app
+from mlaconvert.config import StreamingConfig
+from mlaconvert.errors import ConfigError
+from mlaconvert.memory import plan_memory
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def report(golden: Path) -> BenchReport:
+    setting = BenchSetting(
+        geometry=str(golden),
+        height=32,
+        width=48,
+        batch=2,
+        streaming=StreamingConfig(chunk_frames=2, window_frames=5),
+        steps=2,
+        rounds=2,
+        kv_ranks=(9, 12),
+        heads=((18, 24), (8, 10)),
+    )
+    return bench(setting)
+
+
+def test_every_side_is_measured(report: BenchReport) -> None:
+    assert [side.name for side in report.sides] == [
+        "dense",
+        "MLA 9+6, heads 18+6/24",
+        "MLA 9+6, heads 8+6/10",
+        "MLA 12+6, heads 18+6/24",
+        "MLA 12+6, heads 8+6/10",
+    ]
+    for side in report.sides:
+        assert side.next_chunk_spread[0] <= side.next_chunk <= side.next_chunk_spread[1]
+        assert side.frames_per_second == pytest.approx(2 * 2 * 4 / side.next_chunk)  # batch, frames, VAE stride
+        assert side.first_chunk > 0
+        assert min(side.profile.values()) > 0
+        assert (side.peak_bytes, side.largest_batch, side.largest_batch_sliced) == (None, None, None)
+    assert report.sides[0].speedup == 1
+    assert report.matmul_rate > 0
+    assert report.attention_rate > 0
+
+
+def test_memory_agrees_with_the_plan(report: BenchReport, golden: Path) -> None:
+    """Measured bytes of buffers and weights within 2% of what `analyze` says before anything is allocated."""
+    for side in report.sides:
+        assert side.cache_bytes == pytest.approx(side.plan_cache_bytes, rel=0.02)
+        assert side.weight_bytes == pytest.approx(side.plan_weight_bytes, rel=0.02)
+    # 2 videos, 5 frames of 2 x 3 tokens, 3 layers, float32.
+    assert [side.cache_bytes for side in report.sides] == [
+        2 * 5 * 6 * 3 * 4 * scalars for scalars in (192, 15, 15, 18, 18)
+    ]
+    analyzed = CliRunner().invoke(
+        app,
+        ["analyze", str(golden), "--json", "--height", "32", "--width", "48", "--batch", "2", "--window-frames", "5"],
+    )
+    memory = json.loads(analyzed.stdout)["memory"]
+    # analyze counts a bfloat16 cache and weights.
+    assert report.sides[0].cache_bytes == 2 * memory["dense"]["bytes_per_window"]
+    assert report.sides[0].weight_bytes == 2 * memory["dense"]["weight_bytes"]
+
+
+def test_the_profile_accounts_for_the_time(report: BenchReport) -> None:
+    for side in report.sides:
+        assert set(side.profile) == {"attention", "projections", "norms and RoPE", "the rest"}
+        # One chunk under a profiler, which slows it: the same order as a chunk without.
+        assert 0.1 * side.next_chunk_spread[0] < sum(side.profile.values()) < 20 * side.next_chunk_spread[1]
+
+
+def test_flops_are_those_of_a_chunk(report: BenchReport, golden: Path) -> None:
+    configs = side_configs(BenchSetting(geometry=str(golden)))
+    once = forward_flops(configs["dense"], queries=12, keys=30)
+    assert report.sides[0].flops == {part: 3 * 2 * count for part, count in once.items()}
+    assert report.sides[2].flops["attention"] < report.sides[0].flops["attention"]
+
+
+def test_flops_at_wans_size() -> None:
+    """Worked out by hand for a chunk of 4,680 queries in a window of 10,920 keys at 480 x 832."""
+    setting = BenchSetting(kv_ranks=(192,), heads=((96, 128), (32, 64)))
+    dense, wide, narrow = (forward_flops(config, queries=4680, keys=10920) for config in side_configs(setting).values())
+    layers, tokens, keys = 30, 4680, 10920
+    assert dense["attention"] == layers * 4 * tokens * keys * 1536
+    assert dense["projections"] == layers * 2 * tokens * 6 * 1536**2
+    assert wide["attention"] == dense["attention"]
+    assert wide["latent"] == layers * 2 * keys * 232 * 12 * 256
+    assert wide["projections"] == layers * 2 * tokens * (1536 * 768 * 2 + 1536 * 224 + 3 * 1536**2)
+    assert 2 * narrow["attention"] == dense["attention"]
+    assert dense["ffn"] == narrow["ffn"] == layers * 4 * tokens * 1536 * 8960
+    # Wide heads save a few percent, narrow ones more than a quarter.
+    assert 0.93 < sum(wide.values()) / sum(dense.values()) < 0.98
+    assert sum(narrow.values()) / sum(dense.values()) < 0.75
+
+
+@pytest.mark.parametrize(("geometry", "dense", "latent"), [("1.3b", 3072, 224), ("14b", 10240, 746)])
+def test_sides_of_the_published_sizes(geometry: str, dense: int, latent: int) -> None:
+    configs = list(side_configs(BenchSetting(geometry=geometry)).values())
+    assert [config.cached_scalars()[0] for config in configs] == [dense, latent]
+    assert all(config.streaming == StreamingConfig() for config in configs)
+
+
+def test_a_converted_geometry_brings_its_own_latent_side(golden: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    converted = CliRunner().invoke(
+        app, ["convert", str(golden), "-o", str(out), "--init", "svd", "--kv-rank", "7", "--layers", "0,2"]
+    )
+    assert converted.exit_code == 0
+    sides = side_configs(BenchSetting(geometry=str(out)))
+    assert list(sides) == ["dense", "MLA"]
+    assert sides["MLA"].cached_scalars() == (13, 192, 13)
+    assert sides["dense"].mla is None
+
+
+def test_random_weights_are_of_the_geometry(golden: Path) -> None:
+    config = side_configs(BenchSetting(geometry=str(golden), kv_ranks=(9,)))["MLA 9+6, heads 18+6/24"]
+    model = random_model(config, torch.device("cpu"), torch.bfloat16)
+    plan = plan_memory(dataclasses.replace(config, mla=None), config.mla, height=32, width=48, window_frames=5)
+    assert sum(p.nbytes for p in model.parameters()) == plan.mla.weight_bytes
+    assert all(p.isfinite().all() and not p.requires_grad for p in model.parameters())
+
+
+def test_sides_take_turns(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    original = _Runner.chunk
+
+    def chunk(self: _Runner) -> float:
+        order.append(self.name)
+        return original(self)
+
+    monkeypatch.setattr(_Runner, "chunk", chunk)
+    streaming = StreamingConfig(chunk_frames=1, window_frames=2)
+    notes: list[tuple[int, int]] = []
+    setting = BenchSetting(geometry=str(golden), height=16, width=16, streaming=streaming, steps=1, rounds=2)
+    bench(setting, lambda done, total, _: notes.append((done, total)))
+    dense, latent = "dense", "MLA 8+6, heads 18+6/24"
+    assert order[12:16] == [dense, latent, latent, dense]
+    assert [done for done, _ in notes] == list(range(1, notes[-1][1] + 1))
+
+
+def test_the_largest_batch_is_the_largest() -> None:
+    for limit in (0, 1, 2, 7, 8, 100):
+        assert _largest(lambda n, limit=limit: n <= limit) == limit
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_memory_and_batches_are_measured(golden: Path) -> None:
+    setting = BenchSetting(geometry="1.3b", height=96, width=96, rounds=1, device="cuda")
+    dense, latent = bench(setting).sides
+    for side in (dense, latent):
+        assert side.cache_bytes == pytest.approx(side.plan_cache_bytes, rel=0.02)
+        assert side.weight_bytes == pytest.approx(side.plan_weight_bytes, rel=0.02)
+        assert side.peak_bytes is not None
+        assert side.peak_bytes > side.weight_bytes + side.cache_bytes
+        assert side.largest_batch_sliced is not None
+        assert side.largest_batch is not None
+        assert side.largest_batch_sliced >= side.largest_batch > 0
+    assert latent.largest_batch_sliced > dense.largest_batch_sliced  # type: ignore[operator]
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_tables_or_json(golden: Path) -> None:
+    flags = ("--height", 16, "--width", 32, "--chunk-frames", 1, "--window-frames", 3, "--steps", 1, "--rounds", 1)
+    started = time.monotonic()
+    shown = invoke(golden, *flags)
+    assert shown.exit_code == 0, shown.stderr
+    assert time.monotonic() - started < 60
+    for part in ("speed, dense = 1", "next chunk", "not searched", "norms and RoPE", "GFLOP", "Ceilings"):
+        assert part in shown.stdout
+    found = invoke(golden, *flags, "--json", "--nope-dim", 8, "--v-dim", 10, "--no-text-cache", "--dtype", "bfloat16")
+    data: dict[str, Any] = json.loads(found.stdout)
+    assert [side["name"] for side in data["sides"]] == ["dense", "MLA 8+6, heads 8+6/10"]
+    assert data["setting"]["window_frames"] == 3
+    assert data["dtype"] == "bfloat16"
+    assert data["sides"][0]["text_bytes"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none"], "error: none: there is no such file or folder"),
+        (["tiny", "--rounds", "0"], "error: rounds is 0"),
+        (["tiny", "--kv-rank", "x"], "error: --kv-rank is 'x'"),
+        (["tiny", "--kv-rank", "999"], "error: kv_rank is 999, larger than the layer"),
+        (["tiny", "--nope-dim", "8,9", "--v-dim", "8"], "--nope-dim has 2 widths, --v-dim 1"),
+        (["tiny", "--height", "25"], "error: height is 25"),
+        (["tiny", "--device", "abacus"], "error: device 'abacus'"),
+        (["tiny", "--dtype", "int8"], "error: dtype is 'int8'"),
+        (["tiny", "--attention", "magic"], "error: attention is 'magic'"),
+        (["tiny", "--window-frames", "2"], "window_frames is 2"),
+        (["tiny", "--slice", "0"], "slice is 0"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], message: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+def test_image_to_video_geometries_are_refused(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = side_configs(BenchSetting(geometry=str(golden)))["dense"]
+    monkeypatch.setattr("mlaconvert.bench.base_geometry", lambda _: dataclasses.replace(config, in_dim=36))
+    with pytest.raises(ConfigError, match="image-to-video geometry"):
+        bench(BenchSetting(geometry="x"))
