@@ -64,7 +64,7 @@ def main() -> int:
         command = [sys.executable, "-m", "mlaconvert"]
         measurements = [
             measure("analyze", [*command, "analyze", str(source), "--json"], LIMIT),
-            measure("convert", [*command, "convert", str(source), "-o", str(output), "--json"], LIMIT),
+            measure("convert", [*command, "convert", str(source), "-o", str(output), "--init", "svd", "--json"], LIMIT),
             measure("load the source", [sys.executable, "-c", LOAD, str(source)], None),
             measure("load the output", [sys.executable, "-c", LOAD, str(output)], None),
         ]

@@ -9,10 +9,11 @@ validation loss. Only the newest chunk's queries count. Bidirectional: all frame
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from bisect import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,16 +23,25 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mlaconvert.attention import AttentionPlan, DenseAttention, LatentAttention, inverse_rms
-from mlaconvert.config import KeyNorm, MLAConfig, MLALayer, StreamingConfig, WanConfig
+from mlaconvert.attention import AttentionPlan, DenseAttention, LatentAttention, attend, inverse_rms
+from mlaconvert.config import KeyNorm, MLAConfig, MLALayer, Part, RopeMode, StreamingConfig, WanConfig
 from mlaconvert.data import Clips
-from mlaconvert.factorize import AttentionWeights, LayerMoments, allocate, choose_components, factorize_layer
+from mlaconvert.factorize import (
+    AttentionWeights,
+    LayerMoments,
+    allocate,
+    choose_components,
+    factorize_layer,
+    highest_pairs,
+    narrower,
+)
 from mlaconvert.families import Checkpoint
 from mlaconvert.model import Block, Prepared, WanModel, default_chunks
 from mlaconvert.rollout import Sampler, add_noise, warp
 from mlaconvert.rope import Rotary, rotate
 
 BATCH = 8  # clips that go through the model at once
+BUDGETS = (0.4, 0.55, 0.75, 1.0, 1.35, 1.8, 2.4)  # of the average, measured in every layer
 RIDGE = 1e-3  # of the mean squared feature: how strongly a refit holds on to what it starts from
 
 
@@ -64,7 +74,8 @@ class Regime:
 class Window:
     """A batch of windows as the model sees them; the queries of the last `queries` frames count."""
 
-    latents: Tensor  # [B, C, F, H, W]
+    latents: Tensor  # [B, C, F, H, W], noisy
+    target: Tensor  # [B, C, queries, H, W], noise - data of the last frames
     timestep: Tensor  # [B, F]
     context: Tensor  # [B, T, text_dim]
     chunks: tuple[int, ...] | None
@@ -77,7 +88,7 @@ def windows(clips: Clips, regime: Regime) -> Iterator[Window]:
     timesteps = torch.tensor(regime.timesteps)
     turn = 0
     for part in clips.batches(BATCH):
-        for frames, chunks in _views(part.latents.shape[2], regime.streaming):
+        for frames, chunks in window_views(part.latents.shape[2], regime.streaming):
             latents, sizes = part.latents[:, :, frames], chunks or (len(frames),)
             rows = torch.arange(turn, turn + len(latents))
             turn += len(latents)
@@ -91,6 +102,7 @@ def windows(clips: Clips, regime: Regime) -> Iterator[Window]:
                 noise = torch.randn(latents.shape, generator=generator)
                 yield Window(
                     latents=add_noise(latents, noise, sigma),
+                    target=(noise - latents)[:, :, -sizes[-1] :],
                     timestep=1000 * sigma,
                     context=part.context,
                     chunks=chunks,
@@ -98,7 +110,7 @@ def windows(clips: Clips, regime: Regime) -> Iterator[Window]:
                 )
 
 
-def _views(frames: int, streaming: StreamingConfig | None) -> Iterator[tuple[list[int], tuple[int, ...] | None]]:
+def window_views(frames: int, streaming: StreamingConfig | None) -> Iterator[tuple[list[int], tuple[int, ...] | None]]:
     """Frames and chunks of each window: what the newest chunk sees as a clip goes by."""
     if streaming is None:
         yield list(range(frames)), None
@@ -138,7 +150,7 @@ class Layer:
     weights: AttentionWeights
     attention: DenseAttention
     inputs: list[Inputs]
-    replacement: LatentAttention | None = field(default=None)
+    followers: dict[int | str, LatentAttention] = field(default_factory=dict)
 
     @cached_property
     def expected(self) -> list[Tensor]:
@@ -146,16 +158,18 @@ class Layer:
         with torch.no_grad():
             return [self.attention(batch.x, batch.plan)[:, batch.first_query :] for batch in self.inputs]
 
-    def probe(self, attention: LatentAttention) -> None:
-        """Ask the sweep what the model's velocity loses when this layer alone is converted."""
-        self.replacement = attention
+    def follow(self, name: int | str, attention: LatentAttention) -> None:
+        """Put `attention` in this layer's place in the converted model of that name, which the sweep carries along."""
+        self.followers[name] = attention
 
 
 class Sweep:
-    """Clips going through a dense checkpoint layer by layer. Iterate once; then read `velocity_errors`.
+    """Clips going through a dense checkpoint layer by layer. Iterate once; then read what became of the followers.
 
-    `probes` batches, spread over the windows, are followed to the end for every layer that was probed. Raises what
-    `Checkpoint.read` raises.
+    A converted model that a layer asks to `follow` sees the windows of `validation` clips, which no layer's inputs
+    have, or without them `probes` batches of the others. `velocity_errors` are squared, relative to the teacher's
+    velocity; `losses` mean squared errors of the velocity, the teacher's under "dense". Raises what `Checkpoint.read`
+    raises.
     """
 
     def __init__(
@@ -167,6 +181,7 @@ class Sweep:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         probes: int = 0,
+        validation: Clips | None = None,
     ) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
         config = dataclasses.replace(checkpoint.config, streaming=regime.streaming)
@@ -176,14 +191,23 @@ class Sweep:
         self.model.load_state_dict(outside, strict=False, assign=True)
         self.prepared: list[Prepared] = []
         self.queries: list[int] = []
-        for window in windows(clips, regime):
-            moved = [t.to(self.device) for t in (window.latents, window.timestep, window.context)]
-            self.prepared.append(self.model.prepare(*moved, chunks=window.chunks))
-            self.queries.append(window.queries)
+        self.targets: list[Tensor] = []
+        self.denoised: list[Tensor] = []  # [B] each: a clean pass writes the cache, its velocity is not used
+        for part in (clips,) if validation is None else (clips, validation):
+            self.fitted = len(self.prepared) if part is validation else 0
+            for window in windows(part, regime):
+                moved = [t.to(self.device) for t in (window.latents, window.timestep, window.context)]
+                self.prepared.append(self.model.prepare(*moved, chunks=window.chunks))
+                self.queries.append(window.queries)
+                self.targets.append(window.target)
+                self.denoised.append(window.timestep[:, -1] > 0)
+        total = len(self.prepared)
         self.hidden = [p.x for p in self.prepared]
-        self.probed = _some(len(self.hidden), probes)
-        self.streams: dict[int, list[Tensor]] = {}
-        self.velocity_errors: dict[int, float] = {}
+        self.followed = list(range(self.fitted, total)) if validation is not None else _some(total, probes)
+        self.fitted = self.fitted or total
+        self.streams: dict[int | str, list[Tensor]] = {}
+        self.velocity_errors: dict[int | str, float] = {}
+        self.losses: dict[int | str, float] = {}
 
     def _read(self, name: str) -> Tensor:
         return self.checkpoint.read(name).to(self.device, self.dtype)
@@ -198,7 +222,7 @@ class Sweep:
                     plan=p.plan,
                     first_query=x.shape[1] - queries * p.grid[1] * p.grid[2],
                 )
-                for x, p, queries in zip(self.hidden, self.prepared, self.queries, strict=True)
+                for x, p, queries in zip(self.hidden[: self.fitted], self.prepared, self.queries, strict=False)
             ]
             layer = Layer(
                 index=index,
@@ -207,16 +231,24 @@ class Sweep:
                 inputs=inputs,
             )
             yield layer
-            for stream in self.streams.values():
-                stream[:] = [self._run(block, x, self.prepared[i]) for x, i in zip(stream, self.probed, strict=True)]
-            if layer.replacement is not None:
-                dense, block.self_attn = block.self_attn, layer.replacement.to(self.device, self.dtype)
-                self.streams[index] = [self._run(block, self.hidden[i], self.prepared[i]) for i in self.probed]
-                block.self_attn = dense
+            self._carry(block, layer.followers)
             self.hidden = [self._run(block, x, p) for x, p in zip(self.hidden, self.prepared, strict=True)]
             block.to("meta")
-        for index, stream in self.streams.items():
-            self.velocity_errors[index] = self._velocity_error(stream)
+        if self.followed:
+            self.losses["dense"] = self._judge([self.hidden[i] for i in self.followed])[1]
+        for name, stream in self.streams.items():
+            self.velocity_errors[name], self.losses[name] = self._judge(stream)
+
+    def _carry(self, block: Block, followers: dict[int | str, LatentAttention]) -> None:
+        """Take every followed model through this block, with its own attention where it has one."""
+        dense = block.self_attn
+        for name in {**self.streams, **followers}:
+            stream = self.streams.get(name) or [self.hidden[i] for i in self.followed]
+            block.self_attn = followers[name].to(self.device, self.dtype) if name in followers else dense
+            self.streams[name] = [
+                self._run(block, x, self.prepared[i]) for x, i in zip(stream, self.followed, strict=True)
+            ]
+        block.self_attn = dense
 
     def _load(self, index: int) -> Block:
         prefix = f"blocks.{index}."
@@ -228,15 +260,20 @@ class Sweep:
     def _run(self, block: Block, x: Tensor, p: Prepared) -> Tensor:
         return block(x, p.modulation, p.text, p.image, p.plan, None)
 
-    def _velocity_error(self, stream: Sequence[Tensor]) -> float:
-        """Squared velocity error of the counted frames, relative to the teacher's velocity."""
-        error = power = 0.0
-        for x, i in zip(stream, self.probed, strict=True):
-            frames = slice(-self.queries[i], None)
-            teacher = self.model.finish(self.hidden[i], self.prepared[i])[:, :, frames].double()
-            error += float((self.model.finish(x, self.prepared[i])[:, :, frames].double() - teacher).square().sum())
+    def _judge(self, stream: Sequence[Tensor]) -> tuple[float, float]:
+        """Squared velocity error relative to the teacher's velocity, and the loss, of the counted frames in use."""
+        error = power = loss = values = 0.0
+        for x, i in zip(stream, self.followed, strict=True):
+            rows, frames = self.denoised[i], slice(-self.queries[i], None)
+            teacher, found = (
+                self.model.finish(hidden, self.prepared[i])[rows][:, :, frames].double().cpu()
+                for hidden in (self.hidden[i], x)
+            )
+            error += float((found - teacher).square().sum())
             power += float(teacher.square().sum())
-        return error / power
+            loss += float((found - self.targets[i][rows]).square().sum())
+            values += found.numel()
+        return error / power, loss / values
 
 
 @torch.no_grad()
@@ -273,13 +310,62 @@ def layer_moments(layer: Layer) -> LayerMoments:
         turned = turned + (spin_q[0] * spin_k[0].conj()).sum((0, 1))
         power = power + (spin_q[1] * spin_k[1]).sum((0, 1))
     mean = total / pairs
+    sensitivity, output_power = _sensitivity(layer)
     return LayerMoments(
         mean=mean,
         covariance=second / pairs - torch.outer(mean, mean),
         inverse_norm=norm / pairs,
         query=cast(Tensor, query) / queries,
         rho=cast(Tensor, turned) / cast(Tensor, power),
+        sensitivity=sensitivity,
+        output_power=output_power,
     )
+
+
+def _sensitivity(layer: Layer, samples: int = 512) -> tuple[Tensor, float]:
+    """E[g g^T] of `LayerMoments` and its output power.
+
+    From one random direction of the output for each of up to `samples` queries a window.
+    With noise of unit variance, the gradients' second moment is sum_i J_ij^T J_ij, the Gauss-Newton metric of the
+    attention output with respect to x_j.
+    """
+    attention = layer.attention
+    heads, dim = attention.num_heads, attention.o.weight.shape[0]
+    total, count = torch.zeros(dim, dim, dtype=torch.float64, device=layer.inputs[0].x.device), 0
+    power = 0.0
+    for index, batch in enumerate(layer.inputs):
+        x, plan = batch.x, batch.plan
+        generator = torch.Generator().manual_seed(index)
+        chosen = batch.first_query + torch.randperm(x.shape[1] - batch.first_query, generator=generator)[:samples]
+        chosen = chosen.to(x.device)
+        turn = Rotary(plan.query_rotary.cos[chosen], plan.query_rotary.sin[chosen])
+        mask = None if plan.mask is None else plan.mask[chosen]
+        with torch.no_grad():
+            q = rotate(attention.norm_q(attention.q(x[:, chosen])).unflatten(-1, (heads, -1)), turn)
+            norm = inverse_rms(attention.k(x), attention.norm_k.eps).to(x.dtype)
+        with torch.enable_grad():
+            read = x.detach().requires_grad_(True)
+            k = rotate((attention.k(read) * norm * attention.norm_k.weight).unflatten(-1, (heads, -1)), plan.key_rotary)
+            out = attention.o(attend(q, k, attention.v(read).unflatten(-1, (heads, -1)), mask).flatten(-2))
+            noise = torch.randn(out.shape, generator=generator).to(out)
+            (gradient,) = torch.autograd.grad((out * noise).sum(), read)
+        power += float(out.detach().double().square().sum())
+        wide = gradient.flatten(0, 1).double()
+        total += wide.mT @ wide
+        count += len(wide)
+    return total / count, power / count
+
+
+def without(moments: LayerMoments, parts: Sequence[Part]) -> LayerMoments:
+    """The moments with parts of the method switched off, to see what each is worth."""
+    if "centring" in parts:
+        second = moments.covariance + torch.outer(moments.mean, moments.mean)
+        moments = dataclasses.replace(moments, mean=torch.zeros_like(moments.mean), covariance=second)
+    if "rho" in parts:
+        moments = dataclasses.replace(moments, rho=torch.ones_like(moments.rho))
+    if "sensitivity" in parts or "weights" in parts:
+        moments = dataclasses.replace(moments, sensitivity=None)
+    return moments
 
 
 def _spin(x: Tensor, turn: Rotary) -> tuple[Tensor, Tensor]:
@@ -299,21 +385,35 @@ class Target:
     config: WanConfig
     key_norm: KeyNorm
     q_lora_rank: int | None
-    rotary_in_content: bool
+    rope: RopeMode
     v_dim: int
     nope_dim: int | None = None
+    rope_dim: int | None = None
+    rope_selection: str = "energy"
+    without: tuple[Part, ...] = ()
 
     def layer(self, budget: int, components: tuple[tuple[int, int], ...]) -> MLALayer:
-        """`budget` cached scalars (the key norm aside): these rotary components, the rest latent channels."""
+        """`budget` cached scalars (the key norm aside): rotary keys where they are cached, the rest latent channels."""
         rope = 2 * sum(count for _, count in components)
         room = max(0, self.config.head_dim - rope)
         nope = room if self.nope_dim is None else min(room, self.nope_dim)
+        latent = budget - rope if self.rope == "cached" else budget
         return MLALayer(
-            kv_lora_rank=min(budget - rope, self.config.dim),  # wider than the model, a latent holds nothing more
+            kv_lora_rank=min(latent, self.config.dim),  # wider than the model, a latent holds nothing more
             qk_nope_head_dim=nope,
             v_head_dim=self.v_dim,
             rope_components=components,
         )
+
+    def counts(self, budget: int) -> list[int]:
+        """The numbers of rotary components that are worth trying at `budget` scalars."""
+        if self.rope == "head":
+            return [0]
+        if self.rope_dim is not None:
+            return [self.rope_dim // 2]
+        most = (budget - 1 if self.rope == "cached" else self.config.head_dim) // 2
+        shares = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75) if self.rope == "cached" else (0.2, 0.35, 0.5, 0.65, 0.8, 1.0)
+        return sorted({max(1, round(most * share)) for share in shares})
 
     def mla(self, layers: Sequence[MLALayer | None], calibration: dict[str, Any] | None = None) -> MLAConfig:
         """The model's `mla` section."""
@@ -322,7 +422,7 @@ class Target:
             key_norm=self.key_norm,
             softmax_scale=self.config.head_dim**-0.5,
             layers=tuple(layers),
-            rotary_in_content=self.rotary_in_content,
+            rope=self.rope,
             calibration=calibration,
         )
 
@@ -331,16 +431,30 @@ class Target:
         factors = factorize_layer(
             layer.weights,
             shape,
-            moments,
+            without(moments, self.without),
             num_heads=self.config.num_heads,
             key_norm=self.key_norm,
             q_lora_rank=self.q_lora_rank,
-            rotary_in_content=self.rotary_in_content,
+            rope=self.rope,
+            weighted="weights" not in self.without,
         )
+        return self.module(layer, shape, factors.tensors)
+
+    def components(
+        self, weights: AttentionWeights, moments: LayerMoments, counts: Sequence[int]
+    ) -> list[tuple[tuple[int, int], ...]]:
+        """The rotary components to keep, for each number of them: the highest pairs, or by what losing them costs."""
+        if self.rope_selection == "highest":
+            return [highest_pairs(self.config.rope_split, count) for count in counts]
+        moments = without(moments, self.without)
+        return choose_components(weights, moments, num_heads=self.config.num_heads, counts=counts)
+
+    def module(self, layer: Layer, shape: MLALayer, tensors: Mapping[str, Tensor]) -> LatentAttention:
+        """A converted layer of these tensors, in the dtype and on the device of its inputs."""
         with torch.device("meta"):
             module = LatentAttention(self.config, self.mla([shape]), shape)
         like = layer.inputs[0].x
-        state = {name: tensor.to(like.device, like.dtype) for name, tensor in factors.tensors.items()}
+        state = {name: tensor.to(like.device, like.dtype, copy=True) for name, tensor in tensors.items()}
         module.load_state_dict(state, strict=True, assign=True)
         return module.requires_grad_(False)
 
@@ -348,15 +462,22 @@ class Target:
         self, layer: Layer, moments: LayerMoments, *, counts: Sequence[int], budgets: Sequence[int], inputs: int = 6
     ) -> ErrorTable:
         """The layer converted with each number of rotary components at each budget, W_O refitted, on some inputs."""
-        components = choose_components(layer.weights, moments, num_heads=self.config.num_heads, counts=counts)
+        components = self.components(layer.weights, moments, counts)
         some = dataclasses.replace(layer, inputs=[layer.inputs[i] for i in _some(len(layer.inputs), inputs)])
         errors: dict[int, dict[int, float]] = {count: {} for count in counts}
         for count, kept in zip(counts, components, strict=True):
-            for budget in budgets:
-                if budget > 2 * count:
-                    student = self.convert(some, self.layer(budget, kept), moments)
+            possible = [budget for budget in budgets if self.rope != "cached" or budget > 2 * count]
+            if not possible:
+                continue
+            widest = self.layer(max(possible), kept)
+            made = self.convert(some, widest, moments).state_dict()
+            for budget in possible:
+                # The latent's channels are in order of what they hold: fewer are a part of more.
+                shape = self.layer(budget, kept)
+                student = self.module(some, shape, narrower(made, widest.kv_lora_rank, shape.kv_lora_rank))
+                if "refit" not in self.without:
                     refit_output(some, student)
-                    errors[count][budget] = attention_error(some, student)
+                errors[count][budget] = attention_error(some, student)
         return ErrorTable(components=dict(zip(counts, components, strict=True)), errors=errors)
 
 
@@ -373,7 +494,7 @@ class ErrorTable:
         found = [
             (_interpolate(curve, budget), count)
             for count, curve in self.errors.items()
-            if curve and min(curve) <= budget and budget > 2 * count
+            if curve and min(curve) <= budget
         ]
         error, count = min(found)
         return error, self.components[count]
@@ -395,7 +516,7 @@ def share_budget(
     budget: int,
     *,
     largest: int,
-    spread: float = 2.0,
+    spread: float = 2.4,
 ) -> list[int]:
     """Scalars of each layer, `budget` on average, from measured errors.
 
@@ -465,7 +586,7 @@ def refit_query(
     turn = Rotary(cos, sin)
     weight = cast(Tensor, student.q_b_proj.weight)
     start = weight.double().unflatten(0, (student.num_heads, -1)) if weight.ndim == 2 else weight.double()
-    nope = student.layer.qk_nope_head_dim
+    nope = start.shape[1] - 2 * len(student.turned_pairs)
     back = Rotary(turn.cos, -turn.sin)
 
     def turned(x: Tensor, by: Rotary) -> Tensor:  # [n, H, width], the rotary part rotated
@@ -513,11 +634,7 @@ def _sample_scores(
         scores = scores.masked_fill(~plan.mask[chosen][:, None], float("-inf"))
     p = scores.softmax(-1)
     scores = scores.masked_fill(p == 0, 0.0)
-    latent, k_rope, *norms = student.compress(x)
-    norm = norms[0] if norms else None
-    pairs = student.layer.component_pairs
-    rotated = rotate(k_rope.unsqueeze(2), plan.key_rotary.select(pairs)).expand(-1, -1, heads, -1)
-    keys = torch.cat((student.content_keys(student.content(latent, k_rope, norm), norm), rotated), -1).double() * scale
+    keys = student.keys(x, plan).double() * scale
     mean_key = torch.einsum("bnhm,bmhw->bnhw", p, keys)
     centred = scores - (p * scores).sum(-1, keepdim=True)
     curvature = torch.einsum("bnhm,bmhv,bmhw->bnhvw", p, keys, keys) - mean_key[..., None] * mean_key[..., None, :]
@@ -525,7 +642,7 @@ def _sample_scores(
     features = student.q_a_layernorm(student.q_a_proj(x[:, chosen])).double()
     exact = cast(Tensor, student.q_b_proj.weight).ndim == 3
     features = features.unflatten(-1, (heads, -1)) if exact else features.unsqueeze(2).expand(-1, -1, heads, -1)
-    rows, spun = len(x), turn.select(pairs)
+    rows, spun = len(x), turn.select(student.turned_pairs)
     return (
         curvature.flatten(0, 1),
         gradient.flatten(0, 1),
@@ -556,27 +673,29 @@ def calibrate(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
-    """First sweep: moments of `layers`, written to `folder`, and the split of `budget` scalars that measures best.
+    """First sweep: moments of `layers`, kept in `folder`, and the split of `budget` scalars that measures best.
 
-    With `adaptive`, layers share the total by what a scalar buys the model's velocity.
+    Moments that are in `folder` already are taken from there. With `adaptive`, layers share the total by what a scalar
+    buys the model's velocity.
     """
-    most = max(1, (budget - 1) // 2)
-    counts = sorted({max(1, round(most * share)) for share in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75)})
-    budgets = sorted({max(3, budget // 2), budget, 2 * budget}) if adaptive else [budget]
+    counts = target.counts(budget)
+    budgets = sorted({max(3, round(budget * share)) for share in BUDGETS}) if adaptive else [budget]
     largest = max(budget, checkpoint.config.dim)  # no latent is wider than the model
     budgets = [b for b in budgets if b <= largest]
     tables: dict[int, ErrorTable] = {}
     sweep = Sweep(checkpoint, clips, regime, device=device, probes=8 if adaptive else 0)
     for layer in sweep:
         if layer.index in layers:
-            moments = layer_moments(layer)
-            save_moments(folder, layer.index, moments)
+            if not _moments_file(folder, layer.index).exists():
+                save_moments(folder, layer.index, layer_moments(layer))
+            moments = load_moments(folder, layer.index, device)
             table = target.measure(layer, moments, counts=counts, budgets=budgets)
             tables[layer.index] = table
             if adaptive:
                 student = target.convert(layer, target.layer(budget, table.best(budget)[1]), moments)
-                refit_output(layer, student)
-                layer.probe(student)
+                if "refit" not in target.without:
+                    refit_output(layer, student)
+                layer.follow(layer.index, student)
         if progress is not None:
             progress(layer.index + 1, checkpoint.config.num_layers)
     ordered = [tables[i] for i in sorted(tables)]
@@ -597,25 +716,58 @@ def refit_layers(
     target: Target,
     calibration: Calibration,
     *,
+    validation: Clips | None = None,
+    losses: dict[str, float] | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[int, dict[str, Tensor], dict[str, float]]]:
-    """Second sweep: each layer's tensors, its queries and output refitted, with its attention error by stage."""
-    for layer in Sweep(checkpoint, clips, regime, device=device):
+    """Second sweep: each layer's tensors, its queries and output refitted, with its attention error by stage.
+
+    With `validation` clips, `losses` has the model's loss on them at the end, with all layers at each stage.
+    """
+    sweep = Sweep(checkpoint, clips, regime, device=device, validation=validation)
+    for layer in sweep:
         if layer.index not in calibration.layers:
             continue
         moments = load_moments(calibration.folder, layer.index, device)
-        student = target.convert(layer, calibration.layers[layer.index], moments)
-        errors = {"factorised": attention_error(layer, student)}
+        errors: dict[str, float] = {}
+        for name, student in _stages(target, layer, calibration.layers[layer.index], moments):
+            errors[name] = attention_error(layer, student)
+            if validation is not None:
+                layer.follow(name, copy.deepcopy(student))
+        yield layer.index, dict(student.state_dict()), errors
+    if losses is not None:
+        losses |= {str(name): loss for name, loss in sweep.losses.items()}
+
+
+def _stages(
+    target: Target, layer: Layer, shape: MLALayer, moments: LayerMoments
+) -> Iterator[tuple[str, LatentAttention]]:
+    """A layer's conversion step by step, each with all that the steps before it lose; the last is what is written."""
+    dim, head_dim, heads = target.config.dim, target.config.head_dim, target.config.num_heads
+    exact = dataclasses.replace(target, key_norm="token", q_lora_rank=None, v_dim=head_dim)
+    wide = dataclasses.replace(shape, kv_lora_rank=dim, qk_nope_head_dim=head_dim, v_head_dim=head_dim)
+    if target.rope != "head":
+        apart = dataclasses.replace(exact, rope="cached")
+        every = tuple((pair, heads) for pair, _ in shape.rope_components)
+        yield "rotations dropped", apart.convert(layer, dataclasses.replace(wide, rope_components=every), moments)
+        yield "rotary key shared", apart.convert(layer, wide, moments)
+    heads_fit = head_dim if target.rope == "head" else head_dim - shape.qk_rope_head_dim
+    if shape.qk_nope_head_dim < heads_fit or shape.v_head_dim < head_dim:
+        yield "heads narrowed", exact.convert(layer, dataclasses.replace(shape, kv_lora_rank=dim), moments)
+    yield "low rank", dataclasses.replace(exact, v_dim=shape.v_head_dim).convert(layer, shape, moments)
+    if target.key_norm == "latent" or target.q_lora_rank is not None:
+        yield "norms and queries", target.convert(layer, shape, moments)
+    student = target.convert(layer, shape, moments)
+    if "refit" not in target.without:
         refit_output(layer, student)
-        errors["output refit"] = attention_error(layer, student)
+        yield "output refitted", student
         refit_query(layer, student)
         refit_output(layer, student)
-        errors["query refit"] = attention_error(layer, student)
-        yield layer.index, dict(student.state_dict()), errors
+        yield "queries refitted", student
 
 
 def save_moments(folder: Path, index: int, moments: LayerMoments) -> None:
-    """Write one layer's moments, float64, as `layer-NNN.safetensors`."""
+    """Write one layer's moments, float64, as `layer-NNN.safetensors`: whole or not at all."""
     tensors = {
         "mean": moments.mean,
         "covariance": moments.covariance,
@@ -623,7 +775,13 @@ def save_moments(folder: Path, index: int, moments: LayerMoments) -> None:
         "query": moments.query,
         "rho": torch.view_as_real(moments.rho),
     }
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, _moments_file(folder, index))
+    if moments.sensitivity is not None:
+        tensors["sensitivity"] = moments.sensitivity
+        tensors["output_power"] = torch.tensor(moments.output_power, dtype=torch.float64)
+    path = _moments_file(folder, index)
+    partial = path.with_suffix(".partial")
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
+    partial.replace(path)
 
 
 def load_moments(folder: Path, index: int, device: torch.device | str = "cpu") -> LayerMoments:
@@ -635,6 +793,8 @@ def load_moments(folder: Path, index: int, device: torch.device | str = "cpu") -
         inverse_norm=float(tensors["inverse_norm"]),
         query=tensors["query"],
         rho=torch.complex(*tensors["rho"].unbind(-1)),  # a complex view of a file need not be aligned, and may crash
+        sensitivity=tensors.get("sensitivity"),
+        output_power=float(tensors["output_power"]) if "output_power" in tensors else None,
     )
 
 

@@ -20,6 +20,7 @@ T = TypeVar("T")
 _STRICT = {"extra": "forbid", "strict": True}
 
 KeyNorm = Literal["latent", "token"]
+RopeMode = Literal["cached", "latent", "head"]
 FORMAT_VERSION = 1
 
 
@@ -87,15 +88,17 @@ class MLAConfig:
 
     `q_lora_rank` None means the exact query path: the teacher's own projection and norm. `key_norm` "latent" is
     the paper's RMSNorm on the latent; "token" keeps the teacher's key norm exactly, for one more cached scalar.
-    `rotary_in_content`: content keys and values read the shared rotary keys (unrotated) as well as the latent, so
-    every cached scalar serves both; kv_b_proj then has kv_lora_rank + qk_rope_head_dim columns.
+    `rope`: "cached" is DeepSeek's and the paper's shared rotary key, cached beside the latent. Keys are cached
+    unrotated and turned when they are used, so it can as well be read from the latent (k_rope_proj): "latent"; every
+    cached scalar then serves rotary keys, content keys and values. "head" turns each head's own content keys by all
+    its pairs, as the teacher does; nothing is shared, and there is no absorbed form.
     """
 
     q_lora_rank: int | None
     key_norm: KeyNorm
     softmax_scale: float
     layers: tuple[MLALayer | None, ...]
-    rotary_in_content: bool = False
+    rope: RopeMode = "cached"
     calibration: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -105,17 +108,19 @@ class MLAConfig:
             raise ConfigError(f"mla.softmax_scale is {self.softmax_scale}: it must be positive")
         if self.key_norm not in ("latent", "token"):
             raise ConfigError(f"mla.key_norm is {self.key_norm!r}: give latent or token")
+        if self.rope == "head" and any(layer is not None and layer.rope_components for layer in self.layers):
+            raise ConfigError("mla.rope head shares no rotary key; leave rope_components of all layers empty")
 
-    def content_width(self, layer: MLALayer) -> int:
-        """Columns of kv_b_proj: what content keys and values are built from."""
-        return layer.kv_lora_rank + (layer.qk_rope_head_dim if self.rotary_in_content else 0)
+    def cached_rope(self, layer: MLALayer) -> int:
+        """Rotary scalars that a token caches beside its latent."""
+        return layer.qk_rope_head_dim if self.rope == "cached" else 0
 
     def cached_scalars(self, layer: int, dense_scalars: int) -> int:
         """Scalars that `layer` caches for one token; `dense_scalars` is what a dense layer caches."""
         mla = self.layers[layer]
         if mla is None:
             return dense_scalars
-        return mla.kv_lora_rank + mla.qk_rope_head_dim + (self.key_norm == "token")
+        return mla.kv_lora_rank + self.cached_rope(mla) + (self.key_norm == "token")
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for config.json; `from_json` reads it back."""
@@ -127,8 +132,8 @@ class MLAConfig:
             "softmax_scale": self.softmax_scale,
             "layers": layers,
         }
-        if self.rotary_in_content:
-            data["rotary_in_content"] = True
+        if self.rope != "cached":
+            data["rope"] = self.rope
         if self.calibration is not None:
             data["calibration"] = dict(self.calibration)
         return data
@@ -156,7 +161,7 @@ class MLAConfig:
             key_norm=head.key_norm,
             softmax_scale=head.softmax_scale,
             layers=parsed,
-            rotary_in_content=head.rotary_in_content,
+            rope=head.rope,
             calibration=head.calibration,
         )
 
@@ -167,7 +172,7 @@ class _MLAHead:
     q_lora_rank: int | None
     key_norm: KeyNorm
     softmax_scale: float
-    rotary_in_content: bool = False
+    rope: RopeMode = "cached"
     calibration: dict[str, Any] | None = None
 
 
@@ -324,7 +329,8 @@ def default_video(config: WanConfig) -> Video:
 
 
 Init = Literal["svd", "calibrated", "random", "lossless"]
-_LOSSLESS_SETS = ("kv_rank", "q_rank", "nope_dim", "rope_dim", "v_dim", "key_norm", "rotary_in_content")
+Part = Literal["centring", "rho", "weights", "sensitivity", "refit"]
+_LOSSLESS_SETS = ("kv_rank", "q_rank", "nope_dim", "rope_dim", "v_dim", "key_norm", "rope")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,11 +340,16 @@ class ConvertRecipe:
     `init`: "svd" factorises the pretrained weights, "calibrated" does so in the metric of the inputs that `clips`
     clips bring (queries exact and `key_norm` "token" by default), "random" draws the new ones from `seed`, "lossless"
     keeps every pair of every head, so that only rounding changes the model; it fixes all widths. A calibrated
-    conversion divides `kv_rank` + `rope_dim` scalars a layer by what it measures, and with `allocation` "adaptive" the
-    total between layers as well. `rotary_in_content` as in `MLAConfig` (calibrated: on, otherwise off). `kv_rank`,
-    `nope_dim` and `rope_dim` (scalars), `v_dim` and `q_rank` are the widths of the latent attention; `q_rank` "none"
-    keeps the teacher's query path. `key_norm` as in `MLAConfig` ("latent" by default). `dtype` is that of the output,
-    by default each tensor's own. `layers` ("0-3,7") are converted, the others stay dense.
+    conversion divides `kv_rank` + `rope_dim` scalars a layer by what it measures, and with `allocation` "adaptive"
+    the total between layers as well. `rope` as in `MLAConfig` (calibrated: "head", or "latent" where `nope_dim`
+    narrows heads; otherwise "cached"). `kv_rank`, `nope_dim` and `rope_dim` (scalars), `v_dim` and `q_rank` are the
+    widths of the latent attention; `q_rank` "none" keeps the teacher's query path. `rope_selection` chooses the pairs
+    that keep their rotation: the "highest" frequencies, as the paper does (the default of weights alone), or by the
+    "energy" that losing it costs (of a calibrated conversion). `without` switches parts of a calibrated conversion
+    off, to see what each is worth: "centring" of the inputs, the mean rotation "rho", the "weights" of heads by their
+    queries and outputs, the "sensitivity" of the output to each direction of the inputs, the "refit" of output and
+    queries. `key_norm` as in `MLAConfig` ("latent" by default). `dtype` is that of the output, by default each
+    tensor's own. `layers` ("0-3,7") are converted, the others stay dense.
 
     `streaming` is how the converted model sees time, by default as its source does. With `height` and `width`
     (video pixels), `vae_stride` and, for a bidirectional model, `frames` (latent), it says between which positions
@@ -346,15 +357,17 @@ class ConvertRecipe:
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
-    init: Init = "svd"
+    init: Init = "calibrated"
     kv_rank: int | None = None
     q_rank: int | str | None = None
     nope_dim: int | None = None
     rope_dim: int | None = None
     v_dim: int | None = None
     key_norm: KeyNorm | None = None
-    rotary_in_content: bool | None = None
+    rope: RopeMode | None = None
+    rope_selection: Literal["highest", "energy"] | None = None
     allocation: Literal["uniform", "adaptive"] | None = None
+    without: tuple[Part, ...] = ()
     clips: int = 40
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     layers: str | None = None
@@ -380,6 +393,8 @@ class ConvertRecipe:
             parse_layers(self.layers, 10**6)
         if self.allocation is not None and self.init != "calibrated":
             raise ConfigError(f"allocation {self.allocation} needs measured errors; use init calibrated")
+        if self.without and self.init != "calibrated":
+            raise ConfigError(f"without {', '.join(self.without)} is about calibrated conversions; use init calibrated")
         fixed = [name for name in _LOSSLESS_SETS if getattr(self, name) is not None]
         if self.init == "lossless" and fixed:
             raise ConfigError(f"init lossless keeps everything, so it fixes {fixed[0]}; leave {fixed[0]} out")

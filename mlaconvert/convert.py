@@ -11,10 +11,9 @@ import dataclasses
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -60,6 +59,7 @@ from mlaconvert.tiny.clips import training_clips
 
 THRESHOLD = 0.99  # share of the energy that the reported effective rank holds
 CONVERSION_NAME = "conversion.json"
+MOMENTS_NAME = "calibration.json"
 README_NAME = "README.md"
 
 # progress(stage, done, total): layers converted, bytes hashed, layers verified.
@@ -71,6 +71,7 @@ _REPLACES = {
     "q_a_layernorm": "norm_q",
     "q_b_proj": "q",
     "kv_a_proj_with_mqa": "k",
+    "k_rope_proj": "k",
     "kv_a_layernorm": "norm_k",
     "k_norm_proj": "k",
     "kv_b_proj": "v",
@@ -84,14 +85,14 @@ _VERIFY_GRID = (3, 4, 5)  # frames, height and width in tokens
 
 def recipe_names() -> list[str]:
     """Names of the recipes that ship with mlaconvert."""
-    return sorted(path.stem for path in _recipe_folder().glob("*.yaml"))
+    return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
 
 
 def load_recipe(recipe: str | Path) -> ConvertRecipe:
     """Read a YAML file, or a shipped recipe by its name. Raises ConfigError naming the file and the field."""
     path = Path(recipe)
     if not path.is_file():
-        path = _recipe_folder() / f"{recipe}.yaml"
+        path = recipe_folder() / f"{recipe}.yaml"
         if str(recipe) not in recipe_names():
             shipped = ", ".join(recipe_names())
             raise ConfigError(f"{recipe}: no such recipe file; shipped recipes: {shipped}")
@@ -104,7 +105,7 @@ def load_recipe(recipe: str | Path) -> ConvertRecipe:
     return parse(ConvertRecipe, data, str(path))
 
 
-def _recipe_folder() -> Path:
+def recipe_folder() -> Path:
     """`mlaconvert/recipes` of an installed wheel, `recipes` beside the package in a checkout."""
     package = Path(__file__).parent
     installed = package / "recipes"
@@ -129,22 +130,31 @@ def resolve_recipe(recipe: ConvertRecipe, config: WanConfig) -> ConvertRecipe:
     }
     if recipe.init != "lossless":
         budget, calibrated = default_budget(config), recipe.init == "calibrated"
-        rope = recipe.rope_dim or budget.qk_rope_head_dim
+        mode = recipe.rope or (("head" if recipe.nope_dim is None else "latent") if calibrated else "cached")
+        if mode == "head" and (recipe.rope_dim or recipe.nope_dim not in (None, head_dim)):
+            raise ConfigError("rope head keeps whole heads; leave rope_dim and nope_dim out, or give rope latent")
+        # Rotary keys that take no cache of their own are as many as measure best.
+        measured = mode == "head" or (mode == "latent" and calibrated)
+        rope = recipe.rope_dim or (0 if measured else budget.qk_rope_head_dim)
+        latent = budget.kv_lora_rank if mode == "cached" else budget.kv_lora_rank + budget.qk_rope_head_dim
         changes |= {
-            "kv_rank": recipe.kv_rank or budget.kv_lora_rank,
+            "kv_rank": recipe.kv_rank or latent,
             "q_rank": recipe.q_rank or ("none" if calibrated else budget.q_lora_rank),
             # A calibrated layer fills its heads up to their width, whatever rotary key it gets.
             "nope_dim": max(0, head_dim - rope) if recipe.nope_dim is None and not calibrated else recipe.nope_dim,
-            "rope_dim": rope,
+            "rope_dim": rope or None,
             "v_dim": recipe.v_dim or head_dim,
             "key_norm": recipe.key_norm or ("token" if calibrated else "latent"),
-            "rotary_in_content": calibrated if recipe.rotary_in_content is None else recipe.rotary_in_content,
+            "rope": mode,
         }
         streaming = recipe.streaming or config.streaming
-        if calibrated and streaming is not None and streaming.positions == "absolute":
+        if calibrated and streaming is not None and streaming.positions == "absolute" and streaming.sink_frames:
             raise ConfigError("init calibrated counts frames from a window's sink; set streaming.positions to window")
         if calibrated:
             changes["allocation"] = recipe.allocation or "adaptive"
+        changes["rope_selection"] = recipe.rope_selection or ("energy" if calibrated else "highest")
+        if changes["rope_selection"] == "energy" and not calibrated:
+            raise ConfigError("rope_selection energy needs measured inputs; use init calibrated")
     resolved = dataclasses.replace(recipe, **changes)
     for name, limit, what in (
         ("kv_rank", config.dim, "layer"),
@@ -203,7 +213,7 @@ def mla_config(recipe: ConvertRecipe, config: WanConfig, measured: Mapping[int, 
     chosen = parse_layers(recipe.layers or "", config.num_layers)
     calibration = None
     if recipe.init == "calibrated":
-        calibration = {"inputs": "clips", "clips": recipe.clips, **Regime.of(recipe.streaming, recipe.seed).to_json()}
+        calibration = {"inputs": "clips", "clips": recipe.clips, **_regime(recipe).to_json()}
     elif recipe.init != "random":
         height, width = _token_grid(recipe, config)
         streaming = recipe.streaming
@@ -219,9 +229,15 @@ def mla_config(recipe: ConvertRecipe, config: WanConfig, measured: Mapping[int, 
         key_norm=recipe.key_norm or "token",
         softmax_scale=config.head_dim**-0.5,
         layers=tuple((measured or {}).get(i, layer) if i in chosen else None for i in range(config.num_layers)),
-        rotary_in_content=bool(recipe.rotary_in_content),
+        rope=recipe.rope or "cached",
         calibration=calibration,
     )
+
+
+def _regime(recipe: ConvertRecipe) -> Regime:
+    """Where a calibration takes its windows. Without a sink, it is the same whether positions count from there."""
+    streaming = recipe.streaming
+    return Regime.of(dataclasses.replace(streaming, positions="window") if streaming else None, recipe.seed)
 
 
 def _timesteps(recipe: ConvertRecipe) -> tuple[float, ...]:
@@ -444,7 +460,7 @@ def _convert_layer(
             q_lora_rank=mla.q_lora_rank,
             # A generator a layer: a layer comes out the same whichever others are converted.
             generator=torch.Generator().manual_seed((plan.recipe.seed << 16) + layer),
-            rotary_in_content=mla.rotary_in_content,
+            rope=mla.rope,
         )
     else:
         factors = _factorize(checkpoint, plan, weights, layer, time, device)
@@ -486,7 +502,7 @@ def _factorize(
             num_heads=config.num_heads,
             key_norm=mla.key_norm,
             q_lora_rank=mla.q_lora_rank,
-            rotary_in_content=mla.rotary_in_content,
+            rope=mla.rope,
         )
     except (torch.linalg.LinAlgError, LinAlgError):  # type: ignore[attr-defined]
         factors = None
@@ -544,11 +560,25 @@ def _from_weights(
 
 
 def _from_clips(
-    checkpoint: Checkpoint, plan: ConversionPlan, clips: Clips, calibration: Calibration, device: torch.device
+    checkpoint: Checkpoint,
+    plan: ConversionPlan,
+    clips: tuple[Clips, Clips | None],
+    calibration: Calibration,
+    losses: dict[str, float],
+    device: torch.device,
 ) -> Iterator[tuple[int, Factors, LayerReport]]:
-    """Layers converted in the metric of what `clips` bring, and refitted to it."""
-    regime, target = Regime.of(plan.recipe.streaming, plan.recipe.seed), _target(plan)
-    for layer, tensors, errors in refit_layers(checkpoint, clips, regime, target, calibration, device=device):
+    """Layers converted in the metric of what the first `clips` bring, and refitted to it; `losses` on the others."""
+    made = refit_layers(
+        checkpoint,
+        clips[0],
+        _regime(plan.recipe),
+        _target(plan),
+        calibration,
+        validation=clips[1],
+        losses=losses,
+        device=device,
+    )
+    for layer, tensors, errors in made:
         report = _layer_report(checkpoint.attention(layer), plan, layer, errors, device)
         yield layer, Factors(tensors={name: tensor.cpu() for name, tensor in tensors.items()}, errors=errors), report
 
@@ -559,9 +589,12 @@ def _target(plan: ConversionPlan) -> Target:
         config=plan.source_config,
         key_norm=mla.key_norm,
         q_lora_rank=mla.q_lora_rank,
-        rotary_in_content=mla.rotary_in_content,
+        rope=mla.rope,
         v_dim=recipe.v_dim or plan.source_config.head_dim,
         nope_dim=recipe.nope_dim,
+        rope_dim=recipe.rope_dim if recipe.rope == "latent" else None,
+        rope_selection=recipe.rope_selection or "energy",
+        without=recipe.without,
     )
 
 
@@ -575,10 +608,10 @@ def _calibrate(
         return calibrate(
             checkpoint,
             clips,
-            Regime.of(recipe.streaming, recipe.seed),
+            _regime(recipe),
             _target(plan),
             layers=sorted(plan.layers),
-            budget=(recipe.kv_rank or 0) + (recipe.rope_dim or 0),
+            budget=(recipe.kv_rank or 0) + (recipe.rope_dim or 0 if recipe.rope == "cached" else 0),
             adaptive=recipe.allocation == "adaptive",
             folder=folder,
             device=device,
@@ -589,6 +622,38 @@ def _calibrate(
             f"{checkpoint.store.path}: a layer's self-attention is degenerate on these clips and cannot be factorised; "
             "give more or other clips, or leave the layer dense with --layers"
         ) from None
+
+
+def _keep_moments(folder: Path, checkpoint: Checkpoint, plan: ConversionPlan, data: Path | None) -> None:
+    """Make `folder` ready: what it holds stays if it belongs to this calibration, and is thrown away if not.
+
+    Raises OutputError when it is no folder of moments.
+    """
+    belongs = {
+        "regime": _regime(plan.recipe).to_json(),
+        "clips": plan.recipe.clips,
+        "data": None if data is None else [[f.name, f.stat().st_size] for f in sorted(data.glob("*.safetensors"))],
+        "source": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.store.files],
+    }
+    record = folder / MOMENTS_NAME
+    try:
+        folder.mkdir(exist_ok=True, parents=True)
+        if any(folder.iterdir()) and not record.exists():
+            raise OutputError(f"{folder} is not a folder of moments; move it away, or name another with --moments")
+        if record.exists() and json.loads(record.read_text()) != belongs:
+            for file in folder.glob("layer-*"):
+                file.unlink()
+        record.write_text(json.dumps(belongs, indent=2) + "\n")
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{folder}: moments cannot be kept there ({error}); name another with --moments") from None
+
+
+def _held_back(clips: Clips) -> tuple[Clips, Clips | None]:
+    """Clips to fit to, and a fifth of them to judge by; none of too few."""
+    count = len(clips.latents) // 5
+    if not count:
+        return clips, None
+    return Clips(*(part[:-count] for part in clips)), Clips(*(part[-count:] for part in clips))
 
 
 def calibration_clips(checkpoint: Checkpoint, plan: ConversionPlan, data: Path | None) -> Clips:
@@ -635,11 +700,16 @@ class Verification:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelReport:
-    """One converted model. A dry run leaves `sha256`, that of the source's files, and `layers` empty."""
+    """One converted model. A dry run leaves `sha256`, that of the source's files, and `layers` empty.
+
+    `losses` are those of a calibration: mean squared velocity errors on clips that it did not see, of the "dense" model
+    and with all layers after each step of the conversion.
+    """
 
     plan: ConversionPlan
     sha256: str = ""
     layers: tuple[LayerReport, ...] = ()
+    losses: Mapping[str, float] = field(default_factory=dict)
     verification: Verification | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -650,6 +720,7 @@ class ModelReport:
             data["layers"] = [
                 {k: v for k, v in layer.to_json().items() if k != "singular_values"} for layer in self.layers
             ]
+            data["losses"] = {name: _digits(loss) for name, loss in self.losses.items()}
         if self.verification is not None:
             data["verification"] = dataclasses.asdict(self.verification)
         return data
@@ -708,6 +779,7 @@ def convert(
     config: Path | None = None,
     device: str | torch.device = "cpu",
     data: Path | None = None,
+    moments: Path | None = None,
     overwrite: bool = False,
     verify: bool = False,
     dry_run: bool = False,
@@ -719,8 +791,9 @@ def convert(
     `source`, `revision`, `subfolder`, `state_key` and `config` are those of `open_models`; two experts become two
     subfolders. `on_plan` sees each model's plan once all checks have passed and before work starts; a `dry_run` ends
     there and writes nothing (`output` may then be None). The maths runs on `device`. `data` is a folder of clips
-    (`mlaconvert.data`) for init "calibrated". `verify` reads the output
-    back and compares it.
+    (`mlaconvert.data`) for init "calibrated"; what it measures of their inputs is kept in `moments`, by default beside
+    the output (`OUTPUT.moments`), and taken from there when it was made of the same model, in the same regime, from as
+    many clips of the same source. `verify` reads the output back and compares it.
 
     Raises InputError for bad input, a recipe that does not fit, an output that exists (without `overwrite`) or a disk
     without room, and MLAConvertError when verification fails; the output then stays for inspection.
@@ -729,6 +802,10 @@ def convert(
     folder = None if output is None else Path(output)
     if data is not None and (recipe or ConvertRecipe()).init != "calibrated":
         raise ConfigError(f"--data {data} is only read by init calibrated; leave it out, or give --init calibrated")
+    if moments is not None and (recipe or ConvertRecipe()).init != "calibrated":
+        raise ConfigError(
+            f"--moments {moments} is only used by init calibrated; leave it out, or give --init calibrated"
+        )
     if folder is None and not dry_run:
         raise ConfigError("no folder to write to; give one with -o DIR (output), or --dry-run to see the plan")
     with open_models(source, revision=revision, subfolder=subfolder, state_key=state_key, config=config) as checkpoints:
@@ -743,12 +820,17 @@ def convert(
                 on_plan(plan)
         if dry_run or folder is None:
             return ConversionReport(output=folder, models=tuple(ModelReport(plan=plan) for plan in plans.values()))
+        kept = moments or folder.with_name(f"{folder.name}.moments")
         if "" in plans:
-            models = {"": _convert_model(checkpoints[""], plans[""], folder, chosen_device, overwrite, data, report)}
+            models = {
+                "": _convert_model(checkpoints[""], plans[""], folder, chosen_device, overwrite, data, kept, report)
+            }
         else:
             with _staged_folder(folder) as staged:
                 models = {
-                    name: _convert_model(checkpoints[name], plan, staged / name, chosen_device, False, data, report)
+                    name: _convert_model(
+                        checkpoints[name], plan, staged / name, chosen_device, False, data, kept / name, report
+                    )
                     for name, plan in plans.items()
                 }
         if verify:
@@ -819,14 +901,17 @@ def _convert_model(
     device: torch.device,
     overwrite: bool,
     data: Path | None,
+    moments: Path,
     progress: Progress,
 ) -> ModelReport:
-    with tempfile.TemporaryDirectory(prefix="mlaconvert-") as scratch, ExitStack() as stack:
+    losses: dict[str, float] = {}
+    with ExitStack() as stack:
         if plan.recipe.init == "calibrated":
-            clips = calibration_clips(checkpoint, plan, data)
-            calibration = _calibrate(checkpoint, plan, clips, Path(scratch), device, progress)
+            clips = _held_back(calibration_clips(checkpoint, plan, data))
+            _keep_moments(moments, checkpoint, plan, data)
+            calibration = _calibrate(checkpoint, plan, clips[0], moments, device, progress)
             plan = plan_conversion(checkpoint, plan.recipe, subfolder=plan.subfolder, measured=calibration.layers)
-            made = _from_clips(checkpoint, plan, clips, calibration, device)
+            made = _from_clips(checkpoint, plan, clips, calibration, losses, device)
         else:
             made = _from_weights(checkpoint, plan, device)
         specs = [operation.spec for operation in plan.operations]
@@ -840,7 +925,7 @@ def _convert_model(
             hashed += piece
             progress("hash", hashed, total)
 
-        report = ModelReport(plan=plan, sha256=checkpoint.store.sha256(count), layers=layers)
+        report = ModelReport(plan=plan, sha256=checkpoint.store.sha256(count), layers=layers, losses=losses)
         writer.write_text(CONFIG_NAME, json.dumps(_output_config(checkpoint, plan), indent=2) + "\n")
         writer.write_text(CONVERSION_NAME, _conversion_json(checkpoint, report))
         writer.write_text(README_NAME, _readme(plan))
@@ -872,6 +957,7 @@ def _conversion_json(checkpoint: Checkpoint, report: ModelReport) -> str:
         },
         "recipe": dataclasses.asdict(plan.recipe),
         "cache_scalars_per_token": {"dense": plan.dense_scalars, "mla": plan.mla_scalars},
+        "losses": {name: _digits(loss) for name, loss in report.losses.items()},
     }
     head = json.dumps(data, indent=2, ensure_ascii=False).removesuffix("\n}")
     layers = ",\n".join("    " + json.dumps(layer.to_json()) for layer in report.layers)

@@ -13,14 +13,14 @@ measured or guessed from the weights.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from scipy.linalg import eigh
 from torch import Tensor
 
-from mlaconvert.config import KeyNorm, MLALayer, StreamingConfig
+from mlaconvert.config import KeyNorm, MLALayer, RopeMode, StreamingConfig
 from mlaconvert.rope import frequencies
 
 DAMPING = 1e-6  # of the mean eigenvalue, added before a covariance is inverted
@@ -55,6 +55,12 @@ class LayerMoments:
     inverse_norm: float  # E[s]
     query: Tensor  # [H, d, d], E[q q^T] of each head's normed, unrotated query
     rho: Tensor  # [pairs] complex, mean rotation e^{i theta (query position - key position)}
+    # [D, D], E[g g^T] of g = d(noise . output) / dx_j through keys and values, their norm s held: what an error of x_j
+    # that only its key and value see does to the attention output. None where only weights are known.
+    sensitivity: Tensor | None = None
+    # E|output|^2 in its units: tr(sensitivity E) / output_power is the squared relative output error of inputs that are
+    # off by a second moment E [D, D], each on its own.
+    output_power: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +68,7 @@ class Factors:
     """A converted layer: tensors by their name below `self_attn.`, and relative errors by stage.
 
     `rope`: what the shared rotary keys miss of the kept pairs; `unrotated`: the energy whose rotation is lost, as a
-    share of all keys' energy; `content`: what the latent misses of content keys and values; `query`: what a
+    share of all keys' energy; `latent`: what the latent misses of all that it holds; `query`: what a
     compressed query misses. All are Frobenius norms in the metric of the moments, relative to the thing approximated.
     """
 
@@ -141,9 +147,10 @@ class _Dense:
     affine_root: Tensor  # [D + 1, D + 1], the same of [x; 1]
     value_covariance: Tensor  # [H, d, d]
     output_spread: Tensor  # [H], E|W_O,h (v_h - E v_h)|^2: how far a head's output moves with its scores
+    weighted: bool
 
     @classmethod
-    def of(cls, weights: AttentionWeights, moments: LayerMoments, num_heads: int) -> _Dense:
+    def of(cls, weights: AttentionWeights, moments: LayerMoments, num_heads: int, *, weighted: bool = True) -> _Dense:
         w = weights.double(moments.mean.device)
         root = cholesky(moments.covariance)
         value = w.v_weight.unflatten(0, (num_heads, -1))
@@ -158,7 +165,8 @@ class _Dense:
             root=root,
             affine_root=affine_root(root, moments.mean),
             value_covariance=covariance,
-            output_spread=((out @ covariance) * out).sum((1, 2)),
+            output_spread=((out @ covariance) * out).sum((1, 2)) if weighted else out.new_ones(num_heads),
+            weighted=weighted,
         )
 
     @property
@@ -173,6 +181,8 @@ class _Dense:
     def importance(self) -> Tensor:
         """[H, pairs]: squared output error of a unit error of a complex key; half, for a score is a real part."""
         power = self.moments.query.diagonal(dim1=1, dim2=2).unflatten(1, (-1, 2)).sum(-1)
+        if not self.weighted:
+            return torch.ones_like(power)
         power = power * self.score_weight[:, None] / 2
         return power.clamp_min(1e-12 * float(power.max()) or 1e-300)
 
@@ -182,8 +192,21 @@ class _Dense:
 
     def key_weight(self, query_map: Tensor) -> Tensor:
         """Root [H, n, n] of the output error of content keys that meet queries mapped by `query_map` [H, n, d]."""
+        if not self.weighted:
+            return (
+                torch.eye(len(query_map[0]), dtype=query_map.dtype).to(query_map.device).expand(len(query_map), -1, -1)
+            )
         second = query_map @ self.moments.query @ query_map.mT
         return symmetric_root(second * self.score_weight[:, None, None])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Keys:
+    """Keys that a latent has to hold, and the queries that meet them."""
+
+    rows: Tensor  # [.., D + 1], affine in x; [H, nope, D + 1] of content keys, [rope, D + 1] of shared ones
+    weight: Tensor  # root of the squared output error of their errors: [H, nope, nope], or [rope]
+    queries: Tensor  # [H, nope or rope, d], maps of each head's query
 
 
 def factorize_layer(
@@ -194,63 +217,71 @@ def factorize_layer(
     num_heads: int,
     key_norm: KeyNorm,
     q_lora_rank: int | None,
-    rotary_in_content: bool = False,
+    rope: RopeMode = "cached",
+    weighted: bool = True,
 ) -> Factors:
     """The best latent factors of a layer in the metric of `moments`.
 
-    With `rotary_in_content`, content keys and values read the shared rotary keys as well, as latent channels that the
-    cache holds anyway. With every pair kept in H components and a latent as wide as the model, the result is the
-    teacher itself up to rounding (token key norm, exact queries).
+    Not `weighted`, all heads and channels count alike. With `rope` "latent" the latent holds shared rotary keys
+    beside content keys and values; with "head" content keys are whole heads that keep their rotation. With every pair
+    kept in H components and a latent as wide as the model, the result is the teacher itself up to rounding (token key
+    norm, exact queries). Latent channels are in descending order of what they hold: `narrower` cuts the last ones
+    off.
     """
-    dense = _Dense.of(weights, moments, num_heads)
+    dense = _Dense.of(weights, moments, num_heads, weighted=weighted)
     w, mean, root, dim = dense.weights, moments.mean, dense.root, len(moments.mean)
-    nope = layer.qk_nope_head_dim
-
-    shared, query_rope, content, errors = _shared_rotary_keys(dense, layer.rope_components)
-    query_map, key_map = _narrow(moments.query, _gram(content[..., :dim] @ root), nope)
-    content = key_map @ content  # [H, nope, D + 1]
+    content, shared, errors = _content_and_shared(dense, layer, rope)
     out_map, value_map = _narrow(dense.out.mT @ dense.out, dense.value_covariance, layer.v_head_dim)
     value = value_map @ dense.value  # [H, v, D]
     out = dense.out @ out_map.mT  # [H, D, v]
 
-    joint = torch.cat((content[..., :dim], value), 1)  # [H, nope + v, D]
-    weight = (dense.key_weight(query_map), symmetric_root(out.mT @ out))
-    weighted = torch.cat((weight[0] @ content[..., :dim], weight[1] @ value), 1).flatten(0, 1) @ root
-    total = float(weighted.square().sum())
-    read = shared if rotary_in_content else shared[:0]
-    held = torch.linalg.qr((read[:, :dim] @ root).mT).Q  # [D, rope], directions that rotary keys hold already
-    weighted = weighted - (weighted @ held) @ held.mT
-    basis, _ = leading_directions(weighted.mT @ weighted, layer.kv_lora_rank)
-    missed = float((weighted - (weighted @ basis) @ basis.mT).square().sum())
-    errors["content"] = (missed / total) ** 0.5 if total else 0.0
+    if moments.sensitivity is not None and rope != "cached":
+        metric = moments.sensitivity
+    else:
+        value_weight = symmetric_root(out.mT @ out) @ value if weighted else value
+        joint = torch.cat((content.weight @ content.rows[..., :dim], value_weight), 1)
+        joint = joint.flatten(0, 1)
+        if rope == "latent":
+            joint = torch.cat((joint, shared.weight[:, None] * shared.rows[:, :dim]))
+        metric = joint.mT @ joint
+    basis, kept = leading_directions(root.mT @ metric @ root, layer.kv_lora_rank)  # [D, rank]
+    errors["latent"] = max(0.0, 1 - kept) ** 0.5
+
+    def read(rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Affine rows [.., D + 1] of x, as [.., rank] and a bias [..] of the latent, of mean zero."""
+        return rows[..., :dim] @ root @ basis, rows[..., dim] + rows[..., :dim] @ mean
 
     down = torch.linalg.solve_triangular(root, basis.mT, upper=False, left=False)  # basis^T root^-1
-    latent = affine(down, -down @ mean)  # [rank, D + 1], of mean zero and identity covariance
-    source = torch.cat((latent, read))  # what keys and values are built from
-    whitened = source[:, :dim] @ root
-    # Not lstsq: with more rows than the model is wide, torch's gives another answer at every call.
-    up = (joint @ root) @ torch.linalg.pinv(whitened)  # [H, nope + v, columns of kv_b_proj]
-    offset = source[:, :dim] @ mean + source[:, dim]  # the source at the mean input
-    key_bias = content[..., dim] + content[..., :dim] @ mean - up[:, :nope] @ offset  # [H, nope]
-    value_bias = value_map @ w.v_bias.unflatten(0, (num_heads, -1)).unsqueeze(-1)
-    value_bias = value_bias.squeeze(-1) + value @ mean - up[:, nope:] @ offset  # [H, v]
-    if key_norm == "latent":
-        # No token's own norm: fold the mean one. The latent has identity covariance, so its RMSNorm needs no gain.
-        s = moments.inverse_norm
-        shared, key_bias, latent_width = shared * s, key_bias * s, layer.kv_lora_rank
-        up = torch.cat((up[:, :nope] * s, up[:, nope:]), 1)
-        up = torch.cat((up[..., :latent_width], up[..., latent_width:] / s), -1)
-    tensors = _query_path(dense, torch.cat((query_map, query_rope), 1), q_lora_rank, errors)
-    down_rows = torch.cat((latent, shared))
+    down = affine(down, -down @ mean)  # [rank, D + 1]: the latent has mean zero and identity covariance
+    # No token's own norm: fold the mean one. The latent has identity covariance, so its RMSNorm needs no gain.
+    s = moments.inverse_norm if key_norm == "latent" else 1.0
+    up_key, key_bias = read(s * content.rows)
+    up_value, value_bias = read(affine(value, (value_map @ w.v_bias.unflatten(0, (num_heads, -1, 1))).squeeze(-1)))
+    tensors = _query_path(dense, torch.cat((content.queries, shared.queries), 1), q_lora_rank, errors)
+    if rope == "cached":
+        down = torch.cat((down, s * shared.rows))
+    elif len(shared.rows):
+        tensors["k_rope_proj.weight"], tensors["k_rope_proj.bias"] = read(s * shared.rows)
     tensors |= {
-        "kv_a_proj_with_mqa.weight": down_rows[:, :dim],
-        "kv_a_proj_with_mqa.bias": down_rows[:, dim],
-        "kv_b_proj.weight": up.flatten(0, 1),
+        "kv_a_proj_with_mqa.weight": down[:, :dim],
+        "kv_a_proj_with_mqa.bias": down[:, dim],
+        "kv_b_proj.weight": torch.cat((up_key, up_value), 1).flatten(0, 1),
         "kv_b_proj.bias": key_bias.flatten(),
         "o.weight": out.transpose(0, 1).flatten(1),
         "o.bias": w.o_bias + torch.einsum("hdv,hv->d", out, value_bias),
     }
     return Factors(tensors=tensors | _norms(w, key_norm, layer.kv_lora_rank), errors=errors)
+
+
+def narrower(tensors: Mapping[str, Tensor], rank: int, width: int) -> dict[str, Tensor]:
+    """The tensors of `factorize_layer` with the first `width` of `rank` latent channels."""
+    cut = dict(tensors)
+    for name in ("kv_a_proj_with_mqa.weight", "kv_a_proj_with_mqa.bias"):
+        cut[name] = torch.cat((tensors[name][:width], tensors[name][rank:]))
+    for name in ("kv_b_proj.weight", "k_rope_proj.weight", "kv_a_layernorm.weight"):
+        if name in tensors:
+            cut[name] = tensors[name][..., :width]
+    return cut
 
 
 def choose_components(
@@ -304,16 +335,15 @@ def random_layer(
     key_norm: KeyNorm,
     q_lora_rank: int | None,
     generator: torch.Generator,
-    rotary_in_content: bool = False,
+    rope: RopeMode = "cached",
 ) -> Factors:
     """Every new projection drawn from N(0, 1 / fan_in), biases zero; what the teacher shares stays the teacher's.
 
     Those are W_O where values stay as wide as the head, the query projection of the exact path, and the key norm.
     """
     w = weights.double()
-    dim, rank, rope = w.q_weight.shape[0], layer.kv_lora_rank, layer.qk_rope_head_dim
-    width, head_dim = layer.qk_nope_head_dim + rope, dim // num_heads
-    content = rank + rope if rotary_in_content else rank
+    dim, rank, rotary = w.q_weight.shape[0], layer.kv_lora_rank, layer.qk_rope_head_dim
+    width, head_dim = layer.qk_nope_head_dim + rotary, dim // num_heads
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64) * shape[-1] ** -0.5
@@ -335,15 +365,17 @@ def random_layer(
             "q_a_layernorm.weight": zeros(q_lora_rank) + 1,
             "q_b_proj.weight": draw(num_heads * width, q_lora_rank),
         }
-    same_width = layer.v_head_dim == head_dim
+    same_width, cached = layer.v_head_dim == head_dim, rank + (rotary if rope == "cached" else 0)
     tensors = query | {
-        "kv_a_proj_with_mqa.weight": draw(rank + rope, dim),
-        "kv_a_proj_with_mqa.bias": zeros(rank + rope),
-        "kv_b_proj.weight": draw(num_heads * (layer.qk_nope_head_dim + layer.v_head_dim), content),
+        "kv_a_proj_with_mqa.weight": draw(cached, dim),
+        "kv_a_proj_with_mqa.bias": zeros(cached),
+        "kv_b_proj.weight": draw(num_heads * (layer.qk_nope_head_dim + layer.v_head_dim), rank),
         "kv_b_proj.bias": zeros(num_heads * layer.qk_nope_head_dim),
         "o.weight": w.o_weight if same_width else draw(dim, num_heads * layer.v_head_dim),
         "o.bias": w.o_bias,
     }
+    if rope == "latent" and rotary:
+        tensors |= {"k_rope_proj.weight": draw(rotary, rank), "k_rope_proj.bias": zeros(rotary)}
     return Factors(tensors=tensors | _norms(w, key_norm, rank), errors={})
 
 
@@ -366,29 +398,35 @@ def _components(dense: _Dense, importance: Tensor, pair: int) -> tuple[Tensor, T
     return left * sigma / scale, torch.linalg.solve_triangular(root, right, upper=False, left=False), sigma
 
 
-def _shared_rotary_keys(
-    dense: _Dense, components: Sequence[tuple[int, int]]
-) -> tuple[Tensor, Tensor, Tensor, dict[str, float]]:
-    """Keys of the kept pairs that all heads share, and the content keys that carry the rest.
+def _content_and_shared(dense: _Dense, layer: MLALayer, rope: RopeMode) -> tuple[_Keys, _Keys, dict[str, float]]:
+    """Each head's own keys, the rotary keys that all share, and relative errors of both.
 
-    What loses its rotation turns by its mean instead: Re(q conj(k) rho). Returns shared keys [rope, D + 1], the maps
-    of each head's query [H, rope, d], content keys [H, d, D + 1] and errors.
+    What loses its rotation, and what the shared keys miss, goes into content keys that turn by their mean instead:
+    Re(q conj(k) rho).
     """
     heads, width, columns = dense.key.shape
     pairs, importance, rho = dense.pairs(), dense.importance(), dense.moments.rho
+    if rope == "head":
+        # Turned by position, the pairs of a query are as good as uncorrelated: each counts with its power alone.
+        weight = torch.diag_embed(importance.sqrt().repeat_interleave(2, 1))
+        eye = torch.eye(width, dtype=weight.dtype, device=weight.device).expand(heads, -1, -1)
+        none = _Keys(rows=weight.new_zeros(0, columns), weight=weight.new_zeros(0), queries=eye[:, :0])
+        return _Keys(rows=dense.key, weight=weight, queries=eye), none, {}
     rest, missed, kept_energy = pairs.clone(), 0.0, 0.0
-    shared, query = [dense.key.new_zeros(0, columns)], [dense.key.new_zeros(heads, 0, width)]
-    for pair, count in components:
-        factors, rows, sigma = _components(dense, importance, pair)
-        factor, row = factors[:, :count], rows[:count]
+    rows, weights = [dense.key.new_zeros(0, columns)], [dense.key.new_zeros(0)]
+    queries = [dense.key.new_zeros(heads, 0, width)]
+    for pair, count in layer.rope_components:
+        factors, shared, sigma = _components(dense, importance, pair)
+        factor, row = factors[:, :count], shared[:count]
         rest[:, pair] -= factor @ row
         missed += float(sigma[count:].square().sum())
         kept_energy += float(sigma.square().sum())
-        shared.append(torch.view_as_real(row).transpose(1, 2).flatten(0, 1))
+        rows.append(torch.view_as_real(row).transpose(1, 2).flatten(0, 1))
+        weights.append(sigma[:count].repeat_interleave(2))
         turn = dense.key.new_zeros(heads, count, 2, width)
         turn[:, :, 0, 2 * pair], turn[:, :, 0, 2 * pair + 1] = factor.real, factor.imag
         turn[:, :, 1, 2 * pair], turn[:, :, 1, 2 * pair + 1] = -factor.imag, factor.real
-        query.append(turn.flatten(1, 2))
+        queries.append(turn.flatten(1, 2))
     root, power = dense.affine_root.to(pairs.dtype), importance.sqrt()[..., None]
     lost = (power * (rest @ root)).abs().square().sum((0, 2))  # [pairs]
     total = (power * (pairs @ root)).abs().square().sum()
@@ -396,8 +434,14 @@ def _shared_rotary_keys(
         "rope": (missed / kept_energy) ** 0.5 if kept_energy else 0.0,
         "unrotated": float((lost * (1 - rho.abs().square())).sum() / total) ** 0.5,
     }
-    content = torch.view_as_real(rest * rho.conj()[:, None]).transpose(2, 3).flatten(1, 2)
-    return torch.cat(shared), torch.cat(query, 1), content, errors
+    content = torch.view_as_real(rest * rho.conj()[:, None]).transpose(2, 3).flatten(1, 2)  # [H, d, D + 1]
+    spread = _gram(content[..., :-1] @ dense.root)
+    query_map, key_map = _narrow(dense.moments.query, spread, layer.qk_nope_head_dim)
+    return (
+        _Keys(rows=key_map @ content, weight=dense.key_weight(query_map), queries=query_map),
+        _Keys(rows=torch.cat(rows), weight=torch.cat(weights), queries=torch.cat(queries, 1)),
+        errors,
+    )
 
 
 def _narrow(left: Tensor, right: Tensor, width: int) -> tuple[Tensor, Tensor]:

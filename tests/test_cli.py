@@ -53,7 +53,7 @@ def test_help_and_version() -> None:
     assert invoke().exit_code == 2
 
 
-@pytest.mark.parametrize("command", ["analyze", "convert"])
+@pytest.mark.parametrize("command", ["analyze", "convert", "push", "evaluate", "heal"])
 def test_every_option_says_its_default(command: str) -> None:
     """Switches are off; everything else names a default, its own or Typer's."""
     import inspect
@@ -93,11 +93,11 @@ def test_analyze_json_is_only_json(golden: Path) -> None:
     assert [layer["layer"] for layer in data["layers"]] == [0, 1, 2]
     assert data["memory"]["frame_tokens"] == 6 * 10
     assert data["memory"]["window_frames"] == 7
-    assert data["memory"]["mla"]["scalars_per_token"] == [5 + 6] * 3
+    assert data["memory"]["mla"]["scalars_per_token"] == [5 + 1] * 3
 
 
 def test_analyze_of_a_converted_model(golden: Path, tmp_path: Path) -> None:
-    succeed("convert", golden, "-o", tmp_path / "out", "--kv-rank", 10, "--layers", "1")
+    succeed("convert", golden, "-o", tmp_path / "out", "--init", "svd", "--kv-rank", 10, "--layers", "1")
     data = json.loads(succeed("analyze", tmp_path / "out", "--json").stdout)
     assert [layer["kind"] for layer in data["layers"]] == ["dense", "mla", "dense"]
     assert data["memory"]["mla"]["scalars_per_token"] == [192, 16, 192]
@@ -114,7 +114,7 @@ def test_analyze_of_two_experts(pair: Path, tmp_path: Path) -> None:
 
 
 def test_convert_shows_the_model_first_and_the_layers_after(golden: Path, tmp_path: Path) -> None:
-    result = succeed("convert", golden, "-o", tmp_path / "out", "--verify")
+    result = succeed("convert", golden, "-o", tmp_path / "out", "--init", "svd", "--verify")
     assert "wan t2v, native layout, 3 layers x 96 wide x 4 heads" in result.stderr
     assert "576 -> 42 scalars a token (-92.7%)" in result.stderr
     assert "verified: 66 tensors" in result.stderr
@@ -126,7 +126,7 @@ def test_convert_shows_the_model_first_and_the_layers_after(golden: Path, tmp_pa
 def test_convert_options_reach_the_model(golden: Path, tmp_path: Path) -> None:
     flags = ("--init", "random", "--kv-rank", 9, "--q-rank", "none", "--nope-dim", 7, "--rope-dim", 10)
     more = ("--key-norm", "token", "--dtype", "bfloat16", "--layers", "0,2", "--seed", 5, "--json")
-    data = json.loads(succeed("convert", golden, "-o", tmp_path / "out", *flags, *more).stdout)
+    data = json.loads(succeed("convert", golden, "-o", tmp_path / "out", "--init", "svd", *flags, *more).stdout)
     recipe = data["models"][0]["recipe"]
     expected = {"init": "random", "kv_rank": 9, "q_rank": "none", "nope_dim": 7, "rope_dim": 10, "v_dim": 24}
     expected |= {"key_norm": "token", "dtype": "bfloat16", "layers": "0,2", "seed": 5}
@@ -138,7 +138,7 @@ def test_convert_options_reach_the_model(golden: Path, tmp_path: Path) -> None:
 
 def test_options_override_the_recipe(golden: Path, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("kv_rank: 9\nrope_dim: 4\nkey_norm: token\n")
+    path.write_text("init: svd\nkv_rank: 9\nrope_dim: 4\nkey_norm: token\n")
     arguments = ("convert", golden, "-o", tmp_path / "out", "--recipe", path, "--kv-rank", 11, "--q-rank", 13)
     recipe = json.loads(succeed(*arguments, "--dry-run", "--json").stdout)["models"][0]["recipe"]
     assert (recipe["kv_rank"], recipe["rope_dim"], recipe["key_norm"], recipe["q_rank"]) == (11, 4, "token", 13)
@@ -149,7 +149,7 @@ def test_options_override_the_recipe(golden: Path, tmp_path: Path) -> None:
 
 
 def test_dry_run_prints_the_plan_with_sizes(golden: Path, tmp_path: Path) -> None:
-    result = succeed("convert", golden, "-o", tmp_path / "out", "--dry-run")
+    result = succeed("convert", golden, "-o", tmp_path / "out", "--init", "svd", "--dry-run")
     assert "blocks.0.self_attn.kv_a_proj_with_mqa.weight" in result.stdout
     assert "14 x 96" in result.stdout
     assert "66 tensors that pass through" in result.stdout
@@ -168,18 +168,18 @@ def test_lossless_flag(golden: Path, tmp_path: Path) -> None:
 
 
 def test_overwrite(golden: Path, tmp_path: Path) -> None:
-    succeed("convert", golden, "-o", tmp_path / "out")
-    result = invoke("convert", golden, "-o", tmp_path / "out")
+    succeed("convert", golden, "-o", tmp_path / "out", "--init", "svd")
+    result = invoke("convert", golden, "-o", tmp_path / "out", "--init", "svd")
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1].startswith("error: ")
     assert "--overwrite" in result.stderr
-    succeed("convert", golden, "-o", tmp_path / "out", "--overwrite", "--kv-rank", 3)
+    succeed("convert", golden, "-o", tmp_path / "out", "--init", "svd", "--overwrite", "--kv-rank", 3)
     weights = load_file(tmp_path / "out" / WEIGHTS_NAME)
     assert weights["blocks.0.self_attn.kv_a_layernorm.weight"].shape == (3,)
 
 
 def test_two_experts(pair: Path, tmp_path: Path) -> None:
-    result = succeed("convert", pair, "-o", tmp_path / "out", "--verify")
+    result = succeed("convert", pair, "-o", tmp_path / "out", "--init", "svd", "--verify")
     assert "transformer: pair" in result.stderr
     assert "verified: 132 tensors" in result.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["transformer", "transformer_2"]
@@ -240,12 +240,12 @@ def test_exceptions_become_one_line(
         raise raised
 
     monkeypatch.setattr("mlaconvert.convert._convert_layer", fail)
-    result = invoke("convert", golden, "-o", tmp_path / "out")
+    result = invoke("convert", golden, "-o", tmp_path / "out", "--init", "svd")
     assert result.exit_code == code
     assert result.stderr.splitlines()[-1] == message
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
-    result = invoke("--debug", "convert", golden, "-o", tmp_path / "out")
+    result = invoke("--debug", "convert", golden, "-o", tmp_path / "out", "--init", "svd")
     assert result.exit_code == code
     assert ("Traceback" in result.stderr) == (code != 130)
 
@@ -255,7 +255,7 @@ def test_a_killed_process_cleans_up(golden: Path, tmp_path: Path) -> None:
     code = (
         "import sys, time, mlaconvert.convert as c, mlaconvert.cli as cli\n"
         "c._convert_layer = lambda *a: (print('ready', flush=True), time.sleep(60))\n"
-        f"sys.argv = ['mlaconvert', 'convert', {str(golden)!r}, '-o', {str(tmp_path / 'out')!r}]\n"
+        f"sys.argv = ['mlaconvert', 'convert', {str(golden)!r}, '-o', {str(tmp_path / 'out')!r}, '--init', 'svd']\n"
         "cli.main()\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from mlaconvert import convert as module
 from mlaconvert.cache import LatentCache
+from mlaconvert.calibrate import Regime, windows
 from mlaconvert.checkpoint import CONFIG_NAME, WEIGHTS_NAME, ModelWriter, TensorSpec
 from mlaconvert.config import ConvertRecipe, StreamingConfig, WanConfig, default_video, parse_layers
 from mlaconvert.convert import ConversionReport, convert, open_models, time_modulation, verify_conversion
@@ -61,7 +63,8 @@ DIFFUSERS = {
     "patch_size": [1, 2, 2],
 }
 LOSSLESS = ConvertRecipe(init="lossless")
-EXACT = ConvertRecipe(q_rank="none", key_norm="token")
+SVD = ConvertRecipe(init="svd")
+EXACT = ConvertRecipe(init="svd", q_rank="none", key_norm="token")
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +185,8 @@ def test_names_and_shapes_are_the_documented_ones(source: Path, tmp_path: Path) 
         "q_b_proj.weight": (3, 15, 20),
     }
     for name, recipe, expected in (
-        ("latent", ConvertRecipe(**widths, q_rank=9), latent),
-        ("token", ConvertRecipe(**widths, q_rank="none", key_norm="token"), token),
+        ("latent", ConvertRecipe(init="svd", **widths, q_rank=9), latent),
+        ("token", ConvertRecipe(init="svd", **widths, q_rank="none", key_norm="token"), token),
     ):
         convert(source, tmp_path / name, recipe)
         with safe_open(tmp_path / name / WEIGHTS_NAME, framework="pt") as opened:
@@ -195,7 +198,7 @@ def test_names_and_shapes_are_the_documented_ones(source: Path, tmp_path: Path) 
 
 def test_config_keeps_the_source_and_adds_mla(source: Path, tmp_path: Path) -> None:
     streaming = StreamingConfig(window_frames=5)
-    convert(source, tmp_path / "out", ConvertRecipe(layers="0,2", streaming=streaming))
+    convert(source, tmp_path / "out", ConvertRecipe(init="svd", layers="0,2", streaming=streaming))
     config = json.loads((tmp_path / "out" / CONFIG_NAME).read_text())
     assert {name: config[name] for name in NATIVE} == NATIVE
     assert config["streaming"] == {"chunk_frames": 3, "window_frames": 5, "sink_frames": 1, "positions": "window"}
@@ -213,7 +216,7 @@ def test_config_keeps_the_source_and_adds_mla(source: Path, tmp_path: Path) -> N
 def test_dense_layers_and_mixed_dtypes_stay(state: State, save_folder: SaveFolder, tmp_path: Path) -> None:
     """Norms in float32 beside bfloat16 weights, as diffusers' repositories have them."""
     mixed = {n: t if "norm" in n or "modulation" in n else t.bfloat16() for n, t in state.items()}
-    convert(save_folder(mixed, NATIVE), tmp_path / "out", ConvertRecipe(layers="1"))
+    convert(save_folder(mixed, NATIVE), tmp_path / "out", ConvertRecipe(init="svd", layers="1"))
     written = load_file(tmp_path / "out" / WEIGHTS_NAME)
     for name, tensor in mixed.items():
         if not name.startswith("blocks.1.self_attn."):
@@ -226,7 +229,7 @@ def test_dense_layers_and_mixed_dtypes_stay(state: State, save_folder: SaveFolde
 
 
 def test_dtype_option_casts_everything(source: Path, state: State, tmp_path: Path) -> None:
-    report = convert(source, tmp_path / "out", ConvertRecipe(dtype="bfloat16"), verify=True)
+    report = convert(source, tmp_path / "out", ConvertRecipe(init="svd", dtype="bfloat16"), verify=True)
     written = load_file(tmp_path / "out" / WEIGHTS_NAME)
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
     assert torch.equal(written["blocks.0.ffn.0.weight"], state["blocks.0.ffn.0.weight"].bfloat16())
@@ -261,7 +264,7 @@ def test_lossless_conversion_is_the_golden_model(golden: Path, tmp_path: Path) -
 def test_lossy_conversion_is_worse_than_lossless_and_better_than_random(source: Path, tmp_path: Path) -> None:
     errors = {}
     for name, recipe in (
-        ("wide", ConvertRecipe(kv_rank=50, rope_dim=20, nope_dim=0, q_rank="none", key_norm="token")),
+        ("wide", ConvertRecipe(init="svd", kv_rank=50, rope_dim=20, nope_dim=0, q_rank="none", key_norm="token")),
         ("narrow", EXACT),
         ("random", ConvertRecipe(init="random")),
     ):
@@ -298,8 +301,10 @@ def test_the_regime_decides_the_mean_rotation(source: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(module, "mean_rotation", remember)
     streaming = StreamingConfig(window_frames=9)
-    convert(source, tmp_path / "a", ConvertRecipe(streaming=streaming, layers="0"))
-    convert(source, tmp_path / "b", ConvertRecipe(frames=5, height=96, width=160, vae_stride=16, layers="0"))
+    convert(source, tmp_path / "a", ConvertRecipe(init="svd", streaming=streaming, layers="0"))
+    convert(
+        source, tmp_path / "b", ConvertRecipe(init="svd", frames=5, height=96, width=160, vae_stride=16, layers="0")
+    )
     assert seen == [
         {"split": (4, 3, 3), "streaming": streaming, "frames": 21, "height": 30, "width": 52},
         {"split": (4, 3, 3), "streaming": None, "frames": 5, "height": 3, "width": 5},
@@ -312,7 +317,7 @@ def test_the_regime_decides_the_mean_rotation(source: Path, tmp_path: Path, monk
 
 
 def test_conversion_json_says_what_was_done(source: Path, state: State, tmp_path: Path) -> None:
-    report = convert(source, tmp_path / "out", ConvertRecipe(layers="1-2", kv_rank=6))
+    report = convert(source, tmp_path / "out", ConvertRecipe(init="svd", layers="1-2", kv_rank=6))
     text = (tmp_path / "out" / "conversion.json").read_text()
     data = json.loads(text)
     assert data["source"]["name"] == "model"
@@ -329,8 +334,8 @@ def test_conversion_json_says_what_was_done(source: Path, state: State, tmp_path
         energy = (singular**2).cumsum() / (singular**2).sum()
         assert layer["effective_rank"] == int((energy < 0.99).sum()) + 1
         assert layer["energy_at_kv_rank"] == pytest.approx(energy[5], rel=1e-5)
-        assert {"rope", "content", "query"} <= layer["errors"].keys()
-        assert 0 < layer["errors"]["content"] < 1
+        assert {"rope", "latent", "query"} <= layer["errors"].keys()
+        assert 0 < layer["errors"]["latent"] < 1
     readme = (tmp_path / "out" / "README.md").read_text()
     assert "layers 1-2" in readme
     assert str(tmp_path) not in text + readme
@@ -370,7 +375,7 @@ def test_random_init_follows_its_seed_layer_by_layer(source: Path, tmp_path: Pat
 def test_large_outputs_are_sharded(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The writer's limit of 5 GB, made small."""
     monkeypatch.setattr(module, "ModelWriter", lambda *a, **k: ModelWriter(*a, **k, max_shard_bytes=150_000))
-    convert(source, tmp_path / "out")
+    convert(source, tmp_path / "out", SVD)
     assert (tmp_path / "out" / f"{WEIGHTS_NAME}.index.json").is_file()
     assert len(list((tmp_path / "out").glob("*-of-*.safetensors"))) > 1
     load_model(tmp_path / "out")
@@ -406,14 +411,14 @@ def test_an_expert_that_fails_takes_the_other_with_it(pair: Path, state: State, 
     save_file(bad, pair / "low_noise_model" / WEIGHTS_NAME)
     before = listing(tmp_path)
     with pytest.raises(CheckpointError, match=r"blocks\.1\.ffn\.2\.bias"):
-        convert(pair, tmp_path / "out")
+        convert(pair, tmp_path / "out", SVD)
     assert listing(tmp_path) == before
 
 
 def test_a_disk_that_fails_at_the_end_leaves_the_old_experts(
     pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    convert(pair, tmp_path / "out")
+    convert(pair, tmp_path / "out", SVD)
     before, rename = files(tmp_path), Path.rename
 
     def fail(path: Path, target: Path) -> Path:
@@ -428,7 +433,7 @@ def test_a_disk_that_fails_at_the_end_leaves_the_old_experts(
 
 
 def test_overwriting_two_experts(pair: Path, tmp_path: Path) -> None:
-    convert(pair, tmp_path / "out")
+    convert(pair, tmp_path / "out", SVD)
     with pytest.raises(OutputError, match="exists"):
         convert(pair, tmp_path / "out", EXACT)
     convert(pair, tmp_path / "out", EXACT, overwrite=True)
@@ -437,7 +442,7 @@ def test_overwriting_two_experts(pair: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
     with pytest.raises(OutputError, match="not a model folder"):
-        convert(pair, tmp_path / "mine", overwrite=True)
+        convert(pair, tmp_path / "mine", SVD, overwrite=True)
 
 
 # --- bad input leaves nothing behind ---------------------------------------------------------------------------------
@@ -459,7 +464,7 @@ def test_overwriting_two_experts(pair: Path, tmp_path: Path) -> None:
 def test_budgets_larger_than_the_layer(source: Path, tmp_path: Path, recipe: Any, message: str) -> None:
     before = listing(tmp_path)
     with pytest.raises(ConfigError, match=re.escape(message)):
-        convert(source, tmp_path / "out", ConvertRecipe(**recipe))
+        convert(source, tmp_path / "out", ConvertRecipe(init="svd", **recipe))
     assert listing(tmp_path) == before
 
 
@@ -501,7 +506,7 @@ def spoil_empty(folder: Path, state: State) -> str:
 
 
 def spoil_converted(folder: Path, state: State) -> str:
-    convert(folder, folder.parent / "once")
+    convert(folder, folder.parent / "once", SVD)
     shutil.rmtree(folder)
     (folder.parent / "once").rename(folder)
     return "converted already"
@@ -514,7 +519,7 @@ def test_bad_sources(source: Path, state: State, tmp_path: Path, spoil: Callable
     pattern = spoil(source, dict(state))
     before = listing(tmp_path)
     with pytest.raises(InputError, match=pattern) as raised:
-        convert(source, tmp_path / "out")
+        convert(source, tmp_path / "out", SVD)
     assert raised.value.exit_code == 2
     assert str(source) in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -524,14 +529,14 @@ def test_bad_sources(source: Path, state: State, tmp_path: Path, spoil: Callable
 def test_outputs_that_are_taken(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputError, match="exists"):
-        convert(source, tmp_path / "out")
+        convert(source, tmp_path / "out", SVD)
     with pytest.raises(OutputError, match="exists"):
-        convert(source, tmp_path / "out", dry_run=True)
+        convert(source, tmp_path / "out", SVD, dry_run=True)
     with pytest.raises(OutputError, match="holds the source"):
-        convert(source, source, overwrite=True)
+        convert(source, source, SVD, overwrite=True)
     with pytest.raises(OutputError, match="holds the source"):
-        convert(source, tmp_path, overwrite=True)
-    convert(source, tmp_path / "out", overwrite=True)
+        convert(source, tmp_path, SVD, overwrite=True)
+    convert(source, tmp_path / "out", SVD, overwrite=True)
     convert(source, tmp_path / "out", EXACT, overwrite=True)
     assert load_model(tmp_path / "out").config.cached_scalars() == (9, 9, 9)
 
@@ -540,7 +545,7 @@ def test_disk_space_is_checked_before_work(source: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     shown: list[Any] = []
     with pytest.raises(OutputError, match="free on its disk"):
-        convert(source, tmp_path / "out", on_plan=shown.append)
+        convert(source, tmp_path / "out", SVD, on_plan=shown.append)
     assert shown == []
 
 
@@ -550,14 +555,14 @@ def test_half_precision_overflow_is_an_error(state: State, save_folder: SaveFold
     source = save_folder(large, NATIVE)
     before = listing(tmp_path)
     with pytest.raises(ConfigError, match=r"blocks\.2\.ffn\.0\.bias.*does not fit torch\.float16"):
-        convert(source, tmp_path / "out", ConvertRecipe(dtype="float16"))
+        convert(source, tmp_path / "out", ConvertRecipe(init="svd", dtype="float16"))
     assert listing(tmp_path) == before
 
 
 @pytest.mark.parametrize("bad", ["quantum", "cuda:99", "meta"])
 def test_a_device_that_is_not_there(source: Path, tmp_path: Path, bad: str) -> None:
     with pytest.raises(ConfigError, match=bad):
-        convert(source, tmp_path / "out", device=bad)
+        convert(source, tmp_path / "out", SVD, device=bad)
 
 
 @pytest.mark.parametrize("stage", ["convert", "hash"])
@@ -570,17 +575,17 @@ def test_interruption_leaves_nothing(source: Path, pair: Path, tmp_path: Path, s
 
     for given in (source, pair):
         with pytest.raises(KeyboardInterrupt):
-            convert(given, tmp_path / "out", progress=interrupt)
+            convert(given, tmp_path / "out", SVD, progress=interrupt)
         assert listing(tmp_path) == before
 
 
 def test_dry_run_plans_and_writes_nothing(source: Path, tmp_path: Path) -> None:
     before = files(tmp_path)
-    report = convert(source, tmp_path / "out", dry_run=True)
+    report = convert(source, tmp_path / "out", SVD, dry_run=True)
     assert files(tmp_path) == before
     plan = report.models[0].plan
     assert (plan.dense_scalars, plan.mla_scalars) == (360, 24)
-    convert(source, tmp_path / "out")
+    convert(source, tmp_path / "out", SVD)
     with safe_open(tmp_path / "out" / WEIGHTS_NAME, framework="pt") as opened:
         written = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     assert plan.output_bytes == sum(tensor.nbytes for tensor in written.values())
@@ -674,7 +679,7 @@ def test_tensors_pass_through_one_at_a_time(state: State, save_folder: SaveFolde
     source = save_folder(wide, NATIVE | {"ffn_dim": width})
     del wide
     with peak_memory() as peak:
-        convert(source, tmp_path / "out")
+        convert(source, tmp_path / "out", SVD)
     assert 0 < peak() < 100e6
 
 
@@ -711,6 +716,50 @@ def test_open_models_opens_what_is_there(source: Path, pair: Path) -> None:
             assert list(models) == expected
 
 
+def losses_by_hand(source: Path, output: Path, clips: Clips, recipe: ConvertRecipe) -> tuple[float, float]:
+    """Mean squared velocity errors of two whole models on the newest chunk of every window, but of clean passes."""
+    streaming = StreamingConfig(chunk_frames=2, window_frames=5)
+    sums, count = [0.0, 0.0], 0
+    for window in windows(clips, Regime.of(streaming, recipe.seed)):
+        rows = window.timestep[:, -1] > 0
+        for i, model in enumerate((load_model(source), load_model(output))):
+            velocity = model(window.latents, window.timestep, window.context, chunks=window.chunks)
+            sums[i] += float((velocity[:, :, -window.queries :] - window.target)[rows].double().square().sum())
+        count += window.target[rows].numel()
+    return sums[0] / count, sums[1] / count
+
+
+def test_moments_are_kept_and_reused(state: State, save_folder: SaveFolder, tmp_path: Path) -> None:
+    """Beside the output; the same model, regime and clips take them up, others make their own."""
+    source = save_folder(state, NATIVE | {"streaming": {"chunk_frames": 2, "window_frames": 5, "sink_frames": 1}})
+    data = tmp_path / "clips"
+    data.mkdir()
+    g = torch.Generator().manual_seed(3)
+    tensors = {"latents": torch.randn(3, CONFIG.out_dim, 4, 4, 6, generator=g)}
+    save_file(tensors | {"context": torch.randn(3, 2, CONFIG.text_dim, generator=g)}, data / "a.safetensors")
+    recipe = ConvertRecipe(kv_rank=9, clips=3, height=32, width=48, allocation="uniform")
+    convert(source, tmp_path / "out", recipe, data=data)
+    kept = tmp_path / "out.moments"
+    assert listing(kept) == ["calibration.json", *(f"layer-{i:03d}.safetensors" for i in range(3))]
+    first = kept / "layer-000.safetensors"
+    # Reuse is seen by what it does: moments that were tampered with change the conversion.
+    tampered = {name: tensor * 2 if name == "mean" else tensor for name, tensor in load_file(first).items()}
+    save_file(tampered, first)
+    convert(source, tmp_path / "again", recipe, data=data, moments=kept)
+    weights = [load_file(tmp_path / name / WEIGHTS_NAME) for name in ("out", "again")]
+    name = "blocks.0.self_attn.kv_a_proj_with_mqa.bias"
+    assert not torch.allclose(weights[0][name], weights[1][name])
+    # Another regime: thrown away and made anew.
+    other = dataclasses.replace(recipe, seed=1)
+    convert(source, tmp_path / "other", other, data=data, moments=kept)
+    assert not torch.equal(load_file(first)["mean"], tampered["mean"])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter").write_text("dear")
+    with pytest.raises(OutputError, match="not a folder of moments"):
+        convert(source, tmp_path / "none", recipe, data=data, moments=tmp_path / "mine")
+    assert not (tmp_path / "none").exists()
+
+
 def test_calibrated_conversion_end_to_end(state: State, save_folder: SaveFolder, tmp_path: Path) -> None:
     """From clips in a folder: the total is kept, layers differ, and the result is closer than from weights alone."""
     streaming = {"chunk_frames": 2, "window_frames": 5, "sink_frames": 1, "positions": "window"}
@@ -721,30 +770,48 @@ def test_calibrated_conversion_end_to_end(state: State, save_folder: SaveFolder,
     data = tmp_path / "clips"
     data.mkdir()
     save_file({"latents": latents, "context": context}, data / "a.safetensors")
-    common = {"kv_rank": 10, "rope_dim": 6, "key_norm": "token", "q_rank": "none", "height": 32, "width": 48}
-    for name, recipe in (
-        ("svd", ConvertRecipe(init="svd", **common)),
-        ("uniform", ConvertRecipe(init="calibrated", allocation="uniform", clips=10, **common)),
-        ("adaptive", ConvertRecipe(init="calibrated", clips=10, **common)),
-        ("again", ConvertRecipe(init="calibrated", clips=10, **common)),
-    ):
-        convert(source, tmp_path / name, recipe, data=data if recipe.init == "calibrated" else None)
+    common = {"key_norm": "token", "q_rank": "none", "height": 32, "width": 48}
+    calibrated = {"init": "calibrated", "kv_rank": 16, "clips": 10, **common}
+    recipes = {
+        "svd": ConvertRecipe(init="svd", kv_rank=10, rope_dim=6, **common),
+        "uniform": ConvertRecipe(allocation="uniform", **calibrated),
+        "adaptive": ConvertRecipe(**calibrated),
+        "again": ConvertRecipe(**calibrated),
+        "shared": ConvertRecipe(rope="latent", **calibrated),
+        "cached": ConvertRecipe(rope="cached", **calibrated | {"kv_rank": 10, "rope_dim": 6}),
+        "narrow": ConvertRecipe(nope_dim=6, v_dim=9, **calibrated),
+    }
+    reports = {
+        name: convert(source, tmp_path / name, recipe, data=data if recipe.init == "calibrated" else None)
+        for name, recipe in recipes.items()
+    }
     teacher = load_model(source)
     held = Clips(torch.randn(8, CONFIG.out_dim, 5, 4, 6, generator=generator), context[:8])
-    errors = {
-        name: evaluate(teacher, load_model(tmp_path / name), held).velocity_error
-        for name in ("svd", "uniform", "adaptive")
-    }
-    assert errors["uniform"] < errors["svd"]
-    assert errors["adaptive"] < errors["svd"]
-    mla = load_model(tmp_path / "adaptive").config.mla
-    assert mla is not None
-    assert mla.rotary_in_content
-    widths = [layer.kv_lora_rank + layer.qk_rope_head_dim for layer in mla.layers if layer is not None]
-    assert sum(widths) == 3 * 16
-    assert all(layer.qk_nope_head_dim + layer.qk_rope_head_dim <= CONFIG.head_dim for layer in mla.layers if layer)
+    students = {name: load_model(tmp_path / name) for name in recipes}
+    errors = {name: evaluate(teacher, student, held).velocity_error for name, student in students.items()}
+    assert all(errors[name] < errors["svd"] for name in ("uniform", "adaptive", "shared", "cached"))
+    for name, rope, components in (("adaptive", "head", False), ("shared", "latent", True), ("cached", "cached", True)):
+        mla = students[name].config.mla
+        assert mla is not None
+        assert mla.rope == rope
+        assert sum(mla.cached_scalars(i, 0) for i in range(3)) == 3 * (16 + 1)
+        for layer in mla.layers:
+            assert layer is not None
+            assert bool(layer.rope_components) == components
+            assert layer.qk_nope_head_dim + layer.qk_rope_head_dim <= CONFIG.head_dim
+    narrow = students["narrow"].config.mla
+    assert narrow is not None
+    assert {(layer.qk_nope_head_dim, layer.v_head_dim) for layer in narrow.layers if layer} == {(6, 9)}
     for file in sorted(p.name for p in (tmp_path / "adaptive").iterdir()):
         assert (tmp_path / "adaptive" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+    # The account: every step with a loss of its own, the last step's being that of the model that was written.
+    steps = ["dense", "rotations dropped", "rotary key shared", "heads narrowed", "low rank", "output refitted"]
+    assert list(reports["narrow"].models[0].losses) == [*steps, "queries refitted"]
+    record = json.loads((tmp_path / "adaptive" / "conversion.json").read_text())
+    assert list(record["losses"]) == ["dense", "low rank", "output refitted", "queries refitted"]
+    assert list(record["layers"][0]["errors"]) == list(record["losses"])[1:]
+    found = losses_by_hand(source, tmp_path / "adaptive", Clips(latents[8:], context[8:]), recipes["adaptive"])
+    assert found == pytest.approx((record["losses"]["dense"], record["losses"]["queries refitted"]), rel=1e-5)
     with pytest.raises(InputError, match="shards"):
         convert(source, tmp_path / "none", ConvertRecipe(init="calibrated"), data=tmp_path / "svd" / "missing")
     with pytest.raises(ConfigError, match="init calibrated"):

@@ -13,7 +13,7 @@ import torch
 
 from mlaconvert import convert as module
 from mlaconvert.checkpoint import TensorInfo, TensorStore
-from mlaconvert.config import ConvertRecipe, StreamingConfig, WanConfig
+from mlaconvert.config import ConvertRecipe, MLAConfig, StreamingConfig, WanConfig
 from mlaconvert.convert import load_recipe, plan_conversion, recipe_names, resolve_recipe
 from mlaconvert.errors import ConfigError
 from mlaconvert.families import Checkpoint, WanFamily
@@ -77,6 +77,9 @@ def test_shipped_recipes_fit_their_models(name: str) -> None:
     default = resolve_recipe(ConvertRecipe(), config)
     same = ("kv_rank", "rope_dim", "nope_dim", "v_dim", "vae_stride")
     expected = {n: getattr(default, n) for n in same}
+    if name == "videomla":
+        default = resolve_recipe(ConvertRecipe(init="svd"), config)
+        expected = {n: getattr(default, n) for n in same}
     if name == "tiny":  # one channel less makes room for the key norm: 92.7%, as at real widths
         expected["kv_rank"] -= 1
     assert {n: getattr(plan.recipe, n) for n in same} == expected
@@ -109,7 +112,7 @@ def test_defaults_are_the_papers_at_other_widths_too() -> None:
     widths = {
         config.dim: (r.kv_rank, r.q_rank, r.nope_dim, r.rope_dim, r.v_dim, r.key_norm)
         for config in (WAN_1B, WAN_14B, TINY)
-        for r in [resolve_recipe(ConvertRecipe(), config)]
+        for r in [resolve_recipe(ConvertRecipe(init="svd"), config)]
     }
     assert widths == {
         1536: (192, 768, 96, 32, 128, "latent"),
@@ -120,14 +123,36 @@ def test_defaults_are_the_papers_at_other_widths_too() -> None:
 
 def test_a_recipe_says_only_what_it_wants(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("rope_dim: 64\nlayers: 0-3,7\nstreaming: {window_frames: 9}\nq_rank: none\n")
+    path.write_text("init: svd\nrope_dim: 64\nlayers: 0-3,7\nstreaming: {window_frames: 9}\nq_rank: none\n")
     recipe = load_recipe(path)
     assert recipe == ConvertRecipe(
-        rope_dim=64, layers="0-3,7", streaming=StreamingConfig(window_frames=9), q_rank="none"
+        init="svd", rope_dim=64, layers="0-3,7", streaming=StreamingConfig(window_frames=9), q_rank="none"
     )
     resolved = resolve_recipe(recipe, WAN_1B)
     assert (resolved.nope_dim, resolved.kv_rank, resolved.q_rank) == (64, 192, "none")
     assert resolve_recipe(resolved, WAN_1B) == resolved
+
+
+def test_the_default_is_calibrated() -> None:
+    """The paper's cache, and one scalar for the exact key norm; heads keep their width and their own rotation."""
+    for config, rank in ((WAN_1B, 224), (WAN_14B, 746), (TINY, 28)):
+        mla = resolved_mla(ConvertRecipe(), config)
+        assert (mla.q_lora_rank, mla.key_norm, mla.rope) == (None, "token", "head")
+        assert {mla.cached_scalars(i, 0) for i in range(config.num_layers)} == {rank + 1}
+    narrow = resolved_mla(ConvertRecipe(nope_dim=32, v_dim=64), WAN_1B)
+    assert narrow.rope == "latent"
+    assert narrow.layers[0] is not None
+    assert (narrow.layers[0].kv_lora_rank, narrow.layers[0].v_head_dim) == (224, 64)
+    with pytest.raises(ConfigError, match="rope head keeps whole heads"):
+        resolve_recipe(ConvertRecipe(rope="head", nope_dim=32), WAN_1B)
+    with pytest.raises(ConfigError, match="rope_selection energy needs measured inputs"):
+        resolve_recipe(ConvertRecipe(init="svd", rope_selection="energy"), WAN_1B)
+
+
+def resolved_mla(recipe: ConvertRecipe, config: WanConfig) -> MLAConfig:
+    mla = plan_conversion(shapes_only(config), recipe).config.mla
+    assert mla is not None
+    return mla
 
 
 def test_a_recipe_of_the_lossless_setting() -> None:

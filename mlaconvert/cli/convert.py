@@ -39,9 +39,9 @@ def convert(
     init: Annotated[
         str | None,
         typer.Option(
-            metavar="svd|calibrated|random|lossless",
-            help="Factorise the weights, or in the metric of real inputs (needs clips), draw new ones, or keep "
-            "everything (a check, saves nothing). Default: svd.",
+            metavar="calibrated|svd|random|lossless",
+            help="Factorise in the metric of real inputs, or the weights alone (no data, fast), draw new ones, or keep "
+            "everything (a check, saves nothing). Default: calibrated.",
         ),
     ] = None,
     kv_rank: KvRank = None,
@@ -49,26 +49,52 @@ def convert(
         str | None,
         typer.Option(
             metavar="N|none",
-            help="Channels of the query latent, or none to keep queries exact. Default: half the width, 768 at 1536.",
+            help="Channels of the query latent, or none to keep queries exact. Default: none if calibrated, else half "
+            "the width, 768 at 1536.",
         ),
     ] = None,
     nope_dim: Annotated[
         int | None,
         typer.Option(
-            metavar="N", help="Unrotated score channels of a head. Default: a head less --rope-dim, 96 of 128."
+            metavar="N",
+            help="Unrotated score channels of a head; narrower heads attend faster. Default: what the rotary channels "
+            "leave of a head.",
         ),
+    ] = None,
+    v_dim: Annotated[
+        int | None, typer.Option("--v-dim", metavar="N", help="Value channels of a head. Default: the head, 128.")
     ] = None,
     rope_dim: Annotated[
         int | None,
         typer.Option(
-            metavar="N", help="Rotated score channels, shared by all heads. Default: a quarter head, 32 of 128."
+            metavar="N",
+            help="Rotated score channels, shared by all heads. Default: a quarter head, 32 of 128; calibrated: what "
+            "measures best.",
+        ),
+    ] = None,
+    rope: Annotated[
+        str | None,
+        typer.Option(
+            metavar="cached|latent|head",
+            help="The rotary key: shared and cached beside the latent as in the paper, shared and read from it, or "
+            "each head's own. Default: head (latent with --nope-dim) if calibrated, else cached.",
+        ),
+    ] = None,
+    rope_selection: Annotated[
+        str | None,
+        typer.Option(
+            "--rope-selection",
+            metavar="highest|energy",
+            help="Rotary pairs that a shared key keeps: the highest frequencies, or what costs most to lose. "
+            "Default: energy if calibrated, else highest.",
         ),
     ] = None,
     key_norm: Annotated[
         str | None,
         typer.Option(
             metavar="latent|token",
-            help="RMSNorm on the latent, or the exact key norm for one more cached scalar. Default: latent.",
+            help="RMSNorm on the latent, or the exact key norm for one more cached scalar. Default: token if "
+            "calibrated, else latent.",
         ),
     ] = None,
     allocation: Annotated[
@@ -84,6 +110,22 @@ def convert(
         typer.Option(
             metavar="DIR",
             help="Clips for --init calibrated: safetensors with latents and context. Default: its own rollouts.",
+        ),
+    ] = None,
+    moments: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where --init calibrated keeps its statistics of the inputs, float64, and finds them again. "
+            "Default: DIR.moments beside the output.",
+        ),
+    ] = None,
+    without: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Parts of --init calibrated to switch off, to see their worth: centring, rho, weights, sensitivity, "
+            "refit; separated by commas. Default: none.",
         ),
     ] = None,
     clips: Annotated[
@@ -109,7 +151,7 @@ def convert(
 ) -> None:
     """Convert a checkpoint to latent attention, into a new model folder."""
     from mlaconvert import convert as conversion
-    from mlaconvert.report import layer_table
+    from mlaconvert.report import layer_table, loss_table
 
     options = {
         "init": init,
@@ -117,6 +159,10 @@ def convert(
         "q_rank": int(q_rank) if q_rank is not None and q_rank.isdecimal() else q_rank,
         "nope_dim": nope_dim,
         "rope_dim": rope_dim,
+        "v_dim": v_dim,
+        "rope": rope,
+        "rope_selection": rope_selection,
+        "without": None if without is None else without.split(","),
         "key_norm": key_norm,
         "allocation": allocation,
         "clips": clips,
@@ -139,6 +185,7 @@ def convert(
             config=config,
             device=device,
             data=data,
+            moments=moments,
             overwrite=overwrite,
             verify=verify,
             dry_run=dry_run,
@@ -155,6 +202,8 @@ def convert(
     if not as_json:
         for model in report.models:
             out.print(layer_table(model))
+            if model.losses:
+                out.print(loss_table(model))
     err.print(_summary(report, time.monotonic() - started), markup=False)
 
 

@@ -45,6 +45,7 @@ _LATENT_ATTENTION = (
     "kv_a_proj_with_mqa",
     "kv_a_layernorm",
     "k_norm_proj",
+    "k_rope_proj",
     "kv_b_proj",
 )
 # The same inside a block. diffusers numbers the norms in the order of use, so native norm3 is its norm2.
@@ -297,7 +298,7 @@ def _dense_attention(shapes: dict[str, tuple[int, ...]], prefix: str, dim: int) 
 def _latent_attention(
     shapes: dict[str, tuple[int, ...]], prefix: str, config: WanConfig, mla: MLAConfig, layer: MLALayer
 ) -> None:
-    """The converted layer's tensors; rows of kv_a: latent, rotary; rows of kv_b, per head: content key, value."""
+    """The converted layer's tensors; rows of kv_a: latent, cached rotary; of kv_b, per head: content key, value."""
     d, heads = config.dim, config.num_heads
     nope, rope, value, rank = layer.qk_nope_head_dim, layer.qk_rope_head_dim, layer.v_head_dim, layer.kv_lora_rank
     query_rank = mla.q_lora_rank or d
@@ -307,12 +308,14 @@ def _latent_attention(
     shapes[prefix + "q_b_proj.weight"] = (
         (heads, nope + rope, config.head_dim) if exact_query else (heads * (nope + rope), query_rank)
     )
-    _linear(shapes, prefix + "kv_a_proj_with_mqa", rank + rope, d)
+    _linear(shapes, prefix + "kv_a_proj_with_mqa", rank + mla.cached_rope(layer), d)
+    if mla.rope == "latent" and rope:
+        _linear(shapes, prefix + "k_rope_proj", rope, rank)
     if mla.key_norm == "latent":
         shapes[prefix + "kv_a_layernorm.weight"] = (rank,)
     else:
         _linear(shapes, prefix + "k_norm_proj", d, d)
-    shapes[prefix + "kv_b_proj.weight"] = (heads * (nope + value), mla.content_width(layer))
+    shapes[prefix + "kv_b_proj.weight"] = (heads * (nope + value), rank)
     shapes[prefix + "kv_b_proj.bias"] = (heads * nope,)
     shapes[prefix + "o.weight"] = (d, heads * value)
     shapes[prefix + "o.bias"] = (d,)
