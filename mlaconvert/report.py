@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from mlaconvert.analyze import Analysis, DenseSpectra, LatentSpectrum
+from mlaconvert.analyze import Analysis, DenseSpectra, LatentSpectrum, Summary
 from mlaconvert.convert import ConversionPlan, ModelReport
-from mlaconvert.demo import Demo
+from mlaconvert.drift import STATISTICS
 from mlaconvert.errors import OutputError
+from mlaconvert.evaluate import Report
 from mlaconvert.memory import MemoryPlan
 from mlaconvert.spectrum import cumulative_energy
 
@@ -43,8 +47,14 @@ def titled(name: str) -> str:
     return f"{name}: " if name else ""
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """0.0734 -> 7.3%."""
     return f"{100 * share:.1f}%"
+
+
+def signed_percent(share: float) -> str:
+    """0.0734 -> +7.3%."""
+    return f"{100 * share:+.1f}%"
 
 
 def _count(number: float) -> str:
@@ -56,26 +66,33 @@ _DENSE_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("r_{t}\nK", "key_rank", _count),
     ("r_{t}\nV", "value_rank", _count),
     ("r_{t}\n\\[K;V]", "joint_rank", _count),
-    ("energy\nat {k}", "energy_at_budget", _percent),
-    ("error\nat {k}", "relative_error", _percent),
+    ("energy\nat {k}", "energy_at_budget", percent),
+    ("error\nat {k}", "relative_error", percent),
+)
+_WEIGHTED_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("r_{t}\nweighted", "weighted_rank", _count),
+    ("predicted\nerror at {k}", "predicted_error", percent),
 )
 _LATENT_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("d_c", "kv_lora_rank", _count),
     ("r_{t}\nM", "effective_rank", _count),
-    ("M\nof d_c", "occupancy", _percent),
-    ("random\nof d_c", "baseline_occupancy", _percent),
+    ("M\nof d_c", "occupancy", percent),
+    ("random\nof d_c", "baseline_occupancy", percent),
 )
 
 
 def _figures(layer: DenseSpectra | LatentSpectrum) -> dict[str, float]:
     if isinstance(layer, DenseSpectra):
-        return {
+        figures: dict[str, float] = {
             "key_rank": layer.key.effective_rank,
             "value_rank": layer.value.effective_rank,
             "joint_rank": layer.joint.effective_rank,
             "energy_at_budget": layer.joint.energy,
             "relative_error": layer.joint.error,
         }
+        if layer.weighted is not None:
+            figures |= {"weighted_rank": layer.weighted.effective_rank, "predicted_error": layer.weighted.error}
+        return figures
     return {
         "kv_lora_rank": layer.kv_lora_rank,
         "effective_rank": layer.effective_rank,
@@ -87,17 +104,20 @@ def _figures(layer: DenseSpectra | LatentSpectrum) -> dict[str, float]:
 def analysis_table(analysis: Analysis) -> Table:
     """One row a layer, then min, median and max.
 
-    Dense layers: effective ranks of K, V and [K; V] (of D), and what [K; V] keeps at the budget's rank. MLA
-    layers: effective rank of M, its share of d_c, and the same of random factors. A model with both has both
-    sets of columns.
+    Dense layers: effective ranks of K, V and [K; V] (of D), and what [K; V] keeps at the budget's rank; with clips
+    also the effective rank of the weighted spectrum and the error that it predicts at the budget. MLA layers:
+    effective rank of M, its share of d_c, and the same of random factors. A model with both has both sets of columns.
     """
     columns = (_DENSE_COLUMNS if analysis.dense else ()) + (_LATENT_COLUMNS if analysis.latent else ())
+    columns += _WEIGHTED_COLUMNS if analysis.weighted else ()
     notes = []
     if analysis.dense:
         notes.append(f"Ranks are of D = {analysis.dim}; energy and error are those of \\[K;V].")
     if analysis.latent:
         notes.append("Random: Gaussian factors of the same shapes. A rank like theirs proves no learning.")
     notes.append("The effective rank of weights does not predict quality after healing.")
+    if analysis.weighted:
+        notes.append("Weighted: by the inputs that arrive, and what attention makes of them.")
     table = Table(title="Weight spectra of self-attention", collapse_padding=bool(analysis.dense and analysis.latent))
     table.caption, table.caption_justify = "\n".join(notes), "left"
     table.add_column("layer", justify="right")
@@ -111,6 +131,26 @@ def analysis_table(analysis: Analysis) -> Table:
     summary = analysis.summary()
     for row in ("min", "median", "max"):
         table.add_row(row, *(write(getattr(summary[name], row)) for _, name, write in columns), style="bold")
+    return table
+
+
+def budget_table(analysis: Analysis) -> Table:
+    """What the weighted spectra predict for each budget: one row a latent width, the chosen one in bold."""
+    table = Table(title="Predicted error of each latent budget, calibrated", caption_justify="left")
+    for name in ("latent\nchannels", "cached\nscalars", "less\ncache", "min", "median", "max"):
+        table.add_column(name, justify="right")
+    for budget in analysis.budgets():
+        table.add_row(
+            str(budget.kv_rank),
+            str(budget.cached_scalars),
+            percent(1 - budget.cache_share),
+            *(percent(getattr(budget.summary, name)) for name in ("min", "median", "max")),
+            style="bold" if budget.kv_rank == analysis.kv_rank else None,
+        )
+    table.caption = (
+        "Relative error of attention's output, linearised and\nbefore refits: it compares budgets and layers, and is\n"
+        "no measurement.\nCached: the latent and one scalar of the key norm."
+    )
     return table
 
 
@@ -158,6 +198,21 @@ def layer_table(model: ModelReport) -> Table:
     return table
 
 
+def loss_table(model: ModelReport) -> Table:
+    """The model's loss after each step of a calibrated conversion, on clips that the calibration did not see."""
+    table = Table(title=f"{titled(model.plan.subfolder)}loss, step by step")
+    for name in ("with all layers", "loss", "above dense"):
+        table.add_column(name, justify="left" if name == "with all layers" else "right")
+    dense = model.losses["dense"]
+    for name, loss in model.losses.items():
+        table.add_row(name, f"{loss:.4f}", "" if name == "dense" else f"{100 * (loss / dense - 1):+.1f}%")
+    table.caption, table.caption_justify = (
+        "Mean squared error of the velocity on clips held back from calibration.",
+        "left",
+    )
+    return table
+
+
 def memory_table(plan: MemoryPlan) -> Table:
     """Dense and MLA side by side in binary units, with the change; with a GPU, also what fits on it."""
     reduction = f"{-plan.reduction_percent:+.1f}%, {plan.ratio:.1f}x"
@@ -202,53 +257,128 @@ def _bound(count: int | None, unit: str = "") -> str:
 def plot_analysis(analysis: Analysis, path: str | Path) -> None:
     """Write one PNG, 1600 x 750 pixels: cumulative energy of every layer, and effective ranks over depth.
 
-    An existing file is replaced, at once and only when the new one is complete. Raises OutputError when
-    `path` cannot be written.
+    With weighted spectra it is 1600 x 1400: the energy of weights and weighted beside each other, the ranks of both,
+    and the predicted error over the budget. An existing file is replaced, at once and only when the new one is
+    complete. Raises OutputError when `path` cannot be written.
     """
+    weighted = bool(analysis.weighted)
     with matplotlib.rc_context({"font.size": 13, "axes.grid": True, "grid.alpha": 0.3}):
-        figure = Figure(figsize=(16, 7.5), dpi=100, layout="constrained")
+        figure = Figure(figsize=(16, 14 if weighted else 7.5), dpi=100, layout="constrained")
         source = Path(analysis.source).name or analysis.source
-        figure.suptitle(f"{source}: self-attention weights, D = {analysis.dim}", parse_math=False)
-        energy, ranks = figure.subplots(1, 2)
-        _plot_energy(figure, energy, analysis)
+        figure.suptitle(f"{source}: self-attention, D = {analysis.dim}", parse_math=False)
+        if weighted:
+            (energy, beside), (ranks, budget) = figure.subplots(2, 2)
+            _plot_weighted_energy(beside, analysis)
+            _plot_budgets(budget, analysis)
+        else:
+            energy, ranks = figure.subplots(1, 2)
+        _plot_energy(energy, analysis)
         _plot_ranks(ranks, analysis)
+        depth, colors = _depth(analysis)
+        colorbar = figure.colorbar(
+            ScalarMappable(depth, colors), ax=[beside, budget] if weighted else energy, label="layer"
+        )
+        colorbar.locator = MaxNLocator(integer=True)
+        colorbar.update_ticks()
         image = io.BytesIO()
         figure.savefig(image, format="png")
-    path = Path(path)
+    write_whole(Path(path), image.getvalue(), "the plot")
+
+
+def write_whole(path: Path, data: bytes, what: str) -> None:
+    """Replace `path` by `data`, at once and only when all is on the disk. Raises OutputError, which says `what`."""
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
-        temporary.write_bytes(image.getvalue())
+        temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as error:
-        raise OutputError(f"{path}: cannot write the plot ({error.strerror}); choose another path") from error
+        raise OutputError(f"{path}: cannot write {what} ({error.strerror}); choose another path") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
 
 
-def _plot_energy(figure: Figure, axes: Axes, analysis: Analysis) -> None:
-    """Cumulative energy over rank: thin lines coloured by depth, a thick median, the budget marked."""
-    depth, colors = Normalize(0, max(1, analysis.num_layers - 1)), matplotlib.colormaps["viridis"]
-    dense = {layer.layer: _energy_curve(layer.joint.singular_values) for layer in analysis.dense}
-    latent = {layer.layer: _energy_curve(layer.singular_values) for layer in analysis.latent}
-    for curves, label, style in ((dense, "[K;V]", "-"), (latent, "M of the MLA layers", "--")):
-        for layer, curve in curves.items():
-            axes.plot(curve, color=colors(depth(layer)), linewidth=0.9, alpha=0.8)
-        if curves:
-            axes.plot(_median(list(curves.values())), "k" + style, linewidth=2.2, label=f"median, {label}")
-    if analysis.dense:
-        median = analysis.summary()["energy_at_budget"].median
-        label = f"budget, rank {analysis.kv_rank}: {_percent(median)} (median)"
-        axes.axvline(analysis.kv_rank, color="tab:red", linestyle=":", linewidth=2, label=label)
+def _plot_energy(axes: Axes, analysis: Analysis) -> None:
+    """Cumulative energy of the weights over rank, the budget marked."""
+    dense = {layer.layer: layer.joint.singular_values for layer in analysis.dense}
+    latent = {layer.layer: layer.singular_values for layer in analysis.latent}
+    for spectra, label, style in ((dense, "[K;V]", "-"), (latent, "M of the MLA layers", "--")):
+        if spectra:
+            _energy_curves(axes, analysis, spectra, label, style)
+    if dense:
+        _mark_budget(axes, analysis, percent(analysis.summary()["energy_at_budget"].median))
+    _finish_energy(axes, analysis, "Weights: energy held by the leading directions")
+
+
+def _plot_weighted_energy(axes: Axes, analysis: Analysis) -> None:
+    """Cumulative energy of the weighted spectra, on the scales of the weights'."""
+    spectra = {layer: spectrum.singular_values for layer, spectrum in analysis.weighted.items()}
+    _energy_curves(axes, analysis, spectra, "weighted", "-")
+    _mark_budget(axes, analysis, percent(statistics.median(s.energy for s in analysis.weighted.values())))
+    _finish_energy(axes, analysis, "Weighted by real inputs: energy held by the leading directions")
+
+
+def _plot_budgets(axes: Axes, analysis: Analysis) -> None:
+    """Predicted error over the width of the latent: layers, median, largest, the tabled budgets as dots."""
+    depth, colors = _depth(analysis)
+    budgets, spectra = analysis.budgets(), analysis.weighted
+    most = max(budget.kv_rank for budget in budgets)
+    widths = range(1, most + 1)
+    curves = {layer: [spectrum.predicted_error(rank) for rank in widths] for layer, spectrum in spectra.items()}
+    for layer, curve in curves.items():
+        axes.plot(widths, curve, color=colors(depth(layer)), linewidth=0.9, alpha=0.8)
+    ranks = [budget.kv_rank for budget in budgets]
+    for name, style in (("median", "k-"), ("max", "k--")):
+        over = [getattr(Summary.of(errors), name) for errors in zip(*curves.values(), strict=True)]
+        axes.plot(widths, over, style, linewidth=2.2, label=f"{name} of the layers")
+        axes.plot(ranks, [getattr(budget.summary, name) for budget in budgets], "ko", markersize=6)
+    chosen = next(budget for budget in budgets if budget.kv_rank == analysis.kv_rank)
+    _mark_budget(axes, analysis, percent(chosen.summary.median))
+    axes.set(title="Predicted error of attention's output, before refits", yscale="log")
+    axes.set(
+        xlabel="latent channels (cached with one scalar of the key norm)",
+        xlim=(0, most * 1.02),
+        ylabel="relative error (log)",
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.legend(loc="upper right")
+    share = axes.secondary_xaxis("top", functions=_shares(2 * analysis.dim))
+    share.xaxis.set_major_formatter(PercentFormatter(1.0))
+    share.set_xlabel("of the dense cache")
+
+
+def _shares(dense: int) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """From latent channels to the share of `dense` cached scalars, key norm included, and back."""
+    return lambda rank: (rank + 1) / dense, lambda share: share * dense - 1
+
+
+def _depth(analysis: Analysis) -> tuple[Normalize, Colormap]:
+    return Normalize(0, max(1, analysis.num_layers - 1)), matplotlib.colormaps["viridis"]
+
+
+def _energy_curves(axes: Axes, analysis: Analysis, spectra: Mapping[int, Tensor], label: str, style: str) -> None:
+    """Thin lines coloured by depth and a thick median."""
+    depth, colors = _depth(analysis)
+    curves = {layer: _energy_curve(values) for layer, values in spectra.items()}
+    for layer, curve in curves.items():
+        axes.plot(curve, color=colors(depth(layer)), linewidth=0.9, alpha=0.8)
+    axes.plot(_median(list(curves.values())), "k" + style, linewidth=2.2, label=f"median, {label}")
+
+
+def _mark_budget(axes: Axes, analysis: Analysis, median: str) -> None:
+    label = f"budget, rank {analysis.kv_rank}: {median} (median)"
+    axes.axvline(analysis.kv_rank, color="tab:red", linestyle=":", linewidth=2, label=label)
+
+
+def _finish_energy(axes: Axes, analysis: Analysis, title: str) -> None:
     axes.axhline(analysis.threshold, color="grey", linewidth=1, label=f"{100 * analysis.threshold:g}% of the energy")
-    axes.set(title="Energy held by the leading directions", xlabel="rank", ylabel="share of the energy")
-    axes.set(xlim=(0, None), ylim=(0, 1.02))
+    axes.set(title=title, xlabel="rank", ylabel="share of the energy", xlim=(0, None), ylim=(0, 1.02))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend(loc="lower right")
-    colorbar = figure.colorbar(ScalarMappable(depth, colors), ax=axes, label="layer")
-    colorbar.locator = MaxNLocator(integer=True)
-    colorbar.update_ticks()
 
 
 def _plot_ranks(axes: Axes, analysis: Analysis) -> None:
@@ -262,6 +392,9 @@ def _plot_ranks(axes: Axes, analysis: Analysis) -> None:
             ("[K;V]", "D", [layer.joint.effective_rank for layer in dense]),
         ):
             axes.plot(at, ranks, style, markersize=6, linestyle="-", linewidth=1, label=label)
+        if analysis.weighted:
+            ranks = [spectrum.effective_rank for spectrum in analysis.weighted.values()]
+            axes.plot(list(analysis.weighted), ranks, "^", markersize=8, linestyle="-", linewidth=2, label="weighted")
         axes.axhline(analysis.dim, color="grey", linewidth=1, label=f"full rank, {analysis.dim}")
         axes.axhline(analysis.kv_rank, color="tab:red", linestyle=":", linewidth=2, label=f"budget, {analysis.kv_rank}")
     if latent:
@@ -278,8 +411,9 @@ def _plot_ranks(axes: Axes, analysis: Analysis) -> None:
         axes.margins(y=0.3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    columns = 3 if analysis.weighted else 4 if latent else 5
     # Below the axes: points can lie anywhere in them.
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=4 if latent else 5, columnspacing=1.2)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=columns, columnspacing=1.2)
 
 
 def _energy_curve(singular_values: Tensor) -> list[float]:
@@ -294,26 +428,82 @@ def _median(curves: list[list[float]]) -> list[float]:
     return padded.quantile(0.5, dim=0).tolist()
 
 
-def demo_table(demo: Demo) -> Table:
-    """Teacher and converted model side by side, as the demo measured them."""
-    found = demo.evaluation
-    table = Table(title="The shipped model before and after", caption_justify="left")
-    for name in ("", "teacher", "converted", "change"):
-        table.add_column(name, justify="right" if name else "left")
-    table.add_row(
-        "cache of a window, float32",
-        format_bytes(demo.teacher_bytes),
-        format_bytes(demo.student_bytes),
-        f"-{demo.reduction_percent:.1f}%",
-    )
-    table.add_row(
-        "validation loss, held-back clips",
-        f"{found.teacher_loss:.4f}",
-        f"{found.student_loss:.4f}",
-        f"+{100 * found.excess:.1f}%",
-    )
-    table.add_row("velocity, relative error", "", f"{100 * found.velocity_error:.1f}%", "")
-    layers = " ".join(f"{100 * error:.0f}" for error in found.attention_errors)
-    table.add_row("attention output, error by layer, %", "", layers, "")
-    table.caption = "No training after the conversion. Scenes, noise and noise levels are the same for both."
+def summary_rows(report: Report) -> list[tuple[str, ...]]:
+    """Name, the teacher's figure and one for each model; "" where there is none."""
+    models = report.models
+    first = models[0]
+    rows = [
+        (
+            "cache of one video",
+            format_bytes(first.cache_bytes["teacher"]),
+            *(f"{format_bytes(m.cache_bytes['student'])} ({-100 * m.cache_reduction:+.1f}%)" for m in models),
+        ),
+        (
+            "validation loss",
+            f"{first.fidelity.teacher_loss:.4f}",
+            *(f"{m.fidelity.student_loss:.4f} ({signed_percent(m.fidelity.excess)})" for m in models),
+        ),
+        ("velocity error", "", *(percent(m.fidelity.velocity_error) for m in models)),
+        (
+            "attention error, median layer",
+            "",
+            *(percent(statistics.median(m.fidelity.attention_errors)) for m in models),
+        ),
+        ("attention error, worst layer", "", *(percent(max(m.fidelity.attention_errors)) for m in models)),
+    ]
+    drifts = [m.drift for m in models if m.drift is not None]
+    if drifts:
+        reference = drifts[0].late_difference["other_seed"]
+        late = (percent(drift.late_difference["student"]) for drift in drifts)
+        rows.append(("rollout, difference", f"{percent(reference)} *", *late))
+    for name in STATISTICS if drifts else ():
+        other, *found = (
+            signed_percent(deviation[name])
+            for deviation in (drifts[0].deviation["other_seed"], *(drift.deviation["student"] for drift in drifts))
+        )
+        rows.append((f"rollout, {name}", f"{other} *", *found))
+    speeds = [speed for speed in (m.frames_per_second for m in models) if speed is not None]
+    if speeds:
+        rates = (f"{speed['student']:.3g} ({speed['ratio']:.2f}x)" for speed in speeds)
+        rows.append(("frames a second", " / ".join(f"{speed['teacher']:.3g}" for speed in speeds), *rates))
+    return rows
+
+
+def summary_notes(report: Report) -> list[str]:
+    """What the rows of `summary_rows` were measured on."""
+    data, plan = report.data, report.conditions["rollout"]
+    notes = [f"Losses and errors: {data['clips']} clips of {data['latent_frames']} latent frames ({data['from']})."]
+    if plan is not None:
+        notes.append(
+            f"Rollouts: {plan['videos']} of {plan['latent_frames']} latent frames; their last third against the "
+            "teacher's from the same noise (* the teacher's own from another noise); statistics as a change."
+        )
+    return notes
+
+
+def evaluation_table(report: Report) -> Table:
+    """Every figure of an evaluation, the teacher and the models side by side."""
+    table = Table(title=f"Beside {escape(report.teacher)}", caption_justify="left")
+    for i, name in enumerate(("", "teacher", *(model.path for model in report.models))):
+        table.add_column(escape(name), justify="right" if i else "left")
+    for row in summary_rows(report):
+        table.add_row(*row)
+    table.caption = escape("\n".join((*summary_notes(report), *report.conditions["notes"])))
+    return table
+
+
+def error_table(report: Report) -> Table:
+    """Velocity errors by timestep and attention errors by layer, a column a model."""
+    table = Table(title="Errors relative to the teacher", caption_justify="left")
+    for i, name in enumerate(("", *(model.path for model in report.models))):
+        table.add_column(escape(name), justify="right" if i else "left")
+    for i, step in enumerate(report.models[0].timesteps):
+        table.add_row(
+            f"velocity at timestep {step.timestep:.0f}",
+            *(percent(model.timesteps[i].velocity_error) for model in report.models),
+        )
+    table.add_section()
+    for i in range(len(report.models[0].fidelity.attention_errors)):
+        errors = (percent(model.fidelity.attention_errors[i]) for model in report.models)
+        table.add_row(f"attention output, layer {i}", *errors)
     return table

@@ -27,17 +27,41 @@ def analyze(
         float, typer.Option(metavar="SHARE", help="Share of the energy, 0 to 1, that an effective rank holds.")
     ] = 0.99,
     layers: Layers = None,
+    calibrated: Annotated[
+        bool,
+        typer.Option(
+            "--calibrated",
+            help="Also run clips through the model: spectra weighted by what attention makes of its inputs, and the "
+            "predicted error of each latent budget.",
+        ),
+    ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Clips for --calibrated: safetensors with latents and context. Default: its own rollouts.",
+        ),
+    ] = None,
+    clips: Annotated[
+        int | None, typer.Option(metavar="N", help="Clips that --calibrated reads or generates. Default: 40.")
+    ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Also draw the spectra as a PNG of 1600 x 750 pixels. Default: no plot."),
+        typer.Option(metavar="FILE", help="Also draw the spectra as a PNG, 1600 pixels wide. Default: no plot."),
     ] = None,
     height: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Video height of the memory plan, in pixels. Default: 480 (tiny: 24)."),
+        typer.Option(
+            metavar="N",
+            help="Video height of the memory plan and of generated clips, in pixels. Default: 480 (tiny: 24).",
+        ),
     ] = None,
     width: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Video width of the memory plan, in pixels. Default: 832 (tiny: 32)."),
+        typer.Option(
+            metavar="N",
+            help="Video width of the memory plan and of generated clips, in pixels. Default: 832 (tiny: 32).",
+        ),
     ] = None,
     batch: Annotated[int, typer.Option(metavar="N", help="Videos that the memory plan runs at once.")] = 1,
     window_frames: Annotated[
@@ -53,14 +77,29 @@ def analyze(
 ) -> None:
     """Show how compressible the attention weights are, and what their cache takes in memory."""
     from mlaconvert import analyze as analysis
-    from mlaconvert.config import ConvertRecipe, StreamingConfig, default_video, parse_layers
-    from mlaconvert.convert import mla_config, open_models, resolve_device, resolve_recipe
+    from mlaconvert.calibrate import Regime
+    from mlaconvert.config import ConvertRecipe, StreamingConfig, default_video, parse, parse_layers
+    from mlaconvert.convert import (
+        calibration_clips,
+        mla_config,
+        open_models,
+        plan_conversion,
+        resolve_device,
+        resolve_recipe,
+    )
+    from mlaconvert.errors import ConfigError
     from mlaconvert.memory import plan_memory
-    from mlaconvert.report import analysis_table, memory_table, plot_analysis, titled
+    from mlaconvert.report import analysis_table, budget_table, memory_table, plot_analysis, titled
+
+    if not calibrated and (data is not None or clips is not None):
+        raise ConfigError("--data and --clips are only read with --calibrated; add it, or leave them out")
+    options: dict[str, Any] = {"kv_rank": kv_rank, "height": height, "width": width}
+    if calibrated:
+        options |= {"init": "calibrated"} | ({} if clips is None else {"clips": clips})
+    recipe = parse(ConvertRecipe, options, "options")
 
     def plan(model: Checkpoint) -> MemoryPlan:
         geometry, video = model.config, default_video(model.config)
-        recipe = ConvertRecipe(kv_rank=kv_rank, height=height, width=width)
         return plan_memory(
             geometry,
             geometry.mla or mla_config(resolve_recipe(recipe, geometry), geometry),
@@ -73,17 +112,25 @@ def analyze(
         )
 
     chosen_device, out, err = resolve_device(device), console(), console(stderr=True)
-    data: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with open_models(checkpoint, revision=revision, subfolder=subfolder, state_key=state_key, config=config) as models:
         for name, model in models.items():
             err.print(f"{titled(name)}{model.describe()}", markup=False)
             memory = plan(model)
+            inputs: dict[str, Any] = {}
             with progress_bar(err) as progress:
+                if calibrated:
+                    resolved = plan_conversion(model, recipe)
+                    progress("clips", 0, 1)
+                    inputs["clips"] = calibration_clips(model, resolved, data)
+                    progress("clips", 1, 1)
+                    inputs["regime"] = Regime.of(resolved.recipe.streaming, resolved.recipe.seed)
                 found = analysis.analyze(
                     model,
                     kv_rank=kv_rank,
                     threshold=threshold,
                     layers=parse_layers(layers, model.config.num_layers) if layers is not None else None,
+                    **inputs,
                     device=chosen_device,
                     progress=partial(progress, "analyze"),
                 )
@@ -91,8 +138,9 @@ def analyze(
                 path = plot.with_stem(f"{plot.stem}-{name}") if name else plot
                 plot_analysis(found, path)
                 err.print(f"plot written to {path}", markup=False)
-            data[name] = found.to_json() | {"memory": memory.to_json()}
+            results[name] = found.to_json(singular_values=calibrated) | {"memory": memory.to_json()}
             if not as_json:
-                out.print(analysis_table(found), memory_table(memory))
+                budgets = (budget_table(found),) if calibrated else ()
+                out.print(analysis_table(found), *budgets, memory_table(memory))
     if as_json:
-        print_json(data.get("", {"experts": data}))
+        print_json(results.get("", {"experts": results}))
