@@ -9,24 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mlaconvert.analyze import Analysis, analyze
-from mlaconvert.cache import LatentCache
+from mlaconvert.checkpoint import read_json
 from mlaconvert.config import StreamingConfig
-from mlaconvert.convert import ConversionReport, convert, load_recipe
-from mlaconvert.evaluate import Evaluation, evaluate
+from mlaconvert.convert import CONVERSION_NAME, ConversionReport, convert, load_recipe
+from mlaconvert.drift import RolloutPlan
+from mlaconvert.evaluate import TINY_GUIDANCE, TINY_STEPS, Report, compare, make_report, tiny_conditions
 from mlaconvert.families import open_checkpoint
 from mlaconvert.model import WanModel, load_model
-from mlaconvert.rollout import Sampler, rollout
-from mlaconvert.tiny.clips import HEIGHT, HELD_BACK, WIDTH, embed_captions, held_back, null_context, sample_scenes
+from mlaconvert.pictures import contact_sheet, save_movie, side_by_side
+from mlaconvert.rollout import Sampler
+from mlaconvert.tiny.clips import HEIGHT, HELD_BACK, WIDTH, embed_captions, null_context, sample_scenes
 
 FRAMES = 60
 CAPTIONS = 3
-STEPS = 12
-GUIDANCE = 1.5
-SCALE = 4  # screen pixels per pixel of the tiny videos
+STEPS, GUIDANCE = TINY_STEPS, TINY_GUIDANCE
 CLIPS = 64
 
 # progress(stage, done, total)
@@ -39,26 +38,20 @@ class Demo:
 
     analysis: Analysis
     report: ConversionReport
-    evaluation: Evaluation
-    teacher_bytes: int
-    student_bytes: int
+    evaluation: Report
+    model: Path
     sheet: Path
     movie: Path
 
-    @property
-    def reduction_percent(self) -> float:
-        """How much smaller the student's measured cache is."""
-        return 100 * (1 - self.student_bytes / self.teacher_bytes)
-
     def to_json(self) -> dict[str, Any]:
         """Plain data: the figures and where the pictures are."""
+        found = self.evaluation.models[0]
         return {
             "analysis": self.analysis.to_json(),
             "conversion": [model.to_json() for model in self.report.models],
-            "evaluation": dataclasses.asdict(self.evaluation) | {"excess": self.evaluation.excess},
-            "cache_bytes": {"teacher": self.teacher_bytes, "converted": self.student_bytes},
-            "reduction_percent": self.reduction_percent,
-            "model": str(self.report.output),
+            "evaluation": self.evaluation.to_json(),
+            "reduction_percent": 100 * found.cache_reduction,
+            "model": str(self.model),
             "pictures": [str(self.sheet), str(self.movie)],
         }
 
@@ -71,77 +64,46 @@ def run_demo(output: Path, progress: Progress) -> Demo:
     with open_checkpoint("tiny") as checkpoint:
         analysis = analyze(checkpoint, progress=lambda done, total: progress("analyze", done, total))
     output.mkdir(parents=True, exist_ok=True)
-    recipe = dataclasses.replace(load_recipe("tiny"), init="calibrated", nope_dim=None)
-    report = convert("tiny", output / "tiny-mla", recipe, progress=progress)
-    teacher, student = load_model("tiny"), load_model(output / "tiny-mla")
-    progress("evaluate", 0, 1)
-    evaluation = evaluate(teacher, student, held_back(CLIPS))
-    progress("evaluate", 1, 1)
-    chunk = (teacher.config.streaming or StreamingConfig()).chunk_frames
-    total, done = 2 * ((FRAMES // chunk - 1) * (STEPS + 1) + 1), 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        progress("generate", done, total)
-
-    videos = [generate(model, step) for model in (teacher, student)]
+    path = output / "tiny-mla"
+    report = convert("tiny", path, load_recipe("tiny"), progress=progress)
+    teacher, student = load_model("tiny"), load_model(path)
+    conditions = dataclasses.replace(
+        tiny_conditions(teacher.config.streaming, clips=CLIPS), rollout=rollout_plan(teacher)
+    )
+    found = compare(teacher, student, conditions, path=path.name, progress=progress)
+    found = dataclasses.replace(found, conversion=read_json(path / CONVERSION_NAME))
     sheet, movie = output / "frames.png", output / "frames.gif"
-    contact_sheet(videos).save(sheet)
-    save_movie(videos, movie)
+    if found.teacher_video is not None and found.video is not None:
+        videos = [found.teacher_video, found.video]
+        contact_sheet(videos).save(sheet)
+        save_movie(side_by_side(videos), movie)
     return Demo(
         analysis=analysis,
         report=report,
-        evaluation=evaluation,
-        teacher_bytes=cache_bytes(teacher),
-        student_bytes=cache_bytes(student),
+        evaluation=make_report(teacher, "tiny", conditions, [found]),
+        model=path,
         sheet=sheet,
         movie=movie,
     )
 
 
-def generate(model: WanModel, on_step: Callable[[], None] | None = None) -> Tensor:
-    """Videos [CAPTIONS, 3, FRAMES, HEIGHT, WIDTH] that continue the first chunk of held-back clips.
-
-    The noise is the same for every model.
-    """
+def rollout_plan(model: WanModel) -> RolloutPlan:
+    """Rollouts of `FRAMES` frames that continue the first chunk of `CAPTIONS` held-back clips, from one noise."""
     scenes = sample_scenes(CAPTIONS, HELD_BACK + 1)
-    chunk = (model.config.streaming or StreamingConfig()).chunk_frames
-    chunks = rollout(
-        model,
-        embed_captions(scenes.tokens()),
+    streaming = model.config.streaming or StreamingConfig()
+    return RolloutPlan(
+        context=embed_captions(scenes.tokens()),
+        prefix=scenes.draw(torch.arange(streaming.chunk_frames)),
         frames=FRAMES,
         height=HEIGHT,
         width=WIDTH,
         sampler=Sampler.many_step(STEPS, guidance=GUIDANCE),
         null_context=null_context(),
-        prefix=scenes.draw(torch.arange(chunk)),
-        on_step=on_step,
+        streaming=streaming,
+        seed=0,
     )
-    return torch.cat(list(chunks), 2)
 
 
-def cache_bytes(model: WanModel) -> int:
-    """Measured bytes of the model's cache for one video in float32."""
-    return LatentCache(model.config, batch=1, height=HEIGHT, width=WIDTH).nbytes
-
-
-def contact_sheet(videos: list[Tensor], columns: int = 10) -> Image.Image:
-    """Frames at even steps in time: a row per model below each other, caption by caption."""
-    picked = torch.linspace(0, videos[0].shape[2] - 1, columns).round().long()
-    rows = [video[row, :, picked] for row in range(len(videos[0])) for video in videos]  # [3, columns, H, W]
-    return _image(torch.cat([torch.cat(list(row.unbind(1)), 2) for row in rows], 1))
-
-
-def save_movie(videos: list[Tensor], path: Path) -> None:
-    """An animated GIF, 16 frames a second: models from left to right, captions from top to bottom."""
-    both = torch.cat(videos, 4)  # [N, 3, F, H, models * W]
-    frames = [_image(torch.cat(list(both[:, :, i].unbind(0)), 1)) for i in range(both.shape[2])]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=62, loop=0)
-
-
-def _image(pixels: Tensor) -> Image.Image:
-    """[3, H, W] in [-1, 1] as a picture, enlarged without smoothing."""
-    values = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous()
-    picture = Image.fromarray(values.numpy())
-    return picture.resize((picture.width * SCALE, picture.height * SCALE), Image.Resampling.NEAREST)
+def generate(model: WanModel, on_step: Callable[[], None] | None = None) -> Tensor:
+    """The model's videos [CAPTIONS, 3, FRAMES, HEIGHT, WIDTH] under `rollout_plan`."""
+    return torch.cat(list(rollout_plan(model).chunks(model, on_step=on_step)), 2)

@@ -20,19 +20,22 @@ def demo(
 ) -> None:
     """Do the whole job on the small trained model that ships: analyze, convert, compare, show frames. Takes minutes."""
     from mlaconvert.demo import run_demo
-    from mlaconvert.report import analysis_table, demo_table, layer_table
+    from mlaconvert.page import save
+    from mlaconvert.report import analysis_table, evaluation_table, layer_table
 
     out, err = console(), console(stderr=True)
     started = time.monotonic()
     with progress_bar(err) as progress:
         found = run_demo(output, progress)
+    page = save(found.evaluation, found.model)
     if as_json:
         print_json(found.to_json())
     else:
-        out.print(analysis_table(found.analysis), *map(layer_table, found.report.models), demo_table(found))
+        converted = map(layer_table, found.report.models)
+        out.print(analysis_table(found.analysis), *converted, evaluation_table(found.evaluation))
     err.print(
         f"done in {time.monotonic() - started:.0f} s; look at {found.sheet} (teacher above, converted below) "
-        f"and {found.movie} (teacher left, converted right); the model is {found.report.output}",
+        f"and {found.movie} (teacher left, converted right); the model is {found.model}, the report {page}",
         markup=False,
         soft_wrap=True,
     )
