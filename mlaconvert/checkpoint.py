@@ -688,6 +688,10 @@ class ModelWriter:
 
     def write_text(self, filename: str, text: str) -> None:
         """Write a small UTF-8 file beside the weights, such as config.json."""
+        self.write_bytes(filename, text.encode("utf-8"))
+
+    def write_bytes(self, filename: str, data: bytes) -> None:
+        """Write a small file beside the weights, such as a picture."""
         self._require_open()
         path = self._staging / filename
         if path.name != filename or path.exists():
@@ -695,7 +699,7 @@ class ModelWriter:
         with self._disk_errors():
             stream = path.open("wb")
             self._streams[path] = stream
-            stream.write(text.encode("utf-8"))
+            stream.write(data)
 
     def commit(self) -> None:
         """Put the folder in place. Raises OutputError when a planned tensor was not written."""

@@ -1,0 +1,409 @@
+"""How far healing brings conversions of the shipped model, and how fast; prints Markdown tables.
+
+    python benchmarks/healing.py [--seeds 3] [--quick] [--only starts,stages,students] [--runs DIR]
+    python benchmarks/healing.py --real-size [--small]      # one step of each stage at the size of Wan2.1 T2V 1.3B
+
+Every finished cell is kept as JSON in the folder of runs; started again, only what is missing is computed, and a cell
+that was interrupted goes on from its saved state. Excess is the validation loss on held-back clips above that of a
+teacher that got the same steps of flow matching on the same clips, in percent of it. A seed draws the conversion's
+random numbers and calibration noise, the training clips and their noise, and the validation noise.
+
+The distance of few-step students: the first chunk of held-back clips is continued twice by the student in four steps,
+and twice by the teacher in twenty guided ones. Both sides are described by what the teacher's middle block makes of
+every frame (mean and spread of its tokens). The energy distance of the two conditional distributions, clip by clip and
+then averaged, is zero only where they agree. It is a proper measure: unlike an error against one continuation it does
+not reward blur, and unlike a comparison of all continuations at once it sees whether each fits its own beginning. It is
+given as a share of how far two continuations by the teacher lie apart. Two rows say what to expect: the teacher against
+fresh continuations of its own (the floor), and the teacher in four steps without training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlaconvert.config import ConvertRecipe, StreamingConfig, WanConfig
+from mlaconvert.convert import convert, load_recipe, mla_config, resolve_recipe
+from mlaconvert.evaluate import validation_loss
+from mlaconvert.heal import HealRecipe, heal, load_heal_recipe
+from mlaconvert.heal.consistency import Consistency
+from mlaconvert.heal.data import Batch, Drawn, Rows, mix
+from mlaconvert.heal.distill import Distill
+from mlaconvert.heal.dmd import Critic, Generator
+from mlaconvert.heal.estimate import estimate
+from mlaconvert.heal.fewstep import FewStep, energy_distance, reference_features
+from mlaconvert.heal.layout import views
+from mlaconvert.heal.objective import Objective, Uncast
+from mlaconvert.heal.recipe import STAGES
+from mlaconvert.heal.state import choose_trained, make_optimizer
+from mlaconvert.heal.teacher_forcing import TeacherForcing
+from mlaconvert.model import WanModel, load_model
+from mlaconvert.tiny.clips import held_back
+
+# Held-back clips that losses are measured on, and that are continued; and what every run has in common.
+SIZES: dict[str, int] = {"clips": 64, "continued": 32}
+COMMON: dict[str, Any] = {"tracker": "none"}
+# Flow matching as the teacher itself was trained, at a rate for a model that is nearly there.
+FLOW: dict[str, Any] = {"stage": "teacher-forcing", "lr": 1e-4, "train": "all"}
+# Dense bfloat16 peak in TFLOP/s, from the vendor's data sheets.
+PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0, "RTX 4090": 165.0}
+
+
+class Cells:
+    """Results by name, each kept in a file of its own as soon as it is known."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, name: str, make: Callable[..., Any], *arguments: Any) -> Any:
+        """What `make(*arguments)` gives, or gave."""
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            began = time.monotonic()
+            value = make(*arguments)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(value))
+            partial.replace(path)
+            print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+        return json.loads(path.read_text())
+
+    def train(self, name: str, start: Path, seed: int, **options: Any) -> dict[str, Any]:
+        """Heal `start` into the folder of that name: the validation during the run, and the loss of the result."""
+        return self.get(name, trained, start, self.folder / name, seed, options)
+
+
+# --- the shipped model -----------------------------------------------------------------------------------------------
+
+
+def converted(runs: Path, start: str, seed: int) -> Path:
+    """The shipped model, converted as `start` says; made once."""
+    folder = runs / f"{start}-{seed}"
+    base = load_recipe("tiny")
+    made = {
+        "random": ConvertRecipe(init="random", kv_rank=base.kv_rank, rope_dim=base.rope_dim, q_rank="none", seed=seed),
+        "svd": ConvertRecipe(init="svd", kv_rank=base.kv_rank, rope_dim=base.rope_dim, q_rank="none", seed=seed),
+        "calibrated": dataclasses.replace(
+            base, init="calibrated", kv_rank=None, rope_dim=None, nope_dim=None, seed=seed
+        ),
+    }[start]
+    if not folder.is_dir():
+        convert("tiny", folder, dataclasses.replace(made, height=24, width=32, vae_stride=1))
+    return folder
+
+
+def dense_copy(runs: Path) -> Path:
+    """The teacher as a folder that can be trained on."""
+    folder = runs / "teacher"
+    if not folder.is_dir():
+        from mlaconvert.checkpoint import TINY
+
+        shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    return folder
+
+
+def loss_of(folder: Path, seed: int) -> float:
+    """Validation loss on all held-back clips."""
+    return validation_loss(load_model(folder), held_back(SIZES["clips"]), seeds=[seed])
+
+
+def trained(start: Path, output: Path, seed: int, options: dict[str, Any]) -> dict[str, Any]:
+    recipe = load_heal_recipe("tiny-distill", {"seed": seed} | options | COMMON)
+    if not output.is_dir():
+        heal(start, output, recipe, teacher="tiny", say=lambda line: print(f"  {line}", file=sys.stderr))
+    curve = json.loads((output / "healing.json").read_text())["validation"]
+    return {"curve": curve, "loss": loss_of(output, seed)}
+
+
+def starts(cells: Cells, seeds: int, steps: int, long: int) -> list[str]:
+    """Validation against steps for each start, and how many steps the random one needs."""
+    lines = [f"| start | before | after {steps} steps | lowest to highest |", "|---|---|---|---|"]
+    peers = teachers(cells, seeds, steps)
+    curves = []
+    for start in ("random", "svd", "calibrated"):
+        before, after = [], []
+        for seed, peer in enumerate(peers):
+            folder = converted(cells.folder, start, seed)
+            first = cells.get(f"before-{start}-{seed}", loss_of, folder, seed)
+            last = cells.train(f"starts-{start}-{seed}-{steps}", folder, seed, steps=steps)
+            before.append(_excess(first, peer["before"]))
+            after.append(_excess(last["loss"], peer["after"]))
+            if seed == 0:
+                curves.append(f"{start}, seed 0, 16 clips: {_curve(last)}")
+        spread = f"{min(after):.1f} to {max(after):.1f}%"
+        lines.append(f"| {start} | {statistics.mean(before):.1f}% | {statistics.mean(after):.1f}% | {spread} |")
+    found = cells.train(f"starts-random-long-{long}", converted(cells.folder, "random", 0), 0, steps=long)
+    peer = teachers(cells, 1, long)[0]
+    lines += ["", "Validation loss by step:", "", *(f"- {curve}" for curve in curves)]
+    lines += [f"- random, {long} steps: {_curve(found)}; excess {_excess(found['loss'], peer['after']):.1f}%"]
+    return lines
+
+
+def teachers(cells: Cells, seeds: int, steps: int) -> list[dict[str, float]]:
+    """The teacher before and after `steps` more steps of flow matching on the same clips.
+
+    More training may also hurt a teacher that had enough; the better one is what students are held against.
+    """
+    found = []
+    for seed in range(seeds):
+        folder = dense_copy(cells.folder)
+        before = cells.get(f"teacher-{seed}", loss_of, folder, seed)
+        after = cells.train(f"teacher-{seed}-{steps}", folder, seed, steps=steps, **FLOW)["loss"]
+        found.append({"before": before, "after": min(before, after)})
+    return found
+
+
+def stages(cells: Cells, seeds: int, steps: int) -> list[str]:
+    """From the calibrated start: what is matched, attention first or not, and what is trained."""
+    rows: dict[str, dict[str, Any]] = {
+        "distill, attention first (a fifth)": {"attention_steps": steps // 5},
+        "distill, velocity only": {"attention_steps": 0},
+        "flow matching only (teacher forcing)": FLOW,
+        "distill, train latent": {"train": "latent"},
+        "distill, train attention": {"train": "attention"},
+        "distill, train all": {"train": "all"},
+    }
+    lines = [f"| {steps} steps from the calibrated start | excess | lowest to highest |", "|---|---|---|"]
+    peers = teachers(cells, seeds, steps)
+    for name, options in rows.items():
+        found = []
+        for seed, peer in enumerate(peers):
+            folder = converted(cells.folder, "calibrated", seed)
+            value = cells.train(f"stages-{_slug(name)}-{seed}-{steps}", folder, seed, steps=steps, **options)
+            found.append(_excess(value["loss"], peer["after"]))
+        lines.append(f"| {name} | {statistics.mean(found):.1f}% | {min(found):.1f} to {max(found):.1f}% |")
+    return lines
+
+
+def students(cells: Cells, seeds: int, steps: int) -> list[str]:
+    """Distance of four-step students to the teacher of twenty steps, stage by stage."""
+    found: dict[str, list[float]] = {}
+    for seed in range(seeds):
+        start, tiny = converted(cells.folder, "calibrated", seed), dense_copy(cells.folder)
+        chain = [start]
+        for name, count in (("tiny-distill", steps), ("tiny-consistency", steps), ("tiny-dmd", max(1, steps // 3))):
+            cell = f"students-{name}-{seed}-{steps}"
+            options = {k: v for k, v in vars(load_heal_recipe(name, {})).items() if v is not None and k != "seed"}
+            cells.train(cell, chain[-1], seed, **options | {"steps": count})
+            chain.append(cells.folder / cell)
+        rows = {
+            "teacher, twenty steps, other noise (floor)": (tiny, True),
+            "teacher in four steps": (tiny, False),
+            "calibrated, untrained, in four steps": (chain[0], False),
+            "distilled, in four steps": (chain[1], False),
+            "and consistency": (chain[2], False),
+            "and dmd": (chain[3], False),
+        }
+        for name, (folder, floor) in rows.items():
+            value = cells.get(f"distance-{_slug(name)}-{seed}-{steps}", distance, folder, seed, floor)
+            found.setdefault(name, []).append(value)
+    lines = ["| continuations | distance | lowest to highest |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {statistics.mean(values):.2f} | {min(values):.2f} to {max(values):.2f} |"
+        for name, values in found.items()
+    ]
+    return lines
+
+
+def distance(folder: Path, seed: int, floor: bool) -> float:
+    """Of a model's four steps to the teacher's continuations; for the floor, of the teacher to itself."""
+    source, teacher = Drawn(), load_model("tiny")
+    clips = held_back(SIZES["continued"], frames=9)
+    reference = reference_features(teacher, clips, source.null, 3.0, first=10 * seed)
+    if floor:
+        return energy_distance(reference_features(teacher, clips, source.null, 3.0, first=1000 + seed), reference)
+    recipe = HealRecipe(stage="consistency").resolved()
+    return FewStep(load_model(folder), teacher, recipe, reference).distance(clips)
+
+
+def _curve(found: dict[str, Any]) -> str:
+    return ", ".join(f"{int(step)}: {value:.4f}" for step, value in found["curve"])
+
+
+def _excess(loss: float, base: float) -> float:
+    return 100 * (loss / base - 1)
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)
+
+
+# --- real size -------------------------------------------------------------------------------------------------------
+
+
+def real_size(small: bool) -> list[str]:
+    """One step of each stage: time, tokens a second, peak memory and share of the device's bfloat16 peak."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = WanConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, streaming=StreamingConfig())
+    size = (60, 104)
+    if small:
+        config = dataclasses.replace(
+            config, dim=96, num_heads=2, num_layers=2, ffn_dim=128, text_dim=32, text_len=8, freq_dim=32
+        )
+        size = (8, 12)
+    recipe = resolve_recipe(ConvertRecipe(init="random"), config)
+    student = dataclasses.replace(config, mla=mla_config(recipe, config))
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    peak = next((rate for part, rate in PEAKS.items() if part in name), None)
+    lines = [
+        f"Device: {name}. Batch 1, bf16, gradient checkpointing, everything trained; the second step is timed.",
+        "",
+    ]
+    lines += [
+        "| stage | tokens | FLOPs | s a step | tokens/s | peak memory | of bf16 peak |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for stage in STAGES:
+        settings = HealRecipe(
+            stage=stage,
+            train="all",
+            batch=1,
+            precision="bf16",
+            gradient_checkpointing=True,
+            attention_steps=0,
+        ).resolved()
+        lines.append(_measure(settings, student, config, size, device, peak))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return lines
+
+
+def _measure(
+    recipe: HealRecipe,
+    student_config: WanConfig,
+    config: WanConfig,
+    size: tuple[int, int],
+    device: torch.device,
+    peak: float | None,
+) -> str:
+    student, teacher = _random_model(student_config, device), _random_model(config, device)
+    choose_trained(student, "all")
+    teacher = teacher.to(torch.bfloat16)
+    critic: Objective | None = None
+    if recipe.stage == "distill":
+        objective: Objective = Distill(student, teacher, recipe, config.streaming)
+    elif recipe.stage == "teacher-forcing":
+        objective = TeacherForcing(student, recipe, config.streaming)
+    elif recipe.stage == "consistency":
+        objective = Consistency(student, teacher, recipe, config.streaming)
+    else:
+        fake = _random_model(config, device)
+        choose_trained(fake, "all")
+        critic = Critic(fake, recipe)
+        objective = Generator(student, teacher, critic, recipe)
+    optimizers = [make_optimizer(one, recipe, 1e-6) for one in (objective, critic) if one is not None]
+    frames = 6 if recipe.stage == "dmd" else 9
+    view = views(frames, config.streaming)[-1]
+    count = len(view.frames)
+    found = estimate(recipe, student_config, config, 0, view, height=size[0], width=size[1])
+    seconds = 0.0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for step in range(2):
+        g = torch.Generator().manual_seed(step)
+        batch = Batch(
+            latents=torch.randn(1, config.out_dim, count, *size, generator=g).to(device),
+            context=torch.randn(1, config.text_len, config.text_dim, generator=g).to(device),
+            null=torch.zeros(1, config.text_len, config.text_dim, device=device),
+            view=view,
+            rows=Rows([mix(step)]),
+            shared=0.6,
+        )
+        _wait(device)
+        began = time.monotonic()
+        _one_step(recipe, objective, critic, optimizers, batch, device)
+        _wait(device)
+        seconds = time.monotonic() - began
+    memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else "-"
+    share = f"{found.flops / seconds / peak / 1e10:.0f}%" if peak is not None else "-"
+    rate = found.tokens / seconds
+    return (
+        f"| {recipe.stage} | {found.tokens:,} | {found.flops:.3g} | {seconds:.2f} | {rate:,.0f} | {memory} | {share} |"
+    )
+
+
+def _one_step(
+    recipe: HealRecipe,
+    objective: Objective,
+    critic: Objective | None,
+    optimizers: list[torch.optim.Optimizer],
+    batch: Batch,
+    device: torch.device,
+) -> None:
+    with torch.autocast(device.type, torch.bfloat16):
+        for _ in range(recipe.critic_steps if critic is not None else 0):
+            with torch.no_grad():
+                clip = objective("rollout", batch, False)
+            assert critic is not None
+            critic("loss", batch, 0, Uncast((clip,))).backward()
+            optimizers[1].step()
+            optimizers[1].zero_grad()
+        extra: tuple[Any, ...] = ()
+        if isinstance(objective, Consistency):
+            with torch.no_grad():
+                extra = (objective("target", batch, 0),)
+        loss = objective("loss", batch, 0, *extra)
+    loss.backward()
+    optimizers[0].step()
+    optimizers[0].zero_grad()
+
+
+def _random_model(config: WanConfig, device: torch.device) -> WanModel:
+    with torch.device(device):
+        model = WanModel(config)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=0.02, generator=generator)
+    return model.requires_grad_(False)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default 3)")
+    parser.add_argument("--steps", type=int, default=300, help="steps of each run (default 300)")
+    parser.add_argument("--long", type=int, default=1800, help="steps of the random start's long run (default 1800)")
+    parser.add_argument("--quick", action="store_true", help="one seed, 6 steps: to see that it runs")
+    parser.add_argument("--only", default="starts,stages,students", help="tables to make (default all)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/healing"), help="folder of runs (default runs/healing)")
+    parser.add_argument(
+        "--real-size", action="store_true", help="one step of each stage at the size of Wan2.1 T2V 1.3B"
+    )
+    parser.add_argument("--small", action="store_true", help="with --real-size: a small model, to see that it runs")
+    arguments = parser.parse_args()
+    if arguments.real_size:
+        print("\n".join(real_size(arguments.small)))
+        return
+    if arguments.quick:
+        arguments.seeds, arguments.steps, arguments.long = 1, 6, 12
+        SIZES.update(clips=4, continued=2)
+        COMMON.update(batch=2, validation_clips=2)
+        arguments.runs = arguments.runs.with_name(f"{arguments.runs.name}-quick")
+    cells = Cells(arguments.runs)
+    tables: dict[str, Callable[[], list[str]]] = {
+        "starts": lambda: starts(cells, arguments.seeds, arguments.steps, arguments.long),
+        "stages": lambda: stages(cells, arguments.seeds, arguments.steps),
+        "students": lambda: students(cells, arguments.seeds, arguments.steps),
+    }
+    for name in arguments.only.split(","):
+        print("\n".join(tables[name]()) + "\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""mlaconvert heal"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlaconvert.cli.options import Json
+from mlaconvert.cli.show import console, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from mlaconvert.heal import HealRecipe
+    from mlaconvert.heal.estimate import Estimate
+
+
+def heal(
+    model: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A converted model folder; it is not changed.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder to write; it must not exist yet. Default: none, for --dry-run.",
+        ),
+    ] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="distill|teacher-forcing|consistency|dmd",
+            help="What to train for: the teacher's outputs; flow matching behind a clean past; four steps; the "
+            "teacher's distribution. Default: the recipe's.",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Steps of the optimizer. Default: the recipe's, else 300.")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Recipe file, or the name of a shipped healing recipe. Options override it. Default: none.",
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHECKPOINT", help="File, folder or Hub id of the teacher. Default: what DIR was converted from."
+        ),
+    ] = None,
+    subfolder: Annotated[
+        str | None, typer.Option(metavar="NAME", help="One of two experts in DIR. Default: DIR is one model.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Clips: safetensors shards with latents and context. Default: tiny draws its own; for distill the "
+            "teacher generates some.",
+        ),
+    ] = None,
+    bad_shards: Annotated[
+        str | None,
+        typer.Option(
+            metavar="refuse|skip", help="A shard that cannot be used is an error, or left out. Default: refuse."
+        ),
+    ] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(
+            metavar="latent|attention|all",
+            help="Learn what the conversion brought, self-attention, or everything. Default: attention.",
+        ),
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(metavar="RATE", help="Peak learning rate. Default: the stage's, 2e-6 to 1e-5, for real models."),
+    ] = None,
+    batch: Annotated[int | None, typer.Option(metavar="N", help="Clips a process takes at once. Default: 8.")] = None,
+    accumulate: Annotated[int | None, typer.Option(metavar="N", help="Batches to a step. Default: 1.")] = None,
+    ema: Annotated[
+        float | None,
+        typer.Option(metavar="DECAY", help="Decay of the averaged weights, 0 for none. Default: 0.99."),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(metavar="SCALE", help="The teacher's guidance in consistency and dmd, 1 for none. Default: 3."),
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(metavar="float32|bf16", help="Of the passes; weights stay float32. Default: float32.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations twice to save memory.")
+    ] = False,
+    validate_every: Annotated[
+        int | None, typer.Option(metavar="N", help="Steps between validations on held-back clips. Default: 50.")
+    ] = None,
+    save_every: Annotated[
+        int | None, typer.Option(metavar="N", help="Steps between saves of the run's state. Default: 50.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Seed of clips, noise and their order. Default: 0.")
+    ] = None,
+    tracker: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="A tracker that accelerate knows, or none. Default: tensorboard, if it is installed."
+        ),
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of the run's state and log. Default: the output with .state added."),
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw the saved state away and begin again.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder of --output.")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU even where there is a GPU.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the input, estimate memory and FLOPs, write nothing.")
+    ] = False,
+    tflops: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATE",
+            help="TFLOP/s that the device sustained when you measured it, for --dry-run to tell the time. "
+            "Default: no time.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a converted model for one stage. Interrupted, the same command goes on where it was."""
+    from mlaconvert.errors import ConfigError
+    from mlaconvert.heal import heal as run
+    from mlaconvert.heal import load_heal_recipe, plan
+
+    options = {
+        "stage": stage,
+        "steps": steps,
+        "bad_shards": bad_shards,
+        "train": train,
+        "lr": lr,
+        "batch": batch,
+        "accumulate": accumulate,
+        "ema": ema,
+        "guidance": guidance,
+        "precision": precision,
+        "gradient_checkpointing": gradient_checkpointing or None,
+        "validate_every": validate_every,
+        "save_every": save_every,
+        "seed": seed,
+        "tracker": tracker,
+    }
+    chosen = load_heal_recipe(recipe, {name: value for name, value in options.items() if value is not None})
+    out, err = console(), console(stderr=True)
+    if dry_run:
+        rate = None if tflops is None else 1e12 * tflops
+        found = plan(model, chosen, teacher=teacher, subfolder=subfolder, data=data, flops_per_second=rate)
+        if as_json:
+            print_json(found.to_json())
+        else:
+            out.print(_estimate_text(found, chosen), markup=False, soft_wrap=True)
+        err.print("dry run: nothing was written")
+        return
+    if output is None:
+        raise ConfigError("no folder to write to; give one with -o DIR, or --dry-run to see the estimate")
+    started, speaks = time.monotonic(), int(os.environ.get("RANK", "0")) == 0
+    with progress_bar(err) as progress:
+        report = run(
+            model,
+            output,
+            chosen,
+            teacher=teacher,
+            subfolder=subfolder,
+            data=data,
+            state=state,
+            cpu=cpu,
+            overwrite=overwrite,
+            restart=restart,
+            progress=progress,
+            say=lambda line: err.print(line, markup=False, soft_wrap=True) if speaks else None,
+        )
+    if speaks:
+        if as_json:
+            print_json(report.to_json())
+        first, (step, best) = report.curves.validation[0][1], report.best
+        err.print(
+            f"written to {output} in {time.monotonic() - started:.1f} s: step {step}, validation {first:.5g} -> "
+            f"{best:.5g}; the run's state may be deleted",
+            markup=False,
+            soft_wrap=True,
+        )
+    _leave_processes()
+
+
+def _leave_processes() -> None:
+    """Several processes on CPUs: gloo can abort at exit after all is done, so leave without its goodbye."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import torch
+
+        torch.distributed.barrier()
+        if torch.distributed.get_backend() == "gloo":
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+        torch.distributed.destroy_process_group()
+
+
+def _estimate_text(found: Estimate, recipe: HealRecipe) -> str:
+    from mlaconvert.report import format_bytes
+
+    lines: list[tuple[str, Any]] = [
+        ("stage", f"{recipe.stage}, {recipe.steps} steps, batch {recipe.batch} x {recipe.accumulate} a process"),
+        ("trained", f"{found.trained_parameters:,} of {found.parameters:,} parameters ({recipe.train})"),
+        ("step", f"{found.tokens:,} tokens, {found.flops:.3g} FLOPs; all steps {found.flops * recipe.steps:.3g} FLOPs"),
+        *((f"  {name}", format_bytes(size)) for name, size in found.memory.items()),
+        ("memory", f"{format_bytes(found.total_memory)} a process, activations roughly; nothing sharded"),
+    ]
+    if found.seconds is None:
+        lines.append(("time", "not estimated: give the rate you measured with --tflops"))
+    else:
+        lines.append(("time", f"{found.seconds:.3g} s a step, {found.seconds * recipe.steps / 3600:.3g} h in all"))
+    return "\n".join(f"{name:<13} {value}" for name, value in lines)

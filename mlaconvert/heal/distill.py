@@ -1,0 +1,88 @@
+"""Stage distill: bring a converted model back to its teacher, layer by layer and then as a whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mlaconvert.config import StreamingConfig
+from mlaconvert.heal.data import Batch
+from mlaconvert.heal.layout import noisy_layout, prepare
+from mlaconvert.heal.objective import Objective, draw_levels, draw_noise, per_frame
+from mlaconvert.heal.recipe import HealRecipe
+from mlaconvert.model import Block, WanModel
+from mlaconvert.rollout import add_noise
+
+CLEAN_PAST = 0.5  # share of the clips whose first chunks are clean, as a rollout's are
+
+
+class Distill(Objective):
+    """Knowledge distillation (Hinton et al., arXiv 1503.02531) of features, then of the output.
+
+    For the first `attention_steps`, each layer's self-attention reads what the teacher's reads, and is held to what the
+    teacher's makes of it (feature distillation as in FitNets, arXiv 1412.6550; all layers at once, since each has the
+    teacher's input). Then the student's velocity is held to the teacher's at the same noisy clip. Both models see time
+    as the teacher does. Clips only say where the two are compared, so the teacher's own serve.
+    """
+
+    def __init__(
+        self, student: WanModel, teacher: WanModel, recipe: HealRecipe, streaming: StreamingConfig | None
+    ) -> None:
+        super().__init__(student, recipe)
+        self._teacher, self._streaming = (teacher,), streaming
+
+    def phase(self, step: int) -> str:
+        return "attention" if step < (self.recipe.attention_steps or 0) else "velocity"
+
+    def loss(self, batch: Batch, step: int) -> Tensor:
+        sigma = noise_levels(batch)
+        noisy = add_noise(batch.latents, draw_noise(batch), sigma)
+        if self.phase(step) == "attention":
+            return self._attention_loss(batch, noisy, sigma)
+        return self._velocity_loss(batch, noisy, sigma)
+
+    def _attention_loss(self, batch: Batch, noisy: Tensor, sigma: Tensor) -> Tensor:
+        """Mean over layers of |student - teacher|^2 / |teacher|^2 of the attention output."""
+        teacher, student = self._teacher[0], self.student
+        _, _, _, height, width = noisy.shape
+        patch, layout = teacher.config.patch_size, noisy_layout(batch.view, self._streaming)
+        plan = layout.plan(teacher, height // patch[1], width // patch[2], noisy.device)
+        errors = []
+        with torch.no_grad():
+            p = prepare(teacher, noisy, 1000 * sigma, batch.context, plan)
+            x = p.x
+        for block, pupil in zip(teacher.blocks, student.blocks, strict=True):
+            assert isinstance(block, Block)
+            with torch.no_grad():
+                inputs = block.attention_input(x, p.modulation)
+                expected = block.self_attn(inputs, plan).float()
+                x = block(x, p.modulation, p.text, p.image, plan, None)
+            attention = pupil.self_attn
+            assert isinstance(attention, torch.nn.Module)
+            if not any(parameter.requires_grad for parameter in attention.parameters()):
+                continue
+            inputs = inputs.to(student.dtype)
+            if self.recipe.gradient_checkpointing:
+                found = checkpoint(attention, inputs, plan, use_reentrant=False, preserve_rng_state=False)
+            else:
+                found = attention(inputs, plan)
+            errors.append((found.float() - expected).square().sum() / expected.square().sum())
+        return torch.stack(errors).mean()
+
+    def _velocity_loss(self, batch: Batch, noisy: Tensor, sigma: Tensor) -> Tensor:
+        """Mean squared difference of the velocities, over the frames that are noisy."""
+        layout = noisy_layout(batch.view, self._streaming)
+        with torch.no_grad():
+            expected = self.run(self._teacher[0], noisy, 1000 * sigma, batch.context, layout)
+        found = self.run(self.student, noisy, 1000 * sigma, batch.context, layout)
+        counted = (sigma > 0).float()
+        return ((found - expected).square().mean((1, 3, 4)) * counted).sum() / counted.sum()
+
+
+def noise_levels(batch: Batch) -> Tensor:
+    """[B, F]: an independent level a chunk, or a clean past before one of the chunks."""
+    levels, count = draw_levels(batch), len(batch.view.chunks)
+    before = batch.rows.integers(count, 1) * (batch.rows.uniform(1) < CLEAN_PAST)
+    clean = torch.arange(count) < before
+    return per_frame(levels.masked_fill(clean.to(levels.device), 0.0), batch.view)

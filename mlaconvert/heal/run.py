@@ -1,0 +1,331 @@
+"""`heal`: one stage of training from a converted model folder to a healed one."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from mlaconvert.checkpoint import ModelWriter, experts, read_json
+from mlaconvert.config import StreamingConfig, WanConfig
+from mlaconvert.convert import CONVERSION_NAME
+from mlaconvert.errors import CheckpointError, ConfigError, InputError, OutputError
+from mlaconvert.families import Checkpoint, open_checkpoint
+from mlaconvert.heal.consistency import Consistency
+from mlaconvert.heal.data import Batches, Source, generate_source, is_tiny, mix, open_source
+from mlaconvert.heal.distill import Distill
+from mlaconvert.heal.dmd import Critic, Generator
+from mlaconvert.heal.estimate import Estimate, estimate
+from mlaconvert.heal.fewstep import FewStep, reference_features
+from mlaconvert.heal.loop import Progress, Run, make_accelerator, tracker_missing
+from mlaconvert.heal.objective import Objective
+from mlaconvert.heal.output import HealReport, occupancy, specs_of, with_weights, write_model
+from mlaconvert.heal.recipe import HealRecipe
+from mlaconvert.heal.state import BEST, choose_trained, load
+from mlaconvert.heal.teacher_forcing import TeacherForcing
+from mlaconvert.model import WanModel, load_model
+
+Say = Callable[[str], None]
+
+
+def heal(
+    source: str | Path,
+    output: Path,
+    recipe: HealRecipe,
+    *,
+    teacher: str | Path | None = None,
+    subfolder: str | None = None,
+    data: Path | None = None,
+    state: Path | None = None,
+    cpu: bool = False,
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: Progress | None = None,
+    say: Say | None = None,
+) -> HealReport:
+    """Train the model folder `source` for one stage and write the result to `output`, whole or not at all.
+
+    `teacher` is by default what the model was converted from, as its conversion.json says. `data` is a folder of clips
+    (`mlaconvert.data`); the built-in model draws its own, and distill can do without. The run keeps its state in
+    `state` (by default `output` with ".state" added): called again after an interruption it goes on from there, bit for
+    bit on a CPU; `restart` begins again. Afterwards the state stays, with a log. Processes that a launcher started
+    share the work; each must call this.
+
+    Raises InputError for what does not fit, OutputError for paths that cannot be written, DivergedError when training
+    has to stop.
+    """
+    report, tell = progress or (lambda *_: None), say or (lambda _: None)
+    recipe, output = recipe.resolved(), Path(output)
+    folder = state or output.with_name(f"{output.name}.state")
+    accelerator: Accelerator | None = None
+    with ExitStack() as stack:
+        student_file, teacher_file = _open(stack, source, teacher, subfolder)
+        streaming = _regime(recipe, student_file.config, teacher_file.config)
+        found = open_source(recipe, data, teacher_file, student_file.config, tell)
+        _check_guidance(recipe, found)
+        ModelWriter(output, specs_of(student_file), metadata={}, overwrite=overwrite)  # checks, and writes nothing
+        accelerator = make_accelerator(recipe, None if tracker_missing(recipe) else folder / "logs", cpu=cpu)
+        stack.callback(_forget)
+        main = accelerator.is_main_process
+        tell = tell if main else (lambda _: None)
+        report = report if main else (lambda *_: None)
+        if tracker_missing(recipe):
+            tell(f"TensorBoard is not installed (pip install tensorboard); the log is {folder / 'log.jsonl'}")
+        with accelerator.main_process_first():
+            _make_folder(folder, restart=restart and main)
+        models = _Models(recipe, student_file, teacher_file, accelerator)
+        if found is None:
+            with accelerator.main_process_first():
+                found = generate_source(recipe, models.teacher, folder / "clips", tell, report, write=main)
+        batches = Batches(
+            found,
+            recipe,
+            streaming,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            device=accelerator.device,
+            whole=recipe.stage == "dmd",
+        )
+        clips = batches.validation()
+        objective, critic = _objectives(recipe, models, streaming)
+        if isinstance(objective, FewStep):
+            objective._reference = reference_features(models.teacher, clips, found.null, recipe.guidance)
+        identity = {
+            "data": found.fingerprint,
+            "model": student_file.store.sha256(),
+            "teacher": _identity(teacher_file),
+        }
+        run = Run(objective, critic, batches, clips, recipe, folder, accelerator, identity)
+        if recipe.tracker != "none" and not tracker_missing(recipe):
+            accelerator.init_trackers("heal")
+        run.train(report, tell)
+        best = load(folder / BEST)
+        weights = best["weights"]
+        result = HealReport(
+            output=output,
+            recipe=recipe,
+            teacher=_public(teacher_file),
+            curves=run.curves,
+            best=(int(best["step"]), float(best["validation"])),
+            occupancy={
+                "before": occupancy(student_file),
+                "after": occupancy(with_weights(student_file, weights)),
+            },
+        )
+        if main:
+            write_model(student_file, result, weights, overwrite=overwrite)
+        accelerator.wait_for_everyone()
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    return result
+
+
+def plan(
+    source: str | Path,
+    recipe: HealRecipe,
+    *,
+    teacher: str | Path | None = None,
+    subfolder: str | None = None,
+    data: Path | None = None,
+    flops_per_second: float | None = None,
+) -> Estimate:
+    """What `heal` would need, without running anything: all checks of its input, and an estimate of one step."""
+    recipe = recipe.resolved()
+    with ExitStack() as stack:
+        student_file, teacher_file = _open(stack, source, teacher, subfolder)
+        streaming = _regime(recipe, student_file.config, teacher_file.config)
+        found = open_source(recipe, data, teacher_file, student_file.config, lambda _: None)
+        _check_guidance(recipe, found)
+        config = student_file.config
+        if found is None:
+            from mlaconvert.config import default_video
+
+            video = default_video(config)
+            frames = recipe.frames or 3 * (config.streaming or StreamingConfig()).chunk_frames
+            shape = (config.out_dim, frames, video.height // video.vae_stride, video.width // video.vae_stride)
+        else:
+            shape = found.clip_shape  # type: ignore[assignment]
+        with torch.device("meta"):
+            model = WanModel(config)
+        names = set(choose_trained(model, recipe.train))
+        trained = sum(p.numel() for name, p in model.named_parameters() if name in names)
+        view = max(
+            Batches(_Shape(shape), recipe, streaming, whole=recipe.stage == "dmd").views, key=lambda v: len(v[0])
+        )
+        return estimate(
+            recipe,
+            config,
+            teacher_file.config,
+            trained,
+            view,
+            height=shape[2],
+            width=shape[3],
+            flops_per_second=flops_per_second,
+        )
+
+
+@dataclasses.dataclass
+class _Shape:
+    """Clips of which only the shape is known."""
+
+    clip_shape: tuple[int, ...]
+    fingerprint: str = ""
+    null: Any = None
+
+    def clips(self, numbers: list[int]) -> Any:
+        raise NotImplementedError
+
+    def validation(self, count: int) -> Any:
+        raise NotImplementedError
+
+
+class _Models:
+    """The student in float32, what it learns chosen, and the frozen teacher."""
+
+    def __init__(self, recipe: HealRecipe, student: Checkpoint, teacher: Checkpoint, accelerator: Accelerator) -> None:
+        device = accelerator.device
+        half = recipe.precision == "bf16" and device.type != "cpu"
+        self.student = trainable(student, device)
+        self.trained = choose_trained(self.student, recipe.train)
+        self.teacher = load_model(teacher, dtype=torch.bfloat16 if half else torch.float32, device=device)
+        self.open_teacher, self.device = teacher, device
+
+
+def trainable(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> WanModel:
+    """The model of a checkpoint in float32, its weights copied out of the file, which training must not touch."""
+    model = load_model(checkpoint, dtype=torch.float32, device=device)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
+def _objectives(
+    recipe: HealRecipe, models: _Models, streaming: StreamingConfig | None
+) -> tuple[Objective, Objective | None]:
+    """The stage's objective, and for dmd the critic's."""
+    student, teacher = models.student, models.teacher
+    if recipe.stage == "distill":
+        return Distill(student, teacher, recipe, streaming), None
+    if recipe.stage == "teacher-forcing":
+        return TeacherForcing(student, recipe, streaming), None
+    if recipe.stage == "consistency":
+        return Consistency(student, teacher, recipe, streaming), None
+    fake = trainable(models.open_teacher, models.device)
+    choose_trained(fake, "all")
+    critic = Critic(fake, recipe)
+    return Generator(student, teacher, critic, recipe), critic
+
+
+def _open(
+    stack: ExitStack, source: str | Path, teacher: str | Path | None, subfolder: str | None
+) -> tuple[Checkpoint, Checkpoint]:
+    """The student's checkpoint and its teacher's. Raises InputError when the teacher is not known or not found."""
+    pair = experts(source)
+    if pair and subfolder is None:
+        raise InputError(f"{source} holds two experts; heal one with --subfolder {pair[0]} or --subfolder {pair[1]}")
+    student = stack.enter_context(open_checkpoint(source, subfolder=subfolder))
+    return student, stack.enter_context(_open_teacher(student, teacher, subfolder))
+
+
+def _open_teacher(student: Checkpoint, teacher: str | Path | None, subfolder: str | None) -> Checkpoint:
+    path = student.store.path
+    folder = path if path.is_dir() else path.parent
+    recorded: dict[str, Any] = {}
+    if (folder / CONVERSION_NAME).is_file():
+        recorded = read_json(folder / CONVERSION_NAME).get("source") or {}
+    if teacher is not None:
+        pair = experts(teacher)
+        inside = next((name for name in (recorded.get("subfolder"), subfolder) if name in pair), None)
+        opened = open_checkpoint(teacher, subfolder=inside)
+        _check_pair(student, opened)
+        return opened
+    name = recorded.get("name")
+    if not isinstance(name, str):
+        raise InputError(f"{folder} does not record what it was converted from; name it with --teacher")
+    reason = ""
+    # A local source is recorded by its last name only: look beside the model too.
+    for candidate in dict.fromkeys((name, str(folder.resolve().parent / name))):
+        try:
+            opened = open_checkpoint(
+                candidate, subfolder=recorded.get("subfolder") or None, state_key=recorded.get("state_key")
+            )
+        except CheckpointError as error:
+            reason = reason or str(error)
+            continue
+        if opened.store.sha256() == recorded.get("sha256"):
+            _check_pair(student, opened)
+            return opened
+        opened.close()
+        reason = f"{candidate} is another model: its SHA-256 differs"
+    raise InputError(f"{folder} was converted from {name}, which was not found ({reason}); name it with --teacher")
+
+
+def _check_pair(student: Checkpoint, teacher: Checkpoint) -> None:
+    for name in ("dim", "num_layers", "in_dim", "out_dim", "patch_size", "text_dim"):
+        ours, theirs = getattr(student.config, name), getattr(teacher.config, name)
+        if ours != theirs:
+            teacher.close()
+            raise InputError(
+                f"the student has {name} {ours}, the teacher {teacher.store.path} {theirs}; "
+                "give the model it was made from"
+            )
+
+
+def _regime(recipe: HealRecipe, student: WanConfig, teacher: WanConfig) -> StreamingConfig | None:
+    """How the student sees time in this stage. Raises ConfigError for stages that need a streaming model."""
+    if student.patch_size[0] != 1:
+        raise ConfigError(f"patches span {student.patch_size[0]} frames; healing needs patches of one frame")
+    if recipe.stage in ("consistency", "dmd") and student.streaming is None:
+        raise ConfigError(f"stage {recipe.stage} needs a streaming student; convert with `streaming` in the recipe")
+    if recipe.stage == "consistency" and teacher.streaming is None:
+        raise ConfigError("stage consistency needs a streaming teacher; give the teacher-forced model as --teacher")
+    # A bidirectional teacher is no guide to a causal pass: both then see the whole clip.
+    return student.streaming if recipe.stage != "distill" or teacher.streaming is not None else None
+
+
+def _check_guidance(recipe: HealRecipe, source: Source | None) -> None:
+    if recipe.stage in ("consistency", "dmd") and recipe.guidance != 1 and source is not None and source.null is None:
+        raise ConfigError(
+            f"guidance {recipe.guidance:g} needs the embedding of an empty prompt: put null_context.safetensors with "
+            "`context` [1, T, text_dim] beside the clips, or give --guidance 1"
+        )
+
+
+def _make_folder(folder: Path, *, restart: bool) -> None:
+    try:
+        if restart and folder.exists():
+            if any(folder.iterdir()) and not (folder / "log.jsonl").is_file():
+                raise OutputError(f"{folder} is no healing run's state, so it is not deleted; choose another --state")
+            shutil.rmtree(folder)
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be used ({error.strerror or error}); choose another --state") from None
+
+
+def _identity(checkpoint: Checkpoint) -> str:
+    """Tells a teacher from another, from the outside: hashing it may take minutes."""
+    sizes = sorted((file.name, file.stat().st_size) for file in checkpoint.store.files)
+    return f"{_public(checkpoint)} {mix(str(sizes)):x}"
+
+
+def _public(checkpoint: Checkpoint) -> str:
+    """A Hub id as given; of a local path only its last part."""
+    if is_tiny(checkpoint):
+        return "tiny"
+    source = str(checkpoint.store.source)
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else source
+
+
+def _forget() -> None:
+    """Let the next run in this process choose its own settings: accelerate keeps the first ones."""
+    if PartialState().num_processes == 1:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()

@@ -1,0 +1,564 @@
+"""The losses of healing, each against the same thing written longhand with the public model and its cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from conftest import randomize, relative
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from mlaconvert.cache import LatentCache
+from mlaconvert.config import MLAConfig, MLALayer, StreamingConfig, WanConfig
+from mlaconvert.errors import ConfigError
+from mlaconvert.heal.consistency import Consistency
+from mlaconvert.heal.data import Batch, Batches, Rows, mix
+from mlaconvert.heal.distill import Distill, noise_levels
+from mlaconvert.heal.dmd import Critic, Generator
+from mlaconvert.heal.estimate import estimate, forward_flops
+from mlaconvert.heal.fewstep import Steps, energy_distance, reference_features, stream
+from mlaconvert.heal.layout import forcing_layout, noisy_layout, velocity, views
+from mlaconvert.heal.objective import Uncast
+from mlaconvert.heal.recipe import STAGES, HealRecipe, heal_recipe_names, learning_rate, load_heal_recipe
+from mlaconvert.heal.state import choose_trained
+from mlaconvert.heal.teacher_forcing import TeacherForcing
+from mlaconvert.model import WanModel
+from mlaconvert.rollout import Sampler
+
+STREAMING = StreamingConfig(chunk_frames=2, window_frames=5, sink_frames=1)
+TEACHER = WanConfig(
+    dim=48,
+    num_heads=4,
+    num_layers=2,
+    ffn_dim=40,
+    in_dim=3,
+    out_dim=3,
+    freq_dim=16,
+    text_dim=10,
+    text_len=5,
+    patch_size=(1, 2, 2),
+    streaming=STREAMING,
+)
+LAYER = MLALayer(kv_lora_rank=7, qk_nope_head_dim=6, v_head_dim=12, rope_components=((0, 1), (3, 2)))
+STUDENT = dataclasses.replace(
+    TEACHER,
+    mla=MLAConfig(q_lora_rank=None, key_norm="token", softmax_scale=12**-0.5, layers=(LAYER, LAYER)),
+)
+HEIGHT, WIDTH = 4, 6  # latent pixels: 2 x 3 tokens
+
+
+def model(config: WanConfig, seed: int) -> WanModel:
+    made = WanModel(config).double()
+    randomize(made, seed)
+    return made.requires_grad_(False).eval()
+
+
+def make_batch(frames: int = 4, count: int = 3, *, view: int = 0, shared: float = 0.6) -> Batch:
+    rows = Rows([mix("test", i) for i in range(count)])
+    seen = views(frames, STREAMING)[view]
+    clips = torch.randn(count, 3, len(seen.frames), HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1)).double()
+    text = torch.randn(count + 1, 4, TEACHER.text_dim, generator=torch.Generator().manual_seed(2)).double()
+    return Batch(latents=clips, context=text[:count], null=text[count:], view=seen, rows=rows, shared=shared)
+
+
+def recipe(stage: str = "distill", **options: Any) -> HealRecipe:
+    return HealRecipe(stage=stage, **options).resolved()  # type: ignore[arg-type]
+
+
+def streamed(net: WanModel, past: list[Tensor], chunk: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+    """Velocity of a chunk behind clean ones that were written to the model's own cache; one timestep a row."""
+    cache = LatentCache(net.config, batch=len(chunk), height=HEIGHT, width=WIDTH, dtype=torch.float64)
+    start = 0
+    for clean in past:
+        net(clean, torch.zeros(len(chunk)).double(), context, cache=cache, start_frame=start)
+        start += clean.shape[2]
+    return net(chunk, timestep, context, cache=cache, start_frame=start)
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+
+
+def test_views_are_what_the_newest_chunk_sees() -> None:
+    found = views(8, STREAMING)
+    assert [view.frames for view in found] == [(0, 1, 2, 3), (0, 2, 3, 4, 5), (0, 4, 5, 6, 7)]
+    assert [view.chunks for view in found] == [(2, 2), (1, 2, 2), (1, 2, 2)]
+    cache = LatentCache(TEACHER, batch=1, height=HEIGHT, width=WIDTH)
+    for start in range(0, 8, 2):
+        window = cache.begin(start, 2)
+    assert found[-1].positions == tuple(sorted(window.key_frames.tolist()))
+    absolute = dataclasses.replace(STREAMING, positions="absolute")
+    assert views(8, absolute)[-1].positions == (0, 4, 5, 6, 7)
+    assert [view.frames for view in views(3, None)] == [(0, 1, 2)]
+
+
+@pytest.mark.parametrize("config", [TEACHER, STUDENT], ids=["dense", "latent"])
+def test_the_forcing_pass_is_every_chunk_behind_its_clean_past(config: WanConfig) -> None:
+    net, batch = model(config, 3), make_batch()
+    clean, noisy = batch.latents, batch.latents + 0.5
+    timestep = torch.tensor([[700.0, 700, 300, 300]] * 3).double()
+    both = torch.cat((clean[:, :, :2], noisy), 2)
+    levels = torch.cat((torch.zeros(3, 2).double(), timestep), 1)
+    found = velocity(net, both, levels, batch.context, forcing_layout(batch.view, STREAMING))[:, :, 2:]
+    first = streamed(net, [], noisy[:, :, :2], timestep[:, 0], batch.context)
+    second = streamed(net, [clean[:, :, :2]], noisy[:, :, 2:], timestep[:, 2], batch.context)
+    assert relative(found, torch.cat((first, second), 2)) < 1e-6
+
+
+def test_the_forcing_mask_with_a_sink() -> None:
+    """Three chunks of 1, 2, 2 frames behind each other: the last one sees the sink and the chunk before it, clean."""
+    layout = forcing_layout(views(8, STREAMING)[-1], STREAMING)
+    assert layout.positions == (0, 1, 2, 0, 1, 2, 3, 4)
+    seen = [row.nonzero().flatten().tolist() for row in layout.visible]
+    assert seen == [[0], [0, 1, 2], [0, 1, 2], [3], [0, 4, 5], [0, 4, 5], [0, 1, 2, 6, 7], [0, 1, 2, 6, 7]]
+
+
+def test_checkpointing_changes_nothing() -> None:
+    net, batch = model(STUDENT, 3), make_batch()
+    layout, timestep = noisy_layout(batch.view, STREAMING), torch.full((3, 4), 400.0).double()
+    gradients = []
+    for checkpointing in (False, True):
+        choose_trained(net, "all")
+        net.zero_grad()
+        out = velocity(net, batch.latents, timestep, batch.context, layout, checkpointing=checkpointing)
+        out.square().sum().backward()
+        gradients.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
+    assert len(gradients[0]) == len(gradients[1]) > 60
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+
+def test_distill_matches_attention_on_the_teachers_inputs() -> None:
+    teacher, student, batch = model(TEACHER, 1), model(STUDENT, 2), make_batch()
+    choose_trained(student, "attention")
+    loss = Distill(student, teacher, recipe(steps=10, attention_steps=1), STREAMING)("loss", batch, 0)
+    again = make_batch()
+    sigma = noise_levels(again)
+    noise = again.rows.normal(*again.latents.shape[1:]).double()
+    noisy = again.latents + sigma[:, None, :, None, None] * (noise - again.latents)
+    seen: list[tuple[tuple[Any, ...], Tensor]] = []
+    for block in teacher.blocks:
+        block.self_attn.register_forward_hook(lambda _, given, made: seen.append((given, made)))
+    teacher(noisy, 1000 * sigma, again.context)
+    errors = [
+        (student.blocks[i].self_attn(given[0], given[1]) - made).square().sum() / made.square().sum()
+        for i, (given, made) in enumerate(seen)
+    ]
+    assert loss.item() == pytest.approx(torch.stack(errors).sum().item() / 2, rel=1e-5)
+    assert any((row == 0).any() for row in sigma)
+    assert len(set(sigma[0].tolist())) == 2
+
+
+def test_distill_then_matches_velocities_where_frames_are_noisy() -> None:
+    teacher, student, batch = model(TEACHER, 1), model(STUDENT, 2), make_batch(count=5)
+    loss = Distill(student, teacher, recipe(steps=10, attention_steps=1), STREAMING)("loss", batch, 1)
+    again = make_batch(count=5)
+    sigma = noise_levels(again)
+    noise = again.rows.normal(*again.latents.shape[1:]).double()
+    noisy = again.latents + sigma[:, None, :, None, None] * (noise - again.latents)
+    difference = teacher(noisy, 1000 * sigma, again.context) - student(noisy, 1000 * sigma, again.context)
+    kept = difference.transpose(1, 2)[sigma > 0]
+    assert 0 < len(kept) < 5 * 4
+    assert loss.item() == pytest.approx(float(kept.square().mean()), rel=1e-5)
+
+
+def test_teacher_forcing_is_flow_matching_chunk_by_chunk() -> None:
+    student, batch = model(STUDENT, 2), make_batch()
+    loss = TeacherForcing(student, recipe("teacher-forcing"), STREAMING)("loss", batch, 0)
+    rows = make_batch().rows
+    uniform = rows.uniform(2)
+    sigma = 5 * uniform / (1 + 4 * uniform)
+    noise = rows.normal(*batch.latents.shape[1:]).double()
+    empty = rows.uniform(1, 1) < 0.1
+    context = torch.where(empty, batch.null, batch.context)  # type: ignore[arg-type]
+    total = torch.zeros(()).double()
+    for chunk in range(2):
+        part = slice(2 * chunk, 2 * chunk + 2)
+        level = sigma[:, chunk, None, None, None, None].double()
+        x = (1 - level) * batch.latents[:, :, part] + level * noise[:, :, part]
+        past = [batch.latents[:, :, :2]] if chunk else []
+        found = streamed(student, past, x, 1000 * sigma[:, chunk].double(), context)
+        total += (found - (noise - batch.latents)[:, :, part]).square().mean() / 2
+    assert loss.item() == pytest.approx(float(total), rel=1e-5)
+
+
+def test_consistency_is_one_guided_step_and_the_average_beyond_it() -> None:
+    teacher, student, average = model(TEACHER, 1), model(STUDENT, 2), model(STUDENT, 5)
+    settings = recipe("consistency", solver_steps=8, guidance=2.5)
+    batch = make_batch()
+    target = Consistency(average, teacher, settings, STREAMING)("target", batch, 0)
+    loss = Consistency(student, teacher, settings, STREAMING)("loss", batch, 0, target)
+    rows = make_batch().rows
+    index = rows.integers(8, 2)
+    noise = rows.normal(*batch.latents.shape[1:]).double()
+    level = [1 - i / 8 for i in range(9)]
+    grid = torch.tensor([5 * s / (1 + 4 * s) for s in level]).float().double()
+    errors = []
+    for chunk in range(2):
+        part, past = slice(2 * chunk, 2 * chunk + 2), [batch.latents[:, :, :2]] if chunk else []
+        now, after = (grid[index[:, chunk] + i][:, None, None, None, None] for i in (0, 1))
+        x = (1 - now) * batch.latents[:, :, part] + now * noise[:, :, part]
+
+        def flow(net: WanModel, x: Tensor, level: Tensor, text: Tensor, past: list[Tensor] = past) -> Tensor:
+            return streamed(net, past, x, 1000 * level.flatten(), text)
+
+        null = batch.null.expand_as(batch.context)  # type: ignore[union-attr]
+        empty, full = flow(teacher, x, now, null), flow(teacher, x, now, batch.context)
+        solved = x + (after - now) * (empty + 2.5 * (full - empty))
+        expected = solved - after * flow(average, solved, after, batch.context)
+        found = x - now * flow(student, x, now, batch.context)
+        errors.append(((found - expected).square() + 1e-6).sqrt() - 1e-3)
+    assert loss.item() == pytest.approx(float(torch.cat(errors, 2).mean()), rel=1e-5)
+
+
+def test_the_students_timesteps_are_among_the_solvers_levels() -> None:
+    made = Consistency(model(STUDENT, 2), model(TEACHER, 1), recipe("consistency"), STREAMING)
+    assert all((1000 * made.grid - t).abs().min() < 1e-3 for t in Sampler.few_step().timesteps)
+    assert (made.grid[0], made.grid[-1]) == (1, 0)
+
+
+def longhand_stream(net: WanModel, noise: Tensor, context: Tensor, taken: int) -> Tensor:
+    """Self-generation with the public model and its cache."""
+    cache = LatentCache(net.config, batch=len(noise), height=HEIGHT, width=WIDTH, dtype=torch.float64)
+    levels, made = [t / 1000 for t in Sampler.few_step().timesteps], []
+    for start in range(0, noise.shape[3], 2):
+        part = slice(start, start + 2)
+        x = noise[:, 0, :, part]
+        for i in range(taken):
+            t = torch.full((len(x),), 1000 * levels[i]).double()
+            clean = x - levels[i] * net(x, t, context, cache=cache, start_frame=start)
+            if i + 1 < taken:
+                x = (1 - levels[i + 1]) * clean + levels[i + 1] * noise[:, i + 1, :, part]
+        net(clean, torch.zeros(len(x)).double(), context, cache=cache, start_frame=start)
+        made.append(clean)
+    return torch.cat(made, 2)
+
+
+@pytest.mark.parametrize("taken", [1, 3])
+def test_streams_are_the_models_own_rollouts_beyond_the_window(taken: int) -> None:
+    net, batch = model(STUDENT, 2), make_batch()
+    noise = torch.randn(3, 4, 3, 8, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(4)).double()
+    steps = Steps(Sampler.few_step().timesteps, taken)
+    choose_trained(net, "all")
+    live = stream(net, batch.context, chunks=(2, 2, 2, 2), noise=noise, steps=steps, live=True)
+    with torch.no_grad():
+        plain = stream(net, batch.context, chunks=(2, 2, 2, 2), noise=noise, steps=steps)
+        expected = longhand_stream(net, noise, batch.context, taken)
+    assert relative(plain, expected) < 1e-5
+    assert relative(live.detach(), plain) < 1e-6
+    assert live.requires_grad
+
+
+def test_gradients_come_from_the_last_step_of_each_chunk_alone() -> None:
+    net, batch = model(STUDENT, 2), make_batch()
+    choose_trained(net, "all")
+    noise = torch.randn(3, 4, 3, 4, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(4)).double()
+    gradients = []
+    for checkpointing in (False, True):
+        net.zero_grad()
+        clip = stream(
+            net,
+            batch.context,
+            chunks=(2, 2),
+            noise=noise,
+            steps=Steps(Sampler.few_step().timesteps, 2),
+            live=True,
+            checkpointing=checkpointing,
+        )
+        clip[:, :, 2:].square().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
+    # Longhand: the second chunk's last step in one masked pass behind a first chunk that is constant.
+    net.zero_grad()
+    with torch.no_grad():
+        first = stream(net, batch.context, chunks=(2,), noise=noise, steps=Steps(Sampler.few_step().timesteps, 2))
+        level, after = (t / 1000 for t in Sampler.few_step().timesteps[:2])
+        x = noise[:, 0, :, 2:]
+        x = x - level * streamed(net, [first], x, torch.full((3,), 1000 * level).double(), batch.context)
+        x = torch.lerp(x, noise[:, 1, :, 2:], after)
+    levels = torch.tensor([[0.0, 0, 1000 * after, 1000 * after]] * 3).double()
+    layout = noisy_layout(batch.view, STREAMING)
+
+    past = [None, None]  # what each layer remembers of the first chunk, without gradients
+
+    def forget(i: int) -> Any:
+        attention: Any = net.blocks[i].self_attn
+        compress = type(attention).compress
+
+        def replaced(x: Tensor) -> tuple[Tensor, ...]:
+            made = compress(attention, x)
+            return tuple(torch.cat((entry[:, :12].detach(), entry[:, 12:]), 1) for entry in made)
+
+        return replaced
+
+    for i in range(len(past)):
+        net.blocks[i].self_attn.compress = forget(i)  # type: ignore[method-assign, union-attr]
+    flow = velocity(net, torch.cat((first, x), 2), levels, batch.context, layout)[:, :, 2:]
+    (x - after * flow).square().sum().backward()
+    for name in ("blocks.0.self_attn.kv_a_proj_with_mqa.weight", "blocks.1.self_attn.kv_b_proj.weight"):
+        expected = dict(net.named_parameters())[name].grad
+        assert expected is not None
+        for found in gradients:
+            assert relative(found[name], expected) < 1e-5
+
+
+def test_dmd_pulls_towards_the_real_score_and_away_from_the_fake_one() -> None:
+    teacher, student, fake = model(TEACHER, 1), model(STUDENT, 2), model(TEACHER, 6)
+    settings = recipe("dmd", guidance=2.0)
+    critic = Critic(fake, settings)
+    generator = Generator(student, teacher, critic, settings)
+    clip = torch.randn(3, 3, 4, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(9)).double()
+    gradient, seen = generator.gradient(make_batch(), clip)
+    assert seen.frames == (0, 1, 2, 3)
+    rows = make_batch().rows
+    uniform = 0.02 + 0.96 * rows.uniform(1)
+    sigma = (5 * uniform / (1 + 4 * uniform)).double()
+    noise = rows.normal(*clip.shape[1:]).double()
+    level = sigma[..., None, None, None]
+    noisy = (1 - level) * clip + level * noise
+    batch = make_batch()
+    null = batch.null.expand_as(batch.context)  # type: ignore[union-attr]
+    full, empty, wrong = (
+        noisy - level * net(noisy, 1000 * sigma[:, 0], text)
+        for net, text in ((teacher, batch.context), (teacher, null), (fake, batch.context))
+    )
+    real = empty + 2.0 * (full - empty)
+    expected = (wrong - real) / (clip - real).abs().mean((1, 2, 3, 4), keepdim=True)
+    assert relative(gradient, expected) < 1e-5
+
+
+def test_the_dmd_loss_has_that_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = Generator(model(STUDENT, 2), model(TEACHER, 1), Critic(model(TEACHER, 6), recipe("dmd")), recipe("dmd"))
+    batch = make_batch()
+    clip = batch.latents.clone().requires_grad_()
+    monkeypatch.setattr(generator, "rollout", lambda *_: clip)
+    generator("loss", batch, 0).backward()
+    expected, _ = generator.gradient(make_batch(), clip.detach())
+    assert clip.grad is not None
+    assert relative(clip.grad, expected / expected.numel()) < 1e-5
+
+
+def test_the_critic_learns_what_the_student_makes() -> None:
+    fake, batch = model(TEACHER, 6), make_batch()
+    loss = Critic(fake, recipe("dmd"))("loss", batch, 0, Uncast((batch.latents,)))
+    rows = make_batch().rows
+    uniform = 0.02 + 0.96 * rows.uniform(1)
+    sigma = (5 * uniform / (1 + 4 * uniform)).double()
+    noise = rows.normal(*batch.latents.shape[1:]).double()
+    noisy = torch.lerp(batch.latents, noise, sigma[..., None, None, None])
+    found = fake(noisy, 1000 * sigma[:, 0], batch.context)
+    assert loss.item() == pytest.approx(float((found - (noise - batch.latents)).square().mean()), rel=1e-5)
+
+
+def test_the_exit_step_is_shared_and_every_step_gets_its_turn() -> None:
+    generator = Generator(model(STUDENT, 2), model(TEACHER, 1), torch.nn.Identity(), recipe("dmd"))
+    clips = {i: generator.rollout(make_batch(shared=(i + 0.5) / 4), False) for i in range(4)}
+    for i in range(4):
+        rows = make_batch().rows
+        noise = rows.normal(4, 3, 4, HEIGHT, WIDTH).double()
+        assert relative(clips[i], longhand_stream(generator.student, noise, make_batch().context, i + 1)) < 1e-5
+
+
+# --- the distance ----------------------------------------------------------------------------------------------------
+
+
+def test_energy_distance_longhand() -> None:
+    g = torch.Generator().manual_seed(0)
+    ours, theirs = (list(torch.randn(2, 5, 7, generator=g).double()) for _ in range(2))
+    between = sum((a[i] - b[i]).norm() for a in ours for b in theirs for i in range(5)) / 20
+    spread = [sum((side[0][i] - side[1][i]).norm() for i in range(5)) / 5 for side in (ours, theirs)]
+    expected = (2 * between - spread[0] - spread[1]) / spread[1]
+    assert energy_distance(ours, theirs) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_energy_distance_sees_blur_and_bias_but_not_other_draws() -> None:
+    g = torch.Generator().manual_seed(0)
+    means = 3 * torch.randn(400, 1, generator=g)
+
+    def draw(scale: float = 1.0, shift: float = 0.0) -> list[Tensor]:
+        return [means + shift + scale * torch.randn(400, 8, generator=g) for _ in range(2)]
+
+    theirs = draw()
+    assert abs(energy_distance(draw(), theirs)) < 0.05
+    assert energy_distance(draw(scale=0.3), theirs) > 0.1
+    assert energy_distance(draw(shift=0.5), theirs) > 0.05
+
+
+def test_reference_continuations_differ_in_their_draws_and_share_their_prefix() -> None:
+    batch = make_batch(frames=4)
+    teacher = model(TEACHER, 1)
+    from mlaconvert.data import Clips
+
+    clips = Clips(batch.latents, batch.context)
+    first, second = reference_features(teacher, clips, batch.null, 2.0)
+    assert first.shape == (3, 4 * 2 * TEACHER.dim)
+    assert relative(first[:, : 4 * TEACHER.dim], second[:, : 4 * TEACHER.dim]) < 1e-9  # two frames of prefix
+    assert relative(first, second) > 1e-3
+
+
+# --- what is trained -------------------------------------------------------------------------------------------------
+
+
+def test_frozen_parts_get_no_gradients() -> None:
+    net, batch = model(STUDENT, 2), make_batch()
+    counts = {}
+    for train in ("latent", "attention", "all"):
+        names = choose_trained(net, train)  # type: ignore[arg-type]
+        net.zero_grad(set_to_none=True)
+        TeacherForcing(net, recipe("teacher-forcing"), STREAMING)("loss", batch, 0).backward()
+        assert sorted(names) == sorted(name for name, p in net.named_parameters() if p.grad is not None)
+        counts[train] = len(names)
+        if train != "all":
+            assert all(".self_attn." in name for name in names)
+    assert counts == {"latent": 2 * 5, "attention": 2 * 12, "all": len(list(net.parameters()))}
+
+
+@pytest.mark.parametrize("rank", [7, 8])
+@pytest.mark.parametrize("rope", ["cached", "latent", "head"])
+@pytest.mark.parametrize("key_norm", ["token", "latent"])
+def test_gradients_reach_every_kind_of_layer(rope: Any, key_norm: Any, rank: int) -> None:
+    """Held to a finite difference along the gradient, in float64, whatever the channels' places in memory."""
+    layer = dataclasses.replace(LAYER, kv_lora_rank=rank)
+    if rope == "head":
+        layer = dataclasses.replace(layer, rope_components=(), qk_nope_head_dim=12)
+    assert STUDENT.mla is not None
+    mla = dataclasses.replace(STUDENT.mla, rope=rope, key_norm=key_norm, layers=(layer, layer))
+    net = model(dataclasses.replace(STUDENT, mla=mla), 2)
+    names = choose_trained(net, "attention")
+    parameters = [p for p in net.parameters() if p.requires_grad]
+
+    def loss() -> Tensor:
+        return TeacherForcing(net, recipe("teacher-forcing"), STREAMING)("loss", make_batch(), 0).double()
+
+    loss().backward()
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    assert len(gradients) == len(names)
+    size = float(torch.stack([g.square().sum() for g in gradients]).sum().sqrt())
+    values = []
+    for step in (0.05, -0.05):
+        with torch.no_grad():
+            for p, g in zip(parameters, gradients, strict=True):
+                p.add_(g, alpha=step / size)
+            values.append(loss().item())
+            for p, g in zip(parameters, gradients, strict=True):
+                p.sub_(g, alpha=step / size)
+    assert (values[0] - values[1]) / 0.1 == pytest.approx(size, rel=2e-2)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+class Numbered:
+    """Clips that hold their own number."""
+
+    fingerprint, null = "numbered", None
+    clip_shape = (3, 8, HEIGHT, WIDTH)
+
+    def clips(self, numbers: list[int]) -> Any:
+        from mlaconvert.data import Clips
+
+        values = torch.tensor(numbers).float().view(-1, 1, 1, 1, 1)
+        return Clips(values.expand(-1, *self.clip_shape), torch.zeros(len(numbers), 1, 10))
+
+    validation = clips  # type: ignore[assignment]
+
+
+def test_batches_are_the_same_however_many_processes_share_them() -> None:
+    alone = Batches(Numbered(), recipe(batch=6, accumulate=2), STREAMING).batch(3, 1)
+    pair = [Batches(Numbered(), recipe(batch=3, accumulate=2), STREAMING, rank=r, world=2).batch(3, 1) for r in (0, 1)]
+    assert torch.equal(alone.latents, torch.cat([b.latents for b in pair]))
+    assert torch.equal(alone.rows.normal(4), torch.cat([b.rows.normal(4) for b in pair]))
+    assert alone.view == pair[0].view == pair[1].view
+    assert alone.shared == pair[0].shared == pair[1].shared
+
+
+def test_batches_never_repeat_and_see_every_view() -> None:
+    batches = Batches(Numbered(), recipe(batch=2, accumulate=2), STREAMING)
+    seen = [batches.batch(step, micro) for step in range(12) for micro in range(2)]
+    assert sorted(float(x) for b in seen for x in b.latents[:, 0, 0, 0, 0]) == list(range(48))
+    assert {b.view for b in seen} == set(views(8, STREAMING))
+    assert not torch.equal(seen[0].rows.normal(3), batches.batch(0, 0, "critic").rows.normal(3))
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_stage_has_a_shipped_recipe_that_parses() -> None:
+    found = {name: load_heal_recipe(name, {}).resolved() for name in heal_recipe_names()}
+    assert {r.stage for r in found.values()} == set(STAGES)
+    paper = [found[f"videomla-{stage}"] for stage in STAGES[1:]]
+    assert [r.lr for r in paper] == [5e-6, 2e-6, 2e-6]
+    assert all(r.betas == (0.0, 0.999) for r in paper)
+    assert (paper[2].critic_lr, paper[2].critic_steps, paper[2].ema, paper[2].guidance) == (4e-7, 5, 0.99, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stage": "magic"}, "options: stage: Input should be 'distill'"),
+        ({}, "no stage; give one with --stage"),
+        ({"stage": "distill", "stepz": 3}, "unknown field 'stepz'"),
+        ({"stage": "distill", "steps": 0}, "steps is 0"),
+        ({"stage": "distill", "lr": -1.0}, "lr is -1.0"),
+        ({"stage": "distill", "ema": 1.0}, "ema is 1.0"),
+        ({"stage": "distill", "steps": 5, "attention_steps": 6}, "attention_steps is 6"),
+        ({"stage": "consistency", "solver_steps": 10}, "solver_steps is 10"),
+        ({"stage": "distill", "max_loss_ratio": 1.0}, "max_loss_ratio is 1.0"),
+        ({"stage": "distill", "guidance": -1.0}, "guidance is -1.0"),
+        ({"stage": "distill", "seed": -1}, "seed is -1"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_heal_recipe(None, options)
+    assert message in str(raised.value)
+
+
+def test_wrong_recipe_files_are_named(tmp_path: Any) -> None:
+    path = tmp_path / "mine.yaml"
+    for text, message in (("stepz: 3", "unknown field 'stepz'"), ("- a", "a recipe is a mapping"), ("a: [", "YAML")):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message) as raised:
+            load_heal_recipe(path, {"stage": "distill"})
+        assert str(raised.value).startswith(str(path))
+    with pytest.raises(ConfigError, match=r"shipped healing recipes: .*tiny-distill"):
+        load_heal_recipe("nothing", {})
+
+
+def test_the_rate_rises_and_falls() -> None:
+    settings = recipe(steps=110, warmup=10)
+    rates = [learning_rate(settings, step, 2.0) for step in range(110)]
+    assert rates[:2] == [0.2, 0.4]
+    assert max(rates) == rates[10] == 2.0
+    assert rates[60] == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.02, rel=0.05)
+    assert learning_rate(recipe(steps=110, schedule="constant"), 109, 2.0) == 2.0
+
+
+# --- the estimate ----------------------------------------------------------------------------------------------------
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    """Of a dense teacher that sees everything, where both count every pair of tokens."""
+    config = dataclasses.replace(TEACHER, streaming=None)
+    net = model(config, 1).float().requires_grad_()  # plain products: the counter knows no fused CPU kernel
+    view = views(3, None)[0]
+    with FlopCounterMode(display=False) as counter:
+        net(torch.randn(1, 3, 3, HEIGHT, WIDTH), torch.zeros(1, 3), torch.randn(1, 4, 10))
+    assert forward_flops(config, noisy_layout(view, None), 2, 3) == counter.get_total_flops()
+
+
+def test_the_estimate_counts_what_is_trained_only() -> None:
+    view = views(4, STREAMING)[0]
+    few, many = (
+        estimate(recipe("dmd"), STUDENT, TEACHER, n, view, height=HEIGHT, width=WIDTH, flops_per_second=1e9)
+        for n in (100, 1000)
+    )
+    assert many.memory["optimizer"] == 10 * few.memory["optimizer"] == 8000
+    assert many.memory["gradients"] == 4000
+    assert few.memory["weights"] == many.memory["weights"] == 4 * sum(p.numel() for p in WanModel(STUDENT).parameters())
+    assert few.seconds == pytest.approx(few.flops / 1e9)
+    assert few.total_memory < many.total_memory

@@ -1,0 +1,483 @@
+"""Whole healing runs: interrupted and resumed, diverged, on two processes, sharded, and from the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import randomize
+from safetensors.torch import load_file, save_file
+from test_heal import STREAMING, TEACHER
+from typer.testing import CliRunner, Result
+
+from mlaconvert.checkpoint import WEIGHTS_NAME
+from mlaconvert.cli import app
+from mlaconvert.config import ConvertRecipe
+from mlaconvert.convert import convert
+from mlaconvert.errors import ConfigError, InputError, OutputError
+from mlaconvert.evaluate import validation_loss
+from mlaconvert.families import open_checkpoint
+from mlaconvert.heal import DivergedError, HealRecipe, fewstep, heal
+from mlaconvert.heal.output import plot_curves
+from mlaconvert.heal.state import LAST, load
+from mlaconvert.model import WanModel, load_model
+
+FILES = ["README.md", "config.json", "conversion.json", WEIGHTS_NAME, "healing.json", "healing.png"]
+
+
+def save_teacher(folder: Path, streaming: Any = STREAMING) -> Path:
+    made = WanModel(TEACHER)
+    randomize(made, 1)
+    folder.mkdir(parents=True)
+    save_file(made.state_dict(), folder / WEIGHTS_NAME)
+    names = ("dim", "num_heads", "num_layers", "ffn_dim", "in_dim", "out_dim", "freq_dim", "text_dim", "text_len")
+    config = {"_class_name": "CausalWanModel", "model_type": "t2v", "patch_size": [1, 2, 2]}
+    config |= {name: getattr(TEACHER, name) for name in names}
+    config["streaming"] = dataclasses.asdict(streaming) if streaming else None
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a teacher, its conversion and clips."""
+    root = tmp_path_factory.mktemp("heal")
+    save_teacher(root / "teacher")
+    settings = ConvertRecipe(
+        init="svd", kv_rank=7, rope_dim=4, q_rank="none", key_norm="token", height=4, width=6, vae_stride=1
+    )
+    convert(root / "teacher", root / "student", settings)
+    g = torch.Generator().manual_seed(0)
+    (root / "clips").mkdir()
+    for i, count in enumerate((5, 8)):
+        clips = {
+            "latents": torch.randn(count, 3, 6, 4, 6, generator=g),
+            "context": torch.randn(count, 4, 10, generator=g),
+        }
+        save_file(clips, root / "clips" / f"{i}.safetensors")
+    save_file({"context": torch.randn(1, 4, 10, generator=g)}, root / "clips" / "null_context.safetensors")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def short_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fewstep, "TEACHER_STEPS", 2)
+
+
+def settings(stage: str, **options: Any) -> HealRecipe:
+    base: dict[str, Any] = {"stage": stage, "steps": 4, "batch": 2, "lr": 2e-3, "warmup": 2, "validation_clips": 3}
+    base |= {"validate_every": 2, "save_every": 2, "critic_steps": 2, "tracker": "none", "solver_steps": 8}
+    return HealRecipe(**base | options)
+
+
+def run(home: Path, output: Path, recipe: HealRecipe, **options: Any) -> Any:
+    return heal(home / "student", output, recipe, **{"data": home / "clips", "cpu": True} | options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# --- output ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_output_is_a_model_folder_like_any_other(home: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    report = run(home, tmp_path / "out", settings("distill", steps=20, validate_every=5, lr=1e-2), say=lines.append)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(FILES)
+    healed, student = (load_file(folder / WEIGHTS_NAME) for folder in (tmp_path / "out", home / "student"))
+    assert {n: t.shape for n, t in healed.items()} == {n: t.shape for n, t in student.items()}
+    changed = {name for name in healed if not torch.equal(healed[name], student[name])}
+    assert changed == {name for name in healed if ".self_attn." in name}
+    assert (tmp_path / "out" / "config.json").read_text() == (home / "student" / "config.json").read_text()
+    data = json.loads((tmp_path / "out" / "healing.json").read_text())
+    assert data["teacher"] == "teacher"
+    assert data["recipe"]["lr"] == 1e-2
+    assert len(data["losses"]["rows"]) == 20
+    assert [step for step, _ in data["validation"]] == [0, 5, 10, 15, 20]
+    # What is written is what had the best validation, and it can be measured again.
+    best = min(data["validation"], key=lambda row: row[1])
+    assert [data["written"]["step"], data["written"]["validation"]] == best
+    assert best[1] < data["validation"][0][1]
+    clips = torch.cat([load_file(home / "clips" / f"{i}.safetensors")["latents"] for i in (0, 1)])[-3:, :, :4]
+    context = load_file(home / "clips" / "1.safetensors")["context"][-3:]
+    from mlaconvert.data import Clips
+
+    assert validation_loss(load_model(tmp_path / "out"), Clips(clips, context)) == pytest.approx(best[1], rel=1e-5)
+    assert report.best[1] == best[1]
+    assert [len(x) for x in data["rank_budget_occupancy"].values()] == [2, 2]
+    assert "The model has not been trained since" not in (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out" / "healing.png").read_bytes().startswith(b"\x89PNG")
+    assert any("step 20/20: loss" in line for line in lines)
+    log = [json.loads(line) for line in (tmp_path / "out.state" / "log.jsonl").read_text().splitlines()]
+    assert sum("loss" in row for row in log) == 20
+
+
+def test_a_healed_model_can_be_healed_again(home: Path, tmp_path: Path) -> None:
+    run(home, tmp_path / "one", settings("distill", steps=1))
+    heal(
+        tmp_path / "one",
+        tmp_path / "two",
+        settings("teacher-forcing", steps=1),
+        teacher=home / "teacher",
+        data=home / "clips",
+        cpu=True,
+    )
+    data = json.loads((tmp_path / "two" / "healing.json").read_text())
+    assert [stage["recipe"]["stage"] for stage in data["before"]] == ["distill"]
+
+
+def test_distill_needs_no_data(home: Path, tmp_path: Path) -> None:
+    save_teacher(tmp_path / "teacher")
+    (tmp_path / "student").symlink_to(home / "student")
+    stages: list[str] = []
+    recipe = settings("distill", steps=1, clips=4)
+    report = heal(
+        tmp_path / "student",
+        tmp_path / "out",
+        recipe,
+        teacher=tmp_path / "teacher",
+        cpu=True,
+        progress=lambda stage, *_: stages.append(stage),
+    )
+    made = sorted((tmp_path / "out.state" / "clips").iterdir())
+    assert [path.name for path in made] == ["clips-00000.safetensors"]
+    assert load_file(made[0])["latents"].shape == (4, 3, 6, 24, 32)
+    assert {"generate", "distill"} <= set(stages)
+    assert len(report.curves.losses) == 1
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["distill", "teacher-forcing", "consistency", "dmd"])
+def test_an_interrupted_run_goes_on_bit_for_bit(home: Path, tmp_path: Path, stage: str) -> None:
+    recipe = settings(stage, accumulate=2 if stage == "distill" else 1)
+    straight = run(home, tmp_path / "straight", recipe)
+    # In the step after a save; at first also before anything was saved.
+    for stop in (1, 3) if stage == "distill" else (3,):
+
+        def interrupt(_: str, done: int, total: int, stop: int = stop) -> None:
+            if done == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(home, tmp_path / "again", recipe, progress=interrupt)
+        assert not (tmp_path / "again").exists()
+    again = run(home, tmp_path / "again", recipe)
+    assert again.curves == straight.curves
+    first, second = contents(tmp_path / "straight"), contents(tmp_path / "again")
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] in ([], ["README.md"])
+    logs = [(tmp_path / f"{name}.state" / "log.jsonl").read_text().splitlines() for name in ("straight", "again")]
+    assert sorted(logs[0]) == sorted(logs[1])
+
+
+def test_a_killed_process_leaves_a_state_to_go_on_from(home: Path, tmp_path: Path) -> None:
+    recipe = settings("teacher-forcing", steps=6)
+    straight = run(home, tmp_path / "straight", recipe)
+    child = os.fork() if sys.platform != "win32" else 1
+    if child == 0:
+
+        def die(_: str, done: int, total: int) -> None:
+            if done == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            run(home, tmp_path / "killed", recipe, progress=die)
+        finally:
+            os._exit(3)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert load(tmp_path / "killed.state" / LAST)["step"] == 4
+    lines: list[str] = []
+    assert run(home, tmp_path / "killed", recipe, say=lines.append).curves == straight.curves
+    assert lines[0] == f"going on from step 4, saved in {tmp_path / 'killed.state'}"
+
+
+def stop_at(step: int) -> Callable[[str, int, int], None]:
+    def interrupt(_: str, done: int, total: int) -> None:
+        if done == step:
+            raise KeyboardInterrupt
+
+    return interrupt
+
+
+def test_the_state_of_another_run_is_refused(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(home, tmp_path / "out", settings("distill"), progress=stop_at(3))
+    for change, name in (({"seed": 1}, "seed"), ({"train": "latent"}, "train"), ({"steps": 9}, "steps")):
+        with pytest.raises(ConfigError, match=f"holds a run with another {name}; .*--restart"):
+            run(home, tmp_path / "out", settings("distill", **change))
+    other = tmp_path / "clips"
+    other.mkdir()
+    save_file(load_file(home / "clips" / "1.safetensors"), other / "1.safetensors")
+    with pytest.raises(ConfigError, match="holds a run with another data"):
+        run(home, tmp_path / "out", settings("distill"), data=other)
+    run(home, tmp_path / "out", settings("distill", steps=9), restart=True)
+
+
+def test_a_lower_rate_may_go_on(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(home, tmp_path / "out", settings("distill"), progress=stop_at(3))
+    report = run(home, tmp_path / "out", settings("distill", lr=1e-3))
+    assert [row[2] for row in report.curves.losses][:2] == [1e-3, 2e-3]
+    assert report.curves.losses[2][2] == 1e-3
+
+
+def test_a_torn_state_is_named(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(home, tmp_path / "out", settings("distill"), progress=stop_at(3))
+    last = tmp_path / "out.state" / LAST
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"last\.pt: cannot be read .*--restart"):
+        run(home, tmp_path / "out", settings("distill"))
+
+
+# --- diverging -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_explodes_stops_with_its_last_good_state(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlaconvert.heal.teacher_forcing import TeacherForcing
+
+    whole = TeacherForcing.loss
+    for factor, what in ((float("nan"), "loss nan"), (1e4, "the running median is")):
+
+        def loss(self: Any, batch: Any, step: int, factor: float = factor) -> torch.Tensor:
+            return whole(self, batch, step) * (factor if step == 13 else 1)
+
+        monkeypatch.setattr(TeacherForcing, "loss", loss)
+        output = tmp_path / what[:4]
+        with pytest.raises(DivergedError, match=rf"diverged at step 14 \(.*{what}.*--lr") as raised:
+            run(home, output, settings("teacher-forcing", steps=20, save_every=4))
+        assert raised.value.exit_code == 1
+        assert f"the last good state is in {output}.state" in str(raised.value)
+        state = load(tmp_path / f"{what[:4]}.state" / LAST)
+        assert state["step"] == 12
+        assert all(t.isfinite().all() for t in state["parts"]["student"]["weights"].values())
+        assert not output.exists()
+
+
+# --- input that does not fit -----------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused_and_leaves_nothing(home: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", WEIGHTS_NAME):
+        (bare / name).symlink_to(home / "student" / name)
+    poor = tmp_path / "poor"
+    poor.mkdir()
+    save_file(load_file(home / "clips" / "0.safetensors"), poor / "0.safetensors")
+    both = save_teacher(tmp_path / "bidirectional", None)
+    distill, out = settings("distill"), tmp_path / "out"
+    cases: list[tuple[type[Exception], str, Callable[[], Any]]] = [
+        (InputError, "does not record what it was converted from", lambda: heal(bare, out, distill)),
+        (InputError, "no such folder of clips", lambda: run(home, out, distill, data=tmp_path / "none")),
+        (ConfigError, "needs clips", lambda: run(home, out, settings("dmd"), data=None)),
+        (ConfigError, "null_context", lambda: run(home, out, settings("dmd"), data=poor)),
+        (ConfigError, "needs a streaming teacher", lambda: run(home, out, settings("consistency"), teacher=both)),
+        (InputError, "has dim 48, the teacher .* 192", lambda: run(home, out, distill, teacher="tiny")),
+        (OutputError, "exists", lambda: run(home, bare, distill)),
+        (OutputError, "does not exist", lambda: run(home, tmp_path / "a" / "b", distill)),
+        (OutputError, "no healing run's state", lambda: run(home, out, distill, state=poor, restart=True)),
+    ]
+    before = sorted(tmp_path.rglob("*"))
+    for error, message, call in cases:
+        with pytest.raises(error, match=message) as raised:
+            call()
+        assert "\n" not in str(raised.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_bidirectional_teacher_distills_what_it_sees(home: Path, tmp_path: Path) -> None:
+    both = save_teacher(tmp_path / "bidirectional", None)
+    report = run(home, tmp_path / "out", settings("distill", attention_steps=1), teacher=both)
+    assert len(report.curves.losses) == 4
+
+
+def test_mixed_precision_trains_float32_weights(home: Path, tmp_path: Path) -> None:
+    recipe = settings("distill", precision="bf16", gradient_checkpointing=True, steps=2)
+    report = run(home, tmp_path / "out", recipe)
+    exact = run(home, tmp_path / "exact", settings("distill", steps=2))
+    assert load(tmp_path / "out.state" / LAST)["parts"]["student"]["weights"].popitem()[1].dtype == torch.float32
+    assert report.curves.losses[0][1] == pytest.approx(exact.curves.losses[0][1], rel=0.05)
+    assert report.curves.losses[0][1] != exact.curves.losses[0][1]
+
+
+def test_saved_moments_are_those_of_what_is_trained(home: Path, tmp_path: Path) -> None:
+    run(home, tmp_path / "out", settings("distill", train="latent", steps=2))
+    part = load(tmp_path / "out.state" / LAST)["parts"]["student"]
+    assert set(part["optimizer"]) == set(part["weights"])
+    assert all("self_attn" in name and "k_norm_proj" not in name for name in part["weights"])
+
+
+def test_the_plot_draws_short_and_long_runs() -> None:
+    from mlaconvert.heal.loop import Curves
+
+    for steps in (1, 50):
+        curves = Curves(losses=[[i + 1, 1.0, 0.1, 1.0] for i in range(steps)], validation=[[0, 1.0], [steps, 0.5]])
+        assert plot_curves(curves, settings("dmd")).startswith(b"\x89PNG")
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+def test_two_processes_train_as_one_and_resume(home: Path, tmp_path: Path) -> None:
+    """Through the launcher, as users start it; the second run goes on from the first one's state."""
+    flags = ["--data", str(home / "clips"), "--stage", "teacher-forcing", "--steps", "4", "--cpu", "--lr", "2e-3"]
+    flags += ["--save-every", "2", "--validate-every", "2", "--tracker", "none"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    output = tmp_path / "pair"
+    done = subprocess.run(
+        [*launch, "-m", "mlaconvert", "heal", str(home / "student"), "-o", str(output), *flags, "--batch", "2"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("step 4/4") == 1  # only one process speaks
+    alone = CliRunner().invoke(
+        app, ["heal", str(home / "student"), "-o", str(tmp_path / "alone"), *flags, "--batch", "4"]
+    )
+    assert alone.exit_code == 0, alone.stderr
+    ours, theirs = (load_file(folder / WEIGHTS_NAME) for folder in (output, tmp_path / "alone"))
+    assert all(torch.allclose(ours[name], theirs[name], atol=2e-5) for name in ours)
+    assert load(tmp_path / "pair.state" / LAST)["processes"] == 2
+
+
+def sharded(home: Path, folder: Path) -> None:
+    """One of two processes: train with torch's fully_shard, save, restore into a fresh objective, and train on."""
+    from test_heal import STREAMING
+    from torch.distributed.fsdp import fully_shard
+
+    from mlaconvert.data import ClipFolder
+    from mlaconvert.heal.data import Batches, Stored
+    from mlaconvert.heal.distill import Distill
+    from mlaconvert.heal.run import trainable
+    from mlaconvert.heal.state import Trained, choose_trained, make_optimizer, save
+
+    together = torch.distributed.is_initialized()
+    world, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if together else (1, 0)
+    recipe = settings("distill", batch=2, train="attention", attention_steps=2).resolved()
+    with open_checkpoint(home / "student") as student, open_checkpoint(home / "teacher") as teacher:
+        clips = ClipFolder(home / "clips", student.config)
+        # Alone, one process does what the two would: each loss is over its own clips.
+        shares = [
+            Batches(Stored(clips, None, held=1, seed=0), recipe, STREAMING, rank=r, world=2)
+            for r in ((rank,) if together else (0, 1))
+        ]
+        frozen = load_model(teacher)
+
+        def start() -> tuple[Trained, Any]:
+            objective = Distill(trainable(student), frozen, recipe, STREAMING)
+            choose_trained(objective.student, recipe.train)
+            if world > 1:
+                units = [m for m in objective.modules() if type(m).__name__ in objective._no_split_modules]
+                for module in [*reversed(units), objective]:
+                    fully_shard(module)
+            optimizer = make_optimizer(objective, recipe, 2e-3)
+            return Trained(objective, optimizer, 0.9), objective
+
+        trained, objective = start()
+        losses = []
+        for step in range(4):
+            if step == 3:  # a fresh start from a saved state in the middle
+                state = trained.state()
+                trained, objective = start()
+                trained.restore(state)
+            loss = torch.stack([objective("loss", share.batch(step), step) for share in shares]).mean()
+            loss.backward()
+            trained.optimizer.step()
+            trained.optimizer.zero_grad()
+            trained.follow(step)
+            losses.append(loss.item())
+        with torch.no_grad(), trained.averaged():
+            value = objective("loss", shares[0].batch(9), 9).item()
+        kinds = {type(p).__name__ for p in trained.parameters.values()}
+        state = {"weights": trained.state()["weights"], "average": trained.weights()}
+    if rank == 0:
+        save(folder / f"{world}.pt", {"state": state, "losses": losses, "value": value, "kinds": sorted(kinds)})
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_a_sharded_run_is_the_whole_run(home: Path, tmp_path: Path) -> None:
+    from accelerate import debug_launcher
+
+    sharded(home, tmp_path)
+    debug_launcher(_in_group, args=(str(home), str(tmp_path)), num_processes=2)
+    one, two = load(tmp_path / "1.pt"), load(tmp_path / "2.pt")
+    assert (one["kinds"], two["kinds"]) == (["Parameter"], ["DTensor"])
+    assert two["value"] == pytest.approx(one["value"], rel=1e-4)
+    for kind in ("weights", "average"):
+        for name, tensor in one["state"][kind].items():
+            assert torch.allclose(two["state"][kind][name], tensor, atol=2e-5), name
+
+
+def _in_group(home: str, folder: str) -> None:
+    assert torch.distributed.get_backend() == "gloo"  # the launcher made the group
+    sharded(Path(home), Path(folder))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_heal_from_the_command_line(home: Path, tmp_path: Path) -> None:
+    flags = ("--stage", "distill", "--steps", 2, "--data", home / "clips", "--lr", "1e-3", "--cpu", "--tracker", "none")
+    result = invoke("heal", home / "student", "-o", tmp_path / "out", *flags, "--json", "--batch", 2)
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert data["recipe"] | {"stage": "distill", "steps": 2, "lr": 1e-3, "batch": 2} == data["recipe"]
+    assert "step 2/2" in result.stderr
+    assert f"written to {tmp_path / 'out'}" in result.stderr
+
+
+def test_dry_run_writes_nothing(home: Path, tmp_path: Path) -> None:
+    flags = ("--recipe", "videomla-dmd", "--data", home / "clips", "--dry-run")
+    result = invoke("heal", home / "student", *flags, "--tflops", 0.1)
+    assert result.exit_code == 0, result.stderr
+    for word in ("dmd, 1000 steps", "critic", "FLOPs", "a step", "roughly"):
+        assert word in result.stdout
+    assert "not estimated" in invoke("heal", home / "student", *flags).stdout
+    data = json.loads(invoke("heal", home / "student", *flags, "--json").stdout)
+    assert data["total_memory"] == sum(data["memory"].values())
+    generated = invoke("heal", home / "student", "--stage", "distill", "--dry-run")
+    assert generated.exit_code == 0, generated.stderr
+
+
+def test_wrong_usage_is_one_sentence(home: Path, tmp_path: Path) -> None:
+    student, out = home / "student", tmp_path / "out"
+    for arguments, message in (
+        ((student, "--stage", "distill"), "give one with -o DIR"),
+        ((student, "-o", out), "no stage"),
+        ((student, "-o", out, "--stage", "magic"), "stage: Input should be"),
+        ((student, "-o", out, "--stage", "distill", "--train", "some"), "train: Input should be"),
+        ((tmp_path / "none", "-o", out, "--stage", "distill"), "there is no such file or folder"),
+        ((student, "-o", out, "--stage", "teacher-forcing"), "give a folder of them with --data DIR"),
+    ):
+        result = invoke("heal", *arguments)
+        assert result.exit_code == 2, result.stderr
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+        assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
