@@ -15,8 +15,9 @@ import torch
 from matplotlib.figure import Figure
 
 from mlaconvert import tiny
-from mlaconvert.demo import CAPTIONS, FRAMES, GUIDANCE, STEPS, contact_sheet, generate
+from mlaconvert.demo import CAPTIONS, FRAMES, GUIDANCE, STEPS, generate
 from mlaconvert.model import load_model
+from mlaconvert.pictures import contact_sheet
 from mlaconvert.rollout import Sampler, rollout
 from mlaconvert.tiny.clips import HEIGHT, HELD_BACK, WIDTH, embed_captions, null_context, sample_scenes
 
@@ -41,7 +42,7 @@ def main() -> None:
     axes = figure.subplots(3, 1, height_ratios=[1.2, 3, 1])
     steps, losses = zip(*record["curve"], strict=True)
     axes[0].plot(steps, losses, linewidth=1)
-    axes[0].set(xlabel="step", ylabel="training loss (MSE of velocity)", ylim=(0.06, 0.25))
+    axes[0].set(xlabel="step", ylabel="training loss (MSE of velocity)", ylim=(0.03, 0.25))
     for axis, strip, title in zip(
         axes[1:],
         strips,

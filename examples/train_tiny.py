@@ -1,11 +1,14 @@
 """Train the tiny model that ships with mlaconvert: a chunk-causal, text-conditioned video transformer in Wan's layout.
 
-    python examples/train_tiny.py runs/tiny            # about two hours on one CPU core; start again to resume
+    python examples/train_tiny.py runs/tiny           # about three hours on one CPU core; start again to resume
 
-Flow matching on clips drawn on the fly (mlaconvert/tiny/clips.py). Half of the clips are six frames in two chunks;
-the others are a sink frame from the past and two chunks, which is what a rolling window shows the model. Chunks have
-independent noise levels (shift 5), or clean, slightly perturbed predecessors, as in a rollout. Writes the model in
-float32 with an averaged copy of the weights, the caption embeddings, and the loss curve (training.json).
+Flow matching on clips drawn on the fly (mlaconvert/tiny/clips.py). A batch is six frames in two chunks, or a sink frame
+from the past and two chunks, which is what a rolling window shows the model. Chunks have independent noise levels, or
+clean, slightly perturbed predecessors, as in a rollout. Four parts, each with its own warm-up and decay: everything, on
+wild scenes; mostly chunks behind a clean past; calmer scenes, many of them behind a past that the model generated
+itself, with the true next chunk as the target, so that a rollout's errors are mended instead of growing; and the
+scenes that ship. Writes the model in float32 with an averaged copy of the weights, the caption embeddings, and the
+loss curve (training.json).
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import cast
 
@@ -24,12 +29,27 @@ from torch import Tensor, nn
 
 from mlaconvert.config import StreamingConfig, WanConfig
 from mlaconvert.model import Block, WanModel
-from mlaconvert.rollout import add_noise, warp
-from mlaconvert.tiny.clips import CAPTION_LEN, VOCABULARY, embed_captions, sample_scenes
+from mlaconvert.rollout import Sampler, add_noise, rollout, warp
+from mlaconvert.tiny.clips import (
+    CALM,
+    CAPTION_LEN,
+    HEIGHT,
+    STILL,
+    VOCABULARY,
+    WIDTH,
+    WILD,
+    Difficulty,
+    embed_captions,
+    sample_scenes,
+)
 
-BATCH, WARM_UP, PEAK_RATE, EMA = 16, 200, 2e-3, 0.999
-# First everything; then mostly chunks behind a clean past, which is what a rollout asks for.
-FIRST, STEPS, SECOND_RATE = 7500, 9900, 1.2e-3
+BATCH, WARM_UP, EMA = 16, 200, 0.999
+# The last step of each part, its peak learning rate, and its scenes.
+PARTS = ((7500, 2e-3, WILD), (9900, 1.2e-3, WILD), (13500, 1e-3, STILL), (16300, 1e-3, CALM))
+OWN_PASTS = 2  # the part that begins with them
+STEPS = PARTS[-1][0]
+# Own pasts: rollouts of so many chunks behind a given one, sampled briefly, dropped where they leave the true clip.
+OWN, OWN_CHUNKS, OWN_SAMPLER, STRAYED = BATCH // 2, 6, Sampler.many_step(4, shift=3.0), 0.15
 CONFIG = WanConfig(
     dim=192,
     num_heads=6,
@@ -66,7 +86,7 @@ def main(folder: Path) -> None:
     tables = caption_embeddings()
     model = WanModel(CONFIG)
     initialise(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PARTS[0][1], betas=(0.9, 0.99), weight_decay=0.01)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     step, curve = 0, []
     state_file = folder / "state.pt"
@@ -77,10 +97,15 @@ def main(folder: Path) -> None:
         step, curve = state["step"], state["curve"]
         average = state["average"]
     began, first, recent = time.time(), step, []
+    part = -1
+    pasts: Iterator[Past] = iter(())
     while step < STEPS:
+        if part != part_of(step):
+            part = part_of(step)
+            pasts = own_pasts(model, tables, PARTS[part][2], step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
-        clips, sigma, chunks, tokens, noise = batch(step)
+        clips, sigma, chunks, tokens, noise = batch(step, pasts)
         with torch.autocast("cpu", torch.bfloat16):
             out = model(add_noise(clips, noise, sigma), 1000 * sigma, embed_captions(tokens, tables), chunks=chunks)
         per_frame = (out.float() - (noise - clips)).square().mean((1, 3, 4))
@@ -107,11 +132,23 @@ def main(folder: Path) -> None:
             export(folder, average, tables, curve)
 
 
-def batch(step: int) -> tuple[Tensor, Tensor, tuple[int, ...], Tensor, Tensor]:
+def part_of(step: int) -> int:
+    """The index in PARTS."""
+    return sum(step >= end for end, _, _ in PARTS)
+
+
+Batch = tuple[Tensor, Tensor, tuple[int, ...], Tensor, Tensor]
+# Clips [N, 3, 7, H, W]: a sink frame, a chunk that the model made, the true next one; and their caption tokens [N, T].
+Past = tuple[Tensor, Tensor]
+
+
+def batch(step: int, pasts: Iterator[Past]) -> Batch:
     """Clips [B, 3, F, H, W], noise levels [B, F], chunks, caption tokens [B, T] and noise of one step."""
     g = torch.Generator().manual_seed(step)
-    scenes = sample_scenes(BATCH, 1_000_000 + step)
-    if step % 2:
+    part = part_of(step)
+    scenes = sample_scenes(BATCH, 1_000_000 + step, PARTS[part][2])
+    two_chunks = step % 3 == 0 if part >= OWN_PASTS else step % 2 == 1
+    if two_chunks:
         chunks: tuple[int, ...] = (3, 3)
         times = torch.arange(6).float().expand(BATCH, -1)
     else:
@@ -119,22 +156,62 @@ def batch(step: int) -> tuple[Tensor, Tensor, tuple[int, ...], Tensor, Tensor]:
         gap = torch.randint(2, 60, (BATCH, 1), generator=g).float()
         times = torch.cat((torch.zeros(BATCH, 1), gap + torch.arange(1, 7)), 1)
     clips = scenes.draw(times + torch.randint(0, 60, (BATCH, 1), generator=g))
-    count = len(chunks)
-    second = step >= FIRST
-    level = warp(torch.rand(BATCH, count, generator=g), 3.0 if second else 5.0)
+    tokens = scenes.tokens()
+    parts = len(chunks)
+    level = warp(torch.rand(BATCH, parts, generator=g), 5.0 if part == 0 else 3.0)
     # Often everything before one chunk is clean, as the cache is in a rollout.
-    clean_before = torch.randint(0, count, (BATCH, 1), generator=g) * (
-        torch.rand(BATCH, 1, generator=g) < (0.95 if second else 0.6)
+    clean_before = torch.randint(0, parts, (BATCH, 1), generator=g) * (
+        torch.rand(BATCH, 1, generator=g) < (0.6 if part == 0 else 0.95)
     )
-    clean = torch.arange(count) < clean_before
-    level = level.masked_fill(clean, 0.0).repeat_interleave(torch.tensor(chunks), 1)
+    clean = torch.arange(parts) < clean_before
     # A rollout's own past is not quite clean: perturb it a little, without saying so.
     noise = torch.randn(clips.shape, generator=g)
     slight = 0.12 * torch.rand(BATCH, 1, generator=g) * (torch.rand(BATCH, 1, generator=g) < 0.6)
+    if part >= OWN_PASTS and not two_chunks:
+        clips[:OWN], tokens[:OWN] = next(pasts)
+        clean[:OWN] = torch.tensor([True, True, False])
+        slight[:OWN] = 0
+    level = level.masked_fill(clean, 0.0).repeat_interleave(torch.tensor(chunks), 1)
     clips = add_noise(clips, torch.randn(clips.shape, generator=g), slight * (level == 0))
-    tokens = scenes.tokens()
     tokens[torch.rand(BATCH, generator=g) < 0.1] = 0
     return clips, level, chunks, tokens, noise
+
+
+def own_pasts(model: WanModel, tables: dict[str, Tensor], difficulty: Difficulty, first_seed: int) -> Iterator[Past]:
+    """OWN clips at a time, from rollouts of the model as it is."""
+    for seed in count(first_seed):
+        scenes, chunk = sample_scenes(BATCH, 500_000_000 + seed, difficulty), 3
+        g = torch.Generator().manual_seed(seed)
+        start = torch.randint(0, 60, (BATCH, 1), generator=g)
+        clips, tokens = scenes.draw(start + torch.arange((OWN_CHUNKS + 1) * chunk)), scenes.tokens()
+        with torch.autocast("cpu", torch.bfloat16):
+            made = torch.cat(
+                list(
+                    rollout(
+                        model,
+                        embed_captions(tokens, tables),
+                        frames=OWN_CHUNKS * chunk,
+                        height=HEIGHT,
+                        width=WIDTH,
+                        sampler=OWN_SAMPLER,
+                        seed=seed,
+                        prefix=clips[:, :, :chunk],
+                    )
+                ),
+                2,
+            )
+        pairs, words = [], []
+        for first in range(chunk, OWN_CHUNKS * chunk, chunk):
+            past = made[:, :, first : first + chunk]
+            close = (past - clips[:, :, first : first + chunk]).square().mean((1, 2, 3, 4)) < STRAYED
+            following = clips[:, :, first + chunk : first + 2 * chunk]
+            pairs.append(torch.cat((made[:, :, :1], past, following), 2)[close])
+            words.append(tokens[close])
+        own, captions = torch.cat(pairs), torch.cat(words)
+        # Each is used twice, with new noise.
+        for some in torch.cat([torch.randperm(len(own), generator=g) for _ in range(2)]).split(OWN):
+            if len(some) == OWN:
+                yield own[some], captions[some]
 
 
 def caption_embeddings() -> dict[str, Tensor]:
@@ -164,7 +241,8 @@ def initialise(model: WanModel) -> None:
 
 def learning_rate(step: int) -> float:
     """Linear warm-up, then cosine down to a thousandth; once for each part."""
-    start, end, peak = (0, FIRST, PEAK_RATE) if step < FIRST else (FIRST, STEPS, SECOND_RATE)
+    part = part_of(step)
+    start, (end, peak, _) = PARTS[part - 1][0] if part else 0, PARTS[part]
     if step < start + WARM_UP:
         return peak * (step - start + 1) / WARM_UP
     share = (step - start - WARM_UP) / (end - start - WARM_UP)

@@ -1,4 +1,4 @@
-"""Clips for the tiny model, drawn on the fly: two moving shapes before a drifting texture, and a caption.
+"""Clips for the tiny model, drawn on the fly: two moving shapes before a texture, and a caption.
 
 The RGB pixels in [-1, 1] are themselves the latents. Everything about a clip follows from its seed.
 """
@@ -43,6 +43,7 @@ class Scenes:
     velocity: Tensor  # [N, 2, 2] pixels per frame
     wave: Tensor  # [N, 2, 4] row and column frequency (radians per pixel), phase, drift (radians per frame)
     tint: Tensor  # [N, 2, 3] the two colors that the texture mixes
+    edge: float
 
     def tokens(self) -> Tensor:
         """Caption tokens, int64 [N, CAPTION_LEN]: indices into VOCABULARY."""
@@ -92,42 +93,63 @@ class Scenes:
             1,
         )
         inside = distance[torch.arange(len(self.shape)), self.shape[:, i]]
-        return torch.sigmoid(-2.5 * inside)
+        return torch.sigmoid(-self.edge * inside)
 
 
-def sample_scenes(count: int, seed: int) -> Scenes:
+@dataclass(frozen=True, kw_only=True)
+class Difficulty:
+    """What scenes are drawn from."""
+
+    shapes: int  # the first of SHAPES
+    size: tuple[float, float]  # pixels
+    slow: tuple[float, float]  # pixels per frame
+    fast: tuple[float, float]
+    frequency: float  # of textures, at most, in radians per pixel
+    drift: float  # of textures, at most, in radians per frame
+    edge: float  # how sharp shapes are
+
+
+# Training begins with hard scenes; the model that ships generates the last ones.
+WILD = Difficulty(shapes=4, size=(3, 5.5), slow=(0.25, 0.6), fast=(0.9, 1.6), frequency=0.9, drift=0.25, edge=2.5)
+STILL = Difficulty(shapes=4, size=(3, 5.5), slow=(0.25, 0.6), fast=(0.8, 1.2), frequency=0.45, drift=0, edge=2.5)
+CALM = Difficulty(shapes=2, size=(3.5, 5.5), slow=(0.15, 0.3), fast=(0.4, 0.7), frequency=0.3, drift=0, edge=1.2)
+
+
+def sample_scenes(count: int, seed: int, difficulty: Difficulty = CALM) -> Scenes:
     """`count` scenes from `seed`; different seeds give unrelated scenes."""
-    g = torch.Generator().manual_seed(seed)
+    g, d = torch.Generator().manual_seed(seed), difficulty
 
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         return low + (high - low) * torch.rand(count, *shape, generator=g)
 
-    def choice(options: tuple[str, ...], *shape: int) -> Tensor:
-        return torch.randint(len(options), (count, *shape), generator=g)
+    def choice(options: int, *shape: int) -> Tensor:
+        return torch.randint(options, (count, *shape), generator=g)
 
-    speed = choice(SPEEDS, 2)
-    pace = torch.where(speed == 0, uniform(2, low=0.25, high=0.6), uniform(2, low=0.9, high=1.6))
+    speed = choice(len(SPEEDS), 2)
+    slow, fast = (uniform(2, low=low, high=high) for low, high in (d.slow, d.fast))
+    pace = torch.where(speed == 0, slow, fast)
     heading = uniform(2, high=2 * math.pi)
-    color = choice(COLORS, 2)
+    color = choice(len(COLORS), 2)
     color[:, 1] = (color[:, 0] + torch.randint(1, len(COLORS), (count,), generator=g)) % len(COLORS)
     wave = torch.cat(
         (
-            uniform(2, 2, low=-0.9, high=0.9),
+            uniform(2, 2, low=-d.frequency, high=d.frequency),
             uniform(2, 1, high=2 * math.pi),
-            uniform(2, 1, low=-0.25, high=0.25),
+            uniform(2, 1, low=-d.drift, high=d.drift),
         ),
         -1,
     )
     return Scenes(
-        shape=choice(SHAPES, 2),
+        shape=choice(d.shapes, 2),
         color=color,
         speed=speed,
-        texture=choice(TEXTURES),
-        size=uniform(2, low=3.0, high=5.5),
+        texture=choice(len(TEXTURES)),
+        size=uniform(2, low=d.size[0], high=d.size[1]),
         start=uniform(2, 2, high=64.0),
         velocity=pace[..., None] * torch.stack((heading.sin(), heading.cos()), -1),
         wave=wave,
         tint=uniform(2, 3, low=-0.7, high=0.7),
+        edge=d.edge,
     )
 
 
