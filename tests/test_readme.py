@@ -57,7 +57,10 @@ def test_commands_and_their_flags_exist() -> None:
 
 
 def test_flags_named_in_the_text_exist() -> None:
-    texts = "".join(invoke(*name, "--help").stdout for name in ([], ["analyze"], ["convert"]))
+    texts = "".join(
+        invoke(*name, "--help").stdout
+        for name in ([], ["analyze"], ["convert"], ["push"], ["evaluate"], ["heal"], ["generate"], ["bench"])
+    )
     named = re.findall(r"`(--[a-z-]+)", README)
     assert named
     for flag in named:
@@ -68,11 +71,11 @@ def test_the_three_commands_and_the_python_snippet_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    # The calibrated one takes minutes; tests/test_convert.py runs it on a smaller model.
-    three = [words for words in commands() if any(word.startswith("tiny") for word in words) and "--init" not in words]
+    short = [words for words in commands() if words[0] in ("analyze", "convert") and "--init" not in words]
+    three = [words for words in short if any(word.startswith("tiny") for word in words)]
     assert [words[0] for words in three] == ["analyze", "convert", "analyze"]
     for words in three:
-        result = invoke(*words)
+        result = invoke(*words, *(("--clips", "5") if words[0] == "convert" else ()))  # not 40, for time's sake
         assert result.exit_code == 0, result.stderr
     files = {path.name for path in (tmp_path / "tiny-mla").iterdir()}
     table = README.split("## The output folder")[1].split("```")[0]

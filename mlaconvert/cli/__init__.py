@@ -17,8 +17,13 @@ from typer.core import TyperGroup
 
 from mlaconvert import __version__
 from mlaconvert.cli.analyze import analyze
+from mlaconvert.cli.bench import bench
 from mlaconvert.cli.convert import convert
 from mlaconvert.cli.demo import demo
+from mlaconvert.cli.evaluate import evaluate
+from mlaconvert.cli.generate import generate
+from mlaconvert.cli.heal import heal
+from mlaconvert.cli.push import push
 from mlaconvert.errors import MLAConvertError
 
 # The root of Typer's own errors (usage, bad values), which it prints itself and does not export.
@@ -83,5 +88,5 @@ def _global_options(
     pass
 
 
-for command in (analyze, convert, demo):
+for command in (analyze, convert, generate, demo, heal, evaluate, push, bench):
     app.command()(command)
