@@ -1,6 +1,7 @@
 """Memory of `analyze`, `convert` and loading, on a file as large as Wan2.1 T2V 1.3B (5.68 GB, float32). Linux only.
 
     python benchmarks/real_size.py [FOLDER] [--json]
+    python benchmarks/real_size.py --calibrate 2       # a calibrated conversion of two such layers
 
 Writes a random checkpoint in the published layout below FOLDER (by default the system's temporary folder), runs each
 command in a process of its own, and deletes everything. It needs 12 GB of disk. Memory is the peak of RssAnon in
@@ -13,18 +14,20 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import save_file
 
 from mlaconvert.checkpoint import CONFIG_NAME, ModelWriter, TensorSpec
 from mlaconvert.config import WanConfig
@@ -36,6 +39,7 @@ PUBLISHED_CONFIG = {
     **{name: getattr(WAN, name) for name in ("dim", "eps", "ffn_dim", "freq_dim", "in_dim", "model_type")},
     **{name: getattr(WAN, name) for name in ("num_heads", "num_layers", "out_dim", "text_len")},
 }
+CLIPS = (2, 16, 3, 40, 52)  # [N, C, F, H, W]: 2 x 1,560 tokens
 LIMIT = 1_500_000_000  # bytes
 INTERVAL = 0.01  # seconds
 LOAD = "import sys; from mlaconvert.model import load_model; load_model(sys.argv[1])"
@@ -43,31 +47,42 @@ LOAD = "import sys; from mlaconvert.model import load_model; load_model(sys.argv
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One process: its peak of anonymous memory in bytes, and how long it ran."""
+    """One process: its peak of anonymous memory in bytes, how long it ran, and the CPU time of all its threads."""
 
     step: str
     peak_bytes: int
     limit_bytes: int | None
     seconds: float
+    cpu_seconds: float
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, help="where to write; default: the temporary folder")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--calibrate", type=int, metavar="N", help="instead, a calibrated conversion of a model of N such layers"
+    )
     arguments = parser.parse_args()
     if not Path("/proc/self/status").is_file():
         parser.error("memory is read from /proc/<pid>/status, which only Linux has")
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="mlaconvert-") as name:
         source, output = Path(name) / "source", Path(name) / "output"
-        write_checkpoint(source)
         command = [sys.executable, "-m", "mlaconvert"]
-        measurements = [
-            measure("analyze", [*command, "analyze", str(source), "--json"], LIMIT),
-            measure("convert", [*command, "convert", str(source), "-o", str(output), "--init", "svd", "--json"], LIMIT),
-            measure("load the source", [sys.executable, "-c", LOAD, str(source)], None),
-            measure("load the output", [sys.executable, "-c", LOAD, str(output)], None),
-        ]
+        convert = [*command, "convert", str(source), "-o", str(output), "--json"]
+        if arguments.calibrate:
+            write_checkpoint(source, replace(WAN, num_layers=arguments.calibrate))
+            write_clips(Path(name) / "clips")
+            flags = ["--data", str(Path(name) / "clips"), "--clips", str(CLIPS[0])]
+            measurements = [measure("convert, calibrated", [*convert, *flags], None)]
+        else:
+            write_checkpoint(source, WAN)
+            measurements = [
+                measure("analyze", [*command, "analyze", str(source), "--json"], LIMIT),
+                measure("convert", [*convert, "--init", "svd"], LIMIT),
+                measure("load the source", [sys.executable, "-c", LOAD, str(source)], None),
+                measure("load the output", [sys.executable, "-c", LOAD, str(output)], None),
+            ]
         sizes = {folder.name: weight_bytes(folder) for folder in (source, output)}
     if arguments.json:
         print(json.dumps({"file_bytes": sizes, "steps": [asdict(found) for found in measurements]}, indent=2))
@@ -76,15 +91,25 @@ def main() -> int:
     return int(any(m.limit_bytes is not None and m.peak_bytes >= m.limit_bytes for m in measurements))
 
 
-def write_checkpoint(folder: Path) -> None:
+def write_clips(folder: Path) -> None:
+    """Noise in the layout of calibration clips."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    latents, context = torch.randn(CLIPS, generator=generator), torch.randn(CLIPS[0], 8, WAN.text_dim)
+    save_file({"latents": latents, "context": context}, folder / "clips.safetensors")
+
+
+def write_checkpoint(folder: Path, config: WanConfig) -> None:
     """A model folder like the published one: the same tensors and config.json, with drawn weights."""
-    shapes = WanFamily().expected_shapes(WAN)
+    shapes = WanFamily().expected_shapes(config)
     specs = [TensorSpec(name, shape, torch.float32) for name, shape in shapes.items()]
     size = sum(spec.nbytes for spec in specs)
     with ModelWriter(folder, specs, metadata={"format": "pt"}, max_shard_bytes=size) as writer:
         for seed, spec in enumerate(specs):
             writer.write(spec.name, draw(spec, torch.Generator().manual_seed(seed)))
-        writer.write_text(CONFIG_NAME, json.dumps(PUBLISHED_CONFIG, indent=2) + "\n")
+        writer.write_text(
+            CONFIG_NAME, json.dumps(PUBLISHED_CONFIG | {"num_layers": config.num_layers}, indent=2) + "\n"
+        )
         writer.commit()
 
 
@@ -101,7 +126,7 @@ def draw(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
 def measure(step: str, command: list[str], limit: int | None) -> Measurement:
     """Run `command` and watch its memory. Exits when it fails."""
     began = time.monotonic()
-    peak = 0
+    peak, before = 0, resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
         while process.poll() is None:
@@ -110,7 +135,10 @@ def measure(step: str, command: list[str], limit: int | None) -> Measurement:
         if process.returncode:
             errors.seek(0)
             sys.exit(f"{step} failed with exit code {process.returncode}:\n{errors.read()}")
-    return Measurement(step=step, peak_bytes=peak, limit_bytes=limit, seconds=round(time.monotonic() - began, 1))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    seconds = round(time.monotonic() - began, 1)
+    return Measurement(step=step, peak_bytes=peak, limit_bytes=limit, seconds=seconds, cpu_seconds=round(cpu, 1))
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -129,11 +157,13 @@ def weight_bytes(folder: Path) -> int:
 def show(sizes: dict[str, int], measurements: list[Measurement]) -> None:
     table = Table(title=f"Weights {sizes['source'] / 1e9:.2f} GB -> {sizes['output'] / 1e9:.2f} GB")
     table.add_column("step")
-    for name in ("peak RssAnon", "bound", "seconds"):
+    for name in ("peak RssAnon", "bound", "seconds", "CPU seconds"):
         table.add_column(name, justify="right")
     for found in measurements:
         bound = f"{found.limit_bytes / 1e9:.2f} GB" if found.limit_bytes is not None else ""
-        table.add_row(found.step, f"{found.peak_bytes / 1e9:.2f} GB", bound, f"{found.seconds:.1f}")
+        table.add_row(
+            found.step, f"{found.peak_bytes / 1e9:.2f} GB", bound, f"{found.seconds:.1f}", f"{found.cpu_seconds:.1f}"
+        )
     Console().print(table)
 
 

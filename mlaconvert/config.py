@@ -368,7 +368,7 @@ class ConvertRecipe:
     rope_selection: Literal["highest", "energy"] | None = None
     allocation: Literal["uniform", "adaptive"] | None = None
     without: tuple[Part, ...] = ()
-    clips: int = 40
+    clips: int | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     layers: str | None = None
     seed: int = 0

@@ -60,6 +60,10 @@ from mlaconvert.tiny.clips import training_clips
 THRESHOLD = 0.99  # share of the energy that the reported effective rank holds
 CONVERSION_NAME = "conversion.json"
 MOMENTS_NAME = "calibration.json"
+CALIBRATION_TOKENS, CALIBRATION_FRAMES = (
+    100_000,
+    9,
+)  # of clips that the teacher generates: in all, and latent frames each
 README_NAME = "README.md"
 
 # progress(stage, done, total): layers converted, bytes hashed, layers verified.
@@ -156,6 +160,11 @@ def resolve_recipe(recipe: ConvertRecipe, config: WanConfig) -> ConvertRecipe:
         if changes["rope_selection"] == "energy" and not calibrated:
             raise ConfigError("rope_selection energy needs measured inputs; use init calibrated")
     resolved = dataclasses.replace(recipe, **changes)
+    height, width = _token_grid(resolved, config)
+    if recipe.clips is None:
+        # As many tokens as a wide layer's moments need; all their activations are held at once.
+        fitting = CALIBRATION_TOKENS // (CALIBRATION_FRAMES * height * width)
+        resolved = dataclasses.replace(resolved, clips=min(40, max(5, fitting)))
     for name, limit, what in (
         ("kv_rank", config.dim, "layer"),
         ("q_rank", config.dim, "layer"),
@@ -172,7 +181,6 @@ def resolve_recipe(recipe: ConvertRecipe, config: WanConfig) -> ConvertRecipe:
             f"nope_dim {nope} and rope_dim {rope} are {nope + rope} wide together, a head is {head_dim}; "
             f"give at most {head_dim} in all"
         )
-    _token_grid(resolved, config)
     return resolved
 
 
@@ -661,21 +669,23 @@ def calibration_clips(checkpoint: Checkpoint, plan: ConversionPlan, data: Path |
 
     The built-in tiny model draws its own clips. Raises InputError when the folder does not fit the model.
     """
-    config, recipe = plan.source_config, plan.recipe
+    config, recipe, count = plan.source_config, plan.recipe, plan.recipe.clips or 1
     if data is not None:
-        return load_clips(data, config, recipe.clips)
+        return load_clips(data, config, count)
     if TINY in checkpoint.store.path.parents:
-        return training_clips(recipe.clips)
+        return training_clips(count)
     if config.in_dim != config.out_dim:
         raise ConfigError("an image-to-video model cannot generate its own clips here; give some with --data DIR")
     height, width = (
         tokens * patch for tokens, patch in zip(_token_grid(recipe, config), config.patch_size[1:], strict=True)
     )
     model = load_model(checkpoint, dtype=torch.float32, streaming=recipe.streaming or StreamingConfig())
-    context = torch.zeros(recipe.clips, 1, config.text_dim)
+    context = torch.zeros(count, 1, config.text_dim)
     # Published streaming models are few-step students; base models need many steps.
     sampler = Sampler.few_step() if config.streaming else Sampler.many_step(20)
-    chunks = rollout(model, context, frames=9, height=height, width=width, sampler=sampler, seed=recipe.seed)
+    chunks = rollout(
+        model, context, frames=CALIBRATION_FRAMES, height=height, width=width, sampler=sampler, seed=recipe.seed
+    )
     return Clips(torch.cat([chunk.cpu() for chunk in chunks], 2), context)
 
 

@@ -281,7 +281,7 @@ def test_lossy_conversion_is_worse_than_lossless_and_better_than_random(source: 
 def test_modulation_is_what_the_blocks_apply(source: Path) -> None:
     timesteps = [1000.0, 625.0, 0.0]
     model = load_model(source)
-    _, modulation = model._embed_time(torch.tensor(timesteps), 3, 1)
+    _, modulation = model.embed_time(torch.tensor(timesteps), 3, 1)
     with open_checkpoint(source) as checkpoint:
         time = time_modulation(checkpoint, timesteps)
         for layer, block in enumerate(model.blocks):

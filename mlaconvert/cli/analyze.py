@@ -43,7 +43,8 @@ def analyze(
         ),
     ] = None,
     clips: Annotated[
-        int | None, typer.Option(metavar="N", help="Clips that --calibrated reads or generates. Default: 40.")
+        int | None,
+        typer.Option(metavar="N", help="Clips that --calibrated reads or generates. Default: as for convert."),
     ] = None,
     plot: Annotated[
         Path | None,

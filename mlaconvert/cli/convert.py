@@ -129,7 +129,11 @@ def convert(
         ),
     ] = None,
     clips: Annotated[
-        int | None, typer.Option(metavar="N", help="Clips that --init calibrated reads or generates. Default: 40.")
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Clips that --init calibrated reads or generates. Default: 40, fewer (but 5) above 100,000 tokens.",
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
