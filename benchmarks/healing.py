@@ -89,13 +89,12 @@ class Cells:
 def converted(runs: Path, start: str, seed: int) -> Path:
     """The shipped model, converted as `start` says; made once."""
     folder = runs / f"{start}-{seed}"
-    base = load_recipe("tiny")
+    base, rope = load_recipe("tiny"), 8  # of the same cache, where the rotary key has scalars of its own
+    weights = ConvertRecipe(init="svd", kv_rank=(base.kv_rank or 0) - rope, rope_dim=rope, q_rank="none", seed=seed)
     made = {
-        "random": ConvertRecipe(init="random", kv_rank=base.kv_rank, rope_dim=base.rope_dim, q_rank="none", seed=seed),
-        "svd": ConvertRecipe(init="svd", kv_rank=base.kv_rank, rope_dim=base.rope_dim, q_rank="none", seed=seed),
-        "calibrated": dataclasses.replace(
-            base, init="calibrated", kv_rank=None, rope_dim=None, nope_dim=None, seed=seed
-        ),
+        "random": dataclasses.replace(weights, init="random"),
+        "svd": weights,
+        "calibrated": dataclasses.replace(base, seed=seed),
     }[start]
     if not folder.is_dir():
         convert("tiny", folder, dataclasses.replace(made, height=24, width=32, vae_stride=1))

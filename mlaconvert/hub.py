@@ -26,10 +26,9 @@ from mlaconvert.card import CardFacts, CardModel, base_model_of, is_generated, w
 from mlaconvert.checkpoint import CONFIG_NAME, INDEX_SUFFIX, read_json
 from mlaconvert.convert import CONVERSION_NAME, README_NAME, open_models
 from mlaconvert.errors import CheckpointError, InputError, MLAConvertError, OutputError
-from mlaconvert.evaluate import EVALUATION_NAME
+from mlaconvert.evaluate import EVALUATION_NAME, HEALING_NAME
 from mlaconvert.families import Checkpoint
 
-HEALING_NAME = "healing.json"
 _RECORDS = (CONFIG_NAME, CONVERSION_NAME, HEALING_NAME, EVALUATION_NAME)
 _TEXTS = (README_NAME, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 _SHOWN = (".html", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp4")  # reports and pictures

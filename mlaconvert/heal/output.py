@@ -18,11 +18,11 @@ from mlaconvert import __version__
 from mlaconvert.analyze import LatentSpectrum, analyze
 from mlaconvert.checkpoint import CONFIG_NAME, ModelWriter, TensorSpec, TensorStore, check_finite
 from mlaconvert.convert import CONVERSION_NAME, README_NAME
+from mlaconvert.evaluate import HEALING_NAME
 from mlaconvert.families import Checkpoint
 from mlaconvert.heal.loop import Curves
 from mlaconvert.heal.recipe import HealRecipe
 
-HEALING_NAME = "healing.json"
 CURVES_NAME = "healing.png"
 
 

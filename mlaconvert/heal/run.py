@@ -16,7 +16,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from mlaconvert.checkpoint import ModelWriter, experts, read_json
 from mlaconvert.config import StreamingConfig, WanConfig
 from mlaconvert.convert import CONVERSION_NAME
-from mlaconvert.errors import CheckpointError, ConfigError, InputError, OutputError
+from mlaconvert.errors import ConfigError, InputError, OutputError
+from mlaconvert.evaluate import open_teacher
 from mlaconvert.families import Checkpoint, open_checkpoint
 from mlaconvert.heal.consistency import Consistency
 from mlaconvert.heal.data import Batches, Source, generate_source, is_tiny, mix, open_source
@@ -231,47 +232,19 @@ def _open(
     if pair and subfolder is None:
         raise InputError(f"{source} holds two experts; heal one with --subfolder {pair[0]} or --subfolder {pair[1]}")
     student = stack.enter_context(open_checkpoint(source, subfolder=subfolder))
-    return student, stack.enter_context(_open_teacher(student, teacher, subfolder))
-
-
-def _open_teacher(student: Checkpoint, teacher: str | Path | None, subfolder: str | None) -> Checkpoint:
     path = student.store.path
     folder = path if path.is_dir() else path.parent
-    recorded: dict[str, Any] = {}
-    if (folder / CONVERSION_NAME).is_file():
-        recorded = read_json(folder / CONVERSION_NAME).get("source") or {}
-    if teacher is not None:
-        pair = experts(teacher)
-        inside = next((name for name in (recorded.get("subfolder"), subfolder) if name in pair), None)
-        opened = open_checkpoint(teacher, subfolder=inside)
-        _check_pair(student, opened)
-        return opened
-    name = recorded.get("name")
-    if not isinstance(name, str):
-        raise InputError(f"{folder} does not record what it was converted from; name it with --teacher")
-    reason = ""
-    # A local source is recorded by its last name only: look beside the model too.
-    for candidate in dict.fromkeys((name, str(folder.resolve().parent / name))):
-        try:
-            opened = open_checkpoint(
-                candidate, subfolder=recorded.get("subfolder") or None, state_key=recorded.get("state_key")
-            )
-        except CheckpointError as error:
-            reason = reason or str(error)
-            continue
-        if opened.store.sha256() == recorded.get("sha256"):
-            _check_pair(student, opened)
-            return opened
-        opened.close()
-        reason = f"{candidate} is another model: its SHA-256 differs"
-    raise InputError(f"{folder} was converted from {name}, which was not found ({reason}); name it with --teacher")
+    conversion = read_json(folder / CONVERSION_NAME) if (folder / CONVERSION_NAME).is_file() else None
+    named = None if teacher is None else str(teacher)
+    found = stack.enter_context(open_teacher(str(folder), conversion, teacher=named, subfolder=subfolder))
+    _check_pair(student, found)
+    return student, found
 
 
 def _check_pair(student: Checkpoint, teacher: Checkpoint) -> None:
     for name in ("dim", "num_layers", "in_dim", "out_dim", "patch_size", "text_dim"):
         ours, theirs = getattr(student.config, name), getattr(teacher.config, name)
         if ours != theirs:
-            teacher.close()
             raise InputError(
                 f"the student has {name} {ours}, the teacher {teacher.store.path} {theirs}; "
                 "give the model it was made from"
