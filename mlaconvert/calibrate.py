@@ -40,7 +40,7 @@ from mlaconvert.model import Block, Prepared, WanModel, default_chunks
 from mlaconvert.rollout import Sampler, add_noise, warp
 from mlaconvert.rope import Rotary, rotate
 
-BATCH = 8  # clips that go through the model at once
+BATCH, BATCH_TOKENS = 8, 2**14  # clips that go through the model at once, and their tokens, but for long clips
 BUDGETS = (0.4, 0.55, 0.75, 1.0, 1.35, 1.8, 2.4)  # of the average, measured in every layer
 RIDGE = 1e-3  # of the mean squared feature: how strongly a refit holds on to what it starts from
 
@@ -82,12 +82,12 @@ class Window:
     queries: int
 
 
-def windows(clips: Clips, regime: Regime) -> Iterator[Window]:
-    """Every window of every clip, in batches; the rows of a batch take the timesteps in turn."""
+def windows(clips: Clips, regime: Regime, batch: int = BATCH) -> Iterator[Window]:
+    """Every window of every clip, `batch` clips at a time; the rows of a batch take the timesteps in turn."""
     generator = torch.Generator().manual_seed(regime.seed)
     timesteps = torch.tensor(regime.timesteps)
     turn = 0
-    for part in clips.batches(BATCH):
+    for part in clips.batches(batch):
         for frames, chunks in window_views(part.latents.shape[2], regime.streaming):
             latents, sizes = part.latents[:, :, frames], chunks or (len(frames),)
             rows = torch.arange(turn, turn + len(latents))
@@ -195,7 +195,8 @@ class Sweep:
         self.denoised: list[Tensor] = []  # [B] each: a clean pass writes the cache, its velocity is not used
         for part in (clips,) if validation is None else (clips, validation):
             self.fitted = len(self.prepared) if part is validation else 0
-            for window in windows(part, regime):
+            tokens = part.latents.shape[2] * config.tokens_per_frame(*part.latents.shape[3:])
+            for window in windows(part, regime, max(1, min(BATCH, BATCH_TOKENS // tokens))):
                 moved = [t.to(self.device) for t in (window.latents, window.timestep, window.context)]
                 self.prepared.append(self.model.prepare(*moved, chunks=window.chunks))
                 self.queries.append(window.queries)
@@ -336,7 +337,8 @@ def _sensitivity(layer: Layer, samples: int = 512) -> tuple[Tensor, float]:
     for index, batch in enumerate(layer.inputs):
         x, plan = batch.x, batch.plan
         generator = torch.Generator().manual_seed(index)
-        chosen = batch.first_query + torch.randperm(x.shape[1] - batch.first_query, generator=generator)[:samples]
+        most = max(16, min(samples, 2**25 // (heads * x.shape[0] * x.shape[1])))  # whose scores fit into memory
+        chosen = batch.first_query + torch.randperm(x.shape[1] - batch.first_query, generator=generator)[:most]
         chosen = chosen.to(x.device)
         turn = Rotary(plan.query_rotary.cos[chosen], plan.query_rotary.sin[chosen])
         mask = None if plan.mask is None else plan.mask[chosen]
@@ -585,7 +587,7 @@ def refit_query(
     curvature, gradient, features, cos, sin = (torch.cat(parts) for parts in zip(*sampled, strict=True))
     turn = Rotary(cos, sin)
     weight = cast(Tensor, student.q_b_proj.weight)
-    start = weight.double().unflatten(0, (student.num_heads, -1)) if weight.ndim == 2 else weight.double()
+    start = weight.unflatten(0, (student.num_heads, -1)).clone() if weight.ndim == 2 else weight.clone()
     nope = start.shape[1] - 2 * len(student.turned_pairs)
     back = Rotary(turn.cos, -turn.sin)
 
@@ -601,14 +603,14 @@ def refit_query(
     hold = ridge * diagonal[:, None, None]
     residual = torch.einsum("nhw,nhf->hwf", turned(gradient, back), features) - apply(start)
     step, change = residual.clone(), torch.zeros_like(start)
-    power = residual.square().sum((1, 2), keepdim=True)
+    power, least = residual.square().sum((1, 2), keepdim=True), torch.finfo(start.dtype).tiny
     for _ in range(iterations):
         image = apply(step) + hold * step
-        length = power / (step * image).sum((1, 2), keepdim=True).clamp_min(1e-300)
+        length = power / (step * image).sum((1, 2), keepdim=True).clamp_min(least)
         change += length * step
         residual -= length * image
         power, before = residual.square().sum((1, 2), keepdim=True), power
-        step = residual + power / before.clamp_min(1e-300) * step
+        step = residual + power / before.clamp_min(least) * step
     weight.copy_((start + change).reshape(weight.shape))
 
 
@@ -629,17 +631,17 @@ def _sample_scores(
     turn = Rotary(plan.query_rotary.cos[chosen], plan.query_rotary.sin[chosen])
     q = rotate(teacher.norm_q(teacher.q(x[:, chosen])).unflatten(-1, (heads, -1)), turn)
     k = rotate(teacher.norm_k(teacher.k(x)).unflatten(-1, (heads, -1)), plan.key_rotary)
-    scores = torch.einsum("bnhd,bmhd->bnhm", q, k).double() * scale
+    scores = torch.einsum("bnhd,bmhd->bnhm", q, k) * scale
     if plan.mask is not None:
         scores = scores.masked_fill(~plan.mask[chosen][:, None], float("-inf"))
     p = scores.softmax(-1)
     scores = scores.masked_fill(p == 0, 0.0)
-    keys = student.keys(x, plan).double() * scale
+    keys = student.keys(x, plan) * scale
     mean_key = torch.einsum("bnhm,bmhw->bnhw", p, keys)
     centred = scores - (p * scores).sum(-1, keepdim=True)
-    curvature = torch.einsum("bnhm,bmhv,bmhw->bnhvw", p, keys, keys) - mean_key[..., None] * mean_key[..., None, :]
+    curvature = _weighted_gram(p, keys) - mean_key[..., None] * mean_key[..., None, :]
     gradient = torch.einsum("bnhm,bmhw->bnhw", p * centred, keys)
-    features = student.q_a_layernorm(student.q_a_proj(x[:, chosen])).double()
+    features = student.q_a_layernorm(student.q_a_proj(x[:, chosen]))
     exact = cast(Tensor, student.q_b_proj.weight).ndim == 3
     features = features.unflatten(-1, (heads, -1)) if exact else features.unsqueeze(2).expand(-1, -1, heads, -1)
     rows, spun = len(x), turn.select(student.turned_pairs)
@@ -647,9 +649,22 @@ def _sample_scores(
         curvature.flatten(0, 1),
         gradient.flatten(0, 1),
         features.flatten(0, 1),
-        spun.cos.repeat(rows, 1).double(),
-        spun.sin.repeat(rows, 1).double(),
+        spun.cos.repeat(rows, 1).to(x.dtype),
+        spun.sin.repeat(rows, 1).to(x.dtype),
     )
+
+
+def _weighted_gram(p: Tensor, keys: Tensor) -> Tensor:
+    """sum_m p_nm k_m k_m^T of probabilities [B, n, H, M] and keys [B, M, H, w], part by part: [B, n, H, w, w]."""
+    batch, count, heads, _ = p.shape
+    found = keys.new_empty(batch, count, heads, keys.shape[-1], keys.shape[-1])
+    for b in range(batch):
+        for h in range(heads):
+            k = keys[b, :, h]
+            step = max(1, 2**24 // k.numel())
+            for i in range(0, count, step):
+                found[b, i : i + step, h] = (p[b, i : i + step, h].unsqueeze(-1) * k).mT @ k
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
