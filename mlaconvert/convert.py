@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mlaconvert import __version__
 from mlaconvert.attention import AttentionPlan, DenseAttention, LatentAttention
-from mlaconvert.calibrate import Calibration, Regime, Target, calibrate, refit_layers
+from mlaconvert.calibrate import BATCH_TOKENS, Calibration, Regime, Target, calibrate, refit_layers
 from mlaconvert.checkpoint import CONFIG_NAME, TINY, ModelWriter, TensorSpec, check_finite, experts
 from mlaconvert.config import (
     ConvertRecipe,
@@ -52,7 +52,7 @@ from mlaconvert.factorize import (
 )
 from mlaconvert.families import Checkpoint, open_checkpoint
 from mlaconvert.model import load_model, timestep_embedding
-from mlaconvert.rollout import Sampler, rollout
+from mlaconvert.rollout import Sampler, passes, rollout
 from mlaconvert.rope import rotary
 from mlaconvert.spectrum import effective_rank, energy_at, gram, singular_values_from_gram
 from mlaconvert.tiny.clips import training_clips
@@ -664,8 +664,15 @@ def _held_back(clips: Clips) -> tuple[Clips, Clips | None]:
     return Clips(*(part[:-count] for part in clips)), Clips(*(part[-count:] for part in clips))
 
 
-def calibration_clips(checkpoint: Checkpoint, plan: ConversionPlan, data: Path | None) -> Clips:
-    """Clips of the folder `data`, or without one what the teacher generates from an empty caption.
+def calibration_clips(
+    checkpoint: Checkpoint,
+    plan: ConversionPlan,
+    data: Path | None,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Clips:
+    """Clips of the folder `data`, or without one what the teacher generates on `device` from an empty caption.
 
     The built-in tiny model draws its own clips. Raises InputError when the folder does not fit the model.
     """
@@ -679,14 +686,34 @@ def calibration_clips(checkpoint: Checkpoint, plan: ConversionPlan, data: Path |
     height, width = (
         tokens * patch for tokens, patch in zip(_token_grid(recipe, config), config.patch_size[1:], strict=True)
     )
-    model = load_model(checkpoint, dtype=torch.float32, streaming=recipe.streaming or StreamingConfig())
+    streaming = recipe.streaming or StreamingConfig()
+    model = load_model(checkpoint, dtype=torch.float32, device=device, streaming=streaming)
     context = torch.zeros(count, 1, config.text_dim)
-    # Published streaming models are few-step students; base models need many steps.
-    sampler = Sampler.few_step() if config.streaming else Sampler.many_step(20)
-    chunks = rollout(
-        model, context, frames=CALIBRATION_FRAMES, height=height, width=width, sampler=sampler, seed=recipe.seed
-    )
-    return Clips(torch.cat([chunk.cpu() for chunk in chunks], 2), context)
+    # Distilled students are published as training checkpoints; all others need many steps.
+    sampler = Sampler.few_step() if checkpoint.state_key else Sampler.many_step(20)
+    size = max(1, BATCH_TOKENS // (CALIBRATION_FRAMES * config.tokens_per_frame(height, width)))
+    total, done = passes(CALIBRATION_FRAMES, sampler, streaming, slices=-(-count // size)), 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress("generate clips", done, total)
+
+    parts = []
+    for first in range(0, count, size):
+        chunks = rollout(
+            model,
+            context[first : first + size],
+            frames=CALIBRATION_FRAMES,
+            height=height,
+            width=width,
+            sampler=sampler,
+            seed=recipe.seed + first,
+            on_step=step,
+        )
+        parts.append(torch.cat([chunk.cpu() for chunk in chunks], 2))
+    return Clips(torch.cat(parts), context)
 
 
 def _return_memory() -> None:
@@ -917,7 +944,7 @@ def _convert_model(
     losses: dict[str, float] = {}
     with ExitStack() as stack:
         if plan.recipe.init == "calibrated":
-            clips = _held_back(calibration_clips(checkpoint, plan, data))
+            clips = _held_back(calibration_clips(checkpoint, plan, data, device=device, progress=progress))
             _keep_moments(moments, checkpoint, plan, data)
             calibration = _calibrate(checkpoint, plan, clips[0], moments, device, progress)
             plan = plan_conversion(checkpoint, plan.recipe, subfolder=plan.subfolder, measured=calibration.layers)

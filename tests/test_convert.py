@@ -32,6 +32,7 @@ from mlaconvert.errors import CheckpointError, ConfigError, InputError, MLAConve
 from mlaconvert.evaluate import evaluate
 from mlaconvert.families import WanFamily, open_checkpoint
 from mlaconvert.model import load_model
+from mlaconvert.rollout import Sampler, rollout
 
 State = dict[str, Tensor]
 SaveFolder = Callable[..., Path]
@@ -727,6 +728,28 @@ def losses_by_hand(source: Path, output: Path, clips: Clips, recipe: ConvertReci
             sums[i] += float((velocity[:, :, -window.queries :] - window.target)[rows].double().square().sum())
         count += window.target[rows].numel()
     return sums[0] / count, sums[1] / count
+
+
+def test_without_data_the_teacher_supplies_the_clips(
+    state: State, save_folder: SaveFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own rollouts of twenty steps, each clip from its own seed, whether made together or one at a time."""
+    streaming = {"chunk_frames": 3, "window_frames": 7, "sink_frames": 1}
+    source = save_folder(state, NATIVE | {"streaming": streaming})
+    recipe = ConvertRecipe(kv_rank=9, clips=3, seed=5, height=32, width=48)
+    steps: list[tuple[str, int, int]] = []
+    with open_checkpoint(source) as checkpoint:
+        plan = module.plan_conversion(checkpoint, recipe)
+        together = module.calibration_clips(checkpoint, plan, None, progress=lambda *step: steps.append(step))
+        monkeypatch.setattr(module, "BATCH_TOKENS", 1)
+        alone = module.calibration_clips(checkpoint, plan, None)
+    assert together.latents.shape == (3, CONFIG.out_dim, 9, 4, 6)
+    torch.testing.assert_close(alone.latents, together.latents, rtol=1e-4, atol=1e-4)
+    assert steps[-1] == ("generate clips", 63, 63)  # three chunks of twenty steps and a clean pass
+    model, sampler = load_model(source), Sampler.many_step(20)
+    context = torch.zeros(1, 1, CONFIG.text_dim)
+    chunks = rollout(model, context, frames=9, height=4, width=6, sampler=sampler, seed=5 + 2)
+    torch.testing.assert_close(torch.cat(list(chunks), 2), together.latents[2:], rtol=1e-4, atol=1e-4)
 
 
 def test_moments_are_kept_and_reused(state: State, save_folder: SaveFolder, tmp_path: Path) -> None:

@@ -122,9 +122,7 @@ def analyze(
             with progress_bar(err) as progress:
                 if calibrated:
                     resolved = plan_conversion(model, recipe)
-                    progress("clips", 0, 1)
-                    inputs["clips"] = calibration_clips(model, resolved, data)
-                    progress("clips", 1, 1)
+                    inputs["clips"] = calibration_clips(model, resolved, data, device=chosen_device, progress=progress)
                     inputs["regime"] = Regime.of(resolved.recipe.streaming, resolved.recipe.seed)
                 found = analysis.analyze(
                     model,
