@@ -166,6 +166,7 @@ def side_configs(setting: BenchSetting) -> dict[str, WanConfig]:
         return sides | {"MLA": dataclasses.replace(config, streaming=streaming)}
     for rank, heads in product(setting.kv_ranks or (None,), setting.heads or ((None, None),)):
         recipe = ConvertRecipe(
+            init="svd",
             kv_rank=rank,
             nope_dim=heads[0],
             v_dim=heads[1],

@@ -229,7 +229,11 @@ def test_an_interrupted_process_leaves_nothing_visible(hub: Hub, folder: Path, t
 
     hub.part_size, hub.before = 300_000, hold
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "mlaconvert", "push", str(folder), REPO]
+    # A shell's background jobs ignore Ctrl-C, and so would a program that one of them starts.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import mlaconvert.cli as c; c.main()"
+    )
+    command = [sys.executable, "-c", code, "push", str(folder), REPO]
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

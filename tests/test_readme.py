@@ -105,8 +105,8 @@ def test_the_config_and_the_tensors_are_those_of_the_format() -> None:
     format_section = README.split("## The output folder")[1].split("Names follow")[0]
     assert fields <= set(re.findall(r"\w+", format_section))
     names: set[str] = set()
-    for key_norm in ("latent", "token"):
-        mla = MLAConfig(q_lora_rank=None, key_norm=key_norm, softmax_scale=1.0, layers=(latent,))
+    for key_norm, rope in (("latent", "cached"), ("token", "latent")):
+        mla = MLAConfig(q_lora_rank=None, key_norm=key_norm, softmax_scale=1.0, layers=(latent,), rope=rope)
         config = WanConfig(dim=1536, num_heads=12, num_layers=1, ffn_dim=64, mla=mla)
         prefix = "blocks.0.self_attn."
         names |= {name.removeprefix(prefix) for name in WanFamily().expected_shapes(config) if prefix in name}
