@@ -50,12 +50,15 @@ TABLES: dict[str, dict[str, ConvertRecipe | None]] = {
         "shared complex RoPE key, SVD of weights, latent RMSNorm": WEIGHTS,
         "the same, queries compressed too: the paper's widths": change(WEIGHTS, q_rank=None),
         "the same with exact queries and key norm": change(WEIGHTS, key_norm="token"),
-        "covariance-weighted, rho, pairs and split by measured energy": change(
-            CACHED, without=("weights", "sensitivity", "refit")
+        "covariance-weighted, key norm exact, rho and energy-chosen pairs": change(
+            CACHED, allocation="fixed", without=("centring", "components", "weights", "sensitivity", "refit")
         ),
-        "and Omega": change(CACHED, without=("sensitivity", "refit")),
-        "and W_O and queries refitted": CACHED,
-        "rotary key read from the latent": change(HEAD, rope="latent", without=("sensitivity",)),
+        "and Omega": change(CACHED, allocation="fixed", without=("centring", "components", "sensitivity", "refit")),
+        "and W_O (and queries) refitted": change(CACHED, allocation="fixed", without=("centring", "components")),
+        "a better split of the same scalars, measured": change(CACHED, without=("centring", "components")),
+        "and several shared components of a pair, inputs centred": CACHED,
+        "and splits layer by layer, measured": change(CACHED, allocation="adaptive"),
+        "alike in all layers, rotary key read from the latent": change(HEAD, rope="latent", without=("sensitivity",)),
         "and the latent chosen by the output's sensitivity": change(HEAD, rope="latent"),
         "each head's own rotation": HEAD,
         "and scalars shared between layers: **the default**": ADAPTIVE,

@@ -448,8 +448,8 @@ class Target:
         """The rotary components to keep, for each number of them: the highest pairs, or by what losing them costs."""
         if self.rope_selection == "highest":
             return [highest_pairs(self.config.rope_split, count) for count in counts]
-        moments = without(moments, self.without)
-        return choose_components(weights, moments, num_heads=self.config.num_heads, counts=counts)
+        moments, several = without(moments, self.without), "components" not in self.without
+        return choose_components(weights, moments, num_heads=self.config.num_heads, counts=counts, several=several)
 
     def module(self, layer: Layer, shape: MLALayer, tensors: Mapping[str, Tensor]) -> LatentAttention:
         """A converted layer of these tensors, in the dtype and on the device of its inputs."""

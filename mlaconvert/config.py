@@ -329,7 +329,7 @@ def default_video(config: WanConfig) -> Video:
 
 
 Init = Literal["svd", "calibrated", "random", "lossless"]
-Part = Literal["centring", "rho", "weights", "sensitivity", "refit"]
+Part = Literal["centring", "rho", "components", "weights", "sensitivity", "refit"]
 _LOSSLESS_SETS = ("kv_rank", "q_rank", "nope_dim", "rope_dim", "v_dim", "key_norm", "rope")
 
 
@@ -340,16 +340,17 @@ class ConvertRecipe:
     `init`: "svd" factorises the pretrained weights, "calibrated" does so in the metric of the inputs that `clips`
     clips bring (queries exact and `key_norm` "token" by default), "random" draws the new ones from `seed`, "lossless"
     keeps every pair of every head, so that only rounding changes the model; it fixes all widths. A calibrated
-    conversion divides `kv_rank` + `rope_dim` scalars a layer by what it measures, and with `allocation` "adaptive"
-    the total between layers as well. `rope` as in `MLAConfig` (calibrated: "head", or "latent" where `nope_dim`
-    narrows heads; otherwise "cached"). `kv_rank`, `nope_dim` and `rope_dim` (scalars), `v_dim` and `q_rank` are the
-    widths of the latent attention; `q_rank` "none" keeps the teacher's query path. `rope_selection` chooses the pairs
-    that keep their rotation: the "highest" frequencies, as the paper does (the default of weights alone), or by the
-    "energy" that losing it costs (of a calibrated conversion). `without` switches parts of a calibrated conversion
-    off, to see what each is worth: "centring" of the inputs, the mean rotation "rho", the "weights" of heads by their
-    queries and outputs, the "sensitivity" of the output to each direction of the inputs, the "refit" of output and
-    queries. `key_norm` as in `MLAConfig` ("latent" by default). `dtype` is that of the output, by default each
-    tensor's own. `layers` ("0-3,7") are converted, the others stay dense.
+    conversion divides `kv_rank` + `rope_dim` scalars a layer by what it measures (`allocation` "fixed": as they are
+    given), and with `allocation` "adaptive" the total between layers as well. `rope` as in `MLAConfig` (calibrated:
+    "head", or "latent" where `nope_dim` narrows heads; otherwise "cached"). `kv_rank`, `nope_dim` and `rope_dim`
+    (scalars), `v_dim` and `q_rank` are the widths of the latent attention; `q_rank` "none" keeps the teacher's query
+    path. `rope_selection` chooses the pairs that keep their rotation: the "highest" frequencies, as the paper does
+    (the default of weights alone), or by the "energy" that losing it costs (of a calibrated conversion). `without`
+    switches parts of a calibrated conversion off, to see what each is worth: "centring" of the inputs, the mean
+    rotation "rho", several shared "components" of one pair, the "weights" of heads by their queries and outputs, the
+    "sensitivity" of the output to each direction of the inputs, the "refit" of output and queries. `key_norm` as in
+    `MLAConfig` ("latent" by default). `dtype` is that of the output, by default each tensor's own. `layers` ("0-3,7")
+    are converted, the others stay dense.
 
     `streaming` is how the converted model sees time, by default as its source does. With `height` and `width`
     (video pixels), `vae_stride` and, for a bidirectional model, `frames` (latent), it says between which positions
@@ -366,7 +367,7 @@ class ConvertRecipe:
     key_norm: KeyNorm | None = None
     rope: RopeMode | None = None
     rope_selection: Literal["highest", "energy"] | None = None
-    allocation: Literal["uniform", "adaptive"] | None = None
+    allocation: Literal["fixed", "uniform", "adaptive"] | None = None
     without: tuple[Part, ...] = ()
     clips: int | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None

@@ -600,7 +600,7 @@ def _target(plan: ConversionPlan) -> Target:
         rope=mla.rope,
         v_dim=recipe.v_dim or plan.source_config.head_dim,
         nope_dim=recipe.nope_dim,
-        rope_dim=recipe.rope_dim if recipe.rope == "latent" else None,
+        rope_dim=recipe.rope_dim if recipe.rope == "latent" or recipe.allocation == "fixed" else None,
         rope_selection=recipe.rope_selection or "energy",
         without=recipe.without,
     )

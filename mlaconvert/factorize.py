@@ -285,9 +285,11 @@ def narrower(tensors: Mapping[str, Tensor], rank: int, width: int) -> dict[str, 
 
 
 def choose_components(
-    weights: AttentionWeights, moments: LayerMoments, *, num_heads: int, counts: Sequence[int]
+    weights: AttentionWeights, moments: LayerMoments, *, num_heads: int, counts: Sequence[int], several: bool = True
 ) -> list[tuple[tuple[int, int], ...]]:
     """The best rotary components, for each number of them in `counts`: (pair, count) in ascending pair order.
+
+    Without `several`, no pair gets more than one.
 
     A component (pair f, its r-th singular triple) buys sigma_r^2 (1 - |rho_f|^2): the energy whose rotation is lost
     without it, less what a constant mean rotation keeps.
@@ -297,7 +299,7 @@ def choose_components(
     gains = []
     for pair in range(importance.shape[1]):
         _, _, sigma = _components(dense, importance, pair)
-        gains += [(float(value.square() * turned[pair]), pair) for value in sigma]
+        gains += [(float(value.square() * turned[pair]), pair) for value in (sigma if several else sigma[:1])]
     gains.sort(reverse=True)
     return [tuple(sorted(Counter(pair for _, pair in gains[:count]).items())) for count in counts]
 

@@ -802,6 +802,12 @@ def test_calibrated_conversion_end_to_end(state: State, save_folder: SaveFolder,
         "again": ConvertRecipe(**calibrated),
         "shared": ConvertRecipe(rope="latent", **calibrated),
         "cached": ConvertRecipe(rope="cached", **calibrated | {"kv_rank": 10, "rope_dim": 6}),
+        "fixed": ConvertRecipe(
+            rope="cached",
+            allocation="fixed",
+            without=("components",),
+            **calibrated | {"kv_rank": 10, "rope_dim": 6},
+        ),
         "narrow": ConvertRecipe(nope_dim=6, v_dim=9, **calibrated),
     }
     reports = {
@@ -822,6 +828,11 @@ def test_calibrated_conversion_end_to_end(state: State, save_folder: SaveFolder,
             assert layer is not None
             assert bool(layer.rope_components) == components
             assert layer.qk_nope_head_dim + layer.qk_rope_head_dim <= CONFIG.head_dim
+    fixed = students["fixed"].config.mla
+    assert fixed is not None
+    assert {(layer.kv_lora_rank, layer.qk_rope_head_dim) for layer in fixed.layers if layer} == {(10, 6)}
+    assert all(count == 1 for layer in fixed.layers if layer for _, count in layer.rope_components)
+    assert students["cached"].config.mla != fixed
     narrow = students["narrow"].config.mla
     assert narrow is not None
     assert {(layer.qk_nope_head_dim, layer.v_head_dim) for layer in narrow.layers if layer} == {(6, 9)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from itertools import combinations_with_replacement, product
+from itertools import combinations, combinations_with_replacement, product
 from typing import Any
 
 import pytest
@@ -228,6 +228,8 @@ def test_components_are_chosen_by_what_losing_their_rotation_costs() -> None:
     every = combinations_with_replacement(range(WIDTH // 2), 3)
     best = min(every, key=lost)
     assert chosen == tuple(sorted((pair, best.count(pair)) for pair in set(best)))
+    (apart,) = choose_components(weights, m, num_heads=HEADS, counts=[3], several=False)
+    assert apart == tuple((pair, 1) for pair in min(combinations(range(WIDTH // 2), 3), key=lost))
     whole = choose_components(weights, m, num_heads=HEADS, counts=[WIDTH // 2 * HEADS])
     assert whole == [tuple((pair, HEADS) for pair in range(WIDTH // 2))]
 

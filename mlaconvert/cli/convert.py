@@ -100,9 +100,9 @@ def convert(
     allocation: Annotated[
         str | None,
         typer.Option(
-            metavar="uniform|adaptive",
-            help="Cached scalars alike in all layers, or where they measure best. With --init calibrated. "
-            "Default: adaptive.",
+            metavar="fixed|uniform|adaptive",
+            help="Cached scalars as --kv-rank and --rope-dim say, alike in all layers, or where they measure best; "
+            "with --init calibrated. Default: adaptive.",
         ),
     ] = None,
     data: Annotated[
@@ -124,8 +124,8 @@ def convert(
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Parts of --init calibrated to switch off, to see their worth: centring, rho, weights, sensitivity, "
-            "refit; separated by commas. Default: none.",
+            help="Parts of --init calibrated to switch off, to see their worth: centring, rho, components, weights, "
+            "sensitivity, refit; separated by commas. Default: none.",
         ),
     ] = None,
     clips: Annotated[

@@ -79,7 +79,7 @@ class HealRecipe:
     validation_clips: int = 16
     validate_every: int = 50
     save_every: int = 50
-    max_loss_ratio: float = 10.0
+    max_loss_ratio: float = 100.0
     tracker: str = "tensorboard"
     seed: int = 0
 
