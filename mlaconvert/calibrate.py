@@ -141,6 +141,12 @@ class Inputs:
     plan: AttentionPlan
     first_query: int  # queries before this token do not count
 
+    def draw_queries(self, count: int, generator: torch.Generator) -> tuple[Tensor, Rotary]:
+        """Up to `count` of the queries that count, drawn: their tokens [n] and their rotations."""
+        tokens = torch.randperm(self.x.shape[1] - self.first_query, generator=generator)[:count]
+        chosen = (self.first_query + tokens).to(self.x.device)
+        return chosen, Rotary(self.plan.query_rotary.cos[chosen], self.plan.query_rotary.sin[chosen])
+
 
 @dataclass(kw_only=True)
 class Layer:
@@ -193,22 +199,24 @@ class Sweep:
         self.queries: list[int] = []
         self.targets: list[Tensor] = []
         self.denoised: list[Tensor] = []  # [B] each: a clean pass writes the cache, its velocity is not used
-        for part in (clips,) if validation is None else (clips, validation):
-            self.fitted = len(self.prepared) if part is validation else 0
-            tokens = part.latents.shape[2] * config.tokens_per_frame(*part.latents.shape[3:])
-            for window in windows(part, regime, max(1, min(BATCH, BATCH_TOKENS // tokens))):
-                moved = [t.to(self.device) for t in (window.latents, window.timestep, window.context)]
-                self.prepared.append(self.model.prepare(*moved, chunks=window.chunks))
-                self.queries.append(window.queries)
-                self.targets.append(window.target)
-                self.denoised.append(window.timestep[:, -1] > 0)
-        total = len(self.prepared)
+        self.fitted = self._prepare(clips, regime)  # so many batches are inputs of the layers
+        total = self.fitted if validation is None else self._prepare(validation, regime)
         self.hidden = [p.x for p in self.prepared]
-        self.followed = list(range(self.fitted, total)) if validation is not None else _some(total, probes)
-        self.fitted = self.fitted or total
+        self.followed = _some(total, probes) if validation is None else list(range(self.fitted, total))
         self.streams: dict[int | str, list[Tensor]] = {}
         self.velocity_errors: dict[int | str, float] = {}
         self.losses: dict[int | str, float] = {}
+
+    def _prepare(self, clips: Clips, regime: Regime) -> int:
+        """Take up the windows of `clips`; the number of batches that are there by then."""
+        tokens = clips.latents.shape[2] * self.model.config.tokens_per_frame(*clips.latents.shape[3:])
+        for window in windows(clips, regime, max(1, min(BATCH, BATCH_TOKENS // tokens))):
+            moved = [t.to(self.device) for t in (window.latents, window.timestep, window.context)]
+            self.prepared.append(self.model.prepare(*moved, chunks=window.chunks))
+            self.queries.append(window.queries)
+            self.targets.append(window.target)
+            self.denoised.append(window.timestep[:, -1] > 0)
+        return len(self.prepared)
 
     def _read(self, name: str) -> Tensor:
         return self.checkpoint.read(name).to(self.device, self.dtype)
@@ -338,9 +346,7 @@ def _sensitivity(layer: Layer, samples: int = 512) -> tuple[Tensor, float]:
         x, plan = batch.x, batch.plan
         generator = torch.Generator().manual_seed(index)
         most = max(16, min(samples, 2**25 // (heads * x.shape[0] * x.shape[1])))  # whose scores fit into memory
-        chosen = batch.first_query + torch.randperm(x.shape[1] - batch.first_query, generator=generator)[:most]
-        chosen = chosen.to(x.device)
-        turn = Rotary(plan.query_rotary.cos[chosen], plan.query_rotary.sin[chosen])
+        chosen, turn = batch.draw_queries(most, generator)
         mask = None if plan.mask is None else plan.mask[chosen]
         with torch.no_grad():
             q = rotate(attention.norm_q(attention.q(x[:, chosen])).unflatten(-1, (heads, -1)), turn)
@@ -451,6 +457,11 @@ class Target:
         moments, several = without(moments, self.without), "components" not in self.without
         return choose_components(weights, moments, num_heads=self.config.num_heads, counts=counts, several=several)
 
+    def fit_output(self, layer: Layer, student: LatentAttention) -> None:
+        """`refit_output`, unless refits are switched off."""
+        if "refit" not in self.without:
+            refit_output(layer, student)
+
     def module(self, layer: Layer, shape: MLALayer, tensors: Mapping[str, Tensor]) -> LatentAttention:
         """A converted layer of these tensors, in the dtype and on the device of its inputs."""
         with torch.device("meta"):
@@ -477,8 +488,7 @@ class Target:
                 # The latent's channels are in order of what they hold: fewer are a part of more.
                 shape = self.layer(budget, kept)
                 student = self.module(some, shape, narrower(made, widest.kv_lora_rank, shape.kv_lora_rank))
-                if "refit" not in self.without:
-                    refit_output(some, student)
+                self.fit_output(some, student)
                 errors[count][budget] = attention_error(some, student)
         return ErrorTable(components=dict(zip(counts, components, strict=True)), errors=errors)
 
@@ -625,10 +635,7 @@ def _sample_scores(
     teacher, plan, x = layer.attention, batch.plan, batch.x
     heads, scale = teacher.num_heads, student.scale
     count = max(1, samples // (len(layer.inputs) * len(x)))
-    generator = torch.Generator().manual_seed(seed)
-    chosen = batch.first_query + torch.randperm(x.shape[1] - batch.first_query, generator=generator)[:count]
-    chosen = chosen.to(x.device)
-    turn = Rotary(plan.query_rotary.cos[chosen], plan.query_rotary.sin[chosen])
+    chosen, turn = batch.draw_queries(count, torch.Generator().manual_seed(seed))
     q = rotate(teacher.norm_q(teacher.q(x[:, chosen])).unflatten(-1, (heads, -1)), turn)
     k = rotate(teacher.norm_k(teacher.k(x)).unflatten(-1, (heads, -1)), plan.key_rotary)
     scores = torch.einsum("bnhd,bmhd->bnhm", q, k) * scale
@@ -708,8 +715,7 @@ def calibrate(
             tables[layer.index] = table
             if adaptive:
                 student = target.convert(layer, target.layer(budget, table.best(budget)[1]), moments)
-                if "refit" not in target.without:
-                    refit_output(layer, student)
+                target.fit_output(layer, student)
                 layer.follow(layer.index, student)
         if progress is not None:
             progress(layer.index + 1, checkpoint.config.num_layers)

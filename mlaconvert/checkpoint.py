@@ -714,21 +714,13 @@ class ModelWriter:
                 stream.close()
             _sync_folder(self._staging)
             if self._target.exists() and self._overwrite:
-                self._swap()
+                swap_folders(self._staging, self._target, self._aside)
             else:
                 self._staging.rename(self._target)
             self._open = False
         with suppress(OSError):  # it is in place; some network disks cannot sync a folder
             _sync_folder(self._target.parent)
         shutil.rmtree(self._aside, ignore_errors=True)
-
-    def _swap(self) -> None:
-        self._target.rename(self._aside)
-        try:
-            self._staging.rename(self._target)
-        except BaseException:
-            self._aside.rename(self._target)
-            raise
 
     def _abandon(self) -> None:
         self._open = False
@@ -749,6 +741,16 @@ class ModelWriter:
             raise OutputError(
                 f"{self.path}: writing failed ({error.strerror or error}); nothing was left there"
             ) from None
+
+
+def swap_folders(staging: Path, target: Path, aside: Path) -> None:
+    """Put `staging` in the place of `target`, which becomes `aside`; when that fails, all is as it was."""
+    target.rename(aside)
+    try:
+        staging.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
 
 
 def _split_shards(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from mlaconvert import __version__
 from mlaconvert.attention import AttentionPlan, DenseAttention, LatentAttention
 from mlaconvert.calibrate import BATCH_TOKENS, Calibration, Regime, Target, calibrate, refit_layers
-from mlaconvert.checkpoint import CONFIG_NAME, TINY, ModelWriter, TensorSpec, check_finite, experts
+from mlaconvert.checkpoint import CONFIG_NAME, TINY, ModelWriter, TensorSpec, check_finite, experts, swap_folders
 from mlaconvert.config import (
     ConvertRecipe,
     MLAConfig,
@@ -52,7 +52,7 @@ from mlaconvert.factorize import (
 )
 from mlaconvert.families import Checkpoint, open_checkpoint
 from mlaconvert.model import load_model, timestep_embedding
-from mlaconvert.rollout import Sampler, passes, rollout
+from mlaconvert.rollout import Sampler, own_clips, passes
 from mlaconvert.rope import rotary
 from mlaconvert.spectrum import effective_rank, energy_at, gram, singular_values_from_gram
 from mlaconvert.tiny.clips import training_clips
@@ -87,26 +87,35 @@ _VERIFY_GRID = (3, 4, 5)  # frames, height and width in tokens
 # --- recipes -----------------------------------------------------------------------------------------------------
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that ship with mlaconvert."""
-    return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
+def recipe_names(folder: Path | None = None) -> list[str]:
+    """Names of the recipes that ship with mlaconvert, or of those in `folder`."""
+    return sorted(path.stem for path in (folder or recipe_folder()).glob("*.yaml"))
 
 
 def load_recipe(recipe: str | Path) -> ConvertRecipe:
     """Read a YAML file, or a shipped recipe by its name. Raises ConfigError naming the file and the field."""
+    path, data = read_recipe(recipe, recipe_folder(), "recipes", "init: svd")
+    return parse(ConvertRecipe, data, str(path))
+
+
+def read_recipe(recipe: str | Path, shipped: Path, kind: str, example: str) -> tuple[Path, dict[str, Any]]:
+    """The file of a recipe and its fields, not checked yet: a YAML file, or a name in the folder `shipped`.
+
+    Raises ConfigError; its message calls the shipped ones `kind` and shows the field `example`.
+    """
     path = Path(recipe)
     if not path.is_file():
-        path = recipe_folder() / f"{recipe}.yaml"
-        if str(recipe) not in recipe_names():
-            shipped = ", ".join(recipe_names())
-            raise ConfigError(f"{recipe}: no such recipe file; shipped recipes: {shipped}")
+        names = recipe_names(shipped)
+        path = shipped / f"{recipe}.yaml"
+        if str(recipe) not in names:
+            raise ConfigError(f"{recipe}: no such recipe file; shipped {kind}: {', '.join(names)}")
     try:
         data = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not a readable YAML file ({' '.join(str(error).split())[:200]})") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of fields, such as `init: svd`")
-    return parse(ConvertRecipe, data, str(path))
+        raise ConfigError(f"{path}: a recipe is a mapping of fields, such as `{example}`")
+    return path, data
 
 
 def recipe_folder() -> Path:
@@ -344,7 +353,7 @@ def plan_conversion(
     resolved = resolve_recipe(recipe, config)
     target = dataclasses.replace(config, mla=mla_config(resolved, config, measured), streaming=resolved.streaming)
     return ConversionPlan(
-        source=_public_name(checkpoint.store.source),
+        source=public_name(checkpoint.store.source),
         subfolder=subfolder,
         description=checkpoint.describe(),
         recipe=resolved,
@@ -391,7 +400,7 @@ def _mla(config: WanConfig) -> MLAConfig:
     return config.mla
 
 
-def _public_name(source: str) -> str:
+def public_name(source: str) -> str:
     """A Hub id as given; of a local path only its last part, which says nothing of the machine."""
     path = Path(source).expanduser()
     return path.resolve().name if path.exists() else source
@@ -688,7 +697,6 @@ def calibration_clips(
     )
     streaming = recipe.streaming or StreamingConfig()
     model = load_model(checkpoint, dtype=torch.float32, device=device, streaming=streaming)
-    context = torch.zeros(count, 1, config.text_dim)
     # Distilled students are published as training checkpoints; all others need many steps.
     sampler = Sampler.few_step() if checkpoint.state_key else Sampler.many_step(20)
     size = max(1, BATCH_TOKENS // (CALIBRATION_FRAMES * config.tokens_per_frame(height, width)))
@@ -700,20 +708,18 @@ def calibration_clips(
         if progress is not None:
             progress("generate clips", done, total)
 
-    parts = []
-    for first in range(0, count, size):
-        chunks = rollout(
-            model,
-            context[first : first + size],
-            frames=CALIBRATION_FRAMES,
-            height=height,
-            width=width,
-            sampler=sampler,
-            seed=recipe.seed + first,
-            on_step=step,
-        )
-        parts.append(torch.cat([chunk.cpu() for chunk in chunks], 2))
-    return Clips(torch.cat(parts), context)
+    return own_clips(
+        model,
+        count,
+        frames=CALIBRATION_FRAMES,
+        height=height,
+        width=width,
+        sampler=sampler,
+        seed=recipe.seed,
+        streaming=streaming,
+        batch=size,
+        on_step=step,
+    )
 
 
 def _return_memory() -> None:
@@ -836,18 +842,17 @@ def convert(
     without room, and MLAConvertError when verification fails; the output then stays for inspection.
     """
     chosen_device, report = resolve_device(str(device)), progress or _silent
-    folder = None if output is None else Path(output)
-    if data is not None and (recipe or ConvertRecipe()).init != "calibrated":
-        raise ConfigError(f"--data {data} is only read by init calibrated; leave it out, or give --init calibrated")
-    if moments is not None and (recipe or ConvertRecipe()).init != "calibrated":
-        raise ConfigError(
-            f"--moments {moments} is only used by init calibrated; leave it out, or give --init calibrated"
-        )
+    folder, recipe = None if output is None else Path(output), recipe or ConvertRecipe()
+    for flag, path, use in (("--data", data, "read"), ("--moments", moments, "used")):
+        if path is not None and recipe.init != "calibrated":
+            raise ConfigError(
+                f"{flag} {path} is only {use} by init calibrated; leave it out, or give --init calibrated"
+            )
     if folder is None and not dry_run:
         raise ConfigError("no folder to write to; give one with -o DIR (output), or --dry-run to see the plan")
     with open_models(source, revision=revision, subfolder=subfolder, state_key=state_key, config=config) as checkpoints:
         plans = {
-            name: plan_conversion(checkpoint, recipe or ConvertRecipe(), subfolder=name or subfolder or "")
+            name: plan_conversion(checkpoint, recipe, subfolder=name or subfolder or "")
             for name, checkpoint in checkpoints.items()
         }
         if folder is not None:
@@ -916,13 +921,9 @@ def _staged_folder(output: Path) -> Iterator[Path]:
         try:
             yield staging
             if target.exists():
-                target.rename(aside)
-            try:
+                swap_folders(staging, target, aside)
+            else:
                 staging.rename(target)
-            except BaseException:
-                if aside.exists():
-                    aside.rename(target)
-                raise
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise

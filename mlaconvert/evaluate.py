@@ -17,13 +17,13 @@ from mlaconvert import __version__
 from mlaconvert.cache import LatentCache
 from mlaconvert.checkpoint import TINY, experts, read_json
 from mlaconvert.config import StreamingConfig, WanConfig, default_video
-from mlaconvert.convert import CONVERSION_NAME
+from mlaconvert.convert import CONVERSION_NAME, public_name
 from mlaconvert.data import Clips, load_clips
 from mlaconvert.drift import Drift, RolloutPlan, Speed, compare_videos, paired_rollouts
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, UnsupportedModelError
 from mlaconvert.families import Checkpoint, open_checkpoint
 from mlaconvert.model import Block, WanModel, default_chunks, load_model
-from mlaconvert.rollout import Sampler, add_noise, passes, rollout, warp
+from mlaconvert.rollout import Sampler, add_noise, own_clips, passes, warp
 from mlaconvert.tiny.clips import held_back, null_context
 from mlaconvert.vbench import VBenchScores
 
@@ -495,7 +495,7 @@ def evaluate_models(
             opened, dtype=request.dtype or first.dtype, device=request.device, streaming=first.config.streaming
         )
         conditions = _conditions(opened, teacher, first, request, progress)
-        name = _public_name(opened.store.source)
+        name = public_name(opened.store.source)
     found: list[ModelEvaluation] = []
     for i, record in enumerate(records):
         student = load_model(
@@ -537,7 +537,7 @@ class _Record:
 
 def _records(sources: Sequence[str], request: Request) -> list[_Record]:
     """The models' records. Raises InputError for models that cannot be evaluated, or not side by side."""
-    names = [_public_name(source) for source in sources]
+    names = [public_name(source) for source in sources]
     if len(set(names)) < len(names):  # folders of one name: their parents tell them apart
         names = ["/".join(Path(source).expanduser().resolve().parts[-2:]) for source in sources]
     records = []
@@ -570,12 +570,6 @@ def _records(sources: Sequence[str], request: Request) -> list[_Record]:
         if request.teacher is None and record.recorded("sha256") != first.recorded("sha256"):
             raise InputError(f"{first.name} and {record.name} come from different teachers; evaluate them one by one")
     return records
-
-
-def _public_name(source: str) -> str:
-    """A Hub id as given; of a local path only its last part, which says nothing of the machine."""
-    path = Path(source).expanduser()
-    return path.resolve().name if path.exists() else source
 
 
 def _read_record(source: str, folder: Path, name: str) -> dict[str, Any] | None:
@@ -761,8 +755,7 @@ def _generated(
     streaming = config.streaming or _whole(frames)
     tokens = min(frames, streaming.window_frames) * config.tokens_per_frame(height, width)
     size = max(1, min(BATCH, BATCH_TOKENS // tokens))
-    context = torch.zeros(count, 1, config.text_dim)
-    parts, done = [], 0
+    done = 0
     total = -(-count // size) * passes(frames, sampler, streaming)
 
     def step() -> None:
@@ -770,19 +763,16 @@ def _generated(
         done += 1
         progress("clips", done, total)
 
-    for first, some in zip(range(0, count, size), context.split(size), strict=True):
+    return own_clips(
+        teacher,
+        count,
+        frames=frames,
+        height=height,
+        width=width,
+        sampler=sampler,
         # A calibration starts its rollouts at the recipe's seed; these are far from it.
-        seed = 1_000_000_007 + count * request.seed + first
-        made = rollout(
-            teacher,
-            some,
-            frames=frames,
-            height=height,
-            width=width,
-            sampler=sampler,
-            seed=seed,
-            streaming=streaming,
-            on_step=step,
-        )
-        parts.append(torch.cat([chunk.float().cpu() for chunk in made], 2))
-    return Clips(torch.cat(parts), context)
+        seed=1_000_000_007 + count * request.seed,
+        streaming=streaming,
+        batch=size,
+        on_step=step,
+    )

@@ -165,7 +165,7 @@ class _Dense:
             root=root,
             affine_root=affine_root(root, moments.mean),
             value_covariance=covariance,
-            output_spread=((out @ covariance) * out).sum((1, 2)) if weighted else out.new_ones(num_heads),
+            output_spread=((out @ covariance) * out).sum((1, 2)),
             weighted=weighted,
         )
 
@@ -193,9 +193,7 @@ class _Dense:
     def key_weight(self, query_map: Tensor) -> Tensor:
         """Root [H, n, n] of the output error of content keys that meet queries mapped by `query_map` [H, n, d]."""
         if not self.weighted:
-            return (
-                torch.eye(len(query_map[0]), dtype=query_map.dtype).to(query_map.device).expand(len(query_map), -1, -1)
-            )
+            return torch.diag_embed(torch.ones_like(query_map[..., 0]))
         second = query_map @ self.moments.query @ query_map.mT
         return symmetric_root(second * self.score_weight[:, None, None])
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from mlaconvert.attention import AttentionMode
 from mlaconvert.cache import LatentCache
+from mlaconvert.checkpoint import swap_folders
 from mlaconvert.config import StreamingConfig, WanConfig, default_video
 from mlaconvert.errors import ConfigError, InputError, OutputError
 from mlaconvert.families import open_checkpoint
@@ -721,8 +722,9 @@ def _publish(staging: Path, folder: Path) -> None:
     with _as_output_errors(folder):
         (staging / "progress.json").unlink()
         if folder.exists():
-            folder.rename(aside)
-        staging.rename(folder)
+            swap_folders(staging, folder, aside)
+        else:
+            staging.rename(folder)
     shutil.rmtree(aside, ignore_errors=True)
 
 

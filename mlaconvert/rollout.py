@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mlaconvert.cache import LatentCache
 from mlaconvert.config import StreamingConfig
+from mlaconvert.data import Clips
 from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.model import WanModel, default_chunks
 
@@ -205,6 +206,40 @@ def passes(frames: int, sampler: Sampler, streaming: StreamingConfig | None, *, 
     """How often `rollout` calls `on_step`: `given` frames of a prefix are only read."""
     chunks, read = len(default_chunks(frames, streaming)), len(default_chunks(given, streaming))
     return slices * (read + (chunks - read) * (len(sampler.timesteps) + 1))
+
+
+def own_clips(
+    model: WanModel,
+    count: int,
+    *,
+    frames: int,
+    height: int,
+    width: int,
+    sampler: Sampler,
+    seed: int,
+    streaming: StreamingConfig,
+    batch: int,
+    on_step: Callable[[], None] | None = None,
+) -> Clips:
+    """`count` clips that the model makes of an empty caption, `batch` at a time, in float32 on the CPU.
+
+    The arguments are `rollout`'s; `seed` is the first clip's.
+    """
+    context, parts = torch.zeros(count, 1, model.config.text_dim), []
+    for first, some in zip(range(0, count, batch), context.split(batch), strict=True):
+        chunks = rollout(
+            model,
+            some,
+            frames=frames,
+            height=height,
+            width=width,
+            sampler=sampler,
+            seed=seed + first,
+            streaming=streaming,
+            on_step=on_step,
+        )
+        parts.append(torch.cat([chunk.float().cpu() for chunk in chunks], 2))
+    return Clips(torch.cat(parts), context)
 
 
 class _Stream:

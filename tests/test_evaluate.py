@@ -340,7 +340,7 @@ def test_generated_clips_are_not_those_of_a_calibration(made: Path, monkeypatch:
         seeds.append(options["seed"])
         return rollout(*arguments, **options)
 
-    monkeypatch.setattr(evaluation, "rollout", spy)
+    monkeypatch.setattr("mlaconvert.rollout.rollout", spy)
     monkeypatch.setattr(evaluation, "BATCH_TOKENS", 2 * 5 * 8)
     evaluate_models([str(made / "small")], dataclasses.replace(QUICK, frames=0), progress=silent)
     first = min(seeds)

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlaconvert.cli.options import Attention, Compile, Json, RunDevice
+from mlaconvert.cli.options import (
+    Attention,
+    ChunkFrames,
+    Compile,
+    Height,
+    Json,
+    RunDevice,
+    SinkFrames,
+    Width,
+    WindowFrames,
+)
 from mlaconvert.cli.show import console, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -23,24 +33,11 @@ def bench(
             help="1.3b, 14b, tiny, or a checkpoint of which only the geometry is taken: weights are random.",
         ),
     ] = "1.3b",
-    height: Annotated[
-        int | None, typer.Option(metavar="N", help="Video height in pixels. Default: 480 (tiny: 24).")
-    ] = None,
-    width: Annotated[
-        int | None, typer.Option(metavar="N", help="Video width in pixels. Default: 832 (tiny: 32).")
-    ] = None,
-    window_frames: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Latent frames a query sees: sink, cached, own chunk. Default: the model's, else 7."
-        ),
-    ] = None,
-    sink_frames: Annotated[
-        int | None, typer.Option(metavar="N", help="First latent frames, kept for good. Default: the model's, else 1.")
-    ] = None,
-    chunk_frames: Annotated[
-        int | None, typer.Option(metavar="N", help="Latent frames made at a time. Default: the model's, else 3.")
-    ] = None,
+    height: Height = None,
+    width: Width = None,
+    window_frames: WindowFrames = None,
+    sink_frames: SinkFrames = None,
+    chunk_frames: ChunkFrames = None,
     steps: Annotated[
         int, typer.Option(metavar="N", help="Denoising passes of a chunk; a clean one is added to them.")
     ] = 4,

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlaconvert.cli.options import ConfigFile, Device, Json, KvRank, Layers, Revision, Source, StateKey, Subfolder
+from mlaconvert.cli.options import (
+    ConfigFile,
+    Device,
+    Json,
+    KvRank,
+    Layers,
+    Output,
+    Revision,
+    Source,
+    StateKey,
+    Subfolder,
+)
 from mlaconvert.cli.show import console, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -21,15 +32,7 @@ if TYPE_CHECKING:
 
 def convert(
     checkpoint: Source,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            help="Folder to write; it must not exist yet. Default: none, for --dry-run.",
-        ),
-    ] = None,
+    output: Output = None,
     recipe: Annotated[
         str | None,
         typer.Option(

@@ -7,7 +7,22 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from mlaconvert.cli.options import Attention, Compile, ConfigFile, Dtype, Json, Revision, RunDevice, Source, StateKey
+from mlaconvert.cli.options import (
+    Attention,
+    ChunkFrames,
+    Compile,
+    ConfigFile,
+    Dtype,
+    Height,
+    Json,
+    Revision,
+    RunDevice,
+    SinkFrames,
+    Source,
+    StateKey,
+    Width,
+    WindowFrames,
+)
 from mlaconvert.cli.show import console, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -68,24 +83,11 @@ def generate(
         float | None,
         typer.Option(metavar="X", help="Weight of classifier-free guidance; 1 is off. Default: 1 (tiny: 1.5)."),
     ] = None,
-    height: Annotated[
-        int | None, typer.Option(metavar="N", help="Video height in pixels. Default: 480 (tiny: 24).")
-    ] = None,
-    width: Annotated[
-        int | None, typer.Option(metavar="N", help="Video width in pixels. Default: 832 (tiny: 32).")
-    ] = None,
-    window_frames: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Latent frames a query sees: sink, cached, own chunk. Default: the model's, else 7."
-        ),
-    ] = None,
-    sink_frames: Annotated[
-        int | None, typer.Option(metavar="N", help="First latent frames, kept for good. Default: the model's, else 1.")
-    ] = None,
-    chunk_frames: Annotated[
-        int | None, typer.Option(metavar="N", help="Latent frames made at a time. Default: the model's, else 3.")
-    ] = None,
+    height: Height = None,
+    width: Width = None,
+    window_frames: WindowFrames = None,
+    sink_frames: SinkFrames = None,
+    chunk_frames: ChunkFrames = None,
     given: Annotated[
         Path | None,
         typer.Option(

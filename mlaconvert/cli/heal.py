@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlaconvert.cli.options import Json
+from mlaconvert.cli.options import Json, Output
 from mlaconvert.cli.show import console, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -22,15 +22,7 @@ def heal(
     model: Annotated[
         Path, typer.Argument(metavar="DIR", help="A converted model folder; it is not changed.", show_default=False)
     ],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            help="Folder to write; it must not exist yet. Default: none, for --dry-run.",
-        ),
-    ] = None,
+    output: Output = None,
     stage: Annotated[
         str | None,
         typer.Option(

@@ -69,3 +69,26 @@ Compile = Annotated[
         "on a GPU, a C++ compiler on a CPU.",
     ),
 ]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="Folder to write; it must not exist yet. Default: none, for --dry-run.",
+    ),
+]
+Height = Annotated[int | None, typer.Option(metavar="N", help="Video height in pixels. Default: 480 (tiny: 24).")]
+Width = Annotated[int | None, typer.Option(metavar="N", help="Video width in pixels. Default: 832 (tiny: 32).")]
+WindowFrames = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Latent frames a query sees: sink, cached, own chunk. Default: the model's, else 7."
+    ),
+]
+SinkFrames = Annotated[
+    int | None, typer.Option(metavar="N", help="First latent frames, kept for good. Default: the model's, else 1.")
+]
+ChunkFrames = Annotated[
+    int | None, typer.Option(metavar="N", help="Latent frames made at a time. Default: the model's, else 3.")
+]

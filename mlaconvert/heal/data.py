@@ -25,7 +25,7 @@ from mlaconvert.families import Checkpoint
 from mlaconvert.heal.layout import View, views
 from mlaconvert.heal.recipe import HealRecipe
 from mlaconvert.model import WanModel, default_chunks
-from mlaconvert.rollout import Sampler, rollout
+from mlaconvert.rollout import Sampler, own_clips
 from mlaconvert.tiny.clips import held_back, null_context, training_clips
 
 DRAWN_SEED = 1_200_000_000  # drawn clips take their seeds from here on; held-back ones begin at 2,000,000,000
@@ -190,20 +190,19 @@ def generate_source(
         if path.is_file():
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        context = torch.zeros(GENERATED, 1, config.text_dim)
-        chunks = rollout(
+        clips = own_clips(
             teacher,
-            context,
+            GENERATED,
             frames=frames,
             height=height,
             width=width,
             sampler=sampler,
             seed=mix(recipe.seed, "generate", number) >> 38,
             streaming=config.streaming or StreamingConfig(),
+            batch=GENERATED,
         )
-        latents = torch.cat([chunk.float().cpu() for chunk in chunks], 2)
         partial = path.with_suffix(".partial")
-        save_file({"latents": latents, "context": context}, partial)
+        save_file(clips._asdict(), partial)
         partial.replace(path)
     progress("generate", total, total)
     return _stored(recipe, folder, config, say)

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import yaml
-
 from mlaconvert.config import parse
-from mlaconvert.convert import recipe_folder
+from mlaconvert.convert import read_recipe, recipe_folder, recipe_names
 from mlaconvert.data import BadShards
 from mlaconvert.errors import ConfigError
 
@@ -135,7 +133,7 @@ def learning_rate(recipe: HealRecipe, step: int, peak: float) -> float:
 
 def heal_recipe_names() -> list[str]:
     """Names of the healing recipes that ship with mlaconvert."""
-    return sorted(path.stem for path in (recipe_folder() / "heal").glob("*.yaml"))
+    return recipe_names(recipe_folder() / "heal")
 
 
 def load_heal_recipe(recipe: str | Path | None, options: dict[str, Any]) -> HealRecipe:
@@ -145,18 +143,7 @@ def load_heal_recipe(recipe: str | Path | None, options: dict[str, Any]) -> Heal
     """
     data: dict[str, Any] = {}
     if recipe is not None:
-        path = Path(recipe)
-        if not path.is_file():
-            path = recipe_folder() / "heal" / f"{recipe}.yaml"
-            if str(recipe) not in heal_recipe_names():
-                shipped = ", ".join(heal_recipe_names())
-                raise ConfigError(f"{recipe}: no such recipe file; shipped healing recipes: {shipped}")
-        try:
-            data = yaml.safe_load(path.read_text("utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path}: not a readable YAML file ({' '.join(str(error).split())[:200]})") from None
-        if not isinstance(data, dict):
-            raise ConfigError(f"{path}: a recipe is a mapping of fields, such as `stage: distill`")
+        path, data = read_recipe(recipe, recipe_folder() / "heal", "healing recipes", "stage: distill")
         known = {field.name for field in dataclasses.fields(HealRecipe)}
         for name in data:
             if name not in known:

@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from mlaconvert.checkpoint import ModelWriter, experts, read_json
-from mlaconvert.config import StreamingConfig, WanConfig
-from mlaconvert.convert import CONVERSION_NAME
+from mlaconvert.config import StreamingConfig, WanConfig, default_video
+from mlaconvert.convert import CONVERSION_NAME, public_name
 from mlaconvert.errors import ConfigError, InputError, OutputError
 from mlaconvert.evaluate import open_teacher
 from mlaconvert.families import Checkpoint, open_checkpoint
@@ -146,8 +146,6 @@ def plan(
         _check_guidance(recipe, found)
         config = student_file.config
         if found is None:
-            from mlaconvert.config import default_video
-
             video = default_video(config)
             frames = recipe.frames or 3 * (config.streaming or StreamingConfig()).chunk_frames
             shape = (config.out_dim, frames, video.height // video.vae_stride, video.width // video.vae_stride)
@@ -292,9 +290,7 @@ def _public(checkpoint: Checkpoint) -> str:
     """A Hub id as given; of a local path only its last part."""
     if is_tiny(checkpoint):
         return "tiny"
-    source = str(checkpoint.store.source)
-    path = Path(source).expanduser()
-    return path.resolve().name if path.exists() else source
+    return public_name(str(checkpoint.store.source))
 
 
 def _forget() -> None:
