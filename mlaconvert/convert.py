@@ -646,11 +646,16 @@ def _keep_moments(folder: Path, checkpoint: Checkpoint, plan: ConversionPlan, da
 
     Raises OutputError when it is no folder of moments.
     """
+
+    def states(files: Sequence[Path]) -> list[list[str | int]]:
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
     belongs = {
         "regime": _regime(plan.recipe).to_json(),
         "clips": plan.recipe.clips,
-        "data": None if data is None else [[f.name, f.stat().st_size] for f in sorted(data.glob("*.safetensors"))],
-        "source": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.store.files],
+        "tokens": list(_token_grid(plan.recipe, plan.source_config)),  # of a frame that the teacher generates
+        "data": None if data is None else states(sorted(data.glob("*.safetensors"))),
+        "source": states(checkpoint.store.files),
     }
     record = folder / MOMENTS_NAME
     try:

@@ -776,6 +776,12 @@ def test_moments_are_kept_and_reused(state: State, save_folder: SaveFolder, tmp_
     other = dataclasses.replace(recipe, seed=1)
     convert(source, tmp_path / "other", other, data=data, moments=kept)
     assert not torch.equal(load_file(first)["mean"], tampered["mean"])
+    # Other clips under the same name and of the same size: the same.
+    before = load_file(first)["mean"]
+    other_tensors = {"latents": torch.randn(3, CONFIG.out_dim, 4, 4, 6, generator=g)}
+    save_file(other_tensors | {"context": torch.randn(3, 2, CONFIG.text_dim, generator=g)}, data / "a.safetensors")
+    convert(source, tmp_path / "fresh", other, data=data, moments=kept)
+    assert not torch.allclose(load_file(first)["mean"], before, rtol=1e-3)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter").write_text("dear")
     with pytest.raises(OutputError, match="not a folder of moments"):
