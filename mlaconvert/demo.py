@@ -16,6 +16,7 @@ from mlaconvert.checkpoint import read_json
 from mlaconvert.config import StreamingConfig
 from mlaconvert.convert import CONVERSION_NAME, ConversionReport, convert, load_recipe
 from mlaconvert.drift import RolloutPlan
+from mlaconvert.errors import OutputError
 from mlaconvert.evaluate import TINY_GUIDANCE, TINY_STEPS, Report, compare, make_report, tiny_conditions
 from mlaconvert.families import open_checkpoint
 from mlaconvert.model import WanModel, load_model
@@ -59,11 +60,14 @@ class Demo:
 def run_demo(output: Path, progress: Progress) -> Demo:
     """Convert the tiny model into `output`/tiny-mla and compare; the figures are those of this run.
 
-    Raises OutputError when that folder exists.
+    Raises OutputError when that folder exists, or `output` cannot be one.
     """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be made a folder ({error.strerror}); choose another with -o DIR") from None
     with open_checkpoint("tiny") as checkpoint:
         analysis = analyze(checkpoint, progress=lambda done, total: progress("analyze", done, total))
-    output.mkdir(parents=True, exist_ok=True)
     path = output / "tiny-mla"
     report = convert("tiny", path, load_recipe("tiny"), progress=progress)
     teacher, student = load_model("tiny"), load_model(path)

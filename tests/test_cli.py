@@ -200,6 +200,7 @@ def test_two_experts(pair: Path, tmp_path: Path) -> None:
         (["convert", "{out}", "-o", "{out}2"], "there is no such file or folder"),
         (["convert", "{golden}", "-o", "{out}/a/b"], "does not exist; create it first"),
         (["convert", "{golden}"], "give one with -o DIR"),
+        (["demo", "-o", "{golden}/config.json"], "cannot be made a folder"),
         (["convert", "{golden}", "-o", "{out}", "--kv-rank", "many"], "--kv-rank"),
         (["convert", "{golden}", "-o", "{out}", "--no-such-option"], "No such option"),
         (["analyze", "{golden}", "--threshold", "2"], "error: "),

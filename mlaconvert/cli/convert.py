@@ -143,7 +143,9 @@ def convert(
         typer.Option(metavar="NAME", help="float32, bfloat16 or float16 for all tensors. Default: as in the source."),
     ] = None,
     layers: Layers = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of --init random. Default: 0.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Seed of random weights and of calibration noise. Default: 0.")
+    ] = None,
     revision: Revision = None,
     subfolder: Subfolder = None,
     state_key: StateKey = None,

@@ -39,7 +39,10 @@ ConfigFile = Annotated[
 KvRank = Annotated[
     int | None,
     typer.Option(
-        "--kv-rank", metavar="N", help="Channels of the KV latent. Default: the paper's, 192 at width 1536, scaled."
+        "--kv-rank",
+        metavar="N",
+        help="Channels of the KV latent. Default: the paper's cache, scaled: 192 beside a cached rotary key at width "
+        "1536, else 224.",
     ),
 ]
 Layers = Annotated[str | None, typer.Option(metavar="LIST", help="Layers to take, such as 0-3,7. Default: all.")]
