@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -188,10 +187,8 @@ def test_on_a_gpu_memory_and_batches_are_measured(golden: Path) -> None:
 
 def test_the_command_prints_tables_or_json(golden: Path) -> None:
     flags = ("--height", 16, "--width", 32, "--chunk-frames", 1, "--window-frames", 3, "--steps", 1, "--rounds", 1)
-    started = time.monotonic()
     shown = invoke(golden, *flags)
     assert shown.exit_code == 0, shown.stderr
-    assert time.monotonic() - started < 60
     for part in ("speed, dense = 1", "next chunk", "not searched", "norms and RoPE", "GFLOP", "Ceilings"):
         assert part in shown.stdout
     found = invoke(golden, *flags, "--json", "--nope-dim", 8, "--v-dim", 10, "--no-text-cache", "--dtype", "bfloat16")

@@ -228,7 +228,7 @@ def test_a_killed_process_keeps_its_chunks(tmp_path: Path) -> None:
     assert process.stdout is not None
     assert [process.stdout.readline() for _ in range(2)] == ["0\n", "3\n"]
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM
     result = succeed("tiny", "-o", tmp_path / "out", "--frames", 9, "--steps", 1, "--format", "none")
     assert "6 of them from before" in result.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -31,6 +32,7 @@ from mlaconvert.heal.output import plot_curves
 from mlaconvert.heal.state import LAST, load
 from mlaconvert.model import WanModel, load_model
 
+HANG = 600  # seconds after which a child process is given up
 FILES = ["README.md", "config.json", "conversion.json", WEIGHTS_NAME, "healing.json", "healing.png"]
 
 
@@ -81,6 +83,23 @@ def settings(stage: str, **options: Any) -> HealRecipe:
 
 def run(home: Path, output: Path, recipe: HealRecipe, **options: Any) -> Any:
     return heal(home / "student", output, recipe, **{"data": home / "clips", "cpu": True} | options)
+
+
+def in_processes(target: Callable[..., None], *arguments: tuple[Any, ...]) -> list[int | None]:
+    """Exit codes of `target`, called in a fresh process for each of `arguments`; None for one that hangs.
+
+    They are never forked: OpenMP's threads do not survive a fork, and the child waits for them for ever.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    children = [spawn.Process(target=target, args=each) for each in arguments]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(HANG)
+    codes = [child.exitcode for child in children]
+    for child in children:
+        child.kill()
+    return codes
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -182,22 +201,21 @@ def test_an_interrupted_run_goes_on_bit_for_bit(home: Path, tmp_path: Path, stag
     assert sorted(logs[0]) == sorted(logs[1])
 
 
+def _killed(home: Path, output: Path, recipe: HealRecipe) -> None:
+    """In a process of its own: a run that is killed in its fifth step."""
+
+    def die(_: str, done: int, total: int) -> None:
+        if done == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run(home, output, recipe, progress=die)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
 def test_a_killed_process_leaves_a_state_to_go_on_from(home: Path, tmp_path: Path) -> None:
     recipe = settings("teacher-forcing", steps=6)
     straight = run(home, tmp_path / "straight", recipe)
-    child = os.fork() if sys.platform != "win32" else 1
-    if child == 0:
-
-        def die(_: str, done: int, total: int) -> None:
-            if done == 5:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        try:
-            run(home, tmp_path / "killed", recipe, progress=die)
-        finally:
-            os._exit(3)
-    _, status = os.waitpid(child, 0)
-    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert in_processes(_killed, (home, tmp_path / "killed", recipe)) == [-signal.SIGKILL]
     assert load(tmp_path / "killed.state" / LAST)["step"] == 4
     lines: list[str] = []
     assert run(home, tmp_path / "killed", recipe, say=lines.append).curves == straight.curves
@@ -334,7 +352,6 @@ def test_the_plot_draws_short_and_long_runs() -> None:
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="forks")
 def test_two_processes_train_as_one_and_resume(home: Path, tmp_path: Path) -> None:
     """Through the launcher, as users start it; the second run goes on from the first one's state."""
     flags = ["--data", str(home / "clips"), "--stage", "teacher-forcing", "--steps", "4", "--cpu", "--lr", "2e-3"]
@@ -347,6 +364,7 @@ def test_two_processes_train_as_one_and_resume(home: Path, tmp_path: Path) -> No
         text=True,
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=HANG,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("step 4/4") == 1  # only one process speaks
@@ -413,13 +431,9 @@ def sharded(home: Path, folder: Path) -> None:
         save(folder / f"{world}.pt", {"state": state, "losses": losses, "value": value, "kinds": sorted(kinds)})
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="forks")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_a_sharded_run_is_the_whole_run(home: Path, tmp_path: Path) -> None:
-    from accelerate import debug_launcher
-
     sharded(home, tmp_path)
-    debug_launcher(_in_group, args=(str(home), str(tmp_path)), num_processes=2)
+    assert in_processes(_in_group, *((rank, home, tmp_path) for rank in range(2))) == [0, 0]
     one, two = load(tmp_path / "1.pt"), load(tmp_path / "2.pt")
     assert (one["kinds"], two["kinds"]) == (["Parameter"], ["DTensor"])
     assert two["value"] == pytest.approx(one["value"], rel=1e-4)
@@ -428,9 +442,10 @@ def test_a_sharded_run_is_the_whole_run(home: Path, tmp_path: Path) -> None:
             assert torch.allclose(two["state"][kind][name], tensor, atol=2e-5), name
 
 
-def _in_group(home: str, folder: str) -> None:
-    assert torch.distributed.get_backend() == "gloo"  # the launcher made the group
-    sharded(Path(home), Path(folder))
+def _in_group(rank: int, home: Path, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'group'}", rank=rank, world_size=2)
+    sharded(home, folder)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
