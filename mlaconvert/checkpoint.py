@@ -1,4 +1,4 @@
-"""Checkpoint files: read tensors lazily from a file, a folder or the Hub; write a model folder whole or not at all.
+"""Checkpoint files: read tensors lazily from a file, a folder or the Hub; `mlaconvert.writer` writes them.
 
 This module knows files and tensors only. Which model they are is decided in `mlaconvert.families`.
 """
@@ -6,25 +6,24 @@ This module knows files and tensors only. Which model they are is decided in `ml
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import pickle
 import re
-import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType, TracebackType
-from typing import Any, BinaryIO
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mlaconvert.errors import CheckpointError, OutputError
+from mlaconvert.errors import CheckpointError, is_plain
+from mlaconvert.inputs import file_size, is_folder, parse_json, read_json, reason_of
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -51,11 +50,17 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "C64": torch.complex64,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MAX_HEADER = 100_000_000  # the safetensors library's own limit, in bytes
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MAX_HEADER = 1 << 22  # bytes of a .safetensors header; the largest Wan models have 0.2 million
+_MAX_TENSORS = 100_000
+_MAX_DIMS = 8
+_MAX_PICKLE = 1 << 21  # bytes of a PyTorch file's pickle, which has no weights in it: some 300 a tensor
 _MAX_NESTING = 8  # dictionaries inside dictionaries of a pickle
+_MAX_ENTRIES = 200_000  # of all dictionaries of a pickle; one that is in it twice counts twice
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(/[^/\\]+)*/?")
+_REVISION = re.compile(r"(?!.*\.\.)[^\s/\\?#-][^\s\\?#]*")
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,8 @@ class TensorStore:
         self._stack = ExitStack()
         tensors: dict[str, TensorInfo] = {}
         for file in self.files:
+            if not is_plain(file.name):
+                raise CheckpointError(f"{file}: a file name must be plain UTF-8 text; rename it")
             for info in self._scan(file):
                 if info.name in tensors:
                     raise CheckpointError(
@@ -99,7 +106,9 @@ class TensorStore:
 
     def _scan(self, file: Path) -> Iterable[TensorInfo]:
         if file.suffix == ".safetensors":
-            return _read_header(file)
+            infos = read_header(file)
+            self._handle(file)  # the library that will read the tensors must agree
+            return infos
         self._pickled = _load_pickle(file)
         return [TensorInfo(name, tuple(t.shape), t.dtype, t.nbytes) for name, t in self._pickled.items()]
 
@@ -111,12 +120,20 @@ class TensorStore:
             return self._pickled[name]
         file = self._home[name]
         try:
-            if file not in self._handles:
-                self._handles[file] = self._stack.enter_context(safe_open(str(file), framework="pt"))
-            tensor: torch.Tensor = self._handles[file].get_tensor(name)
+            tensor: torch.Tensor = self._handle(file).get_tensor(name)
         except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{file}: tensor {name!r} cannot be read ({_first_line(error)})") from None
+            raise CheckpointError(
+                f"{file}: tensor {name!r} cannot be read ({reason_of(error)}); get an intact copy"
+            ) from None
         return tensor
+
+    def _handle(self, file: Path) -> Any:
+        if file not in self._handles:
+            try:
+                self._handles[file] = self._stack.enter_context(safe_open(str(file), framework="pt"))
+            except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+                raise CheckpointError(f"{file}: it cannot be opened ({reason_of(error)}); download it again") from None
+        return self._handles[file]
 
     def sha256(self, progress: Callable[[int], None] | None = None) -> str:
         """Hash of the weight files' names and contents; `progress` is told the bytes of each piece read."""
@@ -149,19 +166,6 @@ def check_finite(tensor: torch.Tensor, name: str, where: str | Path) -> None:
         raise CheckpointError(f"{where}: tensor {name!r} holds NaN or infinite values; get an intact copy of the file")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file with an object in it. Raises CheckpointError naming the file."""
-    try:
-        data = json.loads(path.read_bytes().decode("utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: it is not readable JSON ({_first_line(error)})") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: it must hold a JSON object, not a {type(data).__name__}")
-    return data
-
-
 # --- finding the files -------------------------------------------------------------------------------------------
 
 
@@ -179,7 +183,7 @@ def open_store(
         path = _download(str(source), revision, subfolder)
     elif path.is_dir():
         root = path / _checked_subfolder(subfolder) if subfolder else path
-        if not root.is_dir():
+        if not is_folder(root):
             raise CheckpointError(f"{path}: it has no folder {subfolder!r}{_offer_experts(path)}")
         path = root / _select(_list_folder(root), str(root))
     elif subfolder:
@@ -201,20 +205,32 @@ def experts(source: str | os.PathLike[str], revision: str | None = None) -> tupl
 
 def _local_path(source: str | os.PathLike[str], revision: str | None) -> Path | None:
     """The local path that `source` means, or None when it can only be a Hub id."""
-    path = Path(source).expanduser()
+    text = str(source)
+    if not text.strip() or not is_plain(text):
+        raise CheckpointError(f"{text!r} is not a path: names must be plain UTF-8 text; rename it")
     try:
+        path = Path(source).expanduser()
         found = path.exists()
-    except (OSError, ValueError):  # a name that is too long, or holds a NUL
-        raise CheckpointError(f"{str(source)[:80]!r} is not a path") from None
-    if not found and str(source) == "tiny":
+    except (OSError, ValueError, RuntimeError):  # a name that is too long, or an unknown user's home
+        raise CheckpointError(f"{text!r} is not a path; give a file, a folder or a Hub id (user/repo)") from None
+    if not found and text == "tiny":
         path, found = TINY, True
     if found:
         if revision is not None:
             raise CheckpointError(f"{path} is on this disk, which has no revision {revision!r}; leave --revision out")
+        if not path.is_dir():
+            file_size(path)
+        if not is_plain(path.resolve().name):
+            raise CheckpointError(f"{path.resolve()}: names must be plain UTF-8 text; rename it")
         return path
-    text = str(source)
+    if path.is_symlink():
+        raise CheckpointError(f"{path}: it is a link that leads nowhere; mend it, or give another path")
     looks_like_file = text.count("/") == 1 and Path(text).suffix in (".safetensors", *PICKLE_SUFFIXES)
     if isinstance(source, str) and _HUB_ID.fullmatch(text) and not looks_like_file:
+        if not {".", ".."}.isdisjoint(text.split("/")):
+            raise CheckpointError(f"{text!r} leads outside its repository; give user/repo or user/repo/folder")
+        if revision is not None and not _REVISION.fullmatch(revision):
+            raise CheckpointError(f"revision {revision!r} is no branch, tag or commit; check --revision")
         return None
     raise CheckpointError(f"{path}: there is no such file or folder (a Hub id looks like user/repo)")
 
@@ -278,7 +294,7 @@ def _only(names: Sequence[str], where: str) -> str:
 def _open_local(source: str, path: Path) -> TensorStore:
     """Open one weight file, or the shards of an index."""
     config_file = path.parent / CONFIG_NAME
-    config = read_json(config_file) if config_file.is_file() else None
+    config = read_json(config_file) if config_file.exists() or config_file.is_symlink() else None
     if path.name.endswith(INDEX_SUFFIX):
         placed = _read_index(path)
         store = TensorStore(source, path.parent, [path.parent / shard for shard in placed], config)
@@ -311,27 +327,36 @@ def _read_index(path: Path) -> dict[str, list[str]]:
 # --- reading one file --------------------------------------------------------------------------------------------
 
 
-def _read_header(path: Path) -> list[TensorInfo]:
-    """The tensors of a .safetensors file in file order, after checking that header and file agree."""
+def read_header(path: Path) -> list[TensorInfo]:
+    """The tensors of a .safetensors file in file order, after checking that header and file agree.
+
+    Raises CheckpointError naming the file and the tensor.
+    """
+    size = file_size(path)
     try:
-        size = path.stat().st_size
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER):
+            if size < 8 or length > size - 8:
                 raise CheckpointError(f"{path}: truncated or not safetensors ({size} bytes); download it again")
-            header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its header cannot be read ({_first_line(error)})") from None
+            if length > _MAX_HEADER:
+                raise CheckpointError(
+                    f"{path}: its header has {length:,} bytes, expected at most {_MAX_HEADER:,}; download it again"
+                )
+            header = parse_json(stream.read(length).decode("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: its header cannot be read ({reason_of(error)}); download it again") from None
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: its header is not a JSON object")
-    header.pop("__metadata__", None)
+        raise CheckpointError(f"{path}: its header is not a JSON object; download it again")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: the __metadata__ of its header is not a mapping of texts; download it again")
+    if len(header) > _MAX_TENSORS:
+        raise CheckpointError(f"{path}: it has {len(header):,} tensors, expected at most {_MAX_TENSORS:,}")
     placed = sorted((_check_entry(path, name, entry) for name, entry in header.items()), key=lambda item: item[0])
     end = 0
     for (start, _), info in placed:
         if start != end:
-            raise CheckpointError(f"{path}: tensor {info.name!r} overlaps another or leaves a gap; its header is wrong")
+            raise CheckpointError(f"{path}: tensor {info.name!r} overlaps another or leaves a gap; download it again")
         end += info.nbytes
     if end != size - 8 - length:
         found = size - 8 - length
@@ -341,13 +366,28 @@ def _read_header(path: Path) -> list[TensorInfo]:
     return [info for _, info in placed]
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"{twice!r} is in it twice")
-    return data
+def read_tensors(path: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Those of the tensors `names` that a small .safetensors file has, float32, after checking that they are finite.
+
+    Raises CheckpointError naming the file and the tensor; also for one that holds no floating-point numbers.
+    """
+    with TensorStore(str(path), path, [path], None) as store:
+        found = {name: store.read(name) for name in names if name in store.tensors}
+        if not found:
+            raise CheckpointError(f"{path}: has {', '.join(sorted(store.tensors)[:5])}; expected {', '.join(names)}")
+        for name, tensor in found.items():
+            check_floats(store.tensors[name], path)
+            check_finite(tensor, name, path)
+        return {name: tensor.float() for name, tensor in found.items()}
+
+
+def check_floats(info: TensorInfo, where: str | Path) -> None:
+    """Raise CheckpointError naming the tensor unless it holds float64, float32, bfloat16 or float16."""
+    if info.dtype not in FLOATS:
+        raise CheckpointError(
+            f"{where}: tensor {info.name!r} is {info.dtype}, expected float32, bfloat16, float16 or float64; "
+            "use the unquantised values"
+        )
 
 
 def _check_entry(path: Path, name: str, entry: Any) -> tuple[tuple[int, int], TensorInfo]:
@@ -356,73 +396,107 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[tuple[int, int], Te
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), _counts(fields.get("shape")), _counts(fields.get("data_offsets"))
     if shape is None or offsets is None or len(offsets) != 2:
-        raise CheckpointError(f"{path}: tensor {name!r} has a malformed header entry")
+        raise CheckpointError(f"{path}: tensor {name!r} has a malformed header entry; download it again")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype!r}, which is not known here")
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has dtype {dtype!r}, which is not known here; convert it to float32"
+        )
     nbytes = prod(shape) * _DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != nbytes:
         raise CheckpointError(
             f"{path}: tensor {name!r} of shape {list(shape)} and dtype {dtype} takes {nbytes} bytes, "
-            f"but its header gives it {offsets[1] - offsets[0]}"
+            f"but its header gives it {offsets[1] - offsets[0]}; download it again"
         )
     return (offsets[0], offsets[1]), TensorInfo(name, shape, _DTYPES[dtype], nbytes)
 
 
 def _counts(value: Any) -> tuple[int, ...] | None:
-    """`value` if it is a list of integers, none of them negative."""
-    if isinstance(value, list) and all(type(item) is int and item >= 0 for item in value):
-        return tuple(value)
-    return None
+    """`value` if it is a short list of sizes."""
+    if not isinstance(value, list) or len(value) > _MAX_DIMS:
+        return None
+    return tuple(value) if all(type(item) is int and 0 <= item < 1 << 63 for item in value) else None
 
 
 def _check_name(path: Path, name: str) -> None:
     if not name or not name.isprintable():
-        raise CheckpointError(f"{path}: a tensor is named {name!r}; names must be printable text")
+        raise CheckpointError(f"{path}: a tensor is named {name!r}; expected printable text, get an intact copy")
 
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a pickle, nested dictionaries joined with "/". Nothing but tensors is ever unpickled."""
+    size = file_size(path)
     try:
         is_zip = zipfile.is_zipfile(path)  # older pickles cannot be mapped
+        available = check_zip(path, size) if is_zip else size
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file") from None
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error) and "Weights only" not in str(error):
-            raise CheckpointError(f"{path}: it is not a PyTorch checkpoint, or it is damaged") from None
+            raise CheckpointError(
+                f"{path}: it is not a PyTorch checkpoint, or it is damaged; download it again"
+            ) from None
         raise CheckpointError(
             f"{path}: it pickles more than tensors, and mlaconvert never runs pickled code. "
             "Save its state dict alone, as .safetensors or with torch.save, and use that"
         ) from None
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(
-            f"{path}: it is not a PyTorch checkpoint, or it is damaged ({_first_line(error)})"
+            f"{path}: it is not a PyTorch checkpoint, or it is damaged ({reason_of(error)}); download it again"
         ) from None
     tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in _flatten(path, data, ()):
+    storages: dict[int, int] = {}
+    for name, tensor in _flatten(path, data):
         _check_name(path, name)
         if name in tensors:
-            raise CheckpointError(f"{path}: two tensors are named {name!r}")
+            raise CheckpointError(f"{path}: two tensors are named {name!r}; save one state dict alone")
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             raise CheckpointError(f"{path}: tensor {name!r} is not a plain dense tensor; save it as one")
+        if tensor.untyped_storage().nbytes() < tensor.nbytes:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} of shape {list(tensor.shape)} repeats the values of a smaller one; "
+                "save it whole"
+            )
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         tensors[name] = tensor.detach()
+    if sum(storages.values()) > available:
+        raise CheckpointError(f"{path}: it promises more data than it has; download it again")
     return tensors
 
 
-def _flatten(path: Path, data: Any, outer: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-    if len(outer) > _MAX_NESTING:
-        raise CheckpointError(f"{path}: dictionaries are nested too deeply at {'/'.join(outer)!r}")
-    if isinstance(data, torch.Tensor):
-        yield "/".join(outer), data
-    elif isinstance(data, Mapping):
-        # Keys that are no text number an optimizer's state: no weights below them.
-        for key, value in data.items():
-            if isinstance(key, str):
-                yield from _flatten(path, value, (*outer, key))
+def check_zip(path: Path, size: int, *, longest_pickle: int = _MAX_PICKLE) -> int:
+    """Bytes of data in a PyTorch file, which holds its records as they are.
+
+    Raises CheckpointError, before anything is unpacked, when they are packed, or more than the file.
+    """
+    with zipfile.ZipFile(path) as file:
+        records = file.infolist()
+    if any(r.compress_type != zipfile.ZIP_STORED or r.file_size != r.compress_size for r in records):
+        raise CheckpointError(f"{path}: a record in it is compressed, which torch.save never does; save it again")
+    if sum(r.file_size for r in records) > size or len({r.filename for r in records}) < len(records):
+        raise CheckpointError(f"{path}: its records overlap or come twice, so it is damaged; download it again")
+    if any(r.file_size > longest_pickle for r in records if r.filename.endswith(".pkl")):
+        raise CheckpointError(f"{path}: its pickle is larger than that of any model; save the state dict alone")
+    return sum(r.file_size for r in records if "/data/" in r.filename)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _flatten(path: Path, data: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in nested dictionaries, in order. A hostile pickle can hold one dictionary a million times."""
+    left: list[tuple[tuple[str, ...], Any]] = [((), data)]
+    seen = 0
+    while left:
+        outer, found = left.pop()
+        if isinstance(found, torch.Tensor):
+            yield "/".join(outer), found
+        elif isinstance(found, Mapping):
+            seen += len(found)
+            if len(outer) > _MAX_NESTING or seen > _MAX_ENTRIES:
+                raise CheckpointError(
+                    f"{path}: dictionaries are nested too deeply at {'/'.join(outer)!r}; save the state dict alone"
+                )
+            # Keys that are no text number an optimizer's state: no weights below them.
+            inner = [((*outer, key), value) for key, value in found.items() if isinstance(key, str)]
+            left += reversed(inner)
 
 
 # --- the Hub -----------------------------------------------------------------------------------------------------
@@ -495,6 +569,29 @@ def _fetch(repo: str, revision: str | None, names: Sequence[str]) -> Path:
     return paths[0]
 
 
+def list_files(source: str | os.PathLike[str], revision: str | None = None) -> tuple[str, ...]:
+    """Names of all files of a local folder or a Hub repo, sorted, with "/" between folders. Raises CheckpointError."""
+    path = _local_path(source, revision)
+    if path is not None:
+        return tuple(sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()))
+    repo, inside = _split_hub_id(str(source))
+    prefix = f"{inside}/" if inside else ""
+    return tuple(sorted(n[len(prefix) :] for n in _list_repo(repo, revision) if n.startswith(prefix)))
+
+
+def fetch_files(source: str | os.PathLike[str], names: Sequence[str], revision: str | None = None) -> Path:
+    """The local folder that holds the files `names` of a folder or Hub repo; what is missing is downloaded.
+
+    Raises CheckpointError.
+    """
+    path = _local_path(source, revision)
+    if path is None:
+        repo, inside = _split_hub_id(str(source))
+        prefix = f"{inside}/" if inside else ""
+        path = _fetch(repo, revision, [prefix + name for name in names]).parents[names[0].count("/")]
+    return path
+
+
 @contextmanager
 def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     """Turn what huggingface_hub raises into one line that says what to do."""
@@ -515,7 +612,7 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     except hub.HFValidationError:
         raise CheckpointError(f"{repo!r} is neither a path here nor a Hub id (user/repo)") from None
     except hub.RemoteEntryNotFoundError as error:
-        raise CheckpointError(f"{repo} on the Hub lacks a file that it lists ({_first_line(error)})") from None
+        raise CheckpointError(f"{repo} on the Hub lacks a file that it lists ({reason_of(error)})") from None
     except hub.HfHubHTTPError as error:
         status = error.response.status_code
         hint = "log in with `hf auth login`" if status in (401, 403) else "try again later"
@@ -523,254 +620,5 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     except Exception as error:  # no network, offline mode, disk full: the classes depend on the HTTP library
         raise CheckpointError(
             f"{repo}: no such path here, and it cannot be fetched from the Hub ({type(error).__name__}: "
-            f"{_first_line(error)}); check the network, or download it and give its folder"
+            f"{reason_of(error)}); check the network, or download it and give its folder"
         ) from None
-
-
-# --- writing -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor to be written."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Size of its data in bytes."""
-        return prod(self.shape) * self.dtype.itemsize
-
-
-class ModelWriter:
-    """Writes a model folder that appears whole or not at all.
-
-    Everything goes to the sibling folder `.<name>.partial`, which `commit` renames to `path`; leaving the context
-    without a commit removes it. Headers come first, so `write` takes the tensors in any order and holds only one.
-    The same input gives the same bytes. `on_bytes` is told the size of each tensor written.
-
-    Raises OutputError: `path` exists (without `overwrite`), its parent is missing or not writable, the disk is full.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        specs: Sequence[TensorSpec],
-        *,
-        metadata: Mapping[str, str],
-        max_shard_bytes: int = 5_000_000_000,
-        overwrite: bool = False,
-        on_bytes: Callable[[int], None] | None = None,
-    ) -> None:
-        self.path = Path(path)
-        self.specs = {spec.name: spec for spec in specs}
-        self._metadata = dict(sorted(metadata.items()))
-        self._overwrite = overwrite
-        self._on_bytes = on_bytes
-        self._target = Path(path).expanduser().resolve()
-        self._staging = self._target.with_name(f".{self._target.name}.partial")
-        self._aside = self._target.with_name(f".{self._target.name}.replaced")
-        self._shards = _split_shards(specs, max_shard_bytes)
-        self._places: dict[str, tuple[Path, int]] = {}
-        self._streams: dict[Path, BinaryIO] = {}
-        self._written: set[str] = set()
-        self._open = False
-        if len(self.specs) != len(specs) or not all(spec.name.isprintable() and spec.name for spec in specs):
-            raise OutputError(f"{self.path}: tensor names must be printable and each used once")
-        for spec in specs:
-            if spec.dtype not in _DTYPE_NAMES:
-                raise OutputError(f"{self.path}: {spec.name!r} has dtype {spec.dtype}, which safetensors cannot hold")
-        self._check_target()
-
-    def _check_target(self) -> None:
-        target = self._target
-        if not target.parent.is_dir():
-            raise OutputError(f"{self.path}: its parent folder {target.parent} does not exist; create it first")
-        if not os.access(target.parent, os.W_OK | os.X_OK):
-            raise OutputError(f"{self.path}: the folder {target.parent} is not writable")
-        if target.exists():
-            if not self._overwrite:
-                raise OutputError(f"{self.path} exists; choose another path, or pass --overwrite to replace it")
-            # Overwriting deletes: never a folder that holds something other than a model.
-            if not target.is_dir() or (any(target.iterdir()) and not (target / CONFIG_NAME).is_file()):
-                raise OutputError(f"{self.path} is not a model folder, so it is not replaced; choose another path")
-        if self._staging.exists():
-            raise OutputError(
-                f"{self._staging} is there: another run is writing {self.path}, or one was killed. "
-                "Delete it if none is running"
-            )
-        if self._aside.exists():
-            raise OutputError(
-                f"{self._aside} is a model that an interrupted run set aside: rename it back or delete it"
-            )
-        needed, free = sum(spec.nbytes for spec in self.specs.values()), shutil.disk_usage(target.parent).free
-        if needed > free:
-            raise OutputError(
-                f"{self.path}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free on its disk; "
-                "make room or choose another disk"
-            )
-
-    def __enter__(self) -> ModelWriter:
-        with self._disk_errors():
-            self._staging.mkdir()
-        self._open = True
-        try:
-            with self._disk_errors():
-                for number, shard in enumerate(self._shards, 1):
-                    self._start_shard(self._shard_name(number), shard)
-                if len(self._shards) > 1:
-                    self._write_index()
-        except BaseException:
-            self._abandon()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._open:
-            self._abandon()
-
-    def _shard_name(self, number: int) -> str:
-        if len(self._shards) == 1:
-            return WEIGHTS_NAME
-        return WEIGHTS_NAME.replace(".safetensors", f"-{number:05d}-of-{len(self._shards):05d}.safetensors")
-
-    def _start_shard(self, filename: str, specs: Sequence[TensorSpec]) -> None:
-        """Write the header and make the file as long as it will be."""
-        header: dict[str, Any] = {"__metadata__": self._metadata} if self._metadata else {}
-        offset = 0
-        for spec in specs:
-            header[spec.name] = {
-                "dtype": _DTYPE_NAMES[spec.dtype],
-                "shape": list(spec.shape),
-                "data_offsets": [offset, offset + spec.nbytes],
-            }
-            offset += spec.nbytes
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        path = self._staging / filename
-        stream = path.open("wb")
-        self._streams[path] = stream
-        stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(8 + len(text) + offset)
-        for spec in specs:
-            self._places[spec.name] = (path, 8 + len(text) + header[spec.name]["data_offsets"][0])
-
-    def _write_index(self) -> None:
-        total = sum(spec.nbytes for spec in self.specs.values())
-        weight_map = {name: path.name for name, (path, _) in sorted(self._places.items())}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        self.write_text(f"{WEIGHTS_NAME}.index.json", json.dumps(index, indent=2, ensure_ascii=False) + "\n")
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor at its place. Raises OutputError if it is not the one planned, or comes twice."""
-        self._require_open()
-        spec = self.specs.get(name)
-        if spec is None or name in self._written:
-            problem = "is not planned" if spec is None else "was written before"
-            raise OutputError(f"{self.path}: tensor {name!r} {problem}")
-        if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
-            raise OutputError(
-                f"{self.path}: tensor {name!r} is {list(tensor.shape)} {tensor.dtype}, "
-                f"planned were {list(spec.shape)} {spec.dtype}"
-            )
-        path, offset = self._places[name]
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        with self._disk_errors():
-            self._streams[path].seek(offset)
-            self._streams[path].write(data.data)
-        self._written.add(name)
-        if self._on_bytes is not None:
-            self._on_bytes(spec.nbytes)
-
-    def write_text(self, filename: str, text: str) -> None:
-        """Write a small UTF-8 file beside the weights, such as config.json."""
-        self.write_bytes(filename, text.encode("utf-8"))
-
-    def write_bytes(self, filename: str, data: bytes) -> None:
-        """Write a small file beside the weights, such as a picture."""
-        self._require_open()
-        path = self._staging / filename
-        if path.name != filename or path.exists():
-            raise OutputError(f"{self.path}: {filename!r} is not a new file's name")
-        with self._disk_errors():
-            stream = path.open("wb")
-            self._streams[path] = stream
-            stream.write(data)
-
-    def commit(self) -> None:
-        """Put the folder in place. Raises OutputError when a planned tensor was not written."""
-        self._require_open()
-        missing = [name for name in self.specs if name not in self._written]
-        if missing:
-            raise OutputError(f"{self.path}: {len(missing)} planned tensors were not written, first {missing[0]!r}")
-        with self._disk_errors():
-            for stream in self._streams.values():
-                stream.flush()
-                os.fsync(stream.fileno())
-                stream.close()
-            _sync_folder(self._staging)
-            if self._target.exists() and self._overwrite:
-                swap_folders(self._staging, self._target, self._aside)
-            else:
-                self._staging.rename(self._target)
-            self._open = False
-        with suppress(OSError):  # it is in place; some network disks cannot sync a folder
-            _sync_folder(self._target.parent)
-        shutil.rmtree(self._aside, ignore_errors=True)
-
-    def _abandon(self) -> None:
-        self._open = False
-        for stream in self._streams.values():
-            with suppress(OSError):  # a full disk: the data is thrown away in any case
-                stream.close()
-        shutil.rmtree(self._staging, ignore_errors=True)
-
-    def _require_open(self) -> None:
-        if not self._open:
-            raise OutputError(f"{self.path}: the writer is closed; use it inside its with block")
-
-    @contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OutputError(
-                f"{self.path}: writing failed ({error.strerror or error}); nothing was left there"
-            ) from None
-
-
-def swap_folders(staging: Path, target: Path, aside: Path) -> None:
-    """Put `staging` in the place of `target`, which becomes `aside`; when that fails, all is as it was."""
-    target.rename(aside)
-    try:
-        staging.rename(target)
-    except BaseException:
-        aside.rename(target)
-        raise
-
-
-def _split_shards(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
-    """Consecutive groups of at most `limit` bytes of data (a larger tensor stands alone)."""
-    shards: list[list[TensorSpec]] = [[]]
-    used = 0
-    for spec in specs:
-        if shards[-1] and used + spec.nbytes > limit:
-            shards.append([])
-            used = 0
-        shards[-1].append(spec)
-        used += spec.nbytes
-    # Readers view each tensor in place, so wider elements go first: every offset stays a multiple of its width.
-    return [sorted(shard, key=lambda spec: -spec.dtype.itemsize) for shard in shards]
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

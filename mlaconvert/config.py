@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
-from mlaconvert.errors import ConfigError
+from mlaconvert.errors import ConfigError, is_plain
 
 T = TypeVar("T")
 _STRICT = {"extra": "forbid", "strict": True}
@@ -22,6 +22,13 @@ _STRICT = {"extra": "forbid", "strict": True}
 KeyNorm = Literal["latent", "token"]
 RopeMode = Literal["cached", "latent", "head"]
 FORMAT_VERSION = 1
+# What no real model or run comes near; above it, sizes would only fill the memory.
+_MOST = 2**31 - 1
+_MOST_LAYERS = 1000
+_MOST_FRAMES = 10_000  # latent
+_MOST_TEXT = 1 << 14  # tokens
+_MOST_PIXELS = 1 << 14
+_MOST_CLIPS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +47,7 @@ class StreamingConfig:
     positions: Literal["window", "absolute"] = "window"
 
     def __post_init__(self) -> None:
-        _positive(self, "chunk_frames", "window_frames")
+        _positive(self, "chunk_frames", "window_frames", limit=_MOST_FRAMES)
         if self.sink_frames < 0:
             raise ConfigError(f"sink_frames is {self.sink_frames}: give 0 or more")
         if self.window_frames < self.sink_frames + self.chunk_frames:
@@ -65,7 +72,8 @@ class MLALayer:
     rope_components: tuple[tuple[int, int], ...]
 
     def __post_init__(self) -> None:
-        if min(self.kv_lora_rank, self.v_head_dim) < 1 or self.qk_nope_head_dim < 0:
+        widths = (self.kv_lora_rank, self.v_head_dim, self.qk_nope_head_dim)
+        if min(widths[:2]) < 1 or self.qk_nope_head_dim < 0 or max(widths) > _MOST:
             raise ConfigError(f"an MLA layer needs positive widths, not {self}")
         pairs = [pair for pair, _ in self.rope_components]
         if pairs != sorted(set(pairs)) or any(p < 0 or c < 1 for p, c in self.rope_components):
@@ -143,12 +151,12 @@ class MLAConfig:
         """Read the `mla` section. Raises ConfigError naming `where` and the field."""
         if not isinstance(data, Mapping):
             raise ConfigError(f"{where}: mla must be a mapping, not {type(data).__name__}")
-        if data.get("format_version") != FORMAT_VERSION:
+        if data.get("format_version") is True or data.get("format_version") != FORMAT_VERSION:
             raise ConfigError(
                 f"{where}: mla.format_version is {data.get('format_version')!r}; this mlaconvert reads {FORMAT_VERSION}"
             )
         layers = data.get("layers")
-        if not isinstance(layers, list):
+        if not isinstance(layers, list) or len(layers) > _MOST_LAYERS:
             raise ConfigError(f"{where}: mla.layers must be a list with one entry per layer")
         parsed = tuple(
             None if layer == {"dense": True} else parse(MLALayer, layer, f"{where}: mla.layers[{i}]")
@@ -181,9 +189,11 @@ class WanConfig:
     """Geometry of a Wan-family transformer, whatever the layout of its files.
 
     `image_dim` is the width of CLIP image features (Wan2.1 image-to-video), None without that branch.
-    `streaming` is None for a bidirectional model, `mla` None for a dense one.
+    `streaming` is None for a bidirectional model, `mla` None for a dense one. `few_step` tells a student that was
+    distilled to generate in a few steps.
     """
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
     dim: int
     num_heads: int
     num_layers: int
@@ -200,6 +210,7 @@ class WanConfig:
     cross_attn_norm: bool = True
     streaming: StreamingConfig | None = None
     mla: MLAConfig | None = None
+    few_step: bool = False
 
     def __post_init__(self) -> None:
         _positive(
@@ -212,8 +223,8 @@ class WanConfig:
             "out_dim",
             "freq_dim",
             "text_dim",
-            "text_len",
         )
+        _positive(self, "text_len", limit=_MOST_TEXT)
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ConfigError(
                 f"dim {self.dim} does not split into {self.num_heads} heads of an even width; check dim and num_heads"
@@ -226,8 +237,21 @@ class WanConfig:
             raise ConfigError(f"patch_size is {list(self.patch_size)}: give three positive numbers")
         if not 0 < self.eps < 1:
             raise ConfigError(f"eps is {self.eps}: it must lie between 0 and 1")
-        if self.mla is not None and len(self.mla.layers) != self.num_layers:
-            raise ConfigError(f"mla.layers has {len(self.mla.layers)} entries for {self.num_layers} layers")
+        if not is_plain(self.model_type) or len(self.model_type) > 40:
+            raise ConfigError(f"model_type is {self.model_type!r}: give a short name, such as t2v")
+        if self.mla is not None:
+            self._check_mla(self.mla)
+
+    def _check_mla(self, mla: MLAConfig) -> None:
+        if len(mla.layers) != self.num_layers:
+            raise ConfigError(f"mla.layers has {len(mla.layers)} entries for {self.num_layers} layers")
+        for i, layer in enumerate(mla.layers):
+            pairs = layer.rope_components if layer is not None else ()
+            if pairs and pairs[-1][0] >= self.head_dim // 2:
+                raise ConfigError(
+                    f"mla.layers[{i}].rope_components has pair {pairs[-1][0]}: a head has pairs 0 to "
+                    f"{self.head_dim // 2 - 1}"
+                )
 
     @property
     def head_dim(self) -> int:
@@ -256,11 +280,13 @@ class WanConfig:
         return (height // self.patch_size[1]) * (width // self.patch_size[2])
 
 
-def _positive(config: Any, *names: str) -> None:
+def _positive(config: Any, *names: str, limit: int = _MOST) -> None:
     for name in names:
         value = getattr(config, name)
         if value < 1:
             raise ConfigError(f"{name} is {value}: it must be a positive number")
+        if value > limit:
+            raise ConfigError(f"{name} is {value}: give at most {limit}")
 
 
 def parse(cls: type[T], data: Any, where: str) -> T:
@@ -349,8 +375,9 @@ class ConvertRecipe:
     switches parts of a calibrated conversion off, to see what each is worth: "centring" of the inputs, the mean
     rotation "rho", several shared "components" of one pair, the "weights" of heads by their queries and outputs, the
     "sensitivity" of the output to each direction of the inputs, the "refit" of output and queries. `key_norm` as in
-    `MLAConfig` ("latent" by default). `dtype` is that of the output, by default each tensor's own. `layers` ("0-3,7")
-    are converted, the others stay dense.
+    `MLAConfig` ("latent" by default). `dtype` is that of the output, by default each tensor's own, and `layout` says
+    whose tensor names and config.json it has, by default the source's. `layers` ("0-3,7") are converted, the others
+    stay dense.
 
     `streaming` is how the converted model sees time, by default as its source does. With `height` and `width`
     (video pixels), `vae_stride` and, for a bidirectional model, `frames` (latent), it says between which positions
@@ -371,6 +398,7 @@ class ConvertRecipe:
     without: tuple[Part, ...] = ()
     clips: int | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    layout: Literal["native", "diffusers"] | None = None
     layers: str | None = None
     seed: int = 0
     streaming: StreamingConfig | None = None
@@ -382,8 +410,13 @@ class ConvertRecipe:
     def __post_init__(self) -> None:
         if isinstance(self.q_rank, str) and self.q_rank != "none":
             raise ConfigError(f"q_rank is {self.q_rank!r}: give a rank, or none to keep the query path exact")
-        sizes = ("kv_rank", "q_rank", "rope_dim", "v_dim", "clips", "frames", "height", "width", "vae_stride")
-        _positive(self, *(name for name in sizes if isinstance(getattr(self, name), int)))
+        for limit, names in (
+            (_MOST, ("kv_rank", "q_rank", "rope_dim", "v_dim")),
+            (_MOST_CLIPS, ("clips",)),
+            (_MOST_FRAMES, ("frames",)),
+            (_MOST_PIXELS, ("height", "width", "vae_stride")),
+        ):
+            _positive(self, *(name for name in names if isinstance(getattr(self, name), int)), limit=limit)
         if self.nope_dim is not None and self.nope_dim < 0:
             raise ConfigError(f"nope_dim is {self.nope_dim}: give 0 or more")
         if self.rope_dim is not None and self.rope_dim % 2:

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
+from mlaconvert.checkpoint import check_floats, read_header, read_tensors
 from mlaconvert.config import WanConfig
-from mlaconvert.errors import InputError
+from mlaconvert.errors import InputError, OutputError
+from mlaconvert.inputs import reason_of
 
 NULL_CONTEXT = "null_context.safetensors"
+_MOST_VALUES = 1 << 27  # of one clip: five minutes of 480 x 832 pixels
 BadShards = Literal["refuse", "skip"]
 
 
@@ -43,14 +48,13 @@ def load_clips(folder: Path, config: WanConfig, limit: int) -> Clips:
     Raises InputError when there are none, or naming the shard that cannot be read or does not fit the model.
     """
     parts: list[Clips] = []
-    for shard in _shards(folder):
+    for shard in clip_files(folder):
         wanted = limit - sum(len(part.latents) for part in parts)
         if wanted <= 0:
             break
         _check_shard(shard, config)
         parts.append(_read(shard, slice(0, wanted)))
-        if parts[-1].latents.shape[1:] != parts[0].latents.shape[1:]:
-            raise _other_shape(shard, parts[-1].latents.shape[1:], parts[0].latents.shape[1:])
+        _check_alike(shard, [part[0].shape for part in parts[-1]], [part[0].shape for part in parts[0]])
     return Clips(torch.cat([p.latents for p in parts]), torch.cat([p.context for p in parts]))
 
 
@@ -74,13 +78,12 @@ class ClipFolder:
         self._complained: set[Path] = set()
         self.shards: list[Path] = []
         counts: list[int] = []
-        self.clip_shape: tuple[int, ...] = ()  # [C, F, H, W]
-        for shard in _shards(folder):
+        first: list[Sequence[int]] = []
+        for shard in clip_files(folder):
             try:
-                count, shape = _check_shard(shard, config)
-                self.clip_shape = self.clip_shape or shape
-                if shape != self.clip_shape:
-                    raise _other_shape(shard, shape, self.clip_shape)
+                count, shapes = _check_shard(shard, config)
+                first = first or shapes
+                _check_alike(shard, shapes, first)
             except InputError as error:
                 self._complain(shard, error)
                 continue
@@ -89,6 +92,7 @@ class ClipFolder:
         self._ends = list(accumulate(counts))
         if not self._ends:
             raise InputError(f"{folder}: no shard is left that can be used; mend them")
+        self.clip_shape = tuple(first[0])  # [C, F, H, W]
         text = " ".join(f"{shard.name}:{count}" for shard, count in zip(self.shards, counts, strict=True))
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -122,19 +126,40 @@ class ClipFolder:
 def load_null_context(folder: Path, config: WanConfig) -> Tensor | None:
     """The embedding of an empty prompt [1, T, text_dim], None when the folder has none. Raises InputError."""
     path = folder / NULL_CONTEXT
-    if not path.is_file():
+    if not path.exists() and not path.is_symlink():
         return None
-    with _opened(path) as file:
-        if "context" not in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-            raise InputError(f"{path}: no tensor 'context'; expected the [1, T, {config.text_dim}] of an empty prompt")
-        context: Tensor = file.get_tensor("context").float()
-    if context.ndim != 3 or len(context) != 1 or context.shape[2] != config.text_dim or not context.isfinite().all():
-        raise InputError(f"{path}: context is {list(context.shape)}; expected [1, T, {config.text_dim}], finite")
+    context = read_tensors(path, ("context",))["context"]
+    if context.ndim != 3 or len(context) != 1 or not _fits(context.shape, config):
+        raise InputError(
+            f"{path}: context is {list(context.shape)}; expected [1, 1 to {config.text_len}, {config.text_dim}]"
+        )
     return context
 
 
-def _shards(folder: Path) -> list[Path]:
-    shards = sorted(path for path in folder.glob("*.safetensors") if path.name != NULL_CONTEXT)
+def _fits(context: Sequence[int], config: WanConfig) -> bool:
+    """Whether text embeddings [N, T, text_dim] are of the model's size."""
+    return 0 < context[1] <= config.text_len and context[2] == config.text_dim
+
+
+def save_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file that appears whole or not at all. Raises OutputError."""
+    staged = path.with_name(f".{path.name}.partial")
+    try:
+        # save_file would make it readable for its owner only.
+        staged.write_bytes(save({name: t.contiguous() for name, t in tensors.items()}, dict(metadata or {})))
+        staged.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: writing failed ({reason_of(error)}); make room, or check the folder") from None
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def clip_files(folder: Path) -> list[Path]:
+    """The shards of a folder by name, not opened yet. Raises InputError when there are none."""
+    try:
+        shards = sorted(path for path in folder.glob("*.safetensors") if path.name != NULL_CONTEXT)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: it cannot be listed ({reason_of(error)}); give a folder of clips") from None
     if not shards:
         raise InputError(f"{folder} has no *.safetensors shards; expected latents [N, C, F, H, W] and context in each")
     return shards
@@ -144,21 +169,31 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from None
+        raise InputError(f"{path}: not a readable safetensors file ({reason_of(error)}); make it again") from None
 
 
-def _check_shard(shard: Path, config: WanConfig) -> tuple[int, tuple[int, ...]]:
-    """Number of clips and shape [C, F, H, W] of one, from the header."""
-    with _opened(shard) as file:
-        missing = {"latents", "context"} - set(file.keys())
-        if missing:
-            raise InputError(f"{shard}: no tensor {min(missing)!r}; expected latents and context")
-        latents, context = (list(file.get_slice(name).get_shape()) for name in ("latents", "context"))
-    if len(latents) != 5 or latents[1] != config.out_dim or latents[0] < 1:
-        raise InputError(f"{shard}: latents are {latents}; expected [N, {config.out_dim}, F, H, W]")
-    if len(context) != 3 or context[0] != latents[0] or context[2] != config.text_dim:
-        raise InputError(f"{shard}: context is {context}; expected [{latents[0]}, T, {config.text_dim}]")
-    return latents[0], tuple(latents[1:])
+def _check_shard(shard: Path, config: WanConfig) -> tuple[int, list[Sequence[int]]]:
+    """Number of clips, and of one the shapes [C, F, H, W] and [T, text_dim], from the header."""
+    infos = {info.name: info for info in read_header(shard)}
+    missing = {"latents", "context"} - infos.keys()
+    if missing:
+        raise InputError(f"{shard}: no tensor {min(missing)!r}; expected latents and context")
+    for name in ("latents", "context"):
+        check_floats(infos[name], shard)
+    latents, context = infos["latents"].shape, infos["context"].shape
+    if len(latents) != 5 or latents[1] != config.out_dim or min(latents) < 1:
+        raise InputError(f"{shard}: latents are {list(latents)}; expected [N, {config.out_dim}, F, H, W]")
+    if any(size % patch for size, patch in zip(latents[2:], config.patch_size, strict=True)):
+        raise InputError(
+            f"{shard}: latents are {list(latents)}; patches of {list(config.patch_size)} do not divide F, H, W"
+        )
+    if prod(latents[1:]) > _MOST_VALUES:
+        raise InputError(f"{shard}: a clip has {prod(latents[1:]):,} values; cut it to at most {_MOST_VALUES:,}")
+    if len(context) != 3 or context[0] != latents[0] or not _fits(context, config):
+        raise InputError(
+            f"{shard}: context is {list(context)}; expected [{latents[0]}, 1 to {config.text_len}, {config.text_dim}]"
+        )
+    return latents[0], [latents[1:], context[1:]]
 
 
 def _read(shard: Path, rows: slice) -> Clips:
@@ -166,13 +201,17 @@ def _read(shard: Path, rows: slice) -> Clips:
         try:
             latents, context = (file.get_slice(name)[rows].float() for name in ("latents", "context"))
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{shard}: cannot be read ({error})") from None
+            raise InputError(f"{shard}: cannot be read ({reason_of(error)}); make it again") from None
     if not (latents.isfinite().all() and context.isfinite().all()):
         raise InputError(f"{shard}: has values that are not finite; mend or remove this shard")
     return Clips(latents, context)
 
 
-def _other_shape(shard: Path, found: Sequence[int], expected: Sequence[int]) -> InputError:
-    return InputError(
-        f"{shard}: latents are {list(found)} a clip, {list(expected)} in the first shard; give clips of one shape"
-    )
+def _check_alike(shard: Path, shapes: Sequence[Sequence[int]], first: Sequence[Sequence[int]]) -> None:
+    """Raise InputError when a clip is not of the first shard's shape, or its text embedding is not."""
+    for name, found, expected in zip(("latents", "context"), shapes, first, strict=True):
+        if list(found) != list(expected):
+            raise InputError(
+                f"{shard}: {name} are {list(found)} a clip, {list(expected)} in the first shard; "
+                "give clips of one shape"
+            )

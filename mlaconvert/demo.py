@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from mlaconvert.analyze import Analysis, analyze
-from mlaconvert.checkpoint import read_json
 from mlaconvert.config import StreamingConfig
-from mlaconvert.convert import CONVERSION_NAME, ConversionReport, convert, load_recipe
+from mlaconvert.convert import CONVERSION_NAME, ConversionReport, convert
 from mlaconvert.drift import RolloutPlan
 from mlaconvert.errors import OutputError
 from mlaconvert.evaluate import TINY_GUIDANCE, TINY_STEPS, Report, compare, make_report, tiny_conditions
 from mlaconvert.families import open_checkpoint
+from mlaconvert.inputs import read_json
 from mlaconvert.model import WanModel, load_model
 from mlaconvert.pictures import contact_sheet, save_movie, side_by_side
+from mlaconvert.recipes import load_recipe
 from mlaconvert.rollout import Sampler
 from mlaconvert.tiny.clips import HEIGHT, HELD_BACK, WIDTH, embed_captions, null_context, sample_scenes
 

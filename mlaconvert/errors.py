@@ -4,11 +4,37 @@ Every message is one or two lines. `InputError` and its children mean that the u
 any other `MLAConvertError` is a failure on our side or the machine's (exit code 1).
 """
 
+from __future__ import annotations
+
+import unicodedata
+
+_LONGEST = 1000  # characters of a message
+
+
+def one_line(text: str) -> str:
+    """`text` as one line that a terminal only shows: control characters escaped, the middle of a long one left out."""
+    shown = "".join(c if is_plain(c) else c.encode("unicode_escape").decode() for c in _shortened(text))
+    return _shortened(shown)
+
+
+def is_plain(text: str) -> bool:
+    """Whether `text` can be printed and encoded as it is: no control characters, line breaks or undecoded bytes."""
+    # str.isprintable() alone refuses every space but one.
+    return all(char.isprintable() or unicodedata.category(char) == "Zs" for char in text)
+
+
+def _shortened(text: str) -> str:
+    """The beginning, which says what and where, and the end, which says what to do."""
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 3 :]}"
+
 
 class MLAConvertError(Exception):
-    """Root of all errors that mlaconvert raises on purpose."""
+    """Root of all errors that mlaconvert raises on purpose. Names in a message may come from a hostile file."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class InputError(MLAConvertError):

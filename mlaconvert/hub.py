@@ -23,11 +23,13 @@ from huggingface_hub import errors as hub
 from huggingface_hub.utils.tqdm import tqdm
 
 from mlaconvert.card import CardFacts, CardModel, base_model_of, is_generated, write_card
-from mlaconvert.checkpoint import CONFIG_NAME, INDEX_SUFFIX, read_json
+from mlaconvert.checkpoint import CONFIG_NAME, INDEX_SUFFIX
 from mlaconvert.convert import CONVERSION_NAME, README_NAME, open_models
 from mlaconvert.errors import CheckpointError, InputError, MLAConvertError, OutputError
-from mlaconvert.evaluate import EVALUATION_NAME, HEALING_NAME
+from mlaconvert.evaluate import EVALUATION_NAME
 from mlaconvert.families import Checkpoint
+from mlaconvert.inputs import is_file, read_json
+from mlaconvert.records import HEALING_NAME
 
 _RECORDS = (CONFIG_NAME, CONVERSION_NAME, HEALING_NAME, EVALUATION_NAME)
 _TEXTS = (README_NAME, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
@@ -235,7 +237,7 @@ def _card_model(subfolder: str, checkpoint: Checkpoint, home: Path) -> CardModel
 
 
 def _record(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    return read_json(path) if is_file(path) else {}  # the card takes records as far as they go
 
 
 def _gather_facts(

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlaconvert.checkpoint import read_json
 from mlaconvert.errors import InputError
+from mlaconvert.inputs import is_file, is_folder, read_json
 
 RESULTS = "*_eval_results.json"
 
@@ -51,7 +51,7 @@ def load_vbench(path: Path) -> VBenchScores:
 
     Raises InputError when there are none, for a file that is no result, or for two scores of one dimension.
     """
-    files = [path] if path.is_file() else sorted(path.rglob(RESULTS))
+    files = [path] if is_file(path) else sorted(path.rglob(RESULTS)) if is_folder(path) else []
     if not files:
         raise InputError(f"{path}: no {RESULTS} there; give the folder that VBench's --output_path named")
     found: dict[str, tuple[float, int, Path]] = {}
@@ -60,6 +60,8 @@ def load_vbench(path: Path) -> VBenchScores:
             if name in found:
                 raise InputError(f"{name} is scored in {found[name][2]} and in {file}; keep the results of one run")
             found[name] = (score, videos, file)
+    if not found:
+        raise InputError(f"{files[0]}: it holds no scores; run VBench again")
     return VBenchScores(
         scores={name: score for name, (score, _, _) in found.items()},
         videos={name: videos for name, (_, videos, _) in found.items()},
@@ -70,7 +72,7 @@ def _read(file: Path) -> Iterator[tuple[str, float, int]]:
     """(dimension, score, number of videos) of one file."""
     for name, entry in read_json(file).items():
         score = entry[0] if isinstance(entry, list) and entry else None
-        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+        if isinstance(score, bool) or not isinstance(score, int | float) or not -math.inf < score < math.inf:
             raise InputError(f"{file}: {name!r} has no score; expected VBench's [score, [a result for each video]]")
         if name == "imaging_quality" and score > 1:
             score /= 100  # early versions leave it in percent

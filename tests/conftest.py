@@ -8,10 +8,11 @@ import os
 # OpenMP threads that spin while they wait make small matrices crawl when another process needs a core; read at import.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import hub_server
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -53,6 +54,24 @@ def save_folder(tmp_path: Path) -> SaveFolder:
         return folder
 
     return save
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_server.Hub]:
+    """A Hub of its own for each test, with alice logged in and an empty cache. The client reads these at import."""
+    from huggingface_hub import constants
+
+    home = tmp_path / "hf"
+    with hub_server.serve() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+        monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(home / "harnesses.json"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
+        yield server
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -13,7 +13,7 @@ from mlaconvert.data import NULL_CONTEXT, ClipFolder, load_clips, load_null_cont
 from mlaconvert.errors import InputError
 from mlaconvert.heal.data import Stored
 
-CONFIG = WanConfig(dim=24, num_heads=2, num_layers=1, ffn_dim=8, in_dim=5, out_dim=5, text_dim=7)
+CONFIG = WanConfig(dim=24, num_heads=2, num_layers=1, ffn_dim=8, in_dim=5, out_dim=5, text_dim=7, patch_size=(1, 3, 2))
 
 
 def shard(path: Path, count: int, first: int = 0, frames: int = 2) -> None:

@@ -221,6 +221,7 @@ def test_wrapped_checkpoints(case: str, tmp_path: Path, golden: Path, golden_sta
     with open_checkpoint(tmp_path / "model.pt", config=golden / "config.json") as opened:
         assert opened.state_key == key
         assert opened.config.streaming == (StreamingConfig() if streaming else None)
+        assert opened.config.few_step == streaming  # published streaming generators are distilled
         for name, tensor in golden_state.items():
             assert torch.equal(opened.read(name), tensor)
             assert opened.output_name(name) == name

@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
-from mlaconvert.checkpoint import TensorInfo, TensorStore, check_finite, open_store, read_json
+from mlaconvert.checkpoint import FLOATS, TensorInfo, TensorStore, check_finite, open_store
 from mlaconvert.config import StreamingConfig, WanConfig
 from mlaconvert.errors import InputError, UnsupportedModelError
 from mlaconvert.families.base import AttentionWeights, Family, Layout
 from mlaconvert.families.wan import WanFamily
 from mlaconvert.families.wrappers import STREAMING_KEYS, unwrap
+from mlaconvert.inputs import read_json
 
 __all__ = ["AttentionWeights", "Checkpoint", "Family", "Layout", "WanFamily", "open_checkpoint"]
 
 _FAMILIES: tuple[Family, ...] = (WanFamily(),)
-_WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # (what it is, class name in its config, a tensor name that gives it away, why it is refused).
 _REFUSED = (
@@ -97,9 +97,15 @@ class Checkpoint:
             norm_k=read("norm_k.weight"),
         )
 
-    def output_name(self, canonical: str) -> str:
-        """The unwrapped name in the source's layout, for tensors that it has and for converted ones alike."""
-        return self.family.source(canonical, self.layout)
+    def output_name(self, canonical: str, layout: Layout | None = None) -> str:
+        """The unwrapped name in `layout` (None: the source's), for tensors that it has and for converted ones alike."""
+        return self.family.source(canonical, layout or self.layout)
+
+    def output_config(self, layout: Layout | None = None) -> dict[str, Any]:
+        """config.json in `layout`: the source's own as it is (None or its own layout), or in the other's fields."""
+        if layout in (None, self.layout):
+            return self.raw_config
+        return self.family.raw_config(self.config, layout)
 
     def describe(self) -> str:
         """One line: family, layout, geometry, dtypes, parameters, and what it was wrapped in."""
@@ -175,8 +181,9 @@ def _recognise(store: TensorStore, raw: dict[str, Any] | None, state_key: str | 
             names[canonical] = raw_name
     tensors = {canonical: store.tensors[raw_name] for canonical, raw_name in names.items()}
     parsed = family.parse_config(raw, tensors)
-    if parsed.streaming is None and "streaming" not in (raw or {}) and (key or "").split("/")[0] in STREAMING_KEYS:
-        parsed = replace(parsed, streaming=StreamingConfig())
+    if (key or "").split("/")[0] in STREAMING_KEYS:
+        assumed = StreamingConfig() if "streaming" not in (raw or {}) else None
+        parsed = replace(parsed, streaming=parsed.streaming or assumed, few_step=True)
     family.check_attention(parsed, tensors)
     _check_tensors(family.expected_shapes(parsed), tensors, unexpected)
     return Checkpoint(
@@ -216,7 +223,7 @@ def _check_tensors(
         info = tensors[name]
         if info.shape != shape:
             raise UnsupportedModelError(f"tensor {info.name!r} has shape {list(info.shape)}, expected {list(shape)}")
-        if info.dtype not in _WEIGHT_DTYPES:
+        if info.dtype not in FLOATS:
             raise UnsupportedModelError(
                 f"tensor {info.name!r} is {info.dtype}, expected float32, bfloat16, float16 or float64; "
                 "use the unquantised weights"

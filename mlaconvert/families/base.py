@@ -37,8 +37,8 @@ class Family(Protocol):
     def check_attention(self, config: WanConfig, tensors: Mapping[str, TensorInfo]) -> None:
         """Raise UnsupportedModelError for attention that is not converted, before its shapes are compared."""
 
-    def raw_config(self, config: WanConfig) -> dict[str, Any]:
-        """The config.json, in native fields, of a checkpoint that came without one."""
+    def raw_config(self, config: WanConfig, layout: Layout = "native") -> dict[str, Any]:
+        """The config.json, in the fields of `layout`, of a model of geometry `config`; without its own sections."""
 
     def canonical(self, name: str, layout: Layout) -> str | None:
         """The canonical name of a tensor named in `layout`; None when the family has no such tensor."""

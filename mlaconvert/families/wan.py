@@ -172,8 +172,31 @@ class WanFamily:
                         "attention); expected as many key and value heads as query heads"
                     )
 
-    def raw_config(self, config: WanConfig) -> dict[str, Any]:
-        """config.json in native fields, as the published models have it."""
+    def raw_config(self, config: WanConfig, layout: Layout = "native") -> dict[str, Any]:
+        """config.json in native fields or in diffusers', as the published models have it.
+
+        diffusers' class knows no length that texts are padded to; another one than 512 is kept beside its fields.
+        """
+        if layout == "diffusers":
+            return {
+                "_class_name": "WanTransformer3DModel",
+                "added_kv_proj_dim": config.dim if config.image_dim is not None else None,
+                "attention_head_dim": config.head_dim,
+                "cross_attn_norm": config.cross_attn_norm,
+                "eps": config.eps,
+                "ffn_dim": config.ffn_dim,
+                "freq_dim": config.freq_dim,
+                "image_dim": config.image_dim,
+                "in_channels": config.in_dim,
+                "num_attention_heads": config.num_heads,
+                "num_layers": config.num_layers,
+                "out_channels": config.out_dim,
+                "patch_size": list(config.patch_size),
+                "pos_embed_seq_len": None,
+                "qk_norm": "rms_norm_across_heads",
+                "rope_max_seq_len": 1024,
+                "text_dim": config.text_dim,
+            } | ({} if config.text_len == 512 else {"text_len": config.text_len})
         name = "WanModel" if config.streaming is None else "CausalWanModel"
         raw: dict[str, Any] = {"_class_name": name}
         raw |= {field: getattr(config, field) for field in _SAME_FIELDS}
@@ -242,7 +265,7 @@ def _refuse_attention(raw: Mapping[str, Any]) -> None:
 def _raw_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says, in WanConfig's names; a null field counts as absent."""
     fields = {ours: raw.get(ours, raw.get(theirs)) for ours, theirs in _FIELDS.items()}
-    fields |= {name: raw.get(name) for name in _SAME_FIELDS if name not in _FIELDS}
+    fields |= {name: raw.get(name) for name in (*_SAME_FIELDS, "few_step") if name not in _FIELDS}
     heads, head_dim = fields["num_heads"], raw.get("attention_head_dim")
     if fields["dim"] is None and isinstance(heads, int) and isinstance(head_dim, int):
         fields["dim"] = heads * head_dim
