@@ -1,12 +1,11 @@
 """Memory of `analyze`, `convert` and loading, on a file as large as Wan2.1 T2V 1.3B (5.68 GB, float32). Linux only.
 
     python benchmarks/real_size.py [FOLDER] [--json]
-    python benchmarks/real_size.py --calibrate 2       # a calibrated conversion of two such layers
 
 Writes a random checkpoint in the published layout below FOLDER (by default the system's temporary folder), runs each
 command in a process of its own, and deletes everything. It needs 12 GB of disk. Memory is the peak of RssAnon in
 /proc/<pid>/status, sampled every 10 ms: file pages that are mapped, and can be dropped at any time, do not count. Exits
-with 1 when analyze or convert needs 1.5 GB or more.
+with 1 when analyze or convert needs 1 GB or more. `scale.py` measures calibrated conversions and the 14B geometry.
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
 
-from mlaconvert.checkpoint import CONFIG_NAME, ModelWriter, TensorSpec
+from mlaconvert.checkpoint import CONFIG_NAME
 from mlaconvert.config import WanConfig
 from mlaconvert.families import WanFamily
+from mlaconvert.writer import ModelWriter, TensorSpec
 
 WAN = WanConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960)
 PUBLISHED_CONFIG = {
@@ -39,8 +38,7 @@ PUBLISHED_CONFIG = {
     **{name: getattr(WAN, name) for name in ("dim", "eps", "ffn_dim", "freq_dim", "in_dim", "model_type")},
     **{name: getattr(WAN, name) for name in ("num_heads", "num_layers", "out_dim", "text_len")},
 }
-CLIPS = (2, 16, 3, 40, 52)  # [N, C, F, H, W]: 2 x 1,560 tokens
-LIMIT = 1_500_000_000  # bytes
+LIMIT = 1_000_000_000  # bytes
 INTERVAL = 0.01  # seconds
 LOAD = "import sys; from mlaconvert.model import load_model; load_model(sys.argv[1])"
 
@@ -60,9 +58,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, help="where to write; default: the temporary folder")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument(
-        "--calibrate", type=int, metavar="N", help="instead, a calibrated conversion of a model of N such layers"
-    )
     arguments = parser.parse_args()
     if not Path("/proc/self/status").is_file():
         parser.error("memory is read from /proc/<pid>/status, which only Linux has")
@@ -70,33 +65,19 @@ def main() -> int:
         source, output = Path(name) / "source", Path(name) / "output"
         command = [sys.executable, "-m", "mlaconvert"]
         convert = [*command, "convert", str(source), "-o", str(output), "--json"]
-        if arguments.calibrate:
-            write_checkpoint(source, replace(WAN, num_layers=arguments.calibrate))
-            write_clips(Path(name) / "clips")
-            flags = ["--data", str(Path(name) / "clips"), "--clips", str(CLIPS[0])]
-            measurements = [measure("convert, calibrated", [*convert, *flags], None)]
-        else:
-            write_checkpoint(source, WAN)
-            measurements = [
-                measure("analyze", [*command, "analyze", str(source), "--json"], LIMIT),
-                measure("convert", [*convert, "--init", "svd"], LIMIT),
-                measure("load the source", [sys.executable, "-c", LOAD, str(source)], None),
-                measure("load the output", [sys.executable, "-c", LOAD, str(output)], None),
-            ]
+        write_checkpoint(source, WAN)
+        measurements = [
+            measure("analyze", [*command, "analyze", str(source), "--json"], LIMIT),
+            measure("convert", [*convert, "--init", "svd"], LIMIT),
+            measure("load the source", [sys.executable, "-c", LOAD, str(source)], None),
+            measure("load the output", [sys.executable, "-c", LOAD, str(output)], None),
+        ]
         sizes = {folder.name: weight_bytes(folder) for folder in (source, output)}
     if arguments.json:
         print(json.dumps({"file_bytes": sizes, "steps": [asdict(found) for found in measurements]}, indent=2))
     else:
         show(sizes, measurements)
     return int(any(m.limit_bytes is not None and m.peak_bytes >= m.limit_bytes for m in measurements))
-
-
-def write_clips(folder: Path) -> None:
-    """Noise in the layout of calibration clips."""
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    latents, context = torch.randn(CLIPS, generator=generator), torch.randn(CLIPS[0], 8, WAN.text_dim)
-    save_file({"latents": latents, "context": context}, folder / "clips.safetensors")
 
 
 def write_checkpoint(folder: Path, config: WanConfig) -> None:

@@ -16,10 +16,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +34,8 @@ from mlaconvert.data import Clips
 from mlaconvert.errors import CheckpointError, ConfigError, UnsupportedModelError
 from mlaconvert.factorize import cholesky
 from mlaconvert.families import Checkpoint
+from mlaconvert.lapack import LinAlgError
+from mlaconvert.scratch import return_memory
 from mlaconvert.spectrum import (
     check_threshold,
     effective_rank,
@@ -42,6 +47,7 @@ from mlaconvert.spectrum import (
     singular_values_from_gram,
 )
 
+T = TypeVar("T")
 BUDGETS = (1, 2, 3, 4, 6, 7, 8, 10, 12)  # latent channels in 48ths of the width; 7 is VideoMLA's cache
 
 
@@ -323,15 +329,17 @@ def analyze(
         visits, total = ((layer.index, layer) for layer in islice(sweep, chosen[-1] + 1)), chosen[-1] + 1
 
     found: list[DenseSpectra | LatentSpectrum] = []
-    for done, (index, layer) in enumerate(visits, start=1):
-        mla = config.mla.layers[index] if config.mla is not None else None
-        if index in chosen and mla is None:
-            weighted = None if layer is None else _weighted_spectrum(checkpoint, layer, kv_rank, threshold)
-            found.append(_dense_spectra(checkpoint, index, weighted, kv_rank, threshold, device))
-        elif mla is not None:
-            found.append(_latent_spectrum(checkpoint, index, mla, threshold, device))
-        if progress is not None:
-            progress(done, total)
+    with closing(read_ahead(partial(_weights, checkpoint), chosen)) as weights:
+        for done, (index, layer) in enumerate(visits, start=1):
+            mla = config.mla.layers[index] if config.mla is not None else None
+            if index in chosen and mla is None:
+                weighted = None if layer is None else _weighted_spectrum(checkpoint, layer, kv_rank, threshold)
+                found.append(_dense_spectra(index, next(weights), weighted, kv_rank, threshold, device))
+            elif mla is not None:
+                found.append(_latent_spectrum(checkpoint, index, next(weights), mla, threshold, device))
+            return_memory()
+            if progress is not None:
+                progress(done, total)
     return Analysis(
         source=checkpoint.store.source,
         description=checkpoint.describe(),
@@ -355,9 +363,23 @@ def _chosen_layers(config: WanConfig, layers: Sequence[int] | None) -> list[int]
     return sorted(set(layers))
 
 
+def _weights(checkpoint: Checkpoint, index: int) -> dict[str, Tensor]:
+    """What the spectra of a layer are made of, checked, by the name below `self_attn.`."""
+    prefix = f"blocks.{index}.self_attn."
+    mla = checkpoint.config.mla
+    names = ["k.weight", "v.weight"]
+    if mla is not None and mla.layers[index] is not None:
+        names = ["kv_b_proj.weight", "kv_a_proj_with_mqa.weight"]
+        names += ["kv_a_layernorm.weight"] if mla.key_norm == "latent" else []
+    tensors = {name: checkpoint.read(prefix + name) for name in names}
+    for name, tensor in tensors.items():
+        check_finite(tensor, checkpoint.info(prefix + name).name, checkpoint.store.path)
+    return tensors
+
+
 def _dense_spectra(
-    checkpoint: Checkpoint,
     index: int,
+    weights: dict[str, Tensor],
     weighted: WeightedSpectrum | None,
     kv_rank: int,
     threshold: float,
@@ -371,11 +393,11 @@ def _dense_spectra(
             error=relative_error(values, kv_rank),
         )
 
-    key_gram = gram(_finite(checkpoint, f"blocks.{index}.self_attn.k.weight", device))
-    value_gram = gram(_finite(checkpoint, f"blocks.{index}.self_attn.v.weight", device))
-    key, value = (singular_values_from_gram(matrix).cpu() for matrix in (key_gram, value_gram))
-    # In place: at width 5120 each Gram matrix takes 210 MB.
-    joint = singular_values_from_gram(key_gram.add_(value_gram)).cpu()
+    key_gram, value_gram = (gram(weights[name].to(device)) for name in ("k.weight", "v.weight"))
+    # LAPACK runs in one thread, so the three stand side by side.
+    with ThreadPoolExecutor(min(3, torch.get_num_threads())) as pool:
+        grams = (key_gram, value_gram, key_gram + value_gram)
+        key, value, joint = (values.cpu() for values in pool.map(singular_values_from_gram, grams))
     return DenseSpectra(
         layer=index,
         key=spectrum(key),
@@ -393,7 +415,7 @@ def _weighted_spectrum(checkpoint: Checkpoint, layer: Layer, kv_rank: int, thres
     try:
         root = cholesky(moments.covariance)
         values = singular_values_from_gram(root.mT @ moments.sensitivity @ root).cpu()
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+    except (torch.linalg.LinAlgError, LinAlgError):  # type: ignore[attr-defined]
         values = torch.full((1,), torch.nan)
     if not bool(torch.isfinite(values).all()):
         raise CheckpointError(
@@ -411,16 +433,20 @@ def _weighted_spectrum(checkpoint: Checkpoint, layer: Layer, kv_rank: int, thres
 
 
 def _latent_spectrum(
-    checkpoint: Checkpoint, index: int, mla: MLALayer, threshold: float, device: torch.device
+    checkpoint: Checkpoint,
+    index: int,
+    weights: dict[str, Tensor],
+    mla: MLALayer,
+    threshold: float,
+    device: torch.device,
 ) -> LatentSpectrum:
-    prefix = f"blocks.{index}.self_attn"
     # The order of W_UK's and W_UV's rows does not matter to singular values, so they stay mixed by head. Columns are
     # the latent's channels and, where these serve content too, the shared rotary keys'.
-    up = _finite(checkpoint, f"{prefix}.kv_b_proj.weight", device).to(torch.float64)
+    up = weights["kv_b_proj.weight"].to(device, torch.float64, copy=True)
     rank = up.shape[1]
-    down = _finite(checkpoint, f"{prefix}.kv_a_proj_with_mqa.weight", device)[:rank]
-    if checkpoint.config.mla is not None and checkpoint.config.mla.key_norm == "latent":
-        up[:, : mla.kv_lora_rank] *= _finite(checkpoint, f"{prefix}.kv_a_layernorm.weight", device)
+    down = weights["kv_a_proj_with_mqa.weight"][:rank].to(device)
+    if "kv_a_layernorm.weight" in weights:
+        up[:, : mla.kv_lora_rank] *= weights["kv_a_layernorm.weight"].to(device)
     values = product_singular_values(up, down).cpu()
     return LatentSpectrum(
         layer=index,
@@ -431,7 +457,14 @@ def _latent_spectrum(
     )
 
 
-def _finite(checkpoint: Checkpoint, name: str, device: torch.device) -> Tensor:
-    tensor: Tensor = checkpoint.read(name)
-    check_finite(tensor, checkpoint.info(name).name, checkpoint.store.path)
-    return tensor.to(device)
+def read_ahead(read: Callable[[int], T], indices: Sequence[int]) -> Generator[T, None, None]:
+    """`read` of each index in turn, the next one in a thread while the caller works on the last."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead: Future[T] | None = None
+        for index in indices:
+            following = pool.submit(read, index)
+            if ahead is not None:
+                yield ahead.result()
+            ahead = following
+        if ahead is not None:
+            yield ahead.result()

@@ -1,6 +1,7 @@
 """Statistics of what self-attention really reads, and closed-form refits on it: no training, no gradients.
 
-A `Sweep` carries clips through the teacher one layer at a time, so it holds one layer's weights plus the activations.
+A `Sweep` carries clips through the teacher one layer at a time, and activations lie in a file (`Scratch`), so it holds
+one layer's matrices and the activations of one batch of windows, however many layers and clips there are.
 Its windows hold the (query, key) pairs that attention forms. Streaming: for every chunk of a clip, the chunk at one of
 the sampler's timesteps attends to itself and to the clean frames of its window, and the clean pass (timestep 0) to
 clean ones; with `noisy_context` a second window has an independent noise level per chunk, as in training and in the
@@ -13,19 +14,24 @@ import copy
 import dataclasses
 import math
 from bisect import bisect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlaconvert.attention import AttentionPlan, DenseAttention, LatentAttention, attend, inverse_rms
+from mlaconvert.checkpoint import TensorStore, check_finite
 from mlaconvert.config import KeyNorm, MLAConfig, MLALayer, Part, RopeMode, StreamingConfig, WanConfig
 from mlaconvert.data import Clips
+from mlaconvert.errors import CheckpointError, OutputError
 from mlaconvert.factorize import (
     AttentionWeights,
     LayerMoments,
@@ -36,12 +42,19 @@ from mlaconvert.factorize import (
     narrower,
 )
 from mlaconvert.families import Checkpoint
+from mlaconvert.lapack import solve_positive
 from mlaconvert.model import Block, Prepared, WanModel, default_chunks
 from mlaconvert.rollout import Sampler, add_noise, warp
 from mlaconvert.rope import Rotary, rotate
+from mlaconvert.scratch import Scratch, return_memory
 
 BATCH, BATCH_TOKENS = 8, 2**14  # clips that go through the model at once, and their tokens, but for long clips
+BATCH_SCALARS = 2**22  # of one activation of a batch
+PROBE_SCALARS = 2**27  # of the probes' activations of one followed model
+PIECE_SCALARS = 2**21  # of one matrix of a part of the work
 BUDGETS = (0.4, 0.55, 0.75, 1.0, 1.35, 1.8, 2.4)  # of the average, measured in every layer
+REFITTED = ("o.weight", "o.bias", "q_b_proj.weight")
+QUERIES = 1024  # on which a refit of queries is made
 RIDGE = 1e-3  # of the mean squared feature: how strongly a refit holds on to what it starts from
 
 
@@ -110,6 +123,31 @@ def windows(clips: Clips, regime: Regime, batch: int = BATCH) -> Iterator[Window
                 )
 
 
+def batch_size(clips: Clips, config: WanConfig) -> int:
+    """How many clips go through a model at once."""
+    tokens = clips.latents.shape[2] * config.tokens_per_frame(*clips.latents.shape[3:])
+    return max(1, min(BATCH, BATCH_TOKENS // tokens, BATCH_SCALARS // (tokens * config.dim)))
+
+
+def scratch_bytes(config: WanConfig, shape: Sequence[int], regime: Regime, *, followed: int) -> int:
+    """About how many bytes of the disk a calibration on a CPU takes for the activations of clips [N, C, F, H, W].
+
+    `followed` is the number of layers between which scalars are shared by what they do to the velocity.
+    """
+    count, channels, length, height, width = shape
+    views = list(window_views(length, regime.streaming))
+    times = count * (2 if regime.noisy_context else 1)
+    frames = times * sum(len(seen) for seen, _ in views)
+    counted = times * sum(chunks[-1] if chunks else len(seen) for seen, chunks in views)
+    tokens = config.tokens_per_frame(height, width)
+    hidden = config.dim * tokens * frames
+    held = hidden + config.dim * (tokens * counted + 7 * frames + count * config.text_len)
+    held += channels * height * width * counted
+    # The first sweep follows models; the second keeps two states of its own, and the curvatures of its queries.
+    first = followed * min(PROBE_SCALARS, hidden)
+    return 4 * (held + max(first, 2 * hidden + QUERIES * config.dim * config.head_dim))
+
+
 def window_views(frames: int, streaming: StreamingConfig | None) -> Iterator[tuple[list[int], tuple[int, ...] | None]]:
     """Frames and chunks of each window: what the newest chunk sees as a clip goes by."""
     if streaming is None:
@@ -148,25 +186,98 @@ class Inputs:
         return chosen, Rotary(self.plan.query_rotary.cos[chosen], self.plan.query_rotary.sin[chosen])
 
 
+class _Chosen(Sequence[Inputs]):
+    """Some of the inputs of a layer, made when they are asked for."""
+
+    def __init__(self, make: Callable[[int], Inputs], numbers: Sequence[int]) -> None:
+        self._make, self._numbers = make, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Inputs: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Inputs]: ...
+
+    def __getitem__(self, index: int | slice) -> Inputs | Sequence[Inputs]:
+        if isinstance(index, slice):
+            return _Chosen(self._make, self._numbers[index])
+        return self._make(self._numbers[index])
+
+
 @dataclass(kw_only=True)
 class Layer:
-    """One layer of a sweep: its pretrained attention and its inputs."""
+    """One layer of a sweep: its pretrained attention and its inputs, which change when the sweep goes on."""
 
     index: int
     weights: AttentionWeights
     attention: DenseAttention
-    inputs: list[Inputs]
+    inputs: Sequence[Inputs]
     followers: dict[int | str, LatentAttention] = field(default_factory=dict)
+    scratch: Scratch | None = None  # where large tensors lie, if not in memory
 
     @cached_property
     def expected(self) -> list[Tensor]:
         """The teacher's attention output of each batch's counted queries [B, n, D]; every candidate is held to it."""
+        found = []
         with torch.no_grad():
-            return [self.attention(batch.x, batch.plan)[:, batch.first_query :] for batch in self.inputs]
+            for batch in self.inputs:
+                made = self.attention(batch.x, batch.plan)[:, batch.first_query :]
+                found.append(self.space(made.shape, made).copy_(made))
+        return found
 
     def follow(self, name: int | str, attention: LatentAttention) -> None:
         """Put `attention` in this layer's place in the converted model of that name, which the sweep carries along."""
         self.followers[name] = attention
+
+    def some(self, count: int) -> Layer:
+        """The same layer with `count` of its inputs, drawn."""
+        chosen = _some(len(self.inputs), count)
+        return dataclasses.replace(self, inputs=_Chosen(self.inputs.__getitem__, chosen))
+
+    def space(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """A new large tensor, of the dtype and on the device of `like`."""
+        if self.scratch is None or like.device.type != "cpu":
+            return like.new_empty(shape)
+        return self.scratch.empty(shape, like.dtype)
+
+
+class _Widened(nn.Linear):
+    """A linear layer that keeps its weights in the file's dtype, mapped, and widens them while it runs."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
+
+
+def _fill(
+    module: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Give a module its tensors, by the names that they have in it. Linear layers keep the file's dtype.
+
+    Raises CheckpointError for a NaN.
+    """
+    state = {}
+    for inside, name in names.items():
+        tensor, owner = checkpoint.read(name), module.get_submodule(inside.rpartition(".")[0])
+        check_finite(tensor, checkpoint.info(name).name, checkpoint.store.path)
+        if isinstance(owner, nn.Linear) and tensor.dtype != dtype:
+            owner.__class__ = _Widened
+            state[inside] = tensor.to(device)
+        else:
+            state[inside] = tensor.to(device, dtype)
+    module.load_state_dict(state, strict=False, assign=True)
+
+
+def load_widened(
+    checkpoint: Checkpoint, streaming: StreamingConfig | None, device: torch.device | str = "cpu"
+) -> WanModel:
+    """A dense model that computes in float32 while its linear layers keep the file's dtype, on a CPU mapped from it."""
+    with torch.device("meta"):
+        model = WanModel(dataclasses.replace(checkpoint.config, streaming=streaming))
+    _fill(model, checkpoint, {name: name for name in checkpoint.names}, torch.device(device), torch.float32)
+    return model.requires_grad_(False).eval()
 
 
 class Sweep:
@@ -174,8 +285,9 @@ class Sweep:
 
     A converted model that a layer asks to `follow` sees the windows of `validation` clips, which no layer's inputs
     have, or without them `probes` batches of the others. `velocity_errors` are squared, relative to the teacher's
-    velocity; `losses` mean squared errors of the velocity, the teacher's under "dense". Raises what `Checkpoint.read`
-    raises.
+    velocity; `losses` mean squared errors of the velocity, the teacher's under "dense". On a CPU, activations lie in an
+    unnamed file in the folder `scratch` (default: the temporary folder). Raises what `Checkpoint.read` raises, and
+    OutputError when there is no room for the file.
     """
 
     def __init__(
@@ -188,86 +300,162 @@ class Sweep:
         dtype: torch.dtype = torch.float32,
         probes: int = 0,
         validation: Clips | None = None,
+        scratch: Path | None = None,
     ) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
+        self.scratch = Scratch(scratch)
+        self.start = 0
+        self.state: Path | None = None
         config = dataclasses.replace(checkpoint.config, streaming=regime.streaming)
         with torch.device("meta"):
             self.model = WanModel(config).eval().requires_grad_(False)
-        outside = {name: self._read(name) for name in checkpoint.names if not name.startswith("blocks.")}
-        self.model.load_state_dict(outside, strict=False, assign=True)
+        outside = {name: name for name in checkpoint.names if not name.startswith("blocks.")}
+        _fill(self.model, checkpoint, outside, self.device, self.dtype)
         self.prepared: list[Prepared] = []
         self.queries: list[int] = []
         self.targets: list[Tensor] = []
         self.denoised: list[Tensor] = []  # [B] each: a clean pass writes the cache, its velocity is not used
+        self._plans: dict[tuple[Any, ...], AttentionPlan] = {}
         self.fitted = self._prepare(clips, regime)  # so many batches are inputs of the layers
         total = self.fitted if validation is None else self._prepare(validation, regime)
         self.hidden = [p.x for p in self.prepared]
+        largest = max(x.numel() for x in self.hidden)
+        probes = min(probes, max(1, PROBE_SCALARS // largest))
         self.followed = _some(total, probes) if validation is None else list(range(self.fitted, total))
         self.streams: dict[int | str, list[Tensor]] = {}
         self.velocity_errors: dict[int | str, float] = {}
         self.losses: dict[int | str, float] = {}
 
+    @torch.no_grad()
     def _prepare(self, clips: Clips, regime: Regime) -> int:
         """Take up the windows of `clips`; the number of batches that are there by then."""
-        tokens = clips.latents.shape[2] * self.model.config.tokens_per_frame(*clips.latents.shape[3:])
-        for window in windows(clips, regime, max(1, min(BATCH, BATCH_TOKENS // tokens))):
-            moved = [t.to(self.device) for t in (window.latents, window.timestep, window.context)]
-            self.prepared.append(self.model.prepare(*moved, chunks=window.chunks))
+        known, text = None, torch.empty(0)
+        for window in windows(clips, regime, batch_size(clips, self.model.config)):
+            if window.context is not known:  # all windows of some clips share their text
+                known, text = window.context, self._keep(self.model.embed_text(window.context.to(self.device)))
+            x, grid = self.model.embed_patches(window.latents.to(self.device), None)
+            embedding, modulation = self.model.embed_time(window.timestep.to(self.device), len(x), grid[0])
+            key = (grid, window.chunks)
+            if key not in self._plans:
+                self._plans[key] = self.model.attention_plan(grid, self.device, chunks=window.chunks)
+            self.prepared.append(
+                Prepared(
+                    x=self._keep(x),
+                    grid=grid,
+                    embedding=self._keep(embedding),
+                    modulation=self._keep(modulation),
+                    text=text,
+                    image=None,
+                    plan=self._plans[key],
+                )
+            )
             self.queries.append(window.queries)
-            self.targets.append(window.target)
+            self.targets.append(self._keep(window.target))
             self.denoised.append(window.timestep[:, -1] > 0)
         return len(self.prepared)
 
-    def _read(self, name: str) -> Tensor:
-        return self.checkpoint.read(name).to(self.device, self.dtype)
+    def _keep(self, tensor: Tensor) -> Tensor:
+        """Put a tensor into the file, unless it is on a GPU."""
+        return self.scratch.keep(tensor) if tensor.device.type == "cpu" else tensor
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[Layer]:
-        for index in range(self.model.config.num_layers):
+        for index in range(self.start, self.model.config.num_layers):
             block = self._load(index)
-            inputs = [
-                Inputs(
-                    x=block.attention_input(x, p.modulation),
-                    plan=p.plan,
-                    first_query=x.shape[1] - queries * p.grid[1] * p.grid[2],
-                )
-                for x, p, queries in zip(self.hidden[: self.fitted], self.prepared, self.queries, strict=False)
-            ]
+
+            def inputs(i: int, block: Block = block) -> Inputs:
+                p, queries = self.prepared[i], self.queries[i]
+                with torch.no_grad():
+                    x = block.attention_input(self.hidden[i], p.modulation)
+                return Inputs(x=x, plan=p.plan, first_query=x.shape[1] - queries * p.grid[1] * p.grid[2])
+
             layer = Layer(
                 index=index,
                 weights=self.checkpoint.attention(index),
                 attention=cast(DenseAttention, block.self_attn),
-                inputs=inputs,
+                inputs=_Chosen(inputs, range(self.fitted)),
+                scratch=self.scratch,
             )
             yield layer
             self._carry(block, layer.followers)
-            self.hidden = [self._run(block, x, p) for x, p in zip(self.hidden, self.prepared, strict=True)]
+            for x, p in zip(self.hidden, self.prepared, strict=True):
+                self._run(block, x, p, x)
             block.to("meta")
+            return_memory()
+            if self.state is not None:
+                self._save(self.state, index + 1)
         if self.followed:
             self.losses["dense"] = self._judge([self.hidden[i] for i in self.followed])[1]
         for name, stream in self.streams.items():
             self.velocity_errors[name], self.losses[name] = self._judge(stream)
 
+    def resume(self, state: Path, finished: Callable[[int], bool]) -> None:
+        """Keep in the folder `state` how far the sweep is after each layer, and go on from what is kept there.
+
+        Never beyond a layer that is not `finished`. Two states are kept: when a sweep goes on to the next layer, what
+        was made of the last one may not have reached the disk.
+        """
+        self.state = state
+        for file in sorted(state.glob("sweep-*.safetensors"), reverse=True):
+            start = int(file.stem.removeprefix("sweep-"))
+            with suppress(OSError, SafetensorError, KeyError):  # as if it were not there
+                if all(finished(index) for index in range(start)):
+                    kept = load_file(file)
+                    streams = {name.partition(" ")[2].rpartition(" ")[0] for name in kept} - {""}
+                    self.streams = {
+                        name: [
+                            self._keep(kept[f"stream {name} {i}"].to(self.device)) for i in range(len(self.followed))
+                        ]
+                        for name in sorted(streams)
+                    }
+                    for i, x in enumerate(self.hidden):
+                        x.copy_(kept[f"hidden {i}"])
+                    self.start = start
+                    return
+
+    def _save(self, state: Path, start: int) -> None:
+        """Keep what the layers from `start` on need, whole or not at all."""
+        tensors = {f"hidden {i}": x for i, x in enumerate(self.hidden)}
+        for name, stream in self.streams.items():
+            tensors |= {f"stream {name} {i}": x for i, x in enumerate(stream)}
+        path = state / f"sweep-{start:03d}.safetensors"
+        try:
+            save_file(
+                {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path.with_suffix(".partial")
+            )
+            path.with_suffix(".partial").replace(path)
+            for old in sorted(state.glob("sweep-*.safetensors"))[:-2]:
+                old.unlink()
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"{path}: how far the calibration is cannot be kept ({error}); make room there") from None
+
     def _carry(self, block: Block, followers: dict[int | str, LatentAttention]) -> None:
         """Take every followed model through this block, with its own attention where it has one."""
         dense = block.self_attn
         for name in {**self.streams, **followers}:
-            stream = self.streams.get(name) or [self.hidden[i] for i in self.followed]
+            if name not in self.streams:
+                self.streams[name] = [self._keep(self.hidden[i].clone()) for i in self.followed]
             block.self_attn = followers[name].to(self.device, self.dtype) if name in followers else dense
-            self.streams[name] = [
-                self._run(block, x, self.prepared[i]) for x, i in zip(stream, self.followed, strict=True)
-            ]
+            for x, i in zip(self.streams[name], self.followed, strict=True):
+                self._run(block, x, self.prepared[i], x)
         block.self_attn = dense
 
     def _load(self, index: int) -> Block:
-        prefix = f"blocks.{index}."
-        block = cast(Block, self.model.blocks[index])
-        names = [name for name in self.checkpoint.names if name.startswith(prefix)]
-        block.load_state_dict({n.removeprefix(prefix): self._read(n) for n in names}, strict=True, assign=True)
+        prefix, block = f"blocks.{index}.", cast(Block, self.model.blocks[index])
+        names = {n.removeprefix(prefix): n for n in self.checkpoint.names if n.startswith(prefix)}
+        _fill(block, self.checkpoint, names, self.device, self.dtype)
         return block
 
-    def _run(self, block: Block, x: Tensor, p: Prepared) -> Tensor:
-        return block(x, p.modulation, p.text, p.image, p.plan, None)
+    def _run(self, block: Block, x: Tensor, p: Prepared, out: Tensor) -> None:
+        """Take x [B, N, D] through a block into `out`, which may be `x`; all but its self-attention part by part."""
+        attended = block.self_attn(block.attention_input(x, p.modulation), p.plan)
+        memory = block.cross_attn.project(p.text, p.image)
+        tokens = p.grid[1] * p.grid[2]
+        step = max(1, PIECE_SCALARS // (len(x) * tokens * self.model.config.ffn_dim))  # frames
+        for start in range(0, p.grid[0], step):
+            part = slice(start * tokens, (start + step) * tokens)
+            modulation = p.modulation if p.modulation.shape[1] == 1 else p.modulation[:, start : start + step]
+            out[:, part] = block.complete(x[:, part], attended[:, part], modulation, memory)
 
     def _judge(self, stream: Sequence[Tensor]) -> tuple[float, float]:
         """Squared velocity error relative to the teacher's velocity, and the loss, of the counted frames in use."""
@@ -291,44 +479,61 @@ def layer_moments(layer: Layer) -> LayerMoments:
 
     A key counts once for every query that sees it; the mean rotation weighs a pair by |q|^2 |k|^2.
     """
-    attention = layer.attention
-    heads = attention.num_heads
-    dim = layer.inputs[0].x.shape[2]
-    total = torch.zeros(dim, dtype=torch.float64, device=layer.inputs[0].x.device)
-    second = torch.outer(total, total)
+    attention, first = layer.attention, layer.inputs[0].x
+    heads, dim, device = attention.num_heads, first.shape[2], first.device
+    total = torch.zeros(dim, dtype=torch.float64, device=device)
+    second = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+    query = torch.zeros(heads, dim // heads, dim // heads, dtype=torch.float64, device=device)
+    turned = torch.zeros(dim // heads // 2, dtype=torch.complex128, device=device)
+    power = turned.real.clone()
     norm = pairs = queries = 0.0
-    query: Tensor | float = 0.0
-    turned: Tensor | float = 0.0
-    power: Tensor | float = 0.0
     for batch in layer.inputs:
-        x, first = batch.x, batch.first_query
-        rows = x.shape[1] - first
-        q = attention.norm_q(attention.q(x[:, first:])).unflatten(-1, (heads, -1)).double()
-        projected = attention.k(x)
-        k = attention.norm_k(projected).unflatten(-1, (heads, -1)).double()
-        wide = x.flatten(0, 1).double()
-        total += rows * wide.sum(0)
-        second += rows * (wide.mT @ wide)
-        norm += rows * float(inverse_rms(projected, attention.norm_k.eps).double().sum())
-        pairs += rows * len(wide)
-        query = query + torch.einsum("bnhd,bnhe->hde", q, q)
-        queries += rows * len(x)
+        x, start = batch.x, batch.first_query
+        rows = x.shape[1] - start
         # Over all (i, j) of a window, E[|q|^2 |k|^2 e^{i theta (m - n)}] is a product of two sums.
-        spin_q = _spin(q, Rotary(batch.plan.query_rotary.cos[first:], batch.plan.query_rotary.sin[first:]))
-        spin_k = _spin(k, batch.plan.key_rotary)
-        turned = turned + (spin_q[0] * spin_k[0].conj()).sum((0, 1))
-        power = power + (spin_q[1] * spin_k[1]).sum((0, 1))
+        spins, energies = (t.new_zeros(2, len(x), heads, len(t)) for t in (turned, power))
+        for part in _parts(0, x.shape[1], len(x) * dim):
+            wide = x[:, part].flatten(0, 1).double()
+            total += rows * wide.sum(0)
+            second.addmm_(wide.mT, wide, alpha=rows)
+            projected = attention.k(x[:, part])
+            norm += rows * float(inverse_rms(projected, attention.norm_k.eps).double().sum())
+            _add_spin(attention.norm_k(projected), batch.plan.key_rotary, part, spins[1], energies[1])
+        pairs += rows * x.shape[0] * x.shape[1]
+        for part in _parts(start, x.shape[1], len(x) * dim):
+            q = attention.norm_q(attention.q(x[:, part]))
+            _add_spin(q, batch.plan.query_rotary, part, spins[0], energies[0])
+            each = q.flatten(0, 1).unflatten(-1, (heads, -1)).transpose(0, 1).double()
+            query.baddbmm_(each.mT, each)
+        queries += rows * len(x)
+        turned += (spins[0] * spins[1].conj()).sum((0, 1))
+        power += (energies[0] * energies[1]).sum((0, 1))
     mean = total / pairs
     sensitivity, output_power = _sensitivity(layer)
     return LayerMoments(
         mean=mean,
-        covariance=second / pairs - torch.outer(mean, mean),
+        covariance=second.div_(pairs).addr_(mean, mean, alpha=-1),
         inverse_norm=norm / pairs,
-        query=cast(Tensor, query) / queries,
-        rho=cast(Tensor, turned) / cast(Tensor, power),
+        query=query.div_(queries),
+        rho=turned / power,
         sensitivity=sensitivity,
         output_power=output_power,
     )
+
+
+def _parts(start: int, end: int, width: int) -> Iterator[slice]:
+    """Slices of tokens `start` to `end` whose matrices of `width` scalars a token stay small."""
+    step = max(1, PIECE_SCALARS // width)
+    for first in range(start, end, step):
+        yield slice(first, min(end, first + step))
+
+
+def _add_spin(x: Tensor, turn: Rotary, part: slice, spin: Tensor, energy: Tensor) -> None:
+    """Add the sums over tokens of |x_f|^2 e^{i theta position} and of |x_f|^2, [B, H, pairs] each, of [B, n, D]."""
+    found = x.double().unflatten(-1, (*energy.shape[1:], 2)).square().sum(-1)  # [B, n, H, pairs]
+    spin += torch.einsum("bnhp,np->bhp", found, turn.cos[part].double())
+    spin += 1j * torch.einsum("bnhp,np->bhp", found, turn.sin[part].double())
+    energy += found.sum(1)
 
 
 def _sensitivity(layer: Layer, samples: int = 512) -> tuple[Tensor, float]:
@@ -336,11 +541,12 @@ def _sensitivity(layer: Layer, samples: int = 512) -> tuple[Tensor, float]:
 
     From one random direction of the output for each of up to `samples` queries a window.
     With noise of unit variance, the gradients' second moment is sum_i J_ij^T J_ij, the Gauss-Newton metric of the
-    attention output with respect to x_j.
+    attention output with respect to x_j. Heads are taken some at a time: with the key norm held, each has its own keys.
     """
-    attention = layer.attention
+    attention, first = layer.attention, layer.inputs[0].x
     heads, dim = attention.num_heads, attention.o.weight.shape[0]
-    total, count = torch.zeros(dim, dim, dtype=torch.float64, device=layer.inputs[0].x.device), 0
+    width = dim // heads
+    total, count = torch.zeros(dim, dim, dtype=torch.float64, device=first.device), 0
     power = 0.0
     for index, batch in enumerate(layer.inputs):
         x, plan = batch.x, batch.plan
@@ -351,17 +557,30 @@ def _sensitivity(layer: Layer, samples: int = 512) -> tuple[Tensor, float]:
         with torch.no_grad():
             q = rotate(attention.norm_q(attention.q(x[:, chosen])).unflatten(-1, (heads, -1)), turn)
             norm = inverse_rms(attention.k(x), attention.norm_k.eps).to(x.dtype)
-        with torch.enable_grad():
-            read = x.detach().requires_grad_(True)
-            k = rotate((attention.k(read) * norm * attention.norm_k.weight).unflatten(-1, (heads, -1)), plan.key_rotary)
-            out = attention.o(attend(q, k, attention.v(read).unflatten(-1, (heads, -1)), mask).flatten(-2))
-            noise = torch.randn(out.shape, generator=generator).to(out)
-            (gradient,) = torch.autograd.grad((out * noise).sum(), read)
-        power += float(out.detach().double().square().sum())
-        wide = gradient.flatten(0, 1).double()
-        total += wide.mT @ wide
-        count += len(wide)
-    return total / count, power / count
+        noise = torch.randn(len(x), len(chosen), dim, generator=generator).to(q)
+        gradient, out = torch.zeros_like(x), attention.o.bias.to(x.dtype).expand(noise.shape)
+        step = max(1, PIECE_SCALARS // (max(x.shape[0] * x.shape[1], dim) * width))
+        for head in range(0, heads, step):
+            rows = slice(head * width, (head + step) * width)
+            w_key, w_value = attention.k.weight[rows].to(x.dtype), attention.v.weight[rows].to(x.dtype)
+            w_out = attention.o.weight[:, rows].to(x.dtype)
+            gain = norm * attention.norm_k.weight[rows]
+            keys = F.linear(x, w_key, attention.k.bias[rows].to(x.dtype)) * gain
+            values = F.linear(x, w_value, attention.v.bias[rows].to(x.dtype))
+            with torch.enable_grad():
+                leaves = keys.detach().requires_grad_(True), values.detach().requires_grad_(True)
+                k, v = (leaf.unflatten(-1, (-1, width)) for leaf in leaves)
+                made = attend(q[:, :, head : head + step], rotate(k, plan.key_rotary), v, mask).flatten(-2)
+                by_key, by_value = torch.autograd.grad((made * (noise @ w_out)).sum(), leaves)
+            with torch.no_grad():
+                gradient += (by_key * gain) @ w_key + by_value @ w_value
+                out = out + made @ w_out.mT
+        power += float(out.double().square().sum())
+        for part in _parts(0, x.shape[1], len(x) * dim):
+            wide = gradient[:, part].flatten(0, 1).double()
+            total.addmm_(wide.mT, wide)
+        count += x.shape[0] * x.shape[1]
+    return total.div_(count), power / count
 
 
 def without(moments: LayerMoments, parts: Sequence[Part]) -> LayerMoments:
@@ -374,13 +593,6 @@ def without(moments: LayerMoments, parts: Sequence[Part]) -> LayerMoments:
     if "sensitivity" in parts or "weights" in parts:
         moments = dataclasses.replace(moments, sensitivity=None)
     return moments
-
-
-def _spin(x: Tensor, turn: Rotary) -> tuple[Tensor, Tensor]:
-    """Sums over tokens of |x_f|^2 e^{i theta position} and of |x_f|^2, [B, H, pairs] each, of heads [B, N, H, d]."""
-    energy = x.unflatten(-1, (-1, 2)).square().sum(-1)
-    phase = torch.complex(turn.cos.double(), turn.sin.double())[:, None]
-    return (energy * phase).sum(1), energy.sum(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -436,7 +648,7 @@ class Target:
 
     def convert(self, layer: Layer, shape: MLALayer, moments: LayerMoments) -> LatentAttention:
         """`layer` converted in the metric of `moments`, as a module that runs beside its teacher."""
-        factors = factorize_layer(
+        tensors = factorize_layer(
             layer.weights,
             shape,
             without(moments, self.without),
@@ -445,8 +657,11 @@ class Target:
             q_lora_rank=self.q_lora_rank,
             rope=self.rope,
             weighted="weights" not in self.without,
-        )
-        return self.module(layer, shape, factors.tensors)
+        ).tensors
+        module = self.module(layer, shape, tensors)
+        del tensors
+        return_memory()
+        return module
 
     def components(
         self, weights: AttentionWeights, moments: LayerMoments, counts: Sequence[int]
@@ -463,11 +678,14 @@ class Target:
             refit_output(layer, student)
 
     def module(self, layer: Layer, shape: MLALayer, tensors: Mapping[str, Tensor]) -> LatentAttention:
-        """A converted layer of these tensors, in the dtype and on the device of its inputs."""
+        """A converted layer of these tensors, in the dtype and on the device of its inputs.
+
+        Only what refits change is copied.
+        """
         with torch.device("meta"):
             module = LatentAttention(self.config, self.mla([shape]), shape)
         like = layer.inputs[0].x
-        state = {name: tensor.to(like.device, like.dtype, copy=True) for name, tensor in tensors.items()}
+        state = {name: t.to(like.device, like.dtype, copy=name in REFITTED) for name, t in tensors.items()}
         module.load_state_dict(state, strict=True, assign=True)
         return module.requires_grad_(False)
 
@@ -476,7 +694,7 @@ class Target:
     ) -> ErrorTable:
         """The layer converted with each number of rotary components at each budget, W_O refitted, on some inputs."""
         components = self.components(layer.weights, moments, counts)
-        some = dataclasses.replace(layer, inputs=[layer.inputs[i] for i in _some(len(layer.inputs), inputs)])
+        some = layer.some(inputs)
         errors: dict[int, dict[int, float]] = {count: {} for count in counts}
         for count, kept in zip(counts, components, strict=True):
             possible = [budget for budget in budgets if self.rope != "cached" or budget > 2 * count]
@@ -490,6 +708,7 @@ class Target:
                 student = self.module(some, shape, narrower(made, widest.kv_lora_rank, shape.kv_lora_rank))
                 self.fit_output(some, student)
                 errors[count][budget] = attention_error(some, student)
+                return_memory()
         return ErrorTable(components=dict(zip(counts, components, strict=True)), errors=errors)
 
 
@@ -563,28 +782,31 @@ def attention_error(layer: Layer, student: LatentAttention) -> float:
 def refit_output(layer: Layer, student: LatentAttention, *, ridge: float = RIDGE) -> None:
     """Ridge regression of W_O and its bias, in place: from the student's heads to the teacher's attention output."""
     dim, width = student.o.weight.shape
-    eye = torch.eye(width, dtype=torch.float64, device=student.o.weight.device)
-    gram, cross = eye.new_zeros(width + 1, width + 1), eye.new_zeros(width + 1, dim)
+    gram = torch.zeros(width, width, dtype=torch.float64, device=student.o.weight.device)
+    cross, count = gram.new_zeros(dim, width), 0
+    mean, mean_out = gram.new_zeros(width), gram.new_zeros(dim)
     for batch, teacher in zip(layer.inputs, layer.expected, strict=True):
-        expected = teacher.flatten(0, 1).double()
-        heads = student.heads(batch.x, batch.plan)[:, batch.first_query :].flatten(0, 1).double()
-        features = torch.cat((heads, torch.ones_like(heads[:, :1])), 1)
-        gram += features.mT @ features
-        cross += features.mT @ expected
-    count = gram[-1, -1]
-    mean, mean_out = gram[-1, :-1] / count, cross[-1] / count
-    centred = gram[:-1, :-1] / count - torch.outer(mean, mean)
-    target = cross[:-1] / count - torch.outer(mean, mean_out)
-    old = student.o.weight.double()
-    hold = ridge * centred.diagonal().mean()
-    new = torch.linalg.solve(centred + hold * eye, target + hold * old.mT).mT
+        features = student.heads(batch.x, batch.plan)[:, batch.first_query :]
+        for part in _parts(0, features.shape[1], len(features) * max(width, dim)):
+            heads, expected = (t[:, part].flatten(0, 1).double() for t in (features, teacher))
+            gram.addmm_(heads.mT, heads)
+            cross.addmm_(expected.mT, heads)
+            mean += heads.sum(0)
+            mean_out += expected.sum(0)
+            count += len(heads)
+    mean, mean_out = mean / count, mean_out / count
+    gram.div_(count).addr_(mean, mean, alpha=-1)
+    cross.div_(count).addr_(mean_out, mean, alpha=-1)
+    hold = ridge * float(gram.diagonal().mean())
+    gram.diagonal().add_(hold)
+    new = solve_positive(gram, cross.add_(student.o.weight, alpha=hold))
     student.o.weight.copy_(new)
     student.o.bias.copy_(mean_out - new @ mean)
 
 
 @torch.no_grad()
 def refit_query(
-    layer: Layer, student: LatentAttention, *, samples: int = 1024, ridge: float = RIDGE, iterations: int = 40
+    layer: Layer, student: LatentAttention, *, samples: int = QUERIES, ridge: float = RIDGE, iterations: int = 40
 ) -> None:
     """Least squares of the query up-projection, in place: from the student's scores to the teacher's.
 
@@ -593,8 +815,13 @@ def refit_query(
     probabilities: to second order the divergence of the two softmaxes. Solved by conjugate gradients from where the
     projection stands, with a ridge that holds on to it.
     """
-    sampled = [_sample_scores(layer, student, batch, samples, i) for i, batch in enumerate(layer.inputs)]
-    curvature, gradient, features, cos, sin = (torch.cat(parts) for parts in zip(*sampled, strict=True))
+    share, curvatures, rest = samples // len(layer.inputs), [], []
+    for i, batch in enumerate(layer.inputs):
+        curvature, *others = _sample_scores(layer, student, batch, max(1, share // len(batch.x)), i)
+        curvatures.append(curvature)
+        rest.append(others)
+    gradient, features, cos, sin = (torch.cat(parts) for parts in zip(*rest, strict=True))
+    sizes = [len(curvature) for curvature in curvatures]
     turn = Rotary(cos, sin)
     weight = cast(Tensor, student.q_b_proj.weight)
     start = weight.unflatten(0, (student.num_heads, -1)).clone() if weight.ndim == 2 else weight.clone()
@@ -606,10 +833,11 @@ def refit_query(
 
     def apply(matrix: Tensor) -> Tensor:  # [H, width, f] -> the same, the normal operator
         scores = turned(torch.einsum("hwf,nhf->nhw", matrix, features), turn)
-        pulled = turned(torch.einsum("nhvw,nhw->nhv", curvature, scores), back)
-        return torch.einsum("nhw,nhf->hwf", pulled, features)
+        pulled = [c @ s.unsqueeze(-1) for c, s in zip(curvatures, scores.split(sizes), strict=True)]
+        return torch.einsum("nhw,nhf->hwf", turned(torch.cat(pulled).squeeze(-1), back), features)
 
-    diagonal = torch.einsum("nhww,nhf->h", curvature, features.square()) / (start.shape[1] * start.shape[2])
+    traces = torch.cat([c.diagonal(dim1=2, dim2=3).sum(-1) for c in curvatures])  # [n, H]
+    diagonal = (traces * features.square().sum(-1)).sum(0) / (start.shape[1] * start.shape[2])
     hold = ridge * diagonal[:, None, None]
     residual = torch.einsum("nhw,nhf->hwf", turned(gradient, back), features) - apply(start)
     step, change = residual.clone(), torch.zeros_like(start)
@@ -625,53 +853,46 @@ def refit_query(
 
 
 def _sample_scores(
-    layer: Layer, student: LatentAttention, batch: Inputs, samples: int, seed: int
+    layer: Layer, student: LatentAttention, batch: Inputs, count: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of some of a batch's queries: curvature [n, H, w, w], gradient [n, H, w], features [n, H, f], cos and sin [n, P].
+    """Of `count` queries: curvature [n, H, w, w], gradient [n, H, w], features [n, H, f], cos and sin [n, P].
 
     Curvature and gradient are those of the weighted squared score error with respect to the rotated query; features
-    are what the query up-projection reads.
+    are what the query up-projection reads. All sampled queries' curvatures together may be larger than memory.
     """
     teacher, plan, x = layer.attention, batch.plan, batch.x
     heads, scale = teacher.num_heads, student.scale
-    count = max(1, samples // (len(layer.inputs) * len(x)))
     chosen, turn = batch.draw_queries(count, torch.Generator().manual_seed(seed))
     q = rotate(teacher.norm_q(teacher.q(x[:, chosen])).unflatten(-1, (heads, -1)), turn)
     k = rotate(teacher.norm_k(teacher.k(x)).unflatten(-1, (heads, -1)), plan.key_rotary)
-    scores = torch.einsum("bnhd,bmhd->bnhm", q, k) * scale
-    if plan.mask is not None:
-        scores = scores.masked_fill(~plan.mask[chosen][:, None], float("-inf"))
-    p = scores.softmax(-1)
-    scores = scores.masked_fill(p == 0, 0.0)
-    keys = student.keys(x, plan) * scale
-    mean_key = torch.einsum("bnhm,bmhw->bnhw", p, keys)
-    centred = scores - (p * scores).sum(-1, keepdim=True)
-    curvature = _weighted_gram(p, keys) - mean_key[..., None] * mean_key[..., None, :]
-    gradient = torch.einsum("bnhm,bmhw->bnhw", p * centred, keys)
+    keys, gradient = student.keys(x, plan), []
+    mask = None if plan.mask is None else ~plan.mask[chosen]
+    curvature = layer.space((len(x), len(chosen), heads, keys.shape[-1], keys.shape[-1]), x)
+    for head in range(heads):
+        scores = torch.einsum("bnd,bmd->bnm", q[:, :, head], k[:, :, head]) * scale
+        if mask is not None:
+            scores = scores.masked_fill(mask, float("-inf"))
+        p = scores.softmax(-1)
+        scores = scores.masked_fill(p == 0, 0.0)
+        key = keys[:, :, head] * scale
+        mean_key = p @ key
+        centred = scores - (p * scores).sum(-1, keepdim=True)
+        gradient.append((p * centred) @ key)
+        for b in range(len(x)):
+            for part in _parts(0, p.shape[1], key[b].numel()):
+                made = (p[b, part].unsqueeze(-1) * key[b]).mT @ key[b]
+                curvature[b, part, head] = made.baddbmm_(mean_key[b, part, :, None], mean_key[b, part, None], alpha=-1)
     features = student.q_a_layernorm(student.q_a_proj(x[:, chosen]))
     exact = cast(Tensor, student.q_b_proj.weight).ndim == 3
     features = features.unflatten(-1, (heads, -1)) if exact else features.unsqueeze(2).expand(-1, -1, heads, -1)
-    rows, spun = len(x), turn.select(student.turned_pairs)
+    spun = turn.select(student.turned_pairs)
     return (
         curvature.flatten(0, 1),
-        gradient.flatten(0, 1),
+        torch.stack(gradient, 2).flatten(0, 1),
         features.flatten(0, 1),
-        spun.cos.repeat(rows, 1).to(x.dtype),
-        spun.sin.repeat(rows, 1).to(x.dtype),
+        spun.cos.repeat(len(x), 1).to(x.dtype),
+        spun.sin.repeat(len(x), 1).to(x.dtype),
     )
-
-
-def _weighted_gram(p: Tensor, keys: Tensor) -> Tensor:
-    """sum_m p_nm k_m k_m^T of probabilities [B, n, H, M] and keys [B, M, H, w], part by part: [B, n, H, w, w]."""
-    batch, count, heads, _ = p.shape
-    found = keys.new_empty(batch, count, heads, keys.shape[-1], keys.shape[-1])
-    for b in range(batch):
-        for h in range(heads):
-            k = keys[b, :, h]
-            step = max(1, 2**24 // k.numel())
-            for i in range(0, count, step):
-                found[b, i : i + step, h] = (p[b, i : i + step, h].unsqueeze(-1) * k).mT @ k
-    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -705,12 +926,13 @@ def calibrate(
     largest = max(budget, checkpoint.config.dim)  # no latent is wider than the model
     budgets = [b for b in budgets if b <= largest]
     tables: dict[int, ErrorTable] = {}
-    sweep = Sweep(checkpoint, clips, regime, device=device, probes=8 if adaptive else 0)
+    sweep = Sweep(checkpoint, clips, regime, device=device, probes=8 if adaptive else 0, scratch=folder)
     for layer in sweep:
         if layer.index in layers:
             if not _moments_file(folder, layer.index).exists():
                 save_moments(folder, layer.index, layer_moments(layer))
-            moments = load_moments(folder, layer.index, device)
+                return_memory()
+            moments = load_moments(folder, layer.index, checkpoint.config, device)
             table = target.measure(layer, moments, counts=counts, budgets=budgets)
             tables[layer.index] = table
             if adaptive:
@@ -740,21 +962,28 @@ def refit_layers(
     validation: Clips | None = None,
     losses: dict[str, float] | None = None,
     device: torch.device | str = "cpu",
+    state: Path | None = None,
+    finished: Collection[int] = (),
 ) -> Iterator[tuple[int, dict[str, Tensor], dict[str, float]]]:
     """Second sweep: each layer's tensors, its queries and output refitted, with its attention error by stage.
 
-    With `validation` clips, `losses` has the model's loss on them at the end, with all layers at each stage.
+    With `validation` clips, `losses` has the model's loss on them at the end, with all layers at each stage. In the
+    folder `state`, the sweep keeps how far it is; called again, it goes on behind the `finished` layers, and whatever
+    it has to pass again comes out the same.
     """
-    sweep = Sweep(checkpoint, clips, regime, device=device, validation=validation)
+    sweep = Sweep(checkpoint, clips, regime, device=device, validation=validation, scratch=calibration.folder)
+    if state is not None:
+        sweep.resume(state, lambda index: index in finished or index not in calibration.layers)
     for layer in sweep:
         if layer.index not in calibration.layers:
             continue
-        moments = load_moments(calibration.folder, layer.index, device)
+        moments = load_moments(calibration.folder, layer.index, checkpoint.config, device)
         errors: dict[str, float] = {}
         for name, student in _stages(target, layer, calibration.layers[layer.index], moments):
             errors[name] = attention_error(layer, student)
             if validation is not None:
-                layer.follow(name, copy.deepcopy(student))
+                layer.follow(name, _branch(student))
+            return_memory()
         yield layer.index, dict(student.state_dict()), errors
     if losses is not None:
         losses |= {str(name): loss for name, loss in sweep.losses.items()}
@@ -775,16 +1004,23 @@ def _stages(
     heads_fit = head_dim if target.rope == "head" else head_dim - shape.qk_rope_head_dim
     if shape.qk_nope_head_dim < heads_fit or shape.v_head_dim < head_dim:
         yield "heads narrowed", exact.convert(layer, dataclasses.replace(shape, kv_lora_rank=dim), moments)
-    yield "low rank", dataclasses.replace(exact, v_dim=shape.v_head_dim).convert(layer, shape, moments)
+    student = dataclasses.replace(exact, v_dim=shape.v_head_dim).convert(layer, shape, moments)
+    yield "low rank", student
     if target.key_norm == "latent" or target.q_lora_rank is not None:
-        yield "norms and queries", target.convert(layer, shape, moments)
-    student = target.convert(layer, shape, moments)
+        student = target.convert(layer, shape, moments)
+        yield "norms and queries", student
     if "refit" not in target.without:
         refit_output(layer, student)
         yield "output refitted", student
         refit_query(layer, student)
         refit_output(layer, student)
         yield "queries refitted", student
+
+
+def _branch(student: LatentAttention) -> LatentAttention:
+    """A copy that refits of the other do not change; all else is shared."""
+    shared = {id(tensor): tensor for name, tensor in student.named_parameters() if name not in REFITTED}
+    return copy.deepcopy(student, cast(dict[int, Any], shared))
 
 
 def save_moments(folder: Path, index: int, moments: LayerMoments) -> None:
@@ -805,9 +1041,15 @@ def save_moments(folder: Path, index: int, moments: LayerMoments) -> None:
     partial.replace(path)
 
 
-def load_moments(folder: Path, index: int, device: torch.device | str = "cpu") -> LayerMoments:
-    """Read what `save_moments` wrote."""
-    tensors = load_file(_moments_file(folder, index), device=str(device))
+def load_moments(folder: Path, index: int, config: WanConfig, device: torch.device | str = "cpu") -> LayerMoments:
+    """Read what `save_moments` wrote for a model of geometry `config`. Raises CheckpointError for anything else."""
+    path = _moments_file(folder, index)
+    try:
+        tensors = {name: tensor.to(device) for name, tensor in _read_moments(path, config).items()}
+    except CheckpointError:
+        raise CheckpointError(
+            f"{path}: no moments of this model, or damaged; delete the file and run the command again"
+        ) from None
     return LayerMoments(
         mean=tensors["mean"],
         covariance=tensors["covariance"],
@@ -817,6 +1059,23 @@ def load_moments(folder: Path, index: int, device: torch.device | str = "cpu") -
         sensitivity=tensors.get("sensitivity"),
         output_power=float(tensors["output_power"]) if "output_power" in tensors else None,
     )
+
+
+def _read_moments(path: Path, config: WanConfig) -> dict[str, Tensor]:
+    dim, head = config.dim, config.head_dim
+    shapes = {"mean": (dim,), "covariance": (dim, dim), "inverse_norm": (), "rho": (head // 2, 2)}
+    shapes |= {"query": (config.num_heads, head, head)}
+    with TensorStore(str(path), path, [path], None) as store:
+        if "sensitivity" in store.tensors:
+            shapes |= {"sensitivity": (dim, dim), "output_power": ()}
+        if {name: info.shape for name, info in store.tensors.items()} != shapes:
+            raise CheckpointError(f"{path}: other tensors than save_moments writes")
+        tensors = {name: store.read(name) for name in shapes}
+    for name, tensor in tensors.items():
+        check_finite(tensor, name, path)
+        if tensor.dtype != torch.float64:
+            raise CheckpointError(f"{path}: {name} is not float64")
+    return tensors
 
 
 def _moments_file(folder: Path, index: int) -> Path:

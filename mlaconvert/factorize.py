@@ -13,17 +13,22 @@ measured or guessed from the weights.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Protocol
 
 import torch
-from scipy.linalg import eigh
 from torch import Tensor
 
 from mlaconvert.config import KeyNorm, MLALayer, RopeMode, StreamingConfig
+from mlaconvert.lapack import leading_eigenvectors
 from mlaconvert.rope import frequencies
 
 DAMPING = 1e-6  # of the mean eigenvalue, added before a covariance is inverted
+_ROWS = 1024  # rows of a weight that are in float64 at once: 42 MB at width 5120
+_GRAM_BLOCK = 256  # columns of a Gram matrix that are made at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,72 @@ class AttentionWeights:
         return AttentionWeights(**{k: v.detach().to(device, torch.float64) for k, v in vars(self).items()})
 
 
+class Root(Protocol):
+    """A square root R of a covariance C = R R^T."""
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """`rows` [.., D] times R."""
+
+    def left(self, columns: Tensor) -> Tensor:
+        """R times `columns` [D, n]."""
+
+    def solve(self, rows: Tensor) -> Tensor:
+        """`rows` [.., D] times R^-1."""
+
+
+@dataclass(frozen=True)
+class TriangularRoot:
+    """Cholesky's root of any covariance."""
+
+    lower: Tensor  # [D, D]
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """`rows` [.., D] times the root."""
+        return rows @ self.lower
+
+    def left(self, columns: Tensor) -> Tensor:
+        """The root times `columns` [D, n]."""
+        return self.lower @ columns
+
+    def solve(self, rows: Tensor) -> Tensor:
+        """`rows` [.., D] times its inverse."""
+        return torch.linalg.solve_triangular(self.lower, rows, upper=False, left=False)
+
+
+@dataclass(frozen=True)
+class DiagonalRoot:
+    """A root of diag(scale)^2 + rows^T rows for a few rows: scale times a symmetric matrix that is nearly the identity.
+
+    With rows / scale = U S Q^T, that matrix is I + Q (sqrt(1 + S^2) - 1) Q^T. Products with it cost next to nothing.
+    """
+
+    scale: Tensor  # [D]
+    directions: Tensor  # [D, T], Q
+    stretch: Tensor  # [T], sqrt(1 + S^2)
+
+    @classmethod
+    def of(cls, diagonal: Tensor, rows: Tensor) -> DiagonalRoot:
+        """The root of diag(`diagonal`) + `rows`^T `rows`, damped as `cholesky` does: [D] and [T, D]."""
+        damping = DAMPING * (diagonal.mean() + rows.square().sum() / len(diagonal))
+        scale = (diagonal + damping).sqrt()
+        _, spread, directions = torch.linalg.svd(rows / scale, full_matrices=False)
+        return cls(scale, directions.mT, (1 + spread.square()).sqrt())
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """`rows` [.., D] times the root."""
+        scaled = rows * self.scale
+        return scaled.add_(((scaled @ self.directions) * (self.stretch - 1)) @ self.directions.mT)
+
+    def left(self, columns: Tensor) -> Tensor:
+        """The root times `columns` [D, n]."""
+        stretched = columns + self.directions @ ((self.stretch - 1)[:, None] * (self.directions.mT @ columns))
+        return self.scale[:, None] * stretched
+
+    def solve(self, rows: Tensor) -> Tensor:
+        """`rows` [.., D] times its inverse."""
+        return (rows + ((rows @ self.directions) * (1 / self.stretch - 1)) @ self.directions.mT) / self.scale
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerMoments:
     """What a conversion has to know of a layer's inputs, float64."""
@@ -61,11 +132,14 @@ class LayerMoments:
     # E|output|^2 in its units: tr(sensitivity E) / output_power is the squared relative output error of inputs that are
     # off by a second moment E [D, D], each on its own.
     output_power: float | None = None
+    root: Root | None = None  # of the covariance, where a cheaper one than Cholesky's is known
 
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
     """A converted layer: tensors by their name below `self_attn.`, and relative errors by stage.
+
+    What is the teacher's own stays in its dtype, all others are float64.
 
     `rope`: what the shared rotary keys miss of the kept pairs; `unrotated`: the energy whose rotation is lost, as a
     share of all keys' energy; `latent`: what the latent misses of all that it holds; `query`: what a
@@ -115,69 +189,101 @@ def modulation_moments(
     The LayerNorm before self-attention gives unit variance, so inputs are 1 + scale times white noise, plus shift.
     `modulation` [T, 2, D] holds (shift, scale) at T timesteps of the sampler.
     """
-    w = weights.double(modulation.device)
     shift, scale = modulation.double().unbind(1)
-    mean = shift.mean(0)
-    centred = shift - mean
-    covariance = torch.diag((1 + scale).square().mean(0)) + centred.mT @ centred / len(shift)
-    root = affine_root(cholesky(covariance), mean)
-    q = affine(w.q_weight, w.q_bias) @ root
-    k = affine(w.k_weight, w.k_bias) @ root
-    q_power, k_power = q.square().sum() / len(q), k.square().sum() / len(k)
-    q = (w.norm_q[:, None] * q).unflatten(0, (num_heads, -1))
+    mean, diagonal = shift.mean(0), (1 + scale).square().mean(0)
+    centred = (shift - mean) / len(shift) ** 0.5
+    root = DiagonalRoot.of(diagonal, centred)
+    norm = weights.norm_q.to(mean).unflatten(0, (num_heads, -1, 1))
+    q = _white(weights.q_weight, weights.q_bias, mean, root)
+    q_power = q.norm().square() / len(q)
+    query = norm * _gram(q.unflatten(0, (num_heads, -1))) * norm.mT / (q_power + eps)
+    del q
+    k = _white(weights.k_weight, weights.k_bias, mean, root)
     return LayerMoments(
         mean=mean,
-        covariance=covariance,
-        inverse_norm=float((k_power + eps).rsqrt()),
-        query=q @ q.mT / (q_power + eps),
+        covariance=torch.diag(diagonal).addmm_(centred.mT, centred),
+        inverse_norm=float((k.norm().square() / len(k) + eps).rsqrt()),
+        query=query,
         rho=rho.to(modulation.device),
+        root=root,
     )
+
+
+def _float64(weight: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """A matrix in float64, some rows at a time: at width 5120 all of it would take 210 MB."""
+    for start in range(0, len(weight), _ROWS):
+        rows = slice(start, start + _ROWS)
+        yield rows, weight[rows].detach().to(device, torch.float64)
+
+
+def _white(weight: Tensor, bias: Tensor, mean: Tensor, root: Root) -> Tensor:
+    """W x + b as a function of [z; 1], [rows, D + 1] float64: x = root z + mean, and z is white."""
+    found = mean.new_empty(len(weight), len(mean) + 1)
+    for rows, block in _float64(weight, mean.device):
+        found[rows, :-1] = root.apply(block)
+        found[rows, -1] = block @ mean + bias[rows].to(mean)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Dense:
-    """A dense layer in the metric of its moments, float64."""
+    """A dense layer in the metric of its moments, float64; its large matrices are made when they are asked for.
+
+    Inputs are x = root z + mean, with z white. Rows act on z, or on [z; 1], where the last column is what the mean
+    gives: in these coordinates, lengths are root mean squares over the inputs.
+    """
 
     weights: AttentionWeights
     moments: LayerMoments
-    key: Tensor  # [H, d, D + 1], affine keys before their norm s
-    value: Tensor  # [H, d, D]
-    out: Tensor  # [H, D, d]
-    root: Tensor  # [D, D], covariance = root root^T
-    affine_root: Tensor  # [D + 1, D + 1], the same of [x; 1]
-    value_covariance: Tensor  # [H, d, d]
-    output_spread: Tensor  # [H], E|W_O,h (v_h - E v_h)|^2: how far a head's output moves with its scores
+    num_heads: int
+    root: Root
     weighted: bool
 
     @classmethod
     def of(cls, weights: AttentionWeights, moments: LayerMoments, num_heads: int, *, weighted: bool = True) -> _Dense:
-        w = weights.double(moments.mean.device)
-        root = cholesky(moments.covariance)
-        value = w.v_weight.unflatten(0, (num_heads, -1))
-        out = w.o_weight.unflatten(1, (num_heads, -1)).transpose(0, 1)
-        covariance = _gram(value @ root)
-        return cls(
-            weights=w,
-            moments=moments,
-            key=affine(w.norm_k[:, None] * w.k_weight, w.norm_k * w.k_bias).unflatten(0, (num_heads, -1)),
-            value=value,
-            out=out,
-            root=root,
-            affine_root=affine_root(root, moments.mean),
-            value_covariance=covariance,
-            output_spread=((out @ covariance) * out).sum((1, 2)),
-            weighted=weighted,
-        )
+        root = moments.root or TriangularRoot(cholesky(moments.covariance))
+        return cls(weights=weights, moments=moments, num_heads=num_heads, root=root, weighted=weighted)
+
+    @cached_property
+    def key(self) -> Tensor:
+        """[H, d, D + 1], keys before their norm s."""
+        made = _white(self.weights.k_weight, self.weights.k_bias, self.moments.mean, self.root)
+        return made.mul_(self.weights.norm_k.to(made)[:, None]).unflatten(0, (self.num_heads, -1))
+
+    @cached_property
+    def value(self) -> Tensor:
+        """[H, d, D + 1]."""
+        made = _white(self.weights.v_weight, self.weights.v_bias, self.moments.mean, self.root)
+        return made.unflatten(0, (self.num_heads, -1))
+
+    @cached_property
+    def value_covariance(self) -> Tensor:
+        """[H, d, d]."""
+        return _gram(self.value[..., :-1])
+
+    @cached_property
+    def out_gram(self) -> Tensor:
+        """[H, d, d], W_O,h^T W_O,h."""
+        total = self.moments.query.new_zeros(self.moments.query.shape)
+        for _, block in _float64(self.weights.o_weight, total.device):
+            heads = block.unflatten(1, (self.num_heads, -1)).transpose(0, 1)
+            total.baddbmm_(heads.mT, heads)
+        return total
 
     @property
     def head_dim(self) -> int:
-        return self.key.shape[1]
+        return self.moments.query.shape[1]
 
-    @property
+    @cached_property
     def score_weight(self) -> Tensor:
-        """[H]: squared output error of a unit squared score error."""
-        return self.output_spread * self.moments.inverse_norm**2 / self.head_dim
+        """[H]: squared output error of a unit squared score error.
 
+        A head's output moves with its scores as far as its values spread: E|W_O,h (v_h - E v_h)|^2.
+        """
+        spread = (self.value_covariance * self.out_gram).sum((1, 2))
+        return spread * self.moments.inverse_norm**2 / self.head_dim
+
+    @cached_property
     def importance(self) -> Tensor:
         """[H, pairs]: squared output error of a unit error of a complex key; half, for a score is a real part."""
         power = self.moments.query.diagonal(dim1=1, dim2=2).unflatten(1, (-1, 2)).sum(-1)
@@ -186,10 +292,6 @@ class _Dense:
         power = power * self.score_weight[:, None] / 2
         return power.clamp_min(1e-12 * float(power.max()) or 1e-300)
 
-    def pairs(self) -> Tensor:
-        """Keys as complex pairs [H, pairs, D + 1]."""
-        return torch.complex(self.key[:, 0::2], self.key[:, 1::2])
-
     def key_weight(self, query_map: Tensor) -> Tensor:
         """Root [H, n, n] of the output error of content keys that meet queries mapped by `query_map` [H, n, d]."""
         if not self.weighted:
@@ -197,14 +299,47 @@ class _Dense:
         second = query_map @ self.moments.query @ query_map.mT
         return symmetric_root(second * self.score_weight[:, None, None])
 
+    def turning_weight(self) -> Tensor:
+        """The same [H, d, d] of whole keys that turn: as good as uncorrelated, pairs count with their power alone."""
+        return torch.diag_embed(self.importance.sqrt().repeat_interleave(2, 1))
+
+    def narrow_values(self, width: int) -> tuple[Tensor, Tensor]:
+        """`_narrow` for the products W_O,h v_h."""
+        if width == self.head_dim:
+            return _identity(self.out_gram), _identity(self.out_gram)
+        return _narrow(self.out_gram, self.value_covariance, width)
+
+    def metric(self, content: _Content, shared: _Shared, out_map: Tensor, value_map: Tensor, rope: RopeMode) -> Tensor:
+        """[D, D]: squared output error of errors in z, of all that the latent has to hold."""
+        if self.moments.sensitivity is not None and rope != "cached":
+            half = self.root.apply(self.moments.sensitivity)
+            return self.root.apply(half.mT)
+        total = self.moments.query.new_zeros(len(self.moments.mean), len(self.moments.mean))
+        weight = self.turning_weight() if rope == "head" else self.key_weight(content.queries)
+        rows = self.key if content.rows is None else content.rows
+        add_gram(total, (weight @ rows[..., :-1]).flatten(0, 1))
+        heads = symmetric_root(out_map @ self.out_gram @ out_map.mT) @ value_map if self.weighted else value_map
+        add_gram(total, (heads @ self.value[..., :-1]).flatten(0, 1))
+        if rope == "latent":
+            add_gram(total, shared.weight[:, None] * shared.rows[:, :-1])
+        return mirror(total)
+
 
 @dataclass(frozen=True, kw_only=True)
-class _Keys:
-    """Keys that a latent has to hold, and the queries that meet them."""
+class _Content:
+    """Keys of each head that a latent has to hold, and the maps of the queries that meet them."""
 
-    rows: Tensor  # [.., D + 1], affine in x; [H, nope, D + 1] of content keys, [rope, D + 1] of shared ones
-    weight: Tensor  # root of the squared output error of their errors: [H, nope, nope], or [rope]
-    queries: Tensor  # [H, nope or rope, d], maps of each head's query
+    rows: Tensor | None  # [H, nope, D + 1] on [z; 1]; None: the head's own keys
+    queries: Tensor  # [H, nope, d]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shared:
+    """Rotary keys that all heads share."""
+
+    rows: Tensor  # [rope, D + 1] on [z; 1]
+    queries: Tensor  # [H, rope, d]
+    weight: Tensor  # [rope], root of the squared output error of their errors
 
 
 def factorize_layer(
@@ -227,48 +362,66 @@ def factorize_layer(
     off.
     """
     dense = _Dense.of(weights, moments, num_heads, weighted=weighted)
-    w, mean, root, dim = dense.weights, moments.mean, dense.root, len(moments.mean)
+    mean, root = moments.mean, dense.root
     content, shared, errors = _content_and_shared(dense, layer, rope)
-    out_map, value_map = _narrow(dense.out.mT @ dense.out, dense.value_covariance, layer.v_head_dim)
-    value = value_map @ dense.value  # [H, v, D]
-    out = dense.out @ out_map.mT  # [H, D, v]
-
-    if moments.sensitivity is not None and rope != "cached":
-        metric = moments.sensitivity
-    else:
-        value_weight = symmetric_root(out.mT @ out) @ value if weighted else value
-        joint = torch.cat((content.weight @ content.rows[..., :dim], value_weight), 1)
-        joint = joint.flatten(0, 1)
-        if rope == "latent":
-            joint = torch.cat((joint, shared.weight[:, None] * shared.rows[:, :dim]))
-        metric = joint.mT @ joint
-    basis, kept = leading_directions(root.mT @ metric @ root, layer.kv_lora_rank)  # [D, rank]
+    out_map, value_map = dense.narrow_values(layer.v_head_dim)
+    make_queries = partial(_query_path, dense, torch.cat((content.queries, shared.queries), 1), q_lora_rank, errors)
+    with ThreadPoolExecutor(1) as pool:  # LAPACK runs in one thread: where there are more, two problems side by side
+        queries = pool.submit(make_queries) if mean.device.type == "cpu" and torch.get_num_threads() > 1 else None
+        metric = dense.metric(content, shared, out_map, value_map, rope)
+        basis, kept = leading_directions(metric, layer.kv_lora_rank)
+        tensors = make_queries() if queries is None else queries.result()
     errors["latent"] = max(0.0, 1 - kept) ** 0.5
 
-    def read(rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Affine rows [.., D + 1] of x, as [.., rank] and a bias [..] of the latent, of mean zero."""
-        return rows[..., :dim] @ root @ basis, rows[..., dim] + rows[..., :dim] @ mean
-
-    down = torch.linalg.solve_triangular(root, basis.mT, upper=False, left=False)  # basis^T root^-1
-    down = affine(down, -down @ mean)  # [rank, D + 1]: the latent has mean zero and identity covariance
     # No token's own norm: fold the mean one. The latent has identity covariance, so its RMSNorm needs no gain.
     s = moments.inverse_norm if key_norm == "latent" else 1.0
-    up_key, key_bias = read(s * content.rows)
-    up_value, value_bias = read(affine(value, (value_map @ w.v_bias.unflatten(0, (num_heads, -1, 1))).squeeze(-1)))
-    tensors = _query_path(dense, torch.cat((content.queries, shared.queries), 1), q_lora_rank, errors)
+    # What latent channels are of z, and back to x; the latent is basis^T z: its mean is zero, its covariance 1.
+    down, shift = basis.mT, basis.new_zeros(basis.shape[1])
     if rope == "cached":
-        down = torch.cat((down, s * shared.rows))
-    elif len(shared.rows):
-        tensors["k_rope_proj.weight"], tensors["k_rope_proj.bias"] = read(s * shared.rows)
+        down, shift = torch.cat((down, s * shared.rows[:, :-1])), torch.cat((shift, s * shared.rows[:, -1]))
+    down = root.solve(down)
+    if content.rows is None:
+        up_key, key_bias = _read(weights.k_weight, weights.k_bias, basis, dense)
+        norm = s * weights.norm_k.to(key_bias).unflatten(0, key_bias.shape)
+        up_key, key_bias = norm[..., None] * up_key, norm * key_bias
+    else:
+        up_key, key_bias = s * content.rows[..., :-1] @ basis, s * content.rows[..., -1]
+    up_value, value_bias = _read(weights.v_weight, weights.v_bias, basis, dense)
+    up_value, value_bias = value_map @ up_value, value_map @ value_bias[..., None]
+    if rope != "cached" and len(shared.rows):
+        tensors["k_rope_proj.weight"], tensors["k_rope_proj.bias"] = (
+            s * shared.rows[:, :-1] @ basis,
+            s * shared.rows[:, -1],
+        )
     tensors |= {
-        "kv_a_proj_with_mqa.weight": down[:, :dim],
-        "kv_a_proj_with_mqa.bias": down[:, dim],
+        "kv_a_proj_with_mqa.weight": down,
+        "kv_a_proj_with_mqa.bias": shift - down @ mean,
         "kv_b_proj.weight": torch.cat((up_key, up_value), 1).flatten(0, 1),
         "kv_b_proj.bias": key_bias.flatten(),
-        "o.weight": out.transpose(0, 1).flatten(1),
-        "o.bias": w.o_bias + torch.einsum("hdv,hv->d", out, value_bias),
+        **_output(weights, out_map, value_bias),
     }
-    return Factors(tensors=tensors | _norms(w, key_norm, layer.kv_lora_rank), errors=errors)
+    return Factors(tensors=tensors | _norms(weights, key_norm, layer.kv_lora_rank), errors=errors)
+
+
+def _read(weight: Tensor, bias: Tensor, basis: Tensor, dense: _Dense) -> tuple[Tensor, Tensor]:
+    """Heads of W x + b, from the latent basis^T z: [H, d, rank] and, where it is zero, [H, d]."""
+    mean, through = dense.moments.mean, dense.root.left(basis)
+    read, rest = mean.new_empty(len(weight), basis.shape[1]), mean.new_empty(len(weight))
+    for rows, block in _float64(weight, mean.device):
+        read[rows], rest[rows] = block @ through, block @ mean + bias[rows].to(mean)
+    return read.unflatten(0, (dense.num_heads, -1)), rest.unflatten(0, (dense.num_heads, -1))
+
+
+def _output(weights: AttentionWeights, out_map: Tensor, value_bias: Tensor) -> dict[str, Tensor]:
+    """W_O for values mapped by `out_map` [H, v, d]; its bias takes up what values have where the latent is zero."""
+    heads, width, full = out_map.shape
+    made = out_map.new_empty(len(weights.o_weight), heads * width) if width < full else None
+    bias = weights.o_bias.to(out_map, copy=True)
+    for rows, block in _float64(weights.o_weight, out_map.device):
+        if made is not None:
+            made[rows] = torch.einsum("nhd,hvd->nhv", block.unflatten(1, (heads, full)), out_map).flatten(1)
+        bias[rows] += (block if made is None else made[rows]) @ value_bias.flatten()
+    return {"o.weight": weights.o_weight if made is None else made, "o.bias": bias}
 
 
 def narrower(tensors: Mapping[str, Tensor], rank: int, width: int) -> dict[str, Tensor]:
@@ -292,11 +445,12 @@ def choose_components(
     A component (pair f, its r-th singular triple) buys sigma_r^2 (1 - |rho_f|^2): the energy whose rotation is lost
     without it, less what a constant mean rotation keeps.
     """
-    dense = _Dense.of(weights, moments, num_heads)
-    importance, turned = dense.importance(), 1 - moments.rho.abs().square()
+    if not any(counts):
+        return [() for _ in counts]
+    dense, turned = _Dense.of(weights, moments, num_heads), 1 - moments.rho.abs().square()
     gains = []
-    for pair in range(importance.shape[1]):
-        _, _, sigma = _components(dense, importance, pair)
+    for pair in range(len(turned)):
+        _, _, sigma = _components(dense, pair)
         gains += [(float(value.square() * turned[pair]), pair) for value in (sigma if several else sigma[:1])]
     gains.sort(reverse=True)
     return [tuple(sorted(Counter(pair for _, pair in gains[:count]).items())) for count in counts]
@@ -341,7 +495,7 @@ def random_layer(
 
     Those are W_O where values stay as wide as the head, the query projection of the exact path, and the key norm.
     """
-    w = weights.double()
+    w = weights
     dim, rank, rotary = w.q_weight.shape[0], layer.kv_lora_rank, layer.qk_rope_head_dim
     width, head_dim = layer.qk_nope_head_dim + rotary, dim // num_heads
 
@@ -385,63 +539,81 @@ def _norms(w: AttentionWeights, key_norm: KeyNorm, rank: int) -> dict[str, Tenso
     return {"k_norm_proj.weight": w.k_weight, "k_norm_proj.bias": w.k_bias}
 
 
-def _components(dense: _Dense, importance: Tensor, pair: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular triples of a pair's keys in all heads: a [H, H], u [H, D + 1] (rows) and sigma [H].
+def _components(dense: _Dense, pair: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular triples of a pair's keys in all heads: a [H, H], u [H, D + 1] (rows on [z; 1]) and sigma [H].
 
-    Rotation commutes with complex factors, so the keys Z [H, D + 1] of a pair may become a u: one shared key u [x; 1]
-    and a factor conj(a_h) in head h's query. The best a u in the metric Q^1/2 Z M^1/2 (Q = diag E|q_h|^2, M the second
-    moment of [x; 1]) are its leading singular triples, mapped back.
+    Rotation commutes with complex factors, so the keys Z [H, D + 1] of a pair may become a u: one shared key u [z; 1]
+    and a factor conj(a_h) in head h's query. The best a u in the metric Q^1/2 Z (Q = diag E|q_h|^2; [z; 1] is white)
+    are its leading singular triples.
     """
     keys = torch.complex(dense.key[:, 2 * pair], dense.key[:, 2 * pair + 1])
-    root, scale = dense.affine_root.to(keys.dtype), importance[:, pair].sqrt()[:, None]
-    left, sigma, right = torch.linalg.svd((scale * keys) @ root, full_matrices=False)
-    return left * sigma / scale, torch.linalg.solve_triangular(root, right, upper=False, left=False), sigma
+    scale = dense.importance[:, pair].sqrt()[:, None]
+    left, sigma, right = torch.linalg.svd(scale * keys, full_matrices=False)
+    return left * sigma / scale, right, sigma
 
 
-def _content_and_shared(dense: _Dense, layer: MLALayer, rope: RopeMode) -> tuple[_Keys, _Keys, dict[str, float]]:
+def _content_and_shared(dense: _Dense, layer: MLALayer, rope: RopeMode) -> tuple[_Content, _Shared, dict[str, float]]:
     """Each head's own keys, the rotary keys that all share, and relative errors of both.
 
     What loses its rotation, and what the shared keys miss, goes into content keys that turn by their mean instead:
     Re(q conj(k) rho).
     """
-    heads, width, columns = dense.key.shape
-    pairs, importance, rho = dense.pairs(), dense.importance(), dense.moments.rho
+    moments = dense.moments
+    query, mean, width = moments.query, moments.mean, dense.head_dim
     if rope == "head":
-        # Turned by position, the pairs of a query are as good as uncorrelated: each counts with its power alone.
-        weight = torch.diag_embed(importance.sqrt().repeat_interleave(2, 1))
-        eye = torch.eye(width, dtype=weight.dtype, device=weight.device).expand(heads, -1, -1)
-        none = _Keys(rows=weight.new_zeros(0, columns), weight=weight.new_zeros(0), queries=eye[:, :0])
-        return _Keys(rows=dense.key, weight=weight, queries=eye), none, {}
-    rest, missed, kept_energy = pairs.clone(), 0.0, 0.0
-    rows, weights = [dense.key.new_zeros(0, columns)], [dense.key.new_zeros(0)]
-    queries = [dense.key.new_zeros(heads, 0, width)]
+        none = _Shared(rows=mean.new_zeros(0, len(mean) + 1), weight=mean.new_zeros(0), queries=query[:, :0])
+        return _Content(rows=None, queries=_identity(query)), none, {}
+    rest, missed, kept_energy = dense.key.clone(), 0.0, 0.0
+    rows, weights = [mean.new_zeros(0, len(mean) + 1)], [mean.new_zeros(0)]
+    queries = [query[:, :0]]
     for pair, count in layer.rope_components:
-        factors, shared, sigma = _components(dense, importance, pair)
+        factors, shared, sigma = _components(dense, pair)
         factor, row = factors[:, :count], shared[:count]
-        rest[:, pair] -= factor @ row
+        made = factor @ row
+        rest[:, 2 * pair] -= made.real
+        rest[:, 2 * pair + 1] -= made.imag
         missed += float(sigma[count:].square().sum())
         kept_energy += float(sigma.square().sum())
         rows.append(torch.view_as_real(row).transpose(1, 2).flatten(0, 1))
         weights.append(sigma[:count].repeat_interleave(2))
-        turn = dense.key.new_zeros(heads, count, 2, width)
+        turn = query.new_zeros(len(query), count, 2, width)
         turn[:, :, 0, 2 * pair], turn[:, :, 0, 2 * pair + 1] = factor.real, factor.imag
         turn[:, :, 1, 2 * pair], turn[:, :, 1, 2 * pair + 1] = -factor.imag, factor.real
         queries.append(turn.flatten(1, 2))
-    root, power = dense.affine_root.to(pairs.dtype), importance.sqrt()[..., None]
-    lost = (power * (rest @ root)).abs().square().sum((0, 2))  # [pairs]
-    total = (power * (pairs @ root)).abs().square().sum()
+    unturned = 1 - moments.rho.abs().square()
     errors = {
         "rope": (missed / kept_energy) ** 0.5 if kept_energy else 0.0,
-        "unrotated": float((lost * (1 - rho.abs().square())).sum() / total) ** 0.5,
+        "unrotated": float((_power(dense, rest) * unturned).sum() / _power(dense, dense.key).sum()) ** 0.5,
     }
-    content = torch.view_as_real(rest * rho.conj()[:, None]).transpose(2, 3).flatten(1, 2)  # [H, d, D + 1]
-    spread = _gram(content[..., :-1] @ dense.root)
-    query_map, key_map = _narrow(dense.moments.query, spread, layer.qk_nope_head_dim)
+    content = _turn(rest, moments.rho.conj())  # [H, d, D + 1]
+    spread = _gram(content[..., :-1])
+    query_map, key_map = _narrow(query, spread, layer.qk_nope_head_dim)
     return (
-        _Keys(rows=key_map @ content, weight=dense.key_weight(query_map), queries=query_map),
-        _Keys(rows=torch.cat(rows), weight=torch.cat(weights), queries=torch.cat(queries, 1)),
+        _Content(rows=key_map @ content, queries=query_map),
+        _Shared(rows=torch.cat(rows), weight=torch.cat(weights), queries=torch.cat(queries, 1)),
         errors,
     )
+
+
+def _power(dense: _Dense, keys: Tensor) -> Tensor:
+    """[H, pairs]: mean square of keys [H, d, D + 1], weighed by their importance."""
+    lengths = torch.linalg.vector_norm(keys, dim=-1).square()
+    return dense.importance * lengths.unflatten(1, (-1, 2)).sum(-1)
+
+
+def _turn(keys: Tensor, turns: Tensor) -> Tensor:
+    """Multiply the complex pairs of keys [H, d, n] by `turns` [pairs], in place."""
+    for head in keys:
+        real, imag = head[0::2].clone(), head[1::2]
+        cos, sin = turns.real[:, None], turns.imag[:, None]
+        head[0::2] = real * cos - imag * sin
+        head[1::2] = real * sin + imag * cos
+    return keys
+
+
+def _identity(like: Tensor) -> Tensor:
+    """[H, d, d] ones on the diagonal, for the heads of `like` [H, d, d]."""
+    return torch.eye(like.shape[1], dtype=like.dtype, device=like.device).expand(like.shape)
 
 
 def _narrow(left: Tensor, right: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -450,10 +622,8 @@ def _narrow(left: Tensor, right: Tensor, width: int) -> tuple[Tensor, Tensor]:
     `left` and `right` [H, d, d] are the second moments of a and b; the error is the mean square over independent a
     and b. The identity where `width` is the full d.
     """
-    heads, full, _ = left.shape
-    if width == full:
-        eye = torch.eye(full, dtype=left.dtype, device=left.device).expand(heads, -1, -1)
-        return eye, eye
+    if width == left.shape[1]:
+        return _identity(left), _identity(left)
     root_left, root_right = symmetric_root(left), symmetric_root(right)
     u, sigma, vh = torch.linalg.svd(root_left @ root_right)
     scale = sigma[:, :width].sqrt().unsqueeze(-1)
@@ -477,14 +647,18 @@ def _query_path(dense: _Dense, query_map: Tensor, rank: int | None, errors: dict
             "q_b_proj.weight": query_map,
         }
     dim, heads = w.q_weight.shape[0], query_map.shape[0]
-    metric = affine(w.q_weight, w.q_bias) @ dense.affine_root
-    basis, kept = leading_directions(metric @ metric.mT, rank)  # [D, rank]
+    total = query_map.new_zeros(dim, dim)
+    add_gram(total, _white(w.q_weight, w.q_bias, dense.moments.mean, dense.root).mT)
+    basis, kept = leading_directions(mirror(total), rank)  # [D, rank]
     errors["query"] = max(0.0, 1 - kept) ** 0.5
-    up = (w.norm_q[:, None] * basis).unflatten(0, (heads, -1))  # [H, d, rank]
+    up = (w.norm_q.to(basis)[:, None] * basis).unflatten(0, (heads, -1))  # [H, d, rank]
     gain = (dim * kept / rank) ** 0.5
+    down = basis.new_zeros(rank, dim)
+    for rows, block in _float64(w.q_weight, basis.device):
+        down.addmm_(basis[rows].mT, block)
     return {
-        "q_a_proj.weight": basis.mT @ w.q_weight,
-        "q_a_proj.bias": basis.mT @ w.q_bias,
+        "q_a_proj.weight": down,
+        "q_a_proj.bias": basis.mT @ w.q_bias.to(basis),
         "q_a_layernorm.weight": torch.full((rank,), gain, dtype=basis.dtype, device=basis.device),
         "q_b_proj.weight": (query_map @ up).flatten(0, 1),
     }
@@ -495,37 +669,40 @@ def affine(weight: Tensor, bias: Tensor) -> Tensor:
     return torch.cat((weight, bias.unsqueeze(-1)), -1)
 
 
-def affine_root(root: Tensor, mean: Tensor) -> Tensor:
-    """A lower triangular root [D + 1, D + 1] of E[[x; 1] [x; 1]^T], given a root of the covariance of x."""
-    dim = len(mean)
-    second = mean.new_zeros(dim + 1, dim + 1)
-    second[:dim, :dim] = root @ root.mT + torch.outer(mean, mean)
-    second[dim, :dim] = second[:dim, dim] = mean
-    second[dim, dim] = 1
-    return torch.linalg.cholesky(second)
-
-
 def cholesky(covariance: Tensor) -> Tensor:
     """Lower triangular root of a covariance, damped so that it can be inverted."""
-    damping = DAMPING * covariance.diagonal().mean()
-    return torch.linalg.cholesky(
-        covariance + damping * torch.eye(len(covariance), dtype=covariance.dtype).to(covariance)
-    )
+    damped = covariance.clone()
+    damped.diagonal().add_(DAMPING * covariance.diagonal().mean())
+    return torch.linalg.cholesky(damped)
 
 
 def leading_directions(gram: Tensor, rank: int) -> tuple[Tensor, float]:
-    """Orthonormal eigenvectors [D, rank] of the largest eigenvalues of `gram`, and the share of the trace they hold."""
-    dim = len(gram)
-    if gram.device.type == "cpu" and rank < dim:
-        # Only the leading eigenvectors: several times cheaper than all of them.
-        values, vectors = eigh(gram.numpy(), subset_by_index=(dim - rank, dim - 1), check_finite=False)
-        values, vectors = torch.from_numpy(values), torch.from_numpy(vectors)
+    """Orthonormal eigenvectors [D, rank] of the largest eigenvalues of `gram`, and the share of the trace they hold.
+
+    `gram` is overwritten on a CPU. Raises LinAlgError when it is not finite.
+    """
+    dim, trace = len(gram), float(gram.trace())
+    if gram.device.type == "cpu":
+        values, vectors = leading_eigenvectors(gram.contiguous(), rank)
     else:
         values, vectors = torch.linalg.eigh(gram)
         values, vectors = values[dim - rank :], vectors[:, dim - rank :]
-    trace = gram.trace()
-    kept = float(values.clamp_min(0).sum() / trace) if trace > 0 else 1.0
+    kept = float(values.clamp_min(0).sum()) / trace if trace > 0 else 1.0
     return vectors.flip(1).contiguous(), min(1.0, kept)
+
+
+def add_gram(total: Tensor, rows: Tensor) -> None:
+    """Add `rows`^T `rows` to `total` [D, D], only on and above the diagonal's blocks; `mirror` does the rest."""
+    for start in range(0, len(total), _GRAM_BLOCK):
+        total[start : start + _GRAM_BLOCK, start:].addmm_(rows[:, start : start + _GRAM_BLOCK].mT, rows[:, start:])
+
+
+def mirror(total: Tensor) -> Tensor:
+    """Copy what lies above the diagonal's blocks of `total` [D, D] below them, in place."""
+    for start in range(0, len(total), _GRAM_BLOCK):
+        end = start + _GRAM_BLOCK
+        total[end:, start:end] = total[start:end, end:].mT
+    return total
 
 
 def symmetric_root(matrix: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from mlaconvert.attention import (
     attend,
 )
 from mlaconvert.cache import LatentCache, LayerCache
+from mlaconvert.checkpoint import check_finite
 from mlaconvert.config import StreamingConfig, WanConfig
 from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.families import Checkpoint, open_checkpoint
@@ -104,10 +106,17 @@ class Block(nn.Module):
         cache: LayerCache | None,
     ) -> Tensor:
         """[B, N, D] -> [B, N, D]. Text and image are read from the cache where it holds them."""
-        _, _, gate, ffn_shift, ffn_scale, ffn_gate = (modulation + self.modulation).unbind(-2)
-        x = x + _gate(self.self_attn(self.attention_input(x, modulation), plan, cache), gate)
+        attended = self.self_attn(self.attention_input(x, modulation), plan, cache)
         remembered = cache.text if cache is not None and not torch.is_grad_enabled() else ()
-        memory = remembered or self.cross_attn.project(text, image)
+        return self.complete(x, attended, modulation, remembered or self.cross_attn.project(text, image))
+
+    def complete(self, x: Tensor, attended: Tensor, modulation: Tensor, memory: Sequence[Tensor]) -> Tensor:
+        """The block after self-attention, whose output is `attended` [B, N, D]: each token on its own.
+
+        `memory` is `CrossAttention.project`'s of the text.
+        """
+        _, _, gate, ffn_shift, ffn_scale, ffn_gate = (modulation + self.modulation).unbind(-2)
+        x = x + _gate(attended, gate)
         x = x + self.cross_attn(self.norm3(x), memory)
         return x + _gate(self.ffn(_modulate(self.norm2(x), ffn_shift, ffn_scale)), ffn_gate)
 
@@ -239,6 +248,7 @@ class WanModel(nn.Module):
             raise ConfigError("compiling for a GPU needs triton: pip install triton, or do not compile")
         dynamo: Any = importlib.import_module("torch._dynamo.config")
         dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * (len(self._pairs) + 2))
+        LayerCache.stay_uncompiled()
         for block in self.blocks:
             block.compile(dynamic=False)
 
@@ -431,7 +441,8 @@ def load_model(
     """The model of a checkpoint, dense or converted: built on the meta device, filled strictly, frozen.
 
     `source` is anything that `open_checkpoint` reads, or a checkpoint that is open already. `dtype` None keeps the
-    file's. `streaming` replaces the checkpoint's own setting. Raises what `open_checkpoint` raises.
+    file's, or the widest of several. `streaming` replaces the checkpoint's own setting. Raises what `open_checkpoint`
+    raises, and CheckpointError for a NaN.
     """
     opened = (
         nullcontext(source)
@@ -442,6 +453,12 @@ def load_model(
         config = replace(checkpoint.config, streaming=streaming) if streaming else checkpoint.config
         with torch.device("meta"):
             model = WanModel(config)
-        state = {name: checkpoint.read(name).to(device, dtype) for name in checkpoint.names}
+        # A file may mix dtypes; a model computes in one.
+        dtype = dtype or reduce(torch.promote_types, {checkpoint.info(name).dtype for name in checkpoint.names})
+        state = {}
+        for name in checkpoint.names:
+            tensor = checkpoint.read(name)
+            check_finite(tensor, checkpoint.info(name).name, checkpoint.store.path)
+            state[name] = tensor.to(device, dtype)
         model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(False).eval()

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from mlaconvert.errors import ConfigError
+from mlaconvert.factorize import add_gram, mirror
+from mlaconvert.lapack import eigenvalues
 
 _GRAM_ROWS = 1024  # rows of the float64 copy: 42 MB at width 5120
 
@@ -29,19 +31,17 @@ def gram(*matrices: Tensor) -> Tensor:
     total = torch.zeros(width, width, dtype=torch.float64, device=matrices[0].device)
     for matrix in matrices:
         for start in range(0, len(matrix), _GRAM_ROWS):
-            block = matrix[start : start + _GRAM_ROWS].to(torch.float64)
-            total.addmm_(block.T, block)
-    return total
+            add_gram(total, matrix[start : start + _GRAM_ROWS].to(torch.float64))
+    return mirror(total)
 
 
 def singular_values_from_gram(gram_matrix: Tensor) -> Tensor:
-    """Singular values of W from W^T W: [D, D] float64 -> [D] float64, descending.
+    """Singular values of W from W^T W: [D, D] float64 -> [D] float64, descending. The matrix is overwritten on a CPU.
 
     If W has fewer rows than D, the values beyond them are zero to rounding.
     """
-    # Rounding can leave a zero eigenvalue slightly negative.
-    eigenvalues: Tensor = torch.linalg.eigvalsh(gram_matrix)
-    return eigenvalues.clamp_min_(0).sqrt_().flip(0)
+    found = eigenvalues(gram_matrix) if gram_matrix.device.type == "cpu" else torch.linalg.eigvalsh(gram_matrix)
+    return found.clamp_min_(0).sqrt_().flip(0)  # rounding can leave a zero eigenvalue slightly negative
 
 
 def product_singular_values(up: Tensor, down: Tensor) -> Tensor:

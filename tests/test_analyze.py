@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from mlaconvert import families
-from mlaconvert.analyze import Analysis, analyze
+from mlaconvert.analyze import Analysis, analyze, read_ahead
 from mlaconvert.calibrate import Regime, Sweep, layer_moments
 from mlaconvert.cli import app
 from mlaconvert.config import MLAConfig, MLALayer, StreamingConfig, WanConfig
@@ -476,14 +477,21 @@ def test_clips_need_a_dense_model() -> None:
     assert checkpoint.names == []
 
 
-def test_inputs_that_are_not_finite_are_named(case: Case, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (3e38, r"layer 1 reads inputs on these clips that do not vary or are not finite"),
+        (torch.nan, r"'blocks\.0\.ffn\.0\.weight' holds NaN"),
+    ],
+)
+def test_inputs_that_are_not_finite_are_named(case: Case, tmp_path: Path, value: float, message: str) -> None:
     tensors = dict(load_file(case.folder / "diffusion_pytorch_model.safetensors"))
-    tensors["blocks.0.ffn.0.weight"] = torch.full_like(tensors["blocks.0.ffn.0.weight"], torch.nan)
+    tensors["blocks.0.ffn.0.weight"] = torch.full_like(tensors["blocks.0.ffn.0.weight"], value)
     save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
     (tmp_path / "config.json").write_text((case.folder / "config.json").read_text())
     with (
         families.open_checkpoint(tmp_path) as checkpoint,
-        pytest.raises(CheckpointError, match=r"layer 1 reads inputs on these clips that do not vary or are not finite"),
+        pytest.raises(CheckpointError, match=message),
     ):
         analyze(checkpoint, clips=CLIPS, regime=REGIME)
 
@@ -591,3 +599,27 @@ def test_clips_are_refused_where_nothing_reads_them(golden: Path, option: tuple[
     assert result.exit_code == 2
     assert "only read with --calibrated" in result.stderr
     assert result.stdout == ""
+
+
+def test_the_next_layer_is_read_while_this_one_is_used() -> None:
+    """In order, one ahead and no more; an error comes up at its own turn."""
+    asked: list[int] = []
+    third = threading.Event()
+
+    def read(index: int) -> int:
+        asked.append(index)
+        if index == 7:
+            third.set()
+        if index == 9:
+            raise CheckpointError("torn")
+        return 10 * index
+
+    found = read_ahead(read, [3, 5, 7, 8, 9])
+    assert next(found) == 30
+    assert next(found) == 50
+    assert third.wait(20)
+    assert 8 not in asked
+    assert [next(found), next(found)] == [70, 80]
+    with pytest.raises(CheckpointError, match="torn"):
+        next(found)
+    assert list(read_ahead(read, [])) == []

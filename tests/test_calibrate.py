@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ import torch
 from conftest import SaveFolder, randomize, relative
 from torch import Tensor
 
+from mlaconvert import calibrate as calibrate_module
 from mlaconvert.attention import AttentionPlan, DenseAttention, LatentAttention
 from mlaconvert.calibrate import (
     BATCH,
+    Calibration,
     ErrorTable,
     Inputs,
     Layer,
@@ -28,10 +30,12 @@ from mlaconvert.calibrate import (
     calibrate,
     layer_moments,
     load_moments,
+    load_widened,
     refit_layers,
     refit_output,
     refit_query,
     save_moments,
+    scratch_bytes,
     share_budget,
     windows,
 )
@@ -42,6 +46,7 @@ from mlaconvert.families import Checkpoint, open_checkpoint
 from mlaconvert.model import WanModel, load_model, timestep_embedding
 from mlaconvert.rollout import Sampler
 from mlaconvert.rope import angles, rotary
+from mlaconvert.scratch import Scratch
 
 # Heads of 14 are 7 rotary pairs, split (3, 2, 2). Clips of 4 x 6 latent pixels have 2 x 3 tokens a frame.
 STREAMING = StreamingConfig(chunk_frames=2, window_frames=5, sink_frames=1)
@@ -511,7 +516,7 @@ def score_problem(layer: Layer, student: LatentAttention, head: int) -> tuple[Te
     """
     a, shape = layer.attention, student.layer
     scale, own = WIDTH**-0.5, slice(head * WIDTH, head * WIDTH + WIDTH)
-    up, _, bias = (part[head] for part in student.kv_b_proj.factors())
+    up, _, bias = (part[head] for part in student.kv_b_proj())
     rows, targets = [], []
 
     def normed(x: Tensor, gain: Tensor) -> Tensor:
@@ -762,13 +767,14 @@ def test_budgets_are_shared_by_what_layers_lose() -> None:
 
 
 def test_moments_survive_the_disk(tmp_path: Path) -> None:
-    saved = layer_moments(make_layer(5))
+    layer = make_layer(5)
+    saved = layer_moments(layer)
     save_moments(tmp_path, 12, saved)
     assert [path.name for path in tmp_path.iterdir()] == ["layer-012.safetensors"]
-    loaded = load_moments(tmp_path, 12)
+    loaded = load_moments(tmp_path, 12, CONFIG)
     for field in dataclasses.fields(LayerMoments):
         before, after = getattr(saved, field.name), getattr(loaded, field.name)
-        if isinstance(before, float):
+        if before is None or isinstance(before, float):
             assert before == after
         else:
             assert before.dtype == after.dtype
@@ -808,7 +814,7 @@ def test_calibration_beats_a_guess_from_weights(folder: Path, key_norm: KeyNorm)
     rho = mean_rotation(SPLIT, streaming=STREAMING, frames=7, height=2, width=3)
     made, ratios = target(key_norm), []
     with open_checkpoint(folder) as checkpoint:
-        fresh = [layer.inputs for layer in make_sweep(checkpoint, make_clips(4, seed=9), regime)]
+        fresh = [list(layer.inputs) for layer in make_sweep(checkpoint, make_clips(4, seed=9), regime)]
         for layer, unseen in zip(make_sweep(checkpoint, make_clips(8), regime), fresh, strict=True):
             modulation = (shared + model.blocks[layer.index].modulation)[:, :2]
             guessed = modulation_moments(layer.weights, modulation, num_heads=HEADS, eps=CONFIG.eps, rho=rho)
@@ -874,3 +880,146 @@ def test_no_layer_gets_more_than_the_model_is_wide() -> None:
     table = falling(1.0)
     assert share_budget([table, table], (1.0, 1e9), 20, largest=23) == [17, 23]
     assert target().layer(DIM + 9, SMALL).kv_lora_rank == DIM
+
+
+@pytest.mark.parametrize("finished", [(), (0,), (0, 2)])
+def test_a_killed_sweep_goes_on_behind_the_finished_layers(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: tuple[int, ...]
+) -> None:
+    """The same tensors, errors and losses; layers whose results were lost are passed again."""
+    clips, made = make_clips(4), target("token")
+    shape = made.layer(13, SMALL)
+    passed: list[int] = []
+    with open_checkpoint(folder) as checkpoint:
+        for layer in Sweep(checkpoint, clips, FEW):
+            save_moments(tmp_path, layer.index, layer_moments(layer))
+        calibration = Calibration(folder=tmp_path, layers={0: shape, 2: shape})
+
+        def refit(losses: dict[str, float], **again: Any) -> Iterator[tuple[int, dict[str, Tensor], dict[str, float]]]:
+            return refit_layers(
+                checkpoint, clips, FEW, made, calibration, validation=make_clips(1, seed=7), losses=losses, **again
+            )
+
+        whole: dict[str, float] = {}
+        expected = {index: (tensors, errors) for index, tensors, errors in refit(whole)}
+        state = tmp_path / "state"
+        state.mkdir()
+        interrupted = refit({}, state=state)
+        for index, _, _ in interrupted:
+            if index == 2:
+                break
+        if finished == (0, 2):  # the kill came after the last layer
+            assert next(interrupted, None) is None
+        interrupted.close()  # type: ignore[attr-defined]
+        assert not list(state.glob("*.partial"))
+        assert len(list(state.iterdir())) <= 2
+        load = Sweep._load
+        monkeypatch.setattr(Sweep, "_load", lambda self, index: passed.append(index) or load(self, index))
+        losses: dict[str, float] = {}
+        again = {index: (tensors, errors) for index, tensors, errors in refit(losses, state=state, finished=finished)}
+    assert passed == {(): [0, 1, 2], (0,): [2], (0, 2): []}[finished]
+    assert losses == whole
+    assert len(set(whole.values())) == len(whole)  # every stage is followed as it was
+    for index, (tensors, errors) in again.items():
+        assert errors == expected[index][1]
+        assert all(torch.equal(tensors[name], expected[index][0][name]) for name in expected[index][0])
+
+
+def test_a_sweep_goes_on_from_its_last_layers(folder: Path, tmp_path: Path) -> None:
+    """Behind layer 1, and one layer earlier when the newest results are missing; a broken file is as good as none."""
+    with open_checkpoint(folder) as checkpoint:
+        first = make_sweep(checkpoint, make_clips(2))
+        first.resume(tmp_path, lambda _: True)
+        assert first.start == 0
+        hidden = {}
+        for layer in first:
+            hidden[layer.index] = [x.clone() for x in first.hidden]
+        for missing, start in ((3, 3), (2, 2), (1, 0)):
+            sweep = make_sweep(checkpoint, make_clips(2))
+            sweep.resume(tmp_path, lambda index, missing=missing: index < missing)  # type: ignore[misc]
+            assert sweep.start == start
+            if start == 2:
+                assert all(torch.equal(a, b) for a, b in zip(sweep.hidden, hidden[2], strict=True))
+                assert [layer.index for layer in sweep] == [2]
+                assert all(torch.equal(a, b) for a, b in zip(sweep.hidden, first.hidden, strict=True))
+        (tmp_path / "sweep-003.safetensors").write_bytes(b"broken")
+        sweep = make_sweep(checkpoint, make_clips(2))
+        sweep.resume(tmp_path, lambda _: True)
+        assert sweep.start == 2
+
+
+def test_weights_of_another_dtype_are_widened_as_they_are_used(folder: Path, save_folder: SaveFolder) -> None:
+    """A bfloat16 file gives exactly what a float32 file of the same numbers gives."""
+    with open_checkpoint(folder) as checkpoint:
+        state = {name: checkpoint.read(name).bfloat16() for name in checkpoint.names}
+        config = native(checkpoint.config)
+    narrow, wide = (
+        save_folder(state, config, "narrow"),
+        save_folder({name: tensor.float() for name, tensor in state.items()}, config, "wide"),
+    )
+    found = []
+    for source in (narrow, wide):
+        with open_checkpoint(source) as checkpoint:
+            sweep = Sweep(checkpoint, make_clips(2), FEW)
+            for layer in sweep:
+                kept = layer.attention.k.weight.dtype
+                moments = layer_moments(layer)
+            found.append((moments, [x.clone() for x in sweep.hidden], kept))
+    assert [kept for _, _, kept in found] == [torch.bfloat16, torch.float32]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+    for name in ("covariance", "sensitivity", "query", "rho"):
+        assert torch.equal(getattr(found[0][0], name), getattr(found[1][0], name))
+
+
+def test_a_widened_model_is_the_model_in_float32(folder: Path, save_folder: SaveFolder) -> None:
+    with open_checkpoint(folder) as checkpoint:
+        state = {name: checkpoint.read(name).bfloat16() for name in checkpoint.names}
+        narrow = save_folder(state, native(checkpoint.config), "narrow")
+    clips, times = make_clips(2), torch.tensor([300.0, 800.0])
+    with open_checkpoint(narrow) as checkpoint:
+        widened, expected = load_widened(checkpoint, STREAMING), load_model(checkpoint, dtype=torch.float32)
+        found = widened(clips.latents, times, clips.context)
+    assert {p.dtype for p in widened.blocks[1].ffn.parameters()} == {torch.bfloat16}  # type: ignore[union-attr]
+    assert torch.equal(found, expected(clips.latents, times, clips.context))
+
+
+def test_work_in_small_parts_is_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for size in (calibrate_module.PIECE_SCALARS, 64):
+        monkeypatch.setattr(calibrate_module, "PIECE_SCALARS", size)
+        with open_checkpoint(folder) as checkpoint:
+            sweep = make_sweep(checkpoint, make_clips(2))
+            for layer in sweep:
+                moments = layer_moments(layer)
+            found.append((moments, [x.clone() for x in sweep.hidden]))
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        assert relative(a, b) < EXACT
+    for name in ("mean", "covariance", "query", "sensitivity"):
+        assert relative(getattr(found[0][0], name), getattr(found[1][0], name)) < EXACT, name
+
+
+@pytest.mark.parametrize("streaming", [STREAMING, None])
+def test_the_disk_that_activations_take_is_known_beforehand(
+    folder: Path, both_ways: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: StreamingConfig | None
+) -> None:
+    """Against the bytes of a sweep in which all layers are followed, and one layer's expected outputs."""
+    taken = 0
+    empty = Scratch.empty
+
+    def counted(self: Scratch, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        nonlocal taken
+        made = empty(self, shape, dtype)
+        taken += made.nbytes
+        return made
+
+    monkeypatch.setattr(Scratch, "empty", counted)
+    monkeypatch.setattr(calibrate_module, "QUERIES", 1)
+    regime, clips, made = dataclasses.replace(FEW, streaming=streaming), make_clips(6), target("token")
+    with open_checkpoint(folder if streaming else both_ways) as checkpoint:
+        for layer in Sweep(checkpoint, clips, regime, probes=9, scratch=tmp_path):
+            if layer.index == 0:
+                assert len(layer.expected) == len(layer.inputs)
+                student = made.convert(layer, made.layer(13, SMALL), layer_moments(layer))
+            layer.follow(layer.index, student)
+        expected = scratch_bytes(checkpoint.config, clips.latents.shape, regime, followed=3)
+    assert 0.85 * expected < taken < 1.05 * expected

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import combinations, combinations_with_replacement, product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import relative
@@ -17,10 +18,13 @@ from mlaconvert.config import KeyNorm, MLAConfig, MLALayer, RopeMode, StreamingC
 from mlaconvert.errors import InputError
 from mlaconvert.factorize import (
     AttentionWeights,
+    DiagonalRoot,
     Factors,
     LayerMoments,
+    Root,
+    TriangularRoot,
+    add_gram,
     affine,
-    affine_root,
     allocate,
     cholesky,
     choose_components,
@@ -28,6 +32,7 @@ from mlaconvert.factorize import (
     highest_pairs,
     leading_directions,
     mean_rotation,
+    mirror,
     modulation_moments,
     narrower,
     random_layer,
@@ -384,16 +389,53 @@ def test_modulation_moments_are_those_of_sampled_inputs() -> None:
 def test_roots_and_directions() -> None:
     g = torch.Generator().manual_seed(3)
     a = torch.randn(9, 7, generator=g, dtype=torch.float64)
-    mean = torch.randn(7, generator=g, dtype=torch.float64)
     root = cholesky(a.T @ a)
     assert relative(root @ root.T, a.T @ a) < 1e-5
-    second = affine_root(root, mean)
-    assert relative((second @ second.T)[:7, :7], a.T @ a + torch.outer(mean, mean)) < 1e-5
-    assert relative((second @ second.T)[7], torch.cat((mean, torch.ones(1, dtype=torch.float64)))) < EXACT
     basis, kept = leading_directions(a.T @ a, 3)
     _, sigma, vh = torch.linalg.svd(a)
     assert relative(basis @ basis.T, vh[:3].T @ vh[:3]) < 1e-9
     assert kept == pytest.approx(float(sigma[:3].square().sum() / sigma.square().sum()))
+
+
+@pytest.mark.parametrize("kind", ["triangular", "diagonal"])
+def test_roots_multiply_and_divide(kind: str) -> None:
+    g = torch.Generator().manual_seed(4)
+    diagonal, rows = torch.rand(7, generator=g).double() + 0.1, torch.randn(3, 7, generator=g, dtype=torch.float64)
+    covariance = torch.diag(diagonal) + rows.T @ rows
+    damped = covariance + 1e-6 * covariance.trace() / 7 * torch.eye(7)
+    made: Root = DiagonalRoot.of(diagonal, rows) if kind == "diagonal" else TriangularRoot(cholesky(covariance))
+    root = made.apply(torch.eye(7, dtype=torch.float64))
+    assert relative(root @ root.T, damped) < EXACT
+    x = torch.randn(2, 5, 7, generator=g, dtype=torch.float64)
+    assert relative(made.apply(x), x @ root) < EXACT
+    assert relative(made.solve(x), x @ torch.linalg.inv(root)) < 1e-10
+    assert relative(made.left(x[0].T), root @ x[0].T) < EXACT
+
+
+def test_gram_matrices_are_made_by_blocks() -> None:
+    rows = torch.randn(9, 601, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    total = torch.zeros(601, 601, dtype=torch.float64)
+    add_gram(total, rows[:4])
+    add_gram(total, rows[4:])
+    assert relative(mirror(total), rows.T @ rows) < EXACT
+
+
+@pytest.mark.parametrize(("dim", "rank"), [(1, 1), (2, 1), (3, 3), (23, 1), (23, 22), (23, 23)])
+def test_leading_directions_of_any_size(dim: int, rank: int) -> None:
+    rows = torch.randn(2 * dim, dim, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    basis, kept = leading_directions(rows.T @ rows, rank)
+    _, sigma, vh = torch.linalg.svd(rows)
+    assert relative((basis * sigma[:rank].square()) @ basis.T, (vh[:rank].T * sigma[:rank].square()) @ vh[:rank]) < 1e-9
+    assert kept == pytest.approx(float(sigma[:rank].square().sum() / sigma.square().sum()))
+
+
+def test_directions_of_a_degenerate_matrix() -> None:
+    """Most eigenvalues zero and the others equal: still orthonormal, and what is kept is all."""
+    basis, kept = leading_directions(torch.diag((torch.arange(40) < 5).double()), 9)
+    assert relative(basis.T @ basis, torch.eye(9, dtype=torch.float64)) < EXACT
+    assert kept == 1.0
+    with pytest.raises(np.linalg.LinAlgError):
+        leading_directions(torch.full((5, 5), torch.nan, dtype=torch.float64), 2)
 
 
 def test_random_layer_is_seeded_and_keeps_what_is_shared() -> None:

@@ -79,17 +79,13 @@ def analyze(
     """Show how compressible the attention weights are, and what their cache takes in memory."""
     from mlaconvert import analyze as analysis
     from mlaconvert.calibrate import Regime
+    from mlaconvert.calibrated import calibration_clips
     from mlaconvert.config import ConvertRecipe, StreamingConfig, default_video, parse, parse_layers
-    from mlaconvert.convert import (
-        calibration_clips,
-        mla_config,
-        open_models,
-        plan_conversion,
-        resolve_device,
-        resolve_recipe,
-    )
+    from mlaconvert.convert import open_models, resolve_device
     from mlaconvert.errors import ConfigError
     from mlaconvert.memory import plan_memory
+    from mlaconvert.plan import plan_conversion
+    from mlaconvert.recipes import mla_config, resolve_recipe
     from mlaconvert.report import analysis_table, budget_table, memory_table, plot_analysis, titled
 
     if not calibrated and (data is not None or clips is not None):

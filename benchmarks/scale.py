@@ -1,0 +1,328 @@
+"""Memory that does not grow with a model's depth, and time beside the disk's, at real sizes. Linux only.
+
+    python benchmarks/scale.py memory [--folder DIR] [--depths 4,8,12] [--write BENCHMARKS.md]
+    python benchmarks/scale.py time [--folder DIR] [--rounds 2] [--threads 1] [--write BENCHMARKS.md]
+
+`memory` runs analyze, a conversion of weights and a calibrated one on a file as large as Wan2.1 T2V 1.3B (float32) and
+on files of a few layers of the 14B geometry (bfloat16, so that every weight has to be widened). The peak is that of
+RssAnon in /proc/<pid>/status, sampled every 10 ms. Exits with 1 above the bounds.
+
+`time` holds analyze and `convert --init svd` on the 1.3B file against what one would write without them: load all, take
+float32 SVDs, save all; by turns, each from a cold file, all with the same threads. The floor is what nobody can avoid:
+the file's bytes at the disk's rate, or the eigenproblems alone, whichever takes longer.
+
+Weights are drawn once a shape, so layers are alike. Everything is deleted afterwards; it takes up to 25 GB of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from real_size import PUBLISHED_CONFIG, WAN, Measurement, draw, measure, weight_bytes
+from safetensors.torch import save_file
+
+from mlaconvert.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from mlaconvert.config import WanConfig, default_budget
+from mlaconvert.families import WanFamily
+from mlaconvert.lapack import eigenvalues, leading_eigenvectors
+from mlaconvert.writer import ModelWriter, TensorSpec
+
+WIDE = WanConfig(dim=5120, num_heads=40, num_layers=1, ffn_dim=13824)
+BOUNDS = {1536: 1_000_000_000, 5120: 3_000_000_000}
+CLIPS = {1536: (2, 16, 3, 40, 52), 5120: (2, 16, 3, 16, 20)}  # [N, C, F, H, W]: 2 x 1,560 and 2 x 240 tokens
+TARGETS = (0.5, 1.5)  # of the script's time, of the floor
+MLACONVERT = [sys.executable, "-m", "mlaconvert"]
+SCRIPTS = {
+    "analyze": """
+import sys, torch
+from safetensors.torch import load_file
+state = load_file(sys.argv[2])
+for i in range(int(sys.argv[1])):
+    k, v = (state[f"blocks.{i}.self_attn.{name}.weight"].float() for name in "kv")
+    for matrix in (k, v, torch.cat((k, v))):
+        torch.linalg.svdvals(matrix)
+""",
+    "convert --init svd": """
+import sys, torch
+from safetensors.torch import load_file, save_file
+state = load_file(sys.argv[2])
+for i in range(int(sys.argv[1])):
+    q, k, v = (state.pop(f"blocks.{i}.self_attn.{name}.weight").float() for name in "qkv")
+    for name, matrix, rank in (("q", q, 768), ("kv", torch.cat((k, v)), 224)):
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        state[f"blocks.{i}.self_attn.{name}_up"] = (u[:, :rank] * s[:rank]).contiguous()
+        state[f"blocks.{i}.self_attn.{name}_down"] = vh[:rank].contiguous()
+save_file(state, sys.argv[3])
+""",
+}
+EIGENPROBLEMS = "import json, scale; print(json.dumps(scale.eigenproblems()))"
+BARE = "import typer; app = typer.Typer(); app.command()(lambda: None); app()"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=("memory", "time"))
+    parser.add_argument("--folder", type=Path, help="where to write; default: the temporary folder")
+    parser.add_argument("--depths", default="4,8,12", help="layers of the 14B geometry (default 4,8,12)")
+    parser.add_argument(
+        "--convert", type=int, default=1, metavar="N", help="of which so many are converted (default 1)"
+    )
+    parser.add_argument("--skip-small", action="store_true", help="leave the 1.3B file out of `memory`")
+    parser.add_argument("--layers", type=int, default=30, help="layers of the file of `time` (default 30)")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds of `time`; the fastest counts (default 2)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of every process (default 1)")
+    parser.add_argument("--write", type=Path, help="put the table between the markers of this file")
+    arguments = parser.parse_args()
+    if not Path("/proc/self/status").is_file():
+        parser.error("memory is read from /proc/<pid>/status, which only Linux has")
+    os.environ |= {"OMP_NUM_THREADS": str(arguments.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="mlaconvert-") as name:
+        if arguments.what == "memory":
+            depths = [int(depth) for depth in arguments.depths.split(",")]
+            small = [] if arguments.skip_small else [replace(WAN, num_layers=30)]
+            lines, good = memory(
+                Path(name), [*small, *(replace(WIDE, num_layers=n) for n in depths)], arguments.convert
+            )
+        else:
+            lines, good = timing(Path(name), arguments.layers, arguments.rounds)
+    text = "\n".join(lines)
+    print(text)
+    if arguments.write is not None:
+        page = arguments.write.read_text()
+        marked = re.compile(rf"(?<=<!-- {arguments.what} -->\n).*?(?=<!-- end of {arguments.what} -->)", re.DOTALL)
+        if not marked.search(page):
+            sys.exit(f"{arguments.write} has no lines <!-- {arguments.what} --> and <!-- end of {arguments.what} -->")
+        arguments.write.write_text(marked.sub(lambda _: f"{text}\n", page))
+    return int(not good)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def write_model(folder: Path, config: WanConfig, dtype: torch.dtype) -> None:
+    """A model folder in the published layout; tensors of one name and shape are the same in all layers."""
+    shapes = WanFamily().expected_shapes(config)
+    specs = [TensorSpec(name, shape, dtype) for name, shape in shapes.items()]
+    drawn: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+    metadata = {"format": "pt"}
+    with ModelWriter(folder, specs, metadata=metadata, max_shard_bytes=sum(s.nbytes for s in specs)) as writer:
+        for seed, spec in enumerate(specs):
+            key = (re.sub(r"^blocks\.\d+\.", "", spec.name), spec.shape)
+            if key not in drawn:
+                drawn[key] = draw(spec, torch.Generator().manual_seed(seed)).to(dtype)
+            writer.write(spec.name, drawn[key])
+        changed = {name: getattr(config, name) for name in ("dim", "num_heads", "num_layers", "ffn_dim")}
+        writer.write_text(CONFIG_NAME, json.dumps(PUBLISHED_CONFIG | changed, indent=2) + "\n")
+        writer.commit()
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+def memory(folder: Path, models: list[WanConfig], converted: int) -> tuple[list[str], bool]:
+    """The table, and whether all peaks are within their bounds."""
+    lines = ["| model | file | step | peak RssAnon | bound | seconds |", "|---|---|---|---|---|---|"]
+    good = True
+    for config in models:
+        dtype = torch.float32 if config.dim == WAN.dim else torch.bfloat16
+        name = f"{'1.3B' if config.dim == WAN.dim else '14B'}, {config.num_layers} layers"
+        with tempfile.TemporaryDirectory(dir=folder) as inside:
+            source, output, clips = (Path(inside) / part for part in ("source", "output", "clips"))
+            write_model(source, config, dtype)
+            shape = CLIPS[config.dim]
+            clips.mkdir()
+            latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            save_file(
+                {"latents": latents, "context": torch.randn(shape[0], 8, config.text_dim)}, clips / "c.safetensors"
+            )
+            everything = config.dim == WAN.dim
+            some = [] if everything else ["--layers", f"0-{converted - 1}"]
+            few = ["--layers", f"0-{converted - 1}"]
+            convert = [*MLACONVERT, "convert", str(source), "-o", str(output), "--json", "--overwrite"]
+            size = f"{weight_bytes(source) / 1e9:.1f} GB {str(dtype).removeprefix('torch.')}"
+            for step, command, layers in (
+                ("analyze", [*MLACONVERT, "analyze", str(source), "--json", *some], some),
+                ("convert --init svd", [*convert, "--init", "svd", *some], some),
+                ("convert, calibrated", [*convert, "--data", str(clips), "--clips", str(shape[0]), *few], few),
+            ):
+                found = measure(step, command, BOUNDS[config.dim])
+                good &= found.peak_bytes <= BOUNDS[config.dim]
+                what = " ".join([step, *layers])
+                lines.append(
+                    f"| {name} | {size} | {what} | {found.peak_bytes / 1e9:.2f} GB | "
+                    f"{BOUNDS[config.dim] / 1e9:.1f} GB | {found.seconds:.0f} |"
+                )
+                say(lines[-1])
+    return lines, good
+
+
+# --- time --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disk:
+    """Bytes a second, measured."""
+
+    read: float
+    write: float
+
+
+def timing(folder: Path, layers: int, rounds: int) -> tuple[list[str], bool]:
+    """The tables, and whether the targets are met."""
+    source, output = folder / "source", folder / "output"
+    write_model(source, replace(WAN, num_layers=layers), torch.float32)
+    disk, eigen = disk_rates(source / WEIGHTS_NAME, folder), alone(EIGENPROBLEMS)
+    say(f"disk: {disk.read / 1e9:.2f} GB/s read, {disk.write / 1e9:.2f} GB/s written")
+    ours = {
+        "analyze": [*MLACONVERT, "analyze", str(source), "--json"],
+        "convert --init svd": [
+            *MLACONVERT,
+            "convert",
+            str(source),
+            "-o",
+            str(output / "ours"),
+            "--init",
+            "svd",
+            "--json",
+        ],
+    }
+    found: dict[tuple[str, str], list[Measurement]] = {}
+    for _ in range(rounds):
+        for step, command in ours.items():
+            script = [
+                sys.executable,
+                "-c",
+                SCRIPTS[step],
+                str(layers),
+                str(source / WEIGHTS_NAME),
+                str(output / "script.safetensors"),
+            ]
+            for side, each in (("ours", command), ("script", script)):
+                with emptied(output):
+                    forget(source / WEIGHTS_NAME)
+                    one = measure(f"{step}, {side}", each, None)
+                found.setdefault((step, side), []).append(one)
+                say(
+                    f"{step}, {side}: {one.seconds:.1f} s, {one.cpu_seconds:.1f} CPU-seconds, "
+                    f"{one.peak_bytes / 1e9:.2f} GB"
+                )
+    size = weight_bytes(source)
+    floors = {
+        "analyze": (layers * 2 * WAN.dim**2 * 4 / disk.read, layers * eigen["analyze"]),
+        "convert --init svd": (size / disk.read + 0.92 * size / disk.write, layers * eigen["convert --init svd"]),
+    }
+    lines = [
+        f"| step, {layers} layers | ours, s | script, s | ours / script | of CPU-seconds | floor, s: bytes, "
+        "eigenproblems | ours / floor |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    good = True
+    for step, (by_bytes, by_eigen) in floors.items():
+        own, theirs = (min(one.seconds for one in found[step, side]) for side in ("ours", "script"))
+        cpu = [min(one.cpu_seconds for one in found[step, side]) for side in ("ours", "script")]
+        floor = max(by_bytes, by_eigen)
+        good &= own <= TARGETS[0] * theirs and own <= TARGETS[1] * floor
+        lines.append(
+            f"| {step} | {own:.1f} | {theirs:.1f} | {own / theirs:.2f} | {cpu[0]:.1f} / {cpu[1]:.1f} = "
+            f"{cpu[0] / cpu[1]:.2f} | {by_bytes:.1f}, {by_eigen:.1f} | {own / floor:.2f} |"
+        )
+    help_seconds, bare = startup([*MLACONVERT, "--help"]), startup([sys.executable, "-c", BARE, "--help"])
+    good &= help_seconds <= bare + 0.3
+    lines += ["", f"`mlaconvert --help` takes {help_seconds:.2f} s, a bare Typer program {bare:.2f} s."]
+    return lines, good
+
+
+def disk_rates(file: Path, folder: Path) -> Disk:
+    """From a cold file, and to a new one that is synced; a gigabyte each."""
+    block, count = bytes(16 << 20), 64
+    forget(file)
+    began = time.monotonic()
+    with file.open("rb", buffering=0) as stream:
+        read = sum(len(stream.read(len(block))) for _ in range(count))
+    read_rate = read / (time.monotonic() - began)
+    began = time.monotonic()
+    with (folder / "rate").open("wb", buffering=0) as stream:
+        for _ in range(count):
+            stream.write(block)
+        os.fsync(stream.fileno())
+    write_rate = count * len(block) / (time.monotonic() - began)
+    (folder / "rate").unlink()
+    return Disk(read=read_rate, write=write_rate)
+
+
+def forget(file: Path) -> None:
+    """Have the system drop what it remembers of a file, so that it is read from the disk."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def emptied(folder: Path) -> Iterator[None]:
+    """An empty folder, and the disk at rest."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+        Path(name).rename(folder)
+        os.sync()
+        yield
+        folder.rename(name)
+
+
+def alone(code: str) -> dict[str, float]:
+    """What `code`, run in a process like those that are measured, prints as JSON."""
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, env=environment, cwd=Path(__file__).parent
+    )
+    found: dict[str, float] = json.loads(run.stdout)
+    return found
+
+
+def eigenproblems() -> dict[str, float]:
+    """Seconds of the symmetric eigenproblems of one layer, their matrices given; the fastest of three."""
+    rows, budget = torch.randn(2 * WAN.dim, WAN.dim, dtype=torch.float64), default_budget(WAN)
+    gram = rows.mT @ rows
+
+    def fastest(rank: int | None) -> float:
+        found = []
+        for _ in range(3):
+            matrix, began = gram.clone(), time.monotonic()
+            if rank is None:
+                eigenvalues(matrix)
+            else:
+                leading_eigenvectors(matrix, rank)
+            found.append(time.monotonic() - began)
+        return min(found)
+
+    values = fastest(None)
+    return {
+        "analyze": 3 * values,
+        "convert --init svd": values + fastest(budget.kv_lora_rank) + fastest(budget.q_lora_rank),
+    }
+
+
+def startup(command: list[str]) -> float:
+    """The fastest of seven starts, in seconds."""
+    found = []
+    for _ in range(7):
+        began = time.monotonic()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=60)
+        found.append(time.monotonic() - began)
+    return min(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

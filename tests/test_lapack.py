@@ -1,0 +1,58 @@
+"""LAPACK by its steps against numpy's own eigenvalues and vectors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mlaconvert.lapack import LinAlgError, eigenvalues, leading_eigenvectors, solve_positive
+
+
+def symmetric(size: int, condition: float = 1e3) -> torch.Tensor:
+    g = torch.Generator().manual_seed(size)
+    basis, _ = torch.linalg.qr(torch.randn(size, size, generator=g, dtype=torch.float64))
+    return (basis * torch.logspace(0, float(np.log10(condition)), size, dtype=torch.float64)) @ basis.T
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 150])
+def test_eigenvalues_are_numpys(size: int) -> None:
+    matrix = symmetric(size)
+    expected = np.linalg.eigvalsh(matrix.numpy())
+    assert np.abs(eigenvalues(matrix.clone()).numpy() - expected).max() < 1e-12 * expected.max()
+
+
+@pytest.mark.parametrize(("size", "rank"), [(1, 1), (2, 2), (7, 3), (150, 1), (150, 60), (150, 150)])
+def test_leading_vectors_are_vectors_of_the_largest_values(size: int, rank: int) -> None:
+    matrix = symmetric(size)
+    values, vectors = leading_eigenvectors(matrix.clone(), rank)
+    assert vectors.shape == (size, rank)
+    assert np.allclose(values, np.linalg.eigvalsh(matrix.numpy())[size - rank :], rtol=1e-11)
+    assert float((matrix @ vectors - vectors * values).norm()) < 1e-10
+    assert float((vectors.T @ vectors - torch.eye(rank)).norm()) < 1e-10
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 7), (29, 11)])
+def test_solving_in_place(rows: int, size: int) -> None:
+    matrix = symmetric(size)
+    right = torch.randn(rows, size, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    expected = right @ torch.linalg.inv(matrix)
+    given = right.clone()
+    found = solve_positive(matrix.clone(), given)
+    assert found.data_ptr() == given.data_ptr()
+    assert float((found - expected).norm() / expected.norm()) < 1e-10
+    with pytest.raises(LinAlgError):
+        solve_positive(-matrix, right)
+
+
+def test_what_lapack_cannot_take() -> None:
+    broken = symmetric(5)
+    broken[2, 1] = broken[1, 2] = torch.nan
+    with pytest.raises(LinAlgError, match="not finite"):
+        eigenvalues(broken.clone())
+    with pytest.raises(LinAlgError, match="not finite"):
+        leading_eigenvectors(broken, 2)
+    with pytest.raises(ValueError, match="contiguous float64"):
+        eigenvalues(symmetric(5).float())
+    with pytest.raises(ValueError, match="contiguous float64"):
+        eigenvalues(symmetric(6)[::2, ::2])
