@@ -24,11 +24,12 @@ import torch
 
 from mlaconvert.calibrate import Layer, Regime, Sweep, layer_moments
 from mlaconvert.config import ConvertRecipe, MLALayer
-from mlaconvert.convert import convert, load_recipe
+from mlaconvert.convert import convert
 from mlaconvert.evaluate import validation_loss
 from mlaconvert.factorize import LayerMoments, affine
 from mlaconvert.families import open_checkpoint
 from mlaconvert.model import WanModel, load_model
+from mlaconvert.recipes import load_recipe
 from mlaconvert.tiny.clips import held_back, training_clips
 
 CLIPS = 64

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from mlaconvert.config import ConvertRecipe, StreamingConfig, WanConfig
-from mlaconvert.convert import convert, load_recipe, mla_config, resolve_recipe
+from mlaconvert.convert import convert
 from mlaconvert.evaluate import validation_loss
 from mlaconvert.heal import HealRecipe, heal, load_heal_recipe
 from mlaconvert.heal.consistency import Consistency
@@ -48,6 +48,7 @@ from mlaconvert.heal.recipe import STAGES
 from mlaconvert.heal.state import choose_trained, make_optimizer
 from mlaconvert.heal.teacher_forcing import TeacherForcing
 from mlaconvert.model import WanModel, load_model
+from mlaconvert.recipes import load_recipe, mla_config, resolve_recipe
 from mlaconvert.tiny.clips import held_back
 
 # Held-back clips that losses are measured on, and that are continued; and what every run has in common.

@@ -21,18 +21,23 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mlaconvert import convert as module
+from mlaconvert import calibrated, layers, writer
 from mlaconvert.cache import LatentCache
 from mlaconvert.calibrate import Regime, windows
-from mlaconvert.checkpoint import CONFIG_NAME, WEIGHTS_NAME, ModelWriter, TensorSpec
+from mlaconvert.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from mlaconvert.config import ConvertRecipe, StreamingConfig, WanConfig, default_video, parse_layers
-from mlaconvert.convert import ConversionReport, convert, open_models, time_modulation, verify_conversion
+from mlaconvert.convert import ConversionReport, convert, open_models
 from mlaconvert.data import Clips
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, MLAConvertError, OutputError
 from mlaconvert.evaluate import evaluate
 from mlaconvert.families import WanFamily, open_checkpoint
+from mlaconvert.layers import layer_modulation, time_modulation
 from mlaconvert.model import load_model
+from mlaconvert.plan import plan_conversion
+from mlaconvert.recipes import _format_layers, load_recipe
 from mlaconvert.rollout import Sampler, rollout
+from mlaconvert.verify import verify_conversion
+from mlaconvert.writer import ModelWriter, TensorSpec
 
 State = dict[str, Tensor]
 SaveFolder = Callable[..., Path]
@@ -143,6 +148,7 @@ def test_every_layout_converts_and_loads(
     convert(given, tmp_path / "out", EXACT)
     model = load_model(tmp_path / "out")  # strict
     assert model.config.mla is not None
+    assert model.config.few_step == (layout is wrapped)
     assert model.config.cached_scalars() == (9, 9, 9)
     assert (model.config.streaming == StreamingConfig()) == (layout is wrapped)
     written = load_file(tmp_path / "out" / WEIGHTS_NAME)
@@ -287,20 +293,20 @@ def test_modulation_is_what_the_blocks_apply(source: Path) -> None:
         time = time_modulation(checkpoint, timesteps)
         for layer, block in enumerate(model.blocks):
             expected = (modulation + block.modulation)[:, 0, :2]  # shift and scale of self-attention
-            found = module._layer_modulation(checkpoint, layer, time)
+            found = layer_modulation(checkpoint, layer, time)
             assert found.shape == (3, 2, 60)
             assert relative(found, expected) < 1e-6
 
 
 def test_the_regime_decides_the_mean_rotation(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Mapping[str, Any]] = []
-    original = module.mean_rotation
+    original = layers.mean_rotation
 
     def remember(split: tuple[int, int, int], **arguments: Any) -> Tensor:
         seen.append({"split": split, **arguments})
         return original(split, **arguments)
 
-    monkeypatch.setattr(module, "mean_rotation", remember)
+    monkeypatch.setattr(layers, "mean_rotation", remember)
     streaming = StreamingConfig(window_frames=9)
     convert(source, tmp_path / "a", ConvertRecipe(init="svd", streaming=streaming, layers="0"))
     convert(
@@ -375,7 +381,7 @@ def test_random_init_follows_its_seed_layer_by_layer(source: Path, tmp_path: Pat
 
 def test_large_outputs_are_sharded(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The writer's limit of 5 GB, made small."""
-    monkeypatch.setattr(module, "ModelWriter", lambda *a, **k: ModelWriter(*a, **k, max_shard_bytes=150_000))
+    monkeypatch.setattr(writer, "MAX_SHARD_BYTES", 150_000)
     convert(source, tmp_path / "out", SVD)
     assert (tmp_path / "out" / f"{WEIGHTS_NAME}.index.json").is_file()
     assert len(list((tmp_path / "out").glob("*-of-*.safetensors"))) > 1
@@ -423,13 +429,15 @@ def test_a_disk_that_fails_at_the_end_leaves_the_old_experts(
     before, rename = files(tmp_path), Path.rename
 
     def fail(path: Path, target: Path) -> Path:
-        if path.name == ".out.partial":
+        if path.name == "model" and target.name == "out":
             raise OSError(28, "No space left on device")
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(OutputError, match=r"writing failed \(No space left"):
         convert(pair, tmp_path / "out", EXACT, overwrite=True)
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / ".out.partial")  # kept: everything was finished
     assert files(tmp_path) == before
 
 
@@ -566,20 +574,6 @@ def test_a_device_that_is_not_there(source: Path, tmp_path: Path, bad: str) -> N
         convert(source, tmp_path / "out", SVD, device=bad)
 
 
-@pytest.mark.parametrize("stage", ["convert", "hash"])
-def test_interruption_leaves_nothing(source: Path, pair: Path, tmp_path: Path, stage: str) -> None:
-    before = listing(tmp_path)
-
-    def interrupt(now: str, done: int, total: int) -> None:
-        if now == stage and done == total:
-            raise KeyboardInterrupt
-
-    for given in (source, pair):
-        with pytest.raises(KeyboardInterrupt):
-            convert(given, tmp_path / "out", SVD, progress=interrupt)
-        assert listing(tmp_path) == before
-
-
 def test_dry_run_plans_and_writes_nothing(source: Path, tmp_path: Path) -> None:
     before = files(tmp_path)
     report = convert(source, tmp_path / "out", SVD, dry_run=True)
@@ -689,8 +683,8 @@ def test_tensors_pass_through_one_at_a_time(state: State, save_folder: SaveFolde
 
 def test_layer_lists() -> None:
     assert parse_layers("0-2, 7,5", 8) == (0, 1, 2, 5, 7)
-    assert module._format_layers((0, 1, 2, 5, 7)) == "0-2,5,7"
-    assert module._format_layers((3,)) == "3"
+    assert _format_layers((0, 1, 2, 5, 7)) == "0-2,5,7"
+    assert _format_layers((3,)) == "3"
     for text in ("", "a", "1-", "-1", "1,,2", "3-1", "8"):
         with pytest.raises(ConfigError, match="layers is"):
             parse_layers(text, 8)
@@ -731,7 +725,7 @@ def losses_by_hand(source: Path, output: Path, clips: Clips, recipe: ConvertReci
 
 
 def test_without_data_the_teacher_supplies_the_clips(
-    state: State, save_folder: SaveFolder, monkeypatch: pytest.MonkeyPatch
+    state: State, save_folder: SaveFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own rollouts of twenty steps, each clip from its own seed, whether made together or one at a time."""
     streaming = {"chunk_frames": 3, "window_frames": 7, "sink_frames": 1}
@@ -739,11 +733,16 @@ def test_without_data_the_teacher_supplies_the_clips(
     recipe = ConvertRecipe(kv_rank=9, clips=3, seed=5, height=32, width=48)
     steps: list[tuple[str, int, int]] = []
     with open_checkpoint(source) as checkpoint:
-        plan = module.plan_conversion(checkpoint, recipe)
-        together = module.calibration_clips(checkpoint, plan, None, progress=lambda *step: steps.append(step))
-        monkeypatch.setattr(module, "BATCH_TOKENS", 1)
-        alone = module.calibration_clips(checkpoint, plan, None)
+        plan = plan_conversion(checkpoint, recipe)
+        together = calibrated.calibration_clips(checkpoint, plan, None, progress=lambda *step: steps.append(step))
+        monkeypatch.setattr(calibrated, "BATCH_TOKENS", 1)
+        alone = calibrated.calibration_clips(checkpoint, plan, None)
+        kept = calibrated.calibration_clips(checkpoint, plan, None, kept=tmp_path / "kept")
+        monkeypatch.setattr(calibrated, "own_clips", None)
+        again = calibrated.calibration_clips(checkpoint, plan, None, kept=tmp_path / "kept")
     assert together.latents.shape == (3, CONFIG.out_dim, 9, 4, 6)
+    assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))
+    assert torch.equal(kept.latents, alone.latents)
     torch.testing.assert_close(alone.latents, together.latents, rtol=1e-4, atol=1e-4)
     assert steps[-1] == ("generate clips", 63, 63)  # three chunks of twenty steps and a clean pass
     model, sampler = load_model(source), Sampler.many_step(20)
@@ -857,3 +856,11 @@ def test_calibrated_conversion_end_to_end(state: State, save_folder: SaveFolder,
     with pytest.raises(ConfigError, match="init calibrated"):
         convert(source, tmp_path / "none", ConvertRecipe(init="svd"), data=data)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_disk_too_small_for_the_activations_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = dataclasses.replace(load_recipe("tiny"), init="calibrated", clips=1)
+    monkeypatch.setattr(calibrated, "scratch_bytes", lambda *_, **__: 10**17)
+    with pytest.raises(OutputError, match=r"activations take about 100000000\.0 GB .* --moments"):
+        convert("tiny", tmp_path / "out", recipe)
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -10,13 +11,17 @@ from typing import Any, cast
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from mlaconvert import convert as module
+from mlaconvert import shipped
 from mlaconvert.checkpoint import TensorInfo, TensorStore
+from mlaconvert.cli import app
 from mlaconvert.config import ConvertRecipe, MLAConfig, StreamingConfig, WanConfig
-from mlaconvert.convert import load_recipe, plan_conversion, recipe_names, resolve_recipe
 from mlaconvert.errors import ConfigError
 from mlaconvert.families import Checkpoint, WanFamily
+from mlaconvert.plan import plan_conversion
+from mlaconvert.recipes import load_recipe, resolve_recipe, with_init
+from mlaconvert.shipped import recipe_names
 
 WAN_1B = WanConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960)
 WAN_14B = WanConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)
@@ -155,6 +160,18 @@ def resolved_mla(recipe: ConvertRecipe, config: WanConfig) -> MLAConfig:
     return mla
 
 
+def test_another_init_leaves_what_belonged_to_the_recipes_own() -> None:
+    for name in recipe_names():
+        for init in ("svd", "random", "calibrated", "lossless"):
+            recipe = with_init(load_recipe(name), init)
+            assert plan_conversion(shapes_only(SHIPPED[name][0]), recipe).recipe.init == init
+    assert with_init(load_recipe("tiny"), "calibrated") == load_recipe("tiny")
+    result = CliRunner().invoke(app, ["convert", "tiny", "--recipe", "tiny", "--init", "svd", "--dry-run", "--json"])
+    assert result.exit_code == 0, result.stderr
+    recipe_json = json.loads(result.stdout)["models"][0]["recipe"]
+    assert (recipe_json["kv_rank"], recipe_json["key_norm"], recipe_json["rope"]) == (27, "latent", "cached")
+
+
 def test_a_recipe_of_the_lossless_setting() -> None:
     plan = plan_conversion(shapes_only(TINY), ConvertRecipe(init="lossless", layers="2"))
     mla = plan.config.mla
@@ -213,6 +230,6 @@ def test_recipes_of_an_installed_wheel_are_found(tmp_path: Path, monkeypatch: py
     package: Any = tmp_path / "mlaconvert"
     (package / "recipes").mkdir(parents=True)
     (package / "recipes" / "house.yaml").write_text("kv_rank: 5")
-    monkeypatch.setattr(module, "__file__", str(package / "convert.py"))
+    monkeypatch.setattr(shipped, "__file__", str(package / "shipped.py"))
     assert recipe_names() == ["house"]
     assert load_recipe("house") == ConvertRecipe(kv_rank=5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -15,8 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mlaconvert.checkpoint import WEIGHTS_NAME, ModelWriter, TensorSpec, open_store
+from mlaconvert.checkpoint import WEIGHTS_NAME, open_store
 from mlaconvert.errors import OutputError
+from mlaconvert.writer import ModelWriter, TensorSpec
 
 # Odd counts of narrow elements before wide ones: a writer that ignores alignment breaks here.
 STATE = {
@@ -140,14 +140,14 @@ def test_files_get_the_umasks_permissions(tmp_path: Path) -> None:
     assert (tmp_path / "out" / WEIGHTS_NAME).stat().st_mode & 0o777 == 0o640
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OutputError])
-def test_an_exception_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+@pytest.mark.parametrize("error", [RuntimeError(), KeyboardInterrupt(), OutputError("no")])
+def test_an_exception_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
     def interrupted() -> None:
         with ModelWriter(tmp_path / "out", specs_of(STATE), metadata={}) as writer:
             writer.write("flag", STATE["flag"])
             raise error
 
-    with pytest.raises(error):
+    with pytest.raises(type(error)):
         interrupted()
     assert only_in(tmp_path) == []
 
@@ -227,7 +227,7 @@ def test_overwrite_keeps_the_old_model_when_it_fails(tmp_path: Path, monkeypatch
     rename = Path.rename
 
     def fail_at_the_swap(self: Path, target: Path) -> Path:
-        if self.name == ".out.partial":
+        if self.name == "model":
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
@@ -272,10 +272,61 @@ def test_missing_parent_and_full_disk(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_disk_that_fills_up_while_writing(tmp_path: Path) -> None:
     with ModelWriter(tmp_path / "out", specs_of(OLD), metadata={}) as writer:
-        path, _ = writer._places["old.weight"]
-        writer._streams[path].close()
-        writer._streams[path] = io.BufferedWriter(io.FileIO("/dev/full", "wb"))
-        writer.write("old.weight", OLD["old.weight"])
+        _, offset = writer._files._places["old.weight"]
+        writer._files._places["old.weight"] = Path("/dev/full"), offset
         with pytest.raises(OutputError, match="No space left"):
-            writer.commit()
+            writer.write("old.weight", OLD["old.weight"])
     assert only_in(tmp_path) == []
+
+
+def test_what_a_killed_run_left_is_taken_over(tmp_path: Path) -> None:
+    """Its lock is free, whatever it had written."""
+    write_folder(tmp_path / "out", OLD)
+    left = tmp_path / ".out.partial"
+    (left / "model").mkdir(parents=True)
+    (left / "lock").touch()
+    (left / "model" / WEIGHTS_NAME).write_bytes(b"half")
+    (left / "model" / "stale.txt").write_text("x")
+    write_folder(tmp_path / "out", STATE, overwrite=True)
+    assert only_in(tmp_path) == ["out"]
+    assert only_in(tmp_path / "out") == ["config.json", WEIGHTS_NAME]
+    assert_same(load_file(tmp_path / "out" / WEIGHTS_NAME), STATE)
+
+
+def test_what_is_no_staging_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "video.safetensors").write_text("hours of work")
+    with pytest.raises(OutputError, match=r"\.out\.partial is in the way: delete it"):
+        ModelWriter(tmp_path / "out", specs_of(OLD), metadata={})
+    assert only_in(tmp_path / ".out.partial") == ["video.safetensors"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+@pytest.mark.parametrize("place", [".out.partial", ".out.partial/model", f".out.partial/model/{WEIGHTS_NAME}"])
+def test_nothing_is_written_through_links(tmp_path: Path, place: str) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "lock").write_text("theirs")
+    link = tmp_path / place
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(elsewhere / "lock" if place.endswith("safetensors") else elsewhere)
+    if place != ".out.partial":
+        (tmp_path / ".out.partial" / "lock").touch()
+    with pytest.raises(OutputError, match=r"is a link|is in the way"):
+        write_folder(tmp_path / "out", OLD)
+    assert {path.name: path.read_text() for path in elsewhere.iterdir()} == {"lock": "theirs"}
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_kill_in_the_middle_of_replacing(tmp_path: Path, swapped: bool) -> None:
+    """The old model is set aside; the new one is in place already, or not."""
+    write_folder(tmp_path / "out", OLD)
+    shutil.copytree(tmp_path / "out", tmp_path / ".out.replaced")
+    if not swapped:
+        shutil.rmtree(tmp_path / "out")
+        with pytest.raises(OutputError, match=r"\.out\.replaced is the model that an interrupted run was replacing"):
+            ModelWriter(tmp_path / "out", specs_of(STATE), metadata={})
+    with pytest.raises(KeyboardInterrupt), ModelWriter(tmp_path / "out", specs_of(STATE), metadata={}, overwrite=True):
+        raise KeyboardInterrupt
+    assert only_in(tmp_path) == ["out"]
+    assert_same(load_file(tmp_path / "out" / WEIGHTS_NAME), OLD)

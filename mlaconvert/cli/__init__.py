@@ -20,10 +20,12 @@ from mlaconvert.cli.analyze import analyze
 from mlaconvert.cli.bench import bench
 from mlaconvert.cli.convert import convert
 from mlaconvert.cli.demo import demo
+from mlaconvert.cli.encode import encode
 from mlaconvert.cli.evaluate import evaluate
 from mlaconvert.cli.generate import generate
 from mlaconvert.cli.heal import heal
 from mlaconvert.cli.push import push
+from mlaconvert.cli.sweep import sweep
 from mlaconvert.errors import MLAConvertError
 
 # The root of Typer's own errors (usage, bad values), which it prints itself and does not export.
@@ -38,8 +40,8 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort, _UsageError, BrokenPipeError):
             raise
-        except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
+        except KeyboardInterrupt as interruption:
+            typer.echo(": ".join(["interrupted", *map(str, interruption.args)]), err=True)
             raise typer.Exit(130) from None
         except Exception as error:
             if ctx.params.get("debug"):
@@ -57,7 +59,6 @@ app = typer.Typer(
     name="mlaconvert",
     help="Convert Wan-family video diffusion transformers to Multi-Head Latent Attention.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -67,6 +68,8 @@ def main() -> None:
     """Entry point of the `mlaconvert` command."""
     # OpenMP threads that spin while they wait make linear algebra far slower when another process needs a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # OpenBLAS's always spin, and its part here is little: independent problems are run side by side instead.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # A polite kill cleans up like Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     app()
@@ -88,5 +91,5 @@ def _global_options(
     pass
 
 
-for command in (analyze, convert, generate, demo, heal, evaluate, push, bench):
+for command in (analyze, convert, generate, demo, encode, heal, evaluate, push, bench, sweep):
     app.command()(command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,11 +16,15 @@ from mlaconvert.cli.options import (
     Json,
     KvRank,
     Layers,
+    Loras,
+    LoraScales,
     Output,
     Revision,
     Source,
     StateKey,
     Subfolder,
+    among,
+    recipes,
 )
 from mlaconvert.cli.show import console, print_json, progress_bar
 
@@ -27,7 +32,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mlaconvert.config import ConvertRecipe
-    from mlaconvert.convert import ConversionPlan, ConversionReport
+    from mlaconvert.convert import ConversionReport
+    from mlaconvert.plan import ConversionPlan
 
 
 def convert(
@@ -36,13 +42,16 @@ def convert(
     recipe: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="Recipe file, or the name of a shipped recipe. Options override it. Default: none."
+            metavar="FILE",
+            autocompletion=recipes(),
+            help="Recipe file, or the name of a shipped recipe. Options override it. Default: none.",
         ),
     ] = None,
     init: Annotated[
         str | None,
         typer.Option(
             metavar="calibrated|svd|random|lossless",
+            autocompletion=among("calibrated", "svd", "random", "lossless"),
             help="Factorise in the metric of real inputs, or the weights alone (no data, fast), draw new ones, or keep "
             "everything (a check, saves nothing). Default: calibrated.",
         ),
@@ -52,6 +61,7 @@ def convert(
         str | None,
         typer.Option(
             metavar="N|none",
+            autocompletion=among("none"),
             help="Channels of the query latent, or none to keep queries exact. Default: none if calibrated, else half "
             "the width, 768 at 1536.",
         ),
@@ -79,6 +89,7 @@ def convert(
         str | None,
         typer.Option(
             metavar="cached|latent|head",
+            autocompletion=among("cached", "latent", "head"),
             help="The rotary key: shared and cached beside the latent as in the paper, shared and read from it, or "
             "each head's own. Default: head (latent with --nope-dim) if calibrated, else cached.",
         ),
@@ -88,6 +99,7 @@ def convert(
         typer.Option(
             "--rope-selection",
             metavar="highest|energy",
+            autocompletion=among("highest", "energy"),
             help="Rotary pairs that a shared key keeps: the highest frequencies, or what costs most to lose. "
             "Default: energy if calibrated, else highest.",
         ),
@@ -96,6 +108,7 @@ def convert(
         str | None,
         typer.Option(
             metavar="latent|token",
+            autocompletion=among("latent", "token"),
             help="RMSNorm on the latent, or the exact key norm for one more cached scalar. Default: token if "
             "calibrated, else latent.",
         ),
@@ -104,6 +117,7 @@ def convert(
         str | None,
         typer.Option(
             metavar="fixed|uniform|adaptive",
+            autocompletion=among("fixed", "uniform", "adaptive"),
             help="Cached scalars as --kv-rank and --rope-dim say, alike in all layers, or where they measure best; "
             "with --init calibrated. Default: adaptive.",
         ),
@@ -142,6 +156,14 @@ def convert(
         str | None,
         typer.Option(metavar="NAME", help="float32, bfloat16 or float16 for all tensors. Default: as in the source."),
     ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="native|diffusers",
+            autocompletion=among("native", "diffusers"),
+            help="Tensor names and config.json of the output: Wan's own, or diffusers'. Default: the source's.",
+        ),
+    ] = None,
     layers: Layers = None,
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Seed of random weights and of calibration noise. Default: 0.")
@@ -150,16 +172,26 @@ def convert(
     subfolder: Subfolder = None,
     state_key: StateKey = None,
     config: ConfigFile = None,
+    lora: Loras = None,
+    lora_scale: LoraScales = None,
     device: Device = "cpu",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the plan; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder DIR.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read the output back and compare it with the source.")
     ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what an interrupted run has finished, and begin again.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Convert a checkpoint to latent attention, into a new model folder."""
+    """Convert a checkpoint to latent attention, into a new model folder. Interrupted, the same command goes on.
+
+    Under torchrun or accelerate launch (-m mlaconvert convert ...), processes with a shared disk divide the layers;
+    not those of --init calibrated, where a layer sees what the layers before it do.
+    """
     from mlaconvert import convert as conversion
+    from mlaconvert.lora import pair
     from mlaconvert.report import layer_table, loss_table
 
     options = {
@@ -176,11 +208,13 @@ def convert(
         "allocation": allocation,
         "clips": clips,
         "dtype": dtype,
+        "layout": layout,
         "layers": layers,
         "seed": seed,
     }
     resolved = _override(recipe, {name: value for name, value in options.items() if value is not None})
-    out, err = console(), console(stderr=True)
+    speaks = os.environ.get("RANK", "0") == "0"
+    out, err = console(quiet=not speaks), console(stderr=True, quiet=not speaks)
     plans = out if dry_run and not as_json else err
     started = time.monotonic()
     with progress_bar(err) as progress:
@@ -192,15 +226,20 @@ def convert(
             subfolder=subfolder,
             state_key=state_key,
             config=config,
+            loras=pair(lora or (), lora_scale or ()),
             device=device,
             data=data,
             moments=moments,
             overwrite=overwrite,
             verify=verify,
             dry_run=dry_run,
-            on_plan=lambda plan: _print_plan(plans, plan, details=dry_run),
+            on_plan=lambda plan: _print_plan(plans, plan, data, details=dry_run),
             progress=progress,
+            restart=restart,
+            say=lambda line: err.print(line, markup=False, soft_wrap=True),
         )
+    if not speaks:
+        return
     if as_json:
         print_json(
             {"output": report.output and str(report.output), "models": [model.to_json() for model in report.models]}
@@ -213,20 +252,26 @@ def convert(
             out.print(layer_table(model))
             if model.losses:
                 out.print(loss_table(model))
-    err.print(_summary(report, time.monotonic() - started), markup=False)
+    whose = "those of source and LoRA" if lora else "the source's"
+    err.print(_summary(report, time.monotonic() - started, whose), markup=False)
 
 
 def _override(recipe: str | None, options: dict[str, Any]) -> ConvertRecipe:
     """The recipe of that name (or the defaults) with the given options on top."""
-    from mlaconvert.config import ConvertRecipe, parse
-    from mlaconvert.convert import load_recipe
+    from typing import get_args
+
+    from mlaconvert.config import ConvertRecipe, Init, parse
+    from mlaconvert.recipes import load_recipe, with_init
 
     base = load_recipe(recipe) if recipe is not None else ConvertRecipe()
+    if options.get("init") in get_args(Init):
+        base = with_init(base, options["init"])
     return parse(ConvertRecipe, dataclasses.asdict(base) | options, "options")
 
 
-def _print_plan(console: Console, plan: ConversionPlan, *, details: bool) -> None:
+def _print_plan(console: Console, plan: ConversionPlan, data: Path | None, *, details: bool) -> None:
     """What will be done; with details, every new tensor of a converted layer."""
+    from mlaconvert.calibrated import room_needed
     from mlaconvert.report import format_bytes, tensor_table, titled
 
     recipe, less = plan.recipe, 100 * (1 - plan.mla_scalars / plan.dense_scalars)
@@ -235,7 +280,7 @@ def _print_plan(console: Console, plan: ConversionPlan, *, details: bool) -> Non
     norm = plan.config.mla.key_norm if plan.config.mla is not None else ""
     streaming = plan.config.streaming
     sees = f"streaming, window of {streaming.window_frames} latent frames" if streaming else "bidirectional"
-    lines = (
+    lines: tuple[str, ...] = (
         f"{titled(plan.subfolder)}{plan.source}",
         f"  model    {plan.description}",
         f"  convert  layers {recipe.layers}, init {recipe.init}, {sees}",
@@ -244,15 +289,23 @@ def _print_plan(console: Console, plan: ConversionPlan, *, details: bool) -> Non
         f"  cache    {plan.dense_scalars:,} -> {plan.mla_scalars:,} scalars a token ({-less:+.1f}%)",
         f"  weights  {format_bytes(plan.source_bytes)} -> {format_bytes(plan.output_bytes)}",
     )
+    if recipe.init == "calibrated":
+        kept, used = (format_bytes(size) for size in room_needed(plan, data))
+        lines += (f"  disk     {kept} of moments, and about {used} of activations until it is done",)
     console.print("\n".join(lines), markup=False, soft_wrap=True)
     if details:
         console.print(tensor_table(plan))
 
 
-def _summary(report: ConversionReport, seconds: float) -> str:
+def _summary(report: ConversionReport, seconds: float, whose: str) -> str:
     checked = [model.verification for model in report.models if model.verification is not None]
     lines = [f"written to {report.output} in {seconds:.1f} s"]
+    spent: dict[str, float] = {}
+    for model in report.models:
+        for kind, part in model.seconds.items():
+            spent[kind] = spent.get(kind, 0.0) + part
+    lines.append("side by side: " + ", ".join(f"{kind} {part:.1f} s" for kind, part in sorted(spent.items())))
     if checked:
         count = sum(verification.passed_through for verification in checked)
-        lines.append(f"verified: {count} tensors are the source's bit for bit, every attention output is finite")
+        lines.append(f"verified: {count} tensors are {whose} bit for bit, every attention output is finite")
     return "\n".join(lines)

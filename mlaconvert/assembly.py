@@ -1,0 +1,154 @@
+"""Puts a converted model together: what passes through is copied, and the source hashed, beside the factorisation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Event, Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlaconvert.checkpoint import check_finite
+from mlaconvert.errors import CheckpointError, ConfigError
+from mlaconvert.factorize import Factors
+from mlaconvert.families import Checkpoint
+from mlaconvert.plan import ConversionPlan, Operation, Progress
+from mlaconvert.writer import ModelFiles, TensorSpec
+
+# Elements. torch works on so few in the thread that asks; for more it starts threads, against the factorisation's.
+_PART = 2**15
+
+
+class Clock:
+    """Seconds spent on each kind of work. Kinds that run side by side add up to more than the time that passed."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._lock = Lock()
+
+    @contextmanager
+    def __call__(self, kind: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            with self._lock:
+                self.seconds[kind] = self.seconds.get(kind, 0.0) + spent
+
+
+class _StoppedError(Exception):
+    """The work in the background is not wanted any more."""
+
+
+class Assembly:
+    """Writes one model's `files` in the background. A context manager; leaving it early stops the work.
+
+    `copy` and `hash` start work beside the factorisation, `put` takes one converted layer at a time, `finish` waits
+    for all of it. Every one of them may raise what went wrong in the background.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, plan: ConversionPlan, files: ModelFiles, clock: Clock, progress: Progress
+    ) -> None:
+        self._checkpoint, self._files, self._clock, self._progress = checkpoint, files, clock, progress
+        self._converted: dict[int, list[Operation]] = {layer: [] for layer in plan.layers}
+        self._passing: list[Operation] = []
+        for operation in plan.operations:
+            (self._passing if operation.layer is None else self._converted[operation.layer]).append(operation)
+        self._stop = Event()
+        self._pool = ThreadPoolExecutor(3)
+        self._work: dict[str, Future[Any]] = {}
+
+    def __enter__(self) -> Assembly:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def copy(self, done: Callable[[], None]) -> None:
+        """Start to copy the tensors that pass through; `done` is called when they are on the disk."""
+        self._work["copy"] = self._pool.submit(self._copy, done)
+
+    def hash(self) -> None:
+        """Start to hash the source's files."""
+        self._work["hash"] = self._pool.submit(self._hash)
+
+    def put(self, layer: int, factors: Factors, done: Callable[[], None]) -> None:
+        """Write a converted layer, as soon as the one before is written; `done` is called when it is on the disk."""
+        tensors = {}
+        for operation in self._converted[layer]:
+            tensor = factors.tensors[operation.canonical.split(".", 3)[3]]
+            check_finite(tensor, operation.spec.name, self._files.where)
+            tensors[operation.spec.name] = _cast(tensor, operation.spec)
+        self.check()
+        if "layer" in self._work:
+            self._work["layer"].result()
+        self._work["layer"] = self._pool.submit(self._store, tensors, done)
+
+    def check(self) -> None:
+        """Raise what went wrong in the background so far."""
+        for work in self._work.values():
+            if work.done():
+                work.result()
+
+    def finish(self) -> str:
+        """Wait for everything; the source's hash, or "" if it was not asked for."""
+        for kind in ("layer", "copy"):
+            if kind in self._work:
+                self._work[kind].result()
+        return str(self._work["hash"].result()) if "hash" in self._work else ""
+
+    def _copy(self, done: Callable[[], None]) -> None:
+        for operation in self._passing:
+            name = self._checkpoint.names[operation.canonical]
+            tensor = self._checkpoint.read(operation.canonical)  # mapped: the file is read below
+            with self._files.place(operation.spec.name) as write:
+                for part in tensor.reshape(-1).split(_PART):
+                    if self._stop.is_set():
+                        raise _StoppedError
+                    with self._clock("read"):
+                        check_finite(part, name, self._checkpoint.store.path)
+                        cast = _cast(part, operation.spec)
+                    with self._clock("write"):
+                        write(cast)
+        with self._clock("write"):
+            self._files.sync(operation.spec.name for operation in self._passing)
+        done()
+
+    def _store(self, tensors: dict[str, Tensor], done: Callable[[], None]) -> None:
+        with self._clock("write"):
+            for name, tensor in tensors.items():
+                self._files.write(name, tensor)
+            self._files.sync(tensors)
+        done()
+
+    def _hash(self) -> str:
+        store, hashed = self._checkpoint.store, 0
+        total = sum(file.stat().st_size for file in store.files)
+
+        def count(piece: int) -> None:
+            nonlocal hashed
+            if self._stop.is_set():
+                raise _StoppedError
+            hashed += piece
+            self._progress("hash", hashed, total)
+
+        try:
+            with self._clock("hash"):
+                return store.sha256(count)
+        except OSError as error:
+            raise CheckpointError(f"{store.path}: it cannot be read to its end ({error.strerror or error})") from None
+
+
+def _cast(tensor: Tensor, spec: TensorSpec) -> Tensor:
+    """`tensor` in the planned dtype. Raises ConfigError when a finite value overflows."""
+    cast = tensor.to(spec.dtype)
+    if spec.dtype != tensor.dtype and not bool(torch.isfinite(cast).all()):
+        raise ConfigError(f"tensor {spec.name!r} does not fit {spec.dtype}; choose --dtype bfloat16 or float32")
+    return cast

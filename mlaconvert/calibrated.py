@@ -1,0 +1,246 @@
+"""Conversion in the metric of real inputs: whose clips, where their statistics are kept, and its layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from scipy.linalg import LinAlgError
+
+from mlaconvert.calibrate import BATCH_TOKENS, Calibration, Target, calibrate, load_widened, refit_layers, scratch_bytes
+from mlaconvert.checkpoint import TINY
+from mlaconvert.config import MLALayer, StreamingConfig, parse
+from mlaconvert.data import ClipFolder, Clips, clip_files, load_clips
+from mlaconvert.errors import CheckpointError, ConfigError, OutputError
+from mlaconvert.factorize import Factors
+from mlaconvert.families import Checkpoint
+from mlaconvert.inputs import read_json, refuse_links
+from mlaconvert.layers import LayerReport, layer_report
+from mlaconvert.lora import merged
+from mlaconvert.plan import ConversionPlan, Progress, mla_of
+from mlaconvert.recipes import CALIBRATION_FRAMES, regime_of, token_grid
+from mlaconvert.rollout import Sampler, own_clips, passes
+from mlaconvert.tiny.clips import training_clips
+from mlaconvert.writer import write_whole
+
+MOMENTS_NAME = "calibration.json"
+CLIPS_NAME = "clips.safetensors"  # those that the teacher generated
+
+
+def from_clips(
+    checkpoint: Checkpoint,
+    plan: ConversionPlan,
+    clips: tuple[Clips, Clips | None],
+    calibration: Calibration,
+    losses: dict[str, float],
+    device: torch.device,
+    *,
+    state: Path,
+    finished: Collection[int],
+) -> Iterator[tuple[int, Factors, LayerReport]]:
+    """Layers converted in the metric of what the first `clips` bring, and refitted to it; `losses` on the others.
+
+    `state` is a folder where an interrupted sweep finds its way back behind the `finished` layers, some of which come
+    again.
+    """
+    state.mkdir(exist_ok=True)
+    made = refit_layers(
+        checkpoint,
+        clips[0],
+        regime_of(plan.recipe),
+        _target(plan),
+        calibration,
+        validation=clips[1],
+        losses=losses,
+        device=device,
+        state=state,
+        finished=finished,
+    )
+    for layer, tensors, errors in made:
+        report = layer_report(checkpoint.attention(layer), plan, layer, errors, device)
+        yield layer, Factors(tensors={name: tensor.cpu() for name, tensor in tensors.items()}, errors=errors), report
+
+
+def _target(plan: ConversionPlan) -> Target:
+    mla, recipe = mla_of(plan.config), plan.recipe
+    return Target(
+        config=plan.source_config,
+        key_norm=mla.key_norm,
+        q_lora_rank=mla.q_lora_rank,
+        rope=mla.rope,
+        v_dim=recipe.v_dim or plan.source_config.head_dim,
+        nope_dim=recipe.nope_dim,
+        rope_dim=recipe.rope_dim if recipe.rope == "latent" or recipe.allocation == "fixed" else None,
+        rope_selection=recipe.rope_selection or "energy",
+        without=recipe.without,
+    )
+
+
+def room_needed(plan: ConversionPlan, data: Path | None) -> tuple[int, int]:
+    """Bytes on the disk of a calibrated conversion: of moments, which stay, and about how many of activations."""
+    config, recipe = plan.source_config, plan.recipe
+    if data is None:
+        grid = (tokens * patch for tokens, patch in zip(token_grid(recipe, config), config.patch_size[1:], strict=True))
+        shape: tuple[int, ...] = (config.out_dim, CALIBRATION_FRAMES, *grid)
+    else:
+        shape = ClipFolder(data, config).clip_shape
+    moments = len(plan.layers) * 8 * config.dim * (2 * config.dim + config.head_dim)
+    return moments, _activations(plan, (recipe.clips or 1, *shape))
+
+
+def _activations(plan: ConversionPlan, shape: Sequence[int]) -> int:
+    """Of clips [N, C, F, H, W]."""
+    followed = len(plan.layers) if plan.recipe.allocation == "adaptive" else 0
+    return scratch_bytes(plan.source_config, shape, regime_of(plan.recipe), followed=followed)
+
+
+def choose_splits(
+    checkpoint: Checkpoint, plan: ConversionPlan, clips: Clips, folder: Path, device: torch.device, progress: Progress
+) -> Calibration:
+    """Decide how each layer divides its scalars. Raises OutputError when the disk has no room for the activations."""
+    recipe = plan.recipe
+    needed, free = _activations(plan, clips.latents.shape), shutil.disk_usage(folder).free
+    if device.type == "cpu" and needed > free:
+        raise OutputError(
+            f"{folder}: activations take about {needed / 1e9:.1f} GB there for a while, {free / 1e9:.1f} GB are free; "
+            "make room, take fewer --clips, or name a folder on another disk with --moments"
+        )
+    progress("calibrate", 0, plan.config.num_layers)
+    try:
+        return calibrate(
+            checkpoint,
+            clips,
+            regime_of(recipe),
+            _target(plan),
+            layers=sorted(plan.layers),
+            budget=(recipe.kv_rank or 0) + (recipe.rope_dim or 0 if recipe.rope == "cached" else 0),
+            adaptive=recipe.allocation == "adaptive",
+            folder=folder,
+            device=device,
+            progress=lambda done, total: progress("calibrate", done, total),
+        )
+    except (torch.linalg.LinAlgError, LinAlgError):  # type: ignore[attr-defined]
+        raise CheckpointError(
+            f"{checkpoint.store.path}: a layer's self-attention is degenerate on these clips and cannot be factorised; "
+            "give more or other clips, or leave the layer dense with --layers"
+        ) from None
+
+
+def splits_json(calibration: Calibration) -> dict[str, Any]:
+    """How each layer divides its scalars, in plain data."""
+    return {str(index): dataclasses.asdict(layer) for index, layer in calibration.layers.items()}
+
+
+def kept_splits(data: dict[str, Any] | None, folder: Path) -> Calibration | None:
+    """The calibration that `splits_json` noted, if the moments of all its layers are still in `folder`."""
+    layers = {int(index): parse(MLALayer, layer, "splits") for index, layer in (data or {}).items()}
+    held = {int(path.stem.removeprefix("layer-")) for path in folder.glob("layer-*.safetensors")}
+    return Calibration(folder=folder, layers=layers) if layers and held.issuperset(layers) else None
+
+
+def keep_moments(folder: Path, checkpoint: Checkpoint, plan: ConversionPlan, data: Path | None) -> None:
+    """Make `folder` ready: what it holds stays if it belongs to this calibration, and is thrown away if not.
+
+    Raises OutputError when it is no folder of moments.
+    """
+
+    def states(files: Sequence[Path]) -> list[list[str | int]]:
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+    belongs: dict[str, Any] = {
+        "regime": regime_of(plan.recipe).to_json(),
+        "clips": plan.recipe.clips,
+        "tokens": list(token_grid(plan.recipe, plan.source_config)),  # of a frame that the teacher generates
+        "data": None if data is None else states(clip_files(data)),
+        "source": states(checkpoint.store.files),
+    }
+    if loras := merged(checkpoint):
+        belongs["loras"] = loras
+    record = folder / MOMENTS_NAME
+    try:
+        refuse_links(folder)
+        folder.mkdir(exist_ok=True, parents=True)
+        if not record.exists() and any(path.suffix != ".partial" for path in folder.iterdir()):
+            raise OutputError(f"{folder} is not a folder of moments; move it away, or name another with --moments")
+        if not record.exists() or read_json(record) != belongs:
+            for file in (*folder.glob("layer-*"), folder / CLIPS_NAME):
+                file.unlink(missing_ok=True)
+            write_whole(record, (json.dumps(belongs, indent=2) + "\n").encode())
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{folder}: moments cannot be kept there ({error}); name another with --moments") from None
+
+
+def held_back(clips: Clips) -> tuple[Clips, Clips | None]:
+    """Clips to fit to, and a fifth of them to judge by; none of too few."""
+    count = len(clips.latents) // 5
+    if not count:
+        return clips, None
+    return Clips(*(part[:-count] for part in clips)), Clips(*(part[-count:] for part in clips))
+
+
+def calibration_clips(
+    checkpoint: Checkpoint,
+    plan: ConversionPlan,
+    data: Path | None,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    kept: Path | None = None,
+) -> Clips:
+    """Clips of the folder `data`, or without one what the teacher generates on `device` from an empty caption.
+
+    Generated clips are written to the file `kept`, and taken from there when it exists. The built-in tiny model draws
+    its own clips. Raises InputError when the folder does not fit the model, and OSError for `kept`.
+    """
+    check_clips(checkpoint, data)
+    config, recipe, count = plan.source_config, plan.recipe, plan.recipe.clips or 1
+    if data is not None:
+        return load_clips(data, config, count)
+    if TINY in checkpoint.store.path.parents:
+        return training_clips(count)
+    if kept is not None and kept.is_file():
+        return Clips(**load_file(kept))
+    height, width = (
+        tokens * patch for tokens, patch in zip(token_grid(recipe, config), config.patch_size[1:], strict=True)
+    )
+    streaming = recipe.streaming or StreamingConfig()
+    model = load_widened(checkpoint, streaming, device)
+    # Distilled students are published as training checkpoints; all others need many steps.
+    sampler = Sampler.usual(few_step=checkpoint.config.few_step)
+    size = max(1, BATCH_TOKENS // (CALIBRATION_FRAMES * config.tokens_per_frame(height, width)))
+    total, done = passes(CALIBRATION_FRAMES, sampler, streaming, slices=-(-count // size)), 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress("generate clips", done, total)
+
+    clips = own_clips(
+        model,
+        count,
+        frames=CALIBRATION_FRAMES,
+        height=height,
+        width=width,
+        sampler=sampler,
+        seed=recipe.seed,
+        streaming=streaming,
+        batch=size,
+        on_step=step,
+    )
+    if kept is not None:
+        write_whole(kept, save({name: tensor.contiguous() for name, tensor in clips._asdict().items()}))
+    return clips
+
+
+def check_clips(checkpoint: Checkpoint, data: Path | None) -> None:
+    """Raise ConfigError when a model without `data` cannot generate clips either."""
+    config = checkpoint.config
+    if data is None and config.in_dim != config.out_dim:
+        raise ConfigError("an image-to-video model cannot generate its own clips here; give some with --data DIR")
