@@ -199,8 +199,8 @@ class LatentUp(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_heads * (nope + value), rank))
         self.bias = nn.Parameter(torch.empty(num_heads * nope))
 
-    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """W_UK [H, nope, r], W_UV [H, v, r] and the key bias [H, nope]."""
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """W_UK [H, nope, r], W_UV [H, v, r] and the key bias [H, nope]; a call, so that offloading hooks see it."""
         heads, nope, value = self.split
         key, up = self.weight.unflatten(0, (heads, nope + value)).split((nope, value), dim=1)
         return key, up, self.bias.unflatten(0, (heads, nope))
@@ -269,7 +269,7 @@ class LatentAttention(nn.Module):
         The channels are [content, 1, rotary key] and zeros up to a multiple of 8: content-key bias and rotary key need
         no pass of their own. The same W_K maps queries into the latent space, and W_V leads back from there.
         """
-        key, value, bias = self.kv_b_proj.factors()
+        key, value, bias = self.kv_b_proj()
         rope, content = self.layer.qk_rope_head_dim, key.shape[-1]
         width = kernel_width(key.shape[1] + rope, value.shape[1])
         channels = kernel_width(content + 1 + rope)
@@ -348,7 +348,7 @@ class LatentAttention(nn.Module):
     def keys(self, x: Tensor, plan: AttentionPlan) -> Tensor:
         """The keys of every head at their positions, [B, N, H, nope + rope], of inputs [B, N, D]."""
         content, k_rope, norm = self.unpack(self.compress(x))
-        up_key, _, bias = self.kv_b_proj.factors()
+        up_key, _, bias = self.kv_b_proj()
         keys = torch.einsum("bmr,hdr->bmhd", content, up_key) + bias
         keys = keys if norm is None else keys * norm.unsqueeze(2)
         if self.turns_heads:
