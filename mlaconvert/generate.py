@@ -1,7 +1,9 @@
 """Video from a model folder: chunk by chunk through the sliding-window cache, onto the disk as it comes.
 
 The latents go into a file that is laid out beforehand, so a long video never lies in memory. What an interrupted run
-finished stays in `.<output>.partial`; the same call takes it up from there.
+finished stays in `.<output>.partial`; the same call takes it up from there. Prompts are embedded first, by the text
+encoder of the model's base repository, and the latents are decoded last, by its VAE: of the three models, only one of
+the large ones is loaded at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,19 +24,22 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mlaconvert.attention import AttentionMode
+from mlaconvert.base import Base, find_base, open_base, require
 from mlaconvert.cache import LatentCache
-from mlaconvert.checkpoint import swap_folders
+from mlaconvert.checkpoint import read_tensors
 from mlaconvert.config import StreamingConfig, WanConfig, default_video
-from mlaconvert.errors import ConfigError, InputError, OutputError
+from mlaconvert.convert import resolve_device
+from mlaconvert.data import save_shard
+from mlaconvert.errors import ConfigError, InputError, OutputError, is_plain
 from mlaconvert.families import open_checkpoint
+from mlaconvert.inputs import is_file, read_json, refuse_links
 from mlaconvert.model import WanModel, load_model
 from mlaconvert.pictures import can_write_mp4, contact_sheet, save_movie
 from mlaconvert.rollout import FEW_STEPS, SHIFT, Images, Sampler, passes, rollout
+from mlaconvert.text import embed_texts, free_memory
 from mlaconvert.tiny.clips import (
     CAPTION_LEN,
     COLORS,
@@ -45,20 +50,24 @@ from mlaconvert.tiny.clips import (
     embed_captions,
     null_context,
 )
+from mlaconvert.vae import Vae
+from mlaconvert.writer import swap_folders
 
 LATENTS_NAME = "latents.safetensors"
 REPORT_NAME = "generation.json"
 SHEET_NAME = "frames.png"
-FPS = 16
-# The tiny model is no few-step student; these suit it.
+FPS = 16  # of Wan2.1 and the tiny model
+# Euler steps and guidance of models that were not distilled to few steps: the tiny one, and Wan's own defaults.
 TINY_STEPS, TINY_GUIDANCE = 12, 1.5
+WAN_STEPS, WAN_GUIDANCE = 50, 5.0
 VBENCH_SAMPLES = 5
 _CAPTION = (COLORS, SHAPES, SPEEDS, COLORS, SHAPES, SPEEDS, TEXTURES)
 _LONGEST_NAME = 255  # bytes of a file name
 
 Movie = Literal["auto", "gif", "mp4", "none"]
-# progress(done, total, note) counts passes through the model
-Progress = Callable[[int, int, str], None]
+MOVIES = (".mp4", ".gif")  # endings that make an output a single file
+# progress(stage, done, total, note): "text" counts prompts, "generate" passes through the model, "decode" latent frames
+Progress = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +76,11 @@ class Generation:
 
     `frames` are latent frames, `seconds` video; give one of them (81 video frames, 21 latent ones, by default).
     `prompts` play one after the other and change at `switch` (seconds of video, one fewer than prompts; by default they
-    share the time evenly). Prompts are texts for models with a caption table of their own (the tiny one), otherwise
-    rows of `context` [P, T, text_dim] in the safetensors file `embeddings`; its `null_context` [1, T, text_dim] is what
-    guidance other than 1 needs. `samples` videos differ in their seeds: `seed`, `seed` + 1, ...
+    share the time evenly). Texts are embedded by the text encoder of `base`, a folder or Hub repo, by default the one
+    that the model came with (the tiny model has a caption table of its own); guidance other than 1 compares with the
+    text `negative`. Instead, `embeddings` is a safetensors file whose `context` [P, T, text_dim] has a row a prompt,
+    and whose `null_context` [1, T, text_dim] guidance needs. `samples` videos differ in their seeds: `seed`,
+    `seed` + 1, ...
 
     `timesteps`, given before the warp by `shift`, make a few-step schedule; `steps` integrates the flow in so many.
     `height` and `width` are video pixels. `chunk_frames`, `window_frames` and `sink_frames` replace the model's own.
@@ -81,6 +92,8 @@ class Generation:
     seconds: float | None = None
     prompts: tuple[str, ...] = ()
     embeddings: Path | None = None
+    base: str | None = None
+    negative: str = ""
     switch: tuple[float, ...] | None = None
     samples: int = 1
     seed: int = 0
@@ -102,14 +115,18 @@ class Generation:
             raise ConfigError("steps (many-step) and timesteps (few-step) exclude each other; give one of them")
         if self.prompts and self.embeddings is not None:
             raise ConfigError("prompts and embeddings both say what to show; give one of them")
-        for name in ("frames", "samples", "steps", "height", "width"):
+        for name, most in (("frames", 10**6), ("samples", 10**4), ("steps", 1000), ("height", 2**14), ("width", 2**14)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}: give 1 or more")
-        for name in ("seconds", "shift"):
+            if value is not None and not 1 <= value <= most:
+                raise ConfigError(f"{name} is {value}: give 1 to {most}")
+        for name, longest in (("seconds", 10**5), ("shift", 10**3)):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"{name} is {value}: give a positive number")
+            if value is not None and not 0 < value <= longest:
+                raise ConfigError(f"{name} is {value}: give more than 0, at most {longest}")
+        if self.switch is not None and not all(0 < second < math.inf for second in self.switch):
+            raise ConfigError(f"switch is {list(self.switch)}: give positive seconds")
+        if self.guidance is not None and not 0 <= self.guidance < math.inf:
+            raise ConfigError(f"guidance is {self.guidance}: give 0 or more; 1 is off")
         if not 0 <= self.seed <= self.seed + self.samples <= 2**32:
             raise ConfigError(f"seed is {self.seed}: give 0 to {2**32 - self.samples}")
 
@@ -118,18 +135,28 @@ class Generation:
 class Runtime:
     """How to run a model: nothing here changes what is generated, but for rounding.
 
-    `device` is torch's name; `dtype` None keeps the file's on a CPU and takes bfloat16 elsewhere. `slice_size` videos
-    go through the model at a time, all by default.
+    `device` is torch's name, of the text encoder `text_device` (by default the same); `dtype` None keeps the file's on
+    a CPU and takes bfloat16 elsewhere. `slice_size` videos go through the model at a time, all by default.
     """
 
     device: str = "cpu"
+    text_device: str | None = None
     dtype: torch.dtype | None = None
     attention: AttentionMode = "auto"
     compile: bool = False
     slice_size: int | None = None
 
     @classmethod
-    def of(cls, *, device: str, dtype: str | None, attention: str, compile: bool, slice_size: int | None) -> Runtime:
+    def of(
+        cls,
+        *,
+        device: str,
+        dtype: str | None,
+        attention: str,
+        compile: bool,
+        slice_size: int | None,
+        text_device: str | None = None,
+    ) -> Runtime:
         """From names, as a command line has them. Raises ConfigError for one that does not exist."""
         if attention not in ("auto", "expanded", "absorbed"):
             raise ConfigError(f"attention is {attention!r}: give auto, expanded or absorbed")
@@ -139,6 +166,7 @@ class Runtime:
             raise ConfigError(f"slice is {slice_size}: give 1 or more videos at a time")
         return cls(
             device=device,
+            text_device=text_device,
             dtype=None if dtype is None else getattr(torch, dtype),
             attention=cast(AttentionMode, attention),
             compile=compile,
@@ -155,12 +183,7 @@ class Runtime:
         config: Path | None = None,
     ) -> WanModel:
         """The model, ready to run. Raises ConfigError for a device that is not there, and what `load_model` raises."""
-        try:
-            device = torch.device(self.device)
-            torch.zeros(1, device=device).item()
-        except Exception as error:  # torch raises whatever its backends raise
-            reason = (str(error).strip().splitlines() or [""])[0]
-            raise ConfigError(f"device {self.device!r} cannot be used ({reason[:200]}); use cpu or cuda") from None
+        device = resolve_device(self.device, torch.float32)
         dtype = self.dtype or (None if device.type == "cpu" else torch.bfloat16)
         with open_checkpoint(
             source, revision=revision, subfolder=subfolder, state_key=state_key, config=config
@@ -173,12 +196,22 @@ class Runtime:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Text:
+    """Embedded prompts: a context [1, T, text_dim] of each and of the negative one, and the words they come from."""
+
+    contexts: tuple[Tensor, ...]
+    negative: Tensor | None
+    words: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A `Generation` with every choice made for one model."""
 
     frames: int  # latent
     size: tuple[int, int]  # latent pixels
     stride: int  # video frames a latent frame
+    fps: int
     streaming: StreamingConfig
     sampler: Sampler
     seeds: tuple[int, ...]
@@ -187,13 +220,13 @@ class Plan:
     prefix: Tensor | None
     images: Images
     has_pixels: bool  # the latents are RGB pixels
+    words: Mapping[str, Any] | None  # what the contexts were embedded from
 
     def settings(self) -> dict[str, Any]:
         """What the video depends on besides the model, as plain data."""
-        tensors = [context for _, context in self.schedule]
-        tensors += [
-            t for t in (self.null_context, self.prefix, self.images.latents, self.images.features) if t is not None
-        ]
+        given = [self.prefix, self.images.latents, self.images.features]
+        if self.words is None:  # words are enough, and a GPU need not embed them twice to the same bits
+            given = [*(context for _, context in self.schedule), self.null_context, *given]
         return {
             "frames": self.frames,
             "size": list(self.size),
@@ -201,7 +234,8 @@ class Plan:
             "sampler": dataclasses.asdict(self.sampler) | {"timesteps": list(self.sampler.timesteps)},
             "seeds": list(self.seeds),
             "prompts_begin": [start for start, _ in self.schedule],
-            "inputs": hashlib.sha256(b"".join(_raw(tensor) for tensor in tensors)).hexdigest(),
+            "inputs": hashlib.sha256(b"".join(_raw(tensor) for tensor in given if tensor is not None)).hexdigest(),
+            **({} if self.words is None else {"text": dict(self.words)}),
         }
 
 
@@ -249,15 +283,16 @@ def caption_tokens(caption: str) -> Tensor:
     return torch.tensor([[VOCABULARY.index(word) for word in words]])
 
 
-def plan_generation(wanted: Generation, config: WanConfig, *, row: int | None = None) -> Plan:
+def plan_generation(wanted: Generation, config: WanConfig, *, row: int | None = None, text: Text | None = None) -> Plan:
     """Check a `Generation` against a model and fill its defaults in. Raises ConfigError or InputError.
 
-    With `row`, only that one of the prompts is shown.
+    With `row`, only that one of the prompts is shown. `text` has the prompts of a model without captions of its own.
     """
     video = default_video(config)
     pixels = config.out_dim == 3
+    fps = 24 if config.out_dim == 48 else FPS  # Wan2.2 5B, known by its VAE
     if wanted.seconds is not None:
-        frames = max(1, round(wanted.seconds * FPS / video.frame_stride))
+        frames = max(1, round(wanted.seconds * fps / video.frame_stride))
     else:
         frames = wanted.frames or (60 if pixels else 21)
     size = []
@@ -272,11 +307,12 @@ def plan_generation(wanted: Generation, config: WanConfig, *, row: int | None = 
     names = ("chunk_frames", "window_frames", "sink_frames")
     changes = {name: getattr(wanted, name) for name in names if getattr(wanted, name) is not None}
     streaming = dataclasses.replace(own, **changes)
-    contexts, empty = _contexts(wanted, config)
+    contexts, empty = _contexts(wanted, config) if text is None else (list(text.contexts), text.negative)
     if row is not None:
         contexts = [contexts[row]]
-    many = wanted.steps or (TINY_STEPS if pixels and wanted.timesteps is None else None)
-    guidance = wanted.guidance if wanted.guidance is not None else (TINY_GUIDANCE if pixels and many else 1.0)
+    steps, scale = (TINY_STEPS, TINY_GUIDANCE) if pixels else (WAN_STEPS, WAN_GUIDANCE)
+    many = wanted.steps or (None if config.few_step or wanted.timesteps is not None else steps)
+    guidance = wanted.guidance if wanted.guidance is not None else (scale if many and empty is not None else 1.0)
     sampler = (
         Sampler.many_step(many, shift=wanted.shift, guidance=guidance)
         if many
@@ -292,17 +328,21 @@ def plan_generation(wanted: Generation, config: WanConfig, *, row: int | None = 
         frames=frames,
         size=(size[0], size[1]),
         stride=video.frame_stride,
+        fps=fps,
         streaming=streaming,
         sampler=sampler,
         seeds=tuple(range(wanted.seed, wanted.seed + wanted.samples)),
         schedule=tuple(
             (start, context.expand(wanted.samples, -1, -1))
-            for start, context in zip(_starts(wanted, len(contexts), frames, video.frame_stride), contexts, strict=True)
+            for start, context in zip(
+                _starts(wanted, len(contexts), frames, fps / video.frame_stride), contexts, strict=True
+            )
         ),
         null_context=empty,
         prefix=prefix,
         images=images,
         has_pixels=pixels,
+        words=None if text is None else text.words,
     )
 
 
@@ -320,44 +360,59 @@ def generate(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> GenerationReport:
-    """Generate videos into the new folder `output`, by a dense or a converted model alike.
+    """Generate videos by a dense or a converted model, into the new folder or movie file `output`.
 
     The folder gets `latents.safetensors` (`latents` [samples, C, F, H, W] in float32 and, with one prompt, its
-    `context`), `generation.json`, and for models that work on RGB pixels a movie for each sample and a contact sheet.
-    An interrupted run leaves its finished chunks in `.<output>.partial`, and the same call continues them: one pass a
-    chunk, and the same video. Raises OutputError for an output that exists, and what `plan_generation`,
-    `open_checkpoint` and `rollout` raise.
+    `context`), `generation.json`, and a movie for each sample: of models that work on RGB pixels always, with a contact
+    sheet, of others when prompts, `wanted.base` or `movie` "mp4" ask for it, by the base's VAE. An `output` that ends
+    in .mp4 or .gif is the movie alone. An interrupted run leaves its finished chunks in `.<output>.partial`, and the
+    same call continues them: one pass a chunk, and the same video. Raises OutputError for an output that exists, and
+    what `plan_generation`, `open_checkpoint`, `find_base` and `rollout` raise.
     """
-    wanted, runtime, folder = wanted or Generation(), runtime or Runtime(), Path(output)
-    _check_folder(folder, overwrite)
-    if movie == "mp4" and not can_write_mp4():
-        raise InputError("MP4 needs an encoder: pip install 'mlaconvert[video]', or take --format gif")
-    model = runtime.load(source, revision=revision, subfolder=subfolder, state_key=state_key, config=config)
-    plan = plan_generation(wanted, model.config)
-    identity = {"source": str(source), "revision": revision, "subfolder": subfolder, "state_key": state_key}
-    settings = identity | {"weights": _fingerprint(model), "dtype": str(model.dtype)} | plan.settings()
-    staging = folder.absolute().parent / f".{folder.name}.partial"
+    wanted, runtime, target = wanted or Generation(), runtime or Runtime(), Path(output)
+    movie = _check_target(target, wanted, movie, overwrite)
+    place: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "state_key": state_key}
+    with open_checkpoint(source, **place, config=config) as checkpoint:
+        geometry = checkpoint.config
+    if geometry.out_dim == 3 or not wanted.prompts:
+        plan_generation(wanted, geometry)  # what is wrong shows before anything large is read
+    needs_base = bool(wanted.prompts) or movie in ("mp4", "gif")
+    base = _base(source, wanted, geometry, needs_base, revision, subfolder)
+    vae = None if base is None or movie == "none" else _vae(base, geometry, movie)
+    text = None if base is None or not wanted.prompts else _embed(base, wanted, geometry, runtime, progress)
+    model = runtime.load(source, **place, config=config)
+    plan = plan_generation(wanted, model.config, text=text)
+    settings = {"source": str(source), **place, "weights": _fingerprint(model), "dtype": str(model.dtype)}
+    settings |= plan.settings()
+    staging = target.absolute().parent / f".{target.name}.partial"
     store = _ChunkFile.open(staging, plan, model.config, settings, overwrite)
     resumed, started = store.done, time.monotonic()
     with store:
         cache_bytes = _run(model, plan, runtime, store, progress)
     elapsed = time.monotonic() - started
+    del model
+    free_memory()
     files = [LATENTS_NAME]
-    if plan.has_pixels and movie != "none":
+    if vae is not None:
+        files += _decode(store.latents, staging, plan, vae.to(runtime.device), progress)
+    elif plan.has_pixels and movie != "none":
         files += _pictures(store.latents, staging, plan.seeds, _ending(movie))
     report = GenerationReport(
-        output=folder,
-        files=(*files, REPORT_NAME),
+        output=target,
+        files=(target.name,) if target.suffix in MOVIES else (*files, REPORT_NAME),
         frames=plan.frames,
         resumed_frames=resumed,
-        video_seconds=plan.frames * plan.stride / FPS,
+        video_seconds=plan.frames * plan.stride / plan.fps,
         elapsed=elapsed,
         video_fps=len(plan.seeds) * (plan.frames - resumed) * plan.stride / elapsed,
         cache_bytes=cache_bytes,
         settings=settings,
     )
-    (staging / REPORT_NAME).write_text(json.dumps(report.to_json(), indent=2) + "\n")
-    _publish(staging, folder)
+    if target.suffix in MOVIES:
+        _publish_movie(staging, files[1], target)
+    else:
+        (staging / REPORT_NAME).write_text(json.dumps(report.to_json(), indent=2) + "\n")
+        _publish(staging, target)
     return report
 
 
@@ -376,10 +431,10 @@ def generate_for_vbench(
 ) -> list[Path]:
     """One video for every prompt and sample in the folder `output`, named "{prompt}-{index}.mp4".
 
-    That is how VBench and VBench-Long look for a prompt's videos; both score five a prompt, index 0 to 4. Models that
-    do not work on RGB pixels leave "{prompt}-{index}.safetensors" with `latents` [1, C, F, H, W], to be decoded. Each
-    file appears whole, and those that are there already are left alone, so an interrupted run continues. The prompts'
-    embeddings are the rows of `wanted.embeddings`, in order; the tiny model embeds its captions itself.
+    That is how VBench and VBench-Long look for a prompt's videos; both score five a prompt, index 0 to 4. Each file
+    appears whole, and those that are there already are left alone, so an interrupted run continues. The prompts are
+    embedded by the base's text encoder, or are the rows of `wanted.embeddings`, in order; then, without `wanted.base`,
+    models that do not work on RGB pixels leave "{prompt}-{index}.safetensors" with `latents` [1, C, F, H, W].
 
     Returns all files. Raises InputError for a prompt that cannot be a file name, and what `generate` raises.
     """
@@ -388,27 +443,41 @@ def generate_for_vbench(
         raise ConfigError("the prompts come from their own list; leave prompts out")
     for number, prompt in enumerate(prompts, 1):
         _check_prompt_name(prompt, number, prompts)
-    model = runtime.load(source, revision=revision, subfolder=subfolder, state_key=state_key, config=config)
-    has_pixels = model.config.out_dim == 3
-    if has_pixels and not can_write_mp4():
+    place: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "state_key": state_key, "config": config}
+    with open_checkpoint(source, **place) as checkpoint:
+        geometry = checkpoint.config
+    base = _base(source, wanted, geometry, wanted.embeddings is None, revision, subfolder)
+    if geometry.out_dim == 3 and not can_write_mp4():
         raise InputError("VBench's file names end in .mp4, which needs an encoder: pip install 'mlaconvert[video]'")
-    plans = [_prompt_plan(wanted, model.config, prompt, i, len(prompts)) for i, prompt in enumerate(prompts)]
-    with _as_output_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    ending = ".mp4" if has_pixels else ".safetensors"
+    vae = None if base is None else _vae(base, geometry, "mp4")
+    ending = ".safetensors" if geometry.out_dim != 3 and vae is None else ".mp4"
     files = [[folder / f"{prompt}-{i}{ending}" for i in range(wanted.samples)] for prompt in prompts]
     missing = [i for i, paths in enumerate(files) if not all(path.is_file() for path in paths)]
-    count = _Counter(sum(_passes(plans[i], runtime) for i in missing), progress)
-    for i in missing:
-        chunks = list(_chunks(model, plans[i], runtime, plans[i].prefix, count))
+    text = None
+    if base is not None and wanted.embeddings is None:
+        if not missing:
+            return [path for paths in files for path in paths]
+        chosen = dataclasses.replace(wanted, prompts=tuple(prompts[i] for i in missing))
+        text = _embed(base, chosen, geometry, runtime, progress, one_each=True)
+    if text is None:
+        checked = [_prompt_plan(wanted, geometry, prompt, i, len(prompts)) for i, prompt in enumerate(prompts)]
+        plans = {i: checked[i] for i in missing}
+    else:
+        plans = {i: plan_generation(wanted, geometry, row=row, text=text) for row, i in enumerate(missing)}
+    with _as_output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    model = runtime.load(source, **place)
+    count = _Counter(sum(_passes(plan, runtime) for plan in plans.values()), progress)
+    for i, plan in plans.items():
+        chunks = list(_chunks(model, plan, runtime, plan.prefix, count))
         videos = torch.cat([chunk.cpu() for chunk in chunks], 2)
         for video, path in zip(videos, files[i], strict=True):
-            if has_pixels:
-                save_movie(video.unbind(1), path, fps=FPS)
+            if vae is not None:
+                save_movie(vae.to(runtime.device).decode(video.unbind(1)), path, fps=plan.fps, scale=1)
+            elif plan.has_pixels:
+                save_movie(video.unbind(1), path, fps=plan.fps)
             else:
-                staged = path.with_name(f".{os.getpid()}.partial")
-                save_file({"latents": video[None].contiguous()}, staged)
-                staged.replace(path)
+                save_shard(path, {"latents": video[None]})
     return [path for paths in files for path in paths]
 
 
@@ -418,11 +487,12 @@ def generate_for_vbench(
 def _contexts(wanted: Generation, config: WanConfig) -> tuple[list[Tensor], Tensor | None]:
     """The prompts' contexts [1, T, text_dim], and that of an empty prompt."""
     if wanted.embeddings is not None:
-        tensors = _read_tensors(wanted.embeddings, ("context", "null_context"))
+        tensors = read_tensors(wanted.embeddings, ("context", "null_context"))
         if "context" not in tensors:
             raise InputError(f"{wanted.embeddings}: no tensor 'context'; expected [prompts, T, {config.text_dim}]")
         for name, tensor in tensors.items():
-            if tensor.ndim != 3 or tensor.shape[2] != config.text_dim or not 0 < tensor.shape[1] <= config.text_len:
+            fits = tensor.ndim == 3 and tensor.shape[2] == config.text_dim and len(tensor) > 0
+            if not fits or not 0 < tensor.shape[1] <= config.text_len:
                 raise InputError(
                     f"{wanted.embeddings}: {name} is {list(tensor.shape)}; expected "
                     f"[prompts, 1 to {config.text_len}, {config.text_dim}]"
@@ -431,21 +501,84 @@ def _contexts(wanted: Generation, config: WanConfig) -> tuple[list[Tensor], Tens
         return list(tensors["context"].split(1)), None if empty is None else empty[:1]
     if config.out_dim != 3 or null_context().shape[2] != config.text_dim:
         raise InputError(
-            "this model needs text embeddings: give --embeddings FILE, a safetensors file with context "
+            "this model needs text embeddings: give a prompt, or --embeddings FILE, a safetensors file with context "
             f"[prompts, T, {config.text_dim}]"
         )
     captions = wanted.prompts or ("red disc slow, blue square fast, waves",)
     return [embed_captions(caption_tokens(caption)) for caption in captions], null_context()
 
 
-def _starts(wanted: Generation, prompts: int, frames: int, stride: int) -> list[int]:
-    """The latent frame at which each prompt begins."""
+def _base(
+    source: str | Path,
+    wanted: Generation,
+    config: WanConfig,
+    needed: bool,
+    revision: str | None,
+    subfolder: str | None,
+) -> Base | None:
+    """The repository of the text encoder and the VAE, None when nothing asks for one."""
+    if config.out_dim == 3:
+        if wanted.base is not None:
+            raise ConfigError("this model works on pixels and has its own captions; leave --base out")
+        return None
+    if wanted.base is not None:
+        return open_base(wanted.base)
+    return find_base(source, revision, subfolder) if needed else None
+
+
+def _vae(base: Base, config: WanConfig, movie: Movie) -> Vae:
+    """The VAE, on the CPU: what is wrong with it shows before hours of generating."""
+    require("diffusers", "imageio_ffmpeg")
+    if movie == "gif":
+        raise ConfigError("a GIF would lie in memory as a whole; take --format mp4 for this model")
+    vae = Vae.load(base)
+    if vae.channels != config.out_dim:
+        raise InputError(
+            f"{base.source}: its VAE has {vae.channels} latent channels, the model {config.out_dim}; "
+            "give the repository of the model's own base with --base"
+        )
+    return vae
+
+
+def _embed(
+    base: Base,
+    wanted: Generation,
+    config: WanConfig,
+    runtime: Runtime,
+    progress: Progress | None,
+    one_each: bool = False,
+) -> Text:
+    """Embed the prompts, and with guidance the negative one; everything else is checked before."""
+    device = str(resolve_device(runtime.text_device or runtime.device, torch.float32))
+    resolve_device(runtime.device, torch.float32)
+    blank = torch.zeros(1, 1, config.text_dim)
+    words = {"base": base.source, "prompts": list(wanted.prompts)}
+    text = Text(contexts=(blank,) * len(wanted.prompts), negative=blank, words=words)
+    guided = plan_generation(wanted, config, row=0 if one_each else None, text=text).sampler.guidance != 1
+    texts = [*wanted.prompts, *([wanted.negative] if guided else [])]
+    found: list[Tensor] = []
+    for embedding in embed_texts(base, texts, device=device, max_tokens=config.text_len):
+        if embedding.shape[1] != config.text_dim:
+            raise InputError(
+                f"{base.source}: its text encoder gives {embedding.shape[1]} channels, the model takes "
+                f"{config.text_dim}; give the repository of the model's own base with --base"
+            )
+        found.append(embedding[None].float())
+        if progress is not None:
+            progress("text", len(found), len(texts), "")
+    if guided:
+        words["negative"] = wanted.negative
+    return Text(contexts=tuple(found[: len(wanted.prompts)]), negative=found[-1] if guided else None, words=words)
+
+
+def _starts(wanted: Generation, prompts: int, frames: int, rate: float) -> list[int]:
+    """The latent frame at which each prompt begins; `rate` is latent frames a second."""
     if wanted.switch is None:
         starts = [frames * i // prompts for i in range(prompts)]
     elif len(wanted.switch) != prompts - 1:
         raise ConfigError(f"{prompts} prompts switch {prompts - 1} times, not {len(wanted.switch)}")
     else:
-        starts = [0, *(round(second * FPS / stride) for second in wanted.switch)]
+        starts = [0, *(round(second * rate) for second in wanted.switch)]
     if any(a >= b for a, b in zip(starts, [*starts[1:], frames], strict=True)):
         raise ConfigError(
             f"the prompts would begin at latent frames {starts} of {frames}; let the switches ascend within the video"
@@ -456,12 +589,10 @@ def _starts(wanted: Generation, prompts: int, frames: int, stride: int) -> list[
 def _given(wanted: Generation, config: WanConfig, frames: int, size: Sequence[int]) -> tuple[Tensor | None, Images]:
     """The prefix [samples, C, F, H, W] and the image conditioning of the file `wanted.given`."""
     extra = config.in_dim - config.out_dim
-    tensors = (
-        {} if wanted.given is None else _read_tensors(wanted.given, ("latents", "image_latents", "image_features"))
-    )
+    tensors = {} if wanted.given is None else read_tensors(wanted.given, ("latents", "image_latents", "image_features"))
     where = wanted.given
     expected: dict[str, tuple[str, Callable[[torch.Size], bool]]] = {
-        "latents": ("C, F, H, W", lambda s: (s[1], *s[3:]) == (config.out_dim, *size) and s[2] <= frames),
+        "latents": ("C, F, H, W", lambda s: (s[1], *s[3:]) == (config.out_dim, *size) and 0 < s[2] <= frames),
         "image_latents": ("channels, frames, H, W", lambda s: tuple(s[1:]) == (extra, frames, *size)),
         "image_features": ("I, image_dim", lambda s: s[2:] == (config.image_dim,)),
     }
@@ -485,26 +616,12 @@ def _given(wanted: Generation, config: WanConfig, frames: int, size: Sequence[in
     return prefix, Images(latents=tensors.get("image_latents"), features=tensors.get("image_features"))
 
 
-def _read_tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    """Those of the tensors `names` that a safetensors file has, in float32."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name).float() for name in names if name in file.keys()}  # noqa: SIM118
-            others = sorted(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from None
-    if not found:
-        raise InputError(f"{path}: has {', '.join(others) or 'no tensors'}; expected {', '.join(names)}")
-    for name, tensor in found.items():
-        if not tensor.isfinite().all():
-            raise InputError(f"{path}: {name} has values that are not finite")
-    return found
-
-
 def _check_prompt_name(prompt: str, number: int, prompts: Sequence[str]) -> None:
     longest = len(f"{prompt}-00.safetensors".encode())
-    if "/" in prompt or "\0" in prompt or not prompt.strip() or longest > _LONGEST_NAME:
-        raise InputError(f"prompt {number} cannot be a file name: {prompt[:60]!r}; leave out slashes, shorten it")
+    if "/" in prompt or not is_plain(prompt) or not prompt.strip() or longest > _LONGEST_NAME:
+        raise InputError(
+            f"prompt {number} cannot be a file name: {prompt[:60]!r}; leave out slashes and control codes, shorten it"
+        )
     if prompts.index(prompt) != number - 1:
         raise InputError(f"prompt {number} is there twice: {prompt[:60]!r}")
 
@@ -536,7 +653,7 @@ class _Counter:
     def show(self) -> None:
         if self.progress is not None:
             rate = self.frames / (time.monotonic() - self.started)
-            self.progress(self.done, self.total, f"{rate:.3g} frames/s" if self.frames else "")
+            self.progress("generate", self.done, self.total, f"{rate:.3g} frames/s" if self.frames else "")
 
 
 def _passes(plan: Plan, runtime: Runtime, given: int | None = None) -> int:
@@ -617,6 +734,7 @@ class _ChunkFile:
         header = _header(shape, None if context is None else tuple(context.shape))
         settings = json.loads(json.dumps(settings))
         with _as_output_errors(staging):
+            refuse_links(staging)
             if staging.exists() and not overwrite:
                 left = _read_note(staging / "progress.json")
                 if left is None or left["settings"] != settings:
@@ -624,6 +742,7 @@ class _ChunkFile:
                         f"{staging} is an unfinished video with other settings; delete it, repeat its settings, "
                         "or pass --overwrite"
                     )
+                _check_left(staging / LATENTS_NAME, header, shape, left["frames"])
                 return cls(staging, shape, len(header), settings, left["frames"])
             shutil.rmtree(staging, ignore_errors=True)
             needed = 4 * math.prod(shape)
@@ -687,10 +806,20 @@ def _fingerprint(model: WanModel) -> str:
 
 def _read_note(path: Path) -> dict[str, Any] | None:
     try:
-        note = json.loads(path.read_text())
-    except (OSError, ValueError):
+        note = read_json(path)
+    except InputError:
         return None
-    return note if isinstance(note, dict) and {"frames", "settings"} <= note.keys() else None
+    return note if {"frames", "settings"} <= note.keys() else None
+
+
+def _check_left(path: Path, header: bytes, shape: Sequence[int], frames: Any) -> None:
+    """Raise OutputError unless an interrupted run's file has room for `shape`, `frames` of which are there."""
+    whole = is_file(path) and path.stat().st_size >= len(header) + 4 * math.prod(shape)
+    if whole and type(frames) is int and 0 <= frames <= shape[2]:
+        with path.open("rb") as file:
+            if file.read(len(header)) == header:
+                return
+    raise OutputError(f"{path.parent} is a damaged unfinished video; delete it, or pass --overwrite")
 
 
 def _pictures(latents: Tensor, folder: Path, seeds: Sequence[int], ending: str) -> list[str]:
@@ -702,8 +831,52 @@ def _pictures(latents: Tensor, folder: Path, seeds: Sequence[int], ending: str) 
     return [*names, SHEET_NAME]
 
 
+def _decode(latents: Tensor, folder: Path, plan: Plan, vae: Vae, progress: Progress | None) -> list[str]:
+    """A movie of each sample by the VAE, frame by frame; those of an interrupted run are kept."""
+    names = [f"video-{seed}.mp4" for seed in plan.seeds]
+    total = len(names) * plan.frames
+
+    def counted(number: int) -> Iterator[Tensor]:
+        for i, frame in enumerate(latents[number].unbind(1)):
+            if progress is not None:
+                progress("decode", number * plan.frames + i, total, "")
+            yield frame
+
+    for number, name in enumerate(names):
+        if not (folder / name).exists():
+            with _as_output_errors(folder):
+                save_movie(vae.decode(counted(number)), folder / name, fps=plan.fps, scale=1)
+        if progress is not None:
+            progress("decode", (number + 1) * plan.frames, total, "")
+    return names
+
+
 def _ending(movie: Movie) -> str:
     return ".mp4" if movie == "mp4" or (movie == "auto" and can_write_mp4()) else ".gif"
+
+
+def _check_target(target: Path, wanted: Generation, movie: Movie, overwrite: bool) -> Movie:
+    """Refuse an output that cannot be written; the kind of movie, which a file's ending decides."""
+    if target.suffix not in MOVIES:
+        _check_folder(target, overwrite)
+    else:
+        ending = cast(Movie, target.suffix[1:])
+        if movie not in ("auto", ending):
+            raise ConfigError(f"{target} says {ending}, and --format {movie}; leave one of them out")
+        if wanted.samples > 1:
+            raise ConfigError(f"{target} is one movie, and {wanted.samples} samples are several; give a folder")
+        _check_file(target, overwrite)
+        movie = ending
+    if movie == "mp4" and not can_write_mp4():
+        raise InputError("MP4 needs an encoder: pip install 'mlaconvert[video]', or take --format gif")
+    return movie
+
+
+def _check_file(target: Path, overwrite: bool) -> None:
+    if not target.absolute().parent.is_dir():
+        raise OutputError(f"{target}: its parent folder {target.parent} does not exist; create it first")
+    if target.exists() and (not overwrite or not target.is_file()):
+        raise OutputError(f"{target} exists; choose another path, or pass --overwrite to replace a file")
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
@@ -726,6 +899,13 @@ def _publish(staging: Path, folder: Path) -> None:
         else:
             staging.rename(folder)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _publish_movie(staging: Path, name: str, target: Path) -> None:
+    """Put the movie in its place; the latents go."""
+    with _as_output_errors(target):
+        (staging / name).replace(target)
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager

@@ -44,8 +44,10 @@ def side_by_side(videos: list[Tensor]) -> Iterator[Tensor]:
         yield torch.cat([torch.cat(list(video[:, :, i].unbind(0)), 1) for video in videos], 2)
 
 
-def save_movie(frames: Iterable[Tensor], path: Path, *, fps: int = FPS) -> None:
+def save_movie(frames: Iterable[Tensor], path: Path, *, fps: int = FPS, scale: int = SCALE) -> None:
     """Write frames [3, H, W] as a GIF or MP4, by the path's ending; the file appears whole or not at all.
+
+    An MP4 is written frame by frame, a GIF lies in memory.
 
     GIF counts hundredths of a second, so its rate is the nearest that this allows. Raises InputError for another
     ending, and for MP4 without its encoder.
@@ -54,7 +56,7 @@ def save_movie(frames: Iterable[Tensor], path: Path, *, fps: int = FPS) -> None:
         raise InputError(f"{path}: a movie ends in .gif or .mp4")
     staged = path.with_name(f".{os.getpid()}.partial{path.suffix}")
     try:
-        (_save_gif if path.suffix == ".gif" else _save_mp4)(map(to_image, frames), staged, fps)
+        (_save_gif if path.suffix == ".gif" else _save_mp4)((to_image(frame, scale) for frame in frames), staged, fps)
         staged.replace(path)
     finally:
         with suppress(FileNotFoundError):

@@ -169,12 +169,12 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, stop_after: Any, schedule: d
         with pytest.raises(KeyboardInterrupt):
             generate("tiny", tmp_path / "out", wanted, movie="none")
         assert not (tmp_path / "out").exists()
-    steps: list[tuple[int, int, str]] = []
+    steps: list[tuple[str, int, int, str]] = []
     report = generate("tiny", tmp_path / "out", wanted, movie="none", progress=lambda *args: steps.append(args))
     assert report.resumed_frames == 9
     per_chunk = 3
-    assert steps[-1][:2] == (3 + per_chunk, 3 + per_chunk)  # three chunks read, one made
-    assert "frames/s" in steps[-1][2]
+    assert steps[-1][:3] == ("generate", 3 + per_chunk, 3 + per_chunk)  # three chunks read, one made
+    assert "frames/s" in steps[-1][3]
     files = [load_file(tmp_path / name / "latents.safetensors")["latents"] for name in ("out", "whole")]
     assert relative(*files) < 1e-5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
@@ -268,7 +268,15 @@ def test_defaults_come_from_the_model(golden: Path, tmp_path: Path) -> None:
     config = load_model(golden).config
     wan = plan_generation(Generation(embeddings=tmp_path / "text.safetensors"), config)
     assert (wan.frames, wan.size, wan.stride) == (21, (60, 104), 4)
-    assert wan.sampler == Sampler.few_step()
+    assert wan.sampler == Sampler.many_step(50)
+    student = plan_generation(
+        Generation(embeddings=tmp_path / "text.safetensors"), dataclasses.replace(config, few_step=True)
+    )
+    assert student.sampler == Sampler.few_step()
+    both = {"context": torch.zeros(1, 2, 40), "null_context": torch.zeros(1, 2, 40)}
+    save_file(both, tmp_path / "guided.safetensors")
+    guided = plan_generation(Generation(embeddings=tmp_path / "guided.safetensors"), config)
+    assert guided.sampler == Sampler.many_step(50, guidance=5)
     assert [start for start, _ in wan.schedule] == [0, 7, 14]
     minute = plan_generation(Generation(embeddings=tmp_path / "text.safetensors", seconds=60), config)
     assert minute.frames == 240
@@ -425,9 +433,9 @@ def test_every_option_says_its_default() -> None:
         (["--device", "abacus"], "device 'abacus'"),
         (["--slice", "0"], "slice is 0"),
         (["--vbench-names"], "go together"),
-        (["--prompts", "none.txt", "--vbench-names"], "none.txt: not a readable text file"),
-        (["--embeddings", "none.safetensors"], "none.safetensors: not a readable safetensors file"),
-        (["--given", "none.safetensors"], "none.safetensors: not a readable safetensors file"),
+        (["--prompts", "none.txt", "--vbench-names"], "none.txt: there is no such file"),
+        (["--embeddings", "none.safetensors"], "none.safetensors: there is no such file"),
+        (["--given", "none.safetensors"], "none.safetensors: there is no such file"),
         (["--samples", "0"], "samples is 0"),
         (["--seed", "-1"], "seed is -1"),
     ],
@@ -447,7 +455,7 @@ def test_wrong_inputs_are_named(golden: Path, tmp_path: Path) -> None:
         ({"other": torch.zeros(1)}, "has other; expected context, null_context"),
         ({"null_context": torch.zeros(1, 2, 40)}, "no tensor 'context'"),
         ({"context": torch.zeros(1, 2, 41)}, r"context is \[1, 2, 41\]; expected \[prompts, 1 to 16, 40\]"),
-        ({"context": torch.full((1, 2, 40), torch.nan)}, "not finite"),
+        ({"context": torch.full((1, 2, 40), torch.nan)}, "NaN or infinite"),
     ):
         save_file(tensors, bad)
         with pytest.raises(InputError, match=message):

@@ -9,6 +9,7 @@ import typer
 
 from mlaconvert.cli.options import (
     Attention,
+    BaseRepo,
     ChunkFrames,
     Compile,
     ConfigFile,
@@ -20,8 +21,10 @@ from mlaconvert.cli.options import (
     SinkFrames,
     Source,
     StateKey,
+    TextDevice,
     Width,
     WindowFrames,
+    among,
 )
 from mlaconvert.cli.show import console, print_json, progress_bar
 
@@ -31,23 +34,44 @@ if TYPE_CHECKING:
 
 def generate(
     model: Source,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write the video to.")] = Path(
-        "video"
-    ),
-    prompt: Annotated[
+    text: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="TEXT",
-            help="What to show, with a caption the model has a table for (tiny: 'red disc slow, blue square fast, "
-            "stripes'). Several play one after the other. Default: tiny's own; other models take --embeddings.",
+        typer.Argument(
+            metavar="PROMPT",
+            help="What to show. Several play one after the other. The built-in model takes captions such as 'red disc "
+            "slow, blue square fast, stripes'. Default: the built-in model's own; other models need one, or "
+            "--embeddings.",
+            show_default=False,
         ),
     ] = None,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="Folder to write to, or a movie alone: a file that ends in .mp4 or .gif.",
+        ),
+    ] = Path("video"),
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Another way to give prompts, after those above. Default: none."),
+    ] = None,
+    negative: Annotated[
+        str,
+        typer.Option(
+            "--negative-prompt",
+            metavar="TEXT",
+            help="What --guidance leads away from. Default: the empty prompt.",
+        ),
+    ] = "",
+    base: BaseRepo = None,
     embeddings: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
             help="safetensors with context (prompts x T x text_dim) from the text encoder and, for --guidance, "
-            "null_context (1 x T x text_dim). Default: none, for tiny.",
+            "null_context (1 x T x text_dim). Default: prompts are embedded by the base's text encoder.",
         ),
     ] = None,
     switch: Annotated[
@@ -72,16 +96,22 @@ def generate(
     timesteps: Annotated[
         str | None,
         typer.Option(
-            metavar="LIST", help="Few-step schedule, before the shift. Default: 1000,750,500,250 (tiny: --steps 12)."
+            metavar="LIST",
+            help="Few-step schedule, before the shift. Default: 1000,750,500,250 for few-step students, else none.",
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Many-step flow sampling instead. Default: the few-step schedule.")
+        int | None,
+        typer.Option(metavar="N", help="Euler steps of the flow. Default: 50 (tiny: 12), none for few-step students."),
     ] = None,
     shift: Annotated[float, typer.Option(metavar="X", help="How far the schedule is warped towards noise.")] = 5.0,
     guidance: Annotated[
         float | None,
-        typer.Option(metavar="X", help="Weight of classifier-free guidance; 1 is off. Default: 1 (tiny: 1.5)."),
+        typer.Option(
+            metavar="X",
+            help="Weight of classifier-free guidance; 1 is off. Default: 1 for few-step students and where the empty "
+            "prompt's embedding is missing, else 5 (tiny: 1.5).",
+        ),
     ] = None,
     height: Height = None,
     width: Width = None,
@@ -105,7 +135,7 @@ def generate(
         typer.Option(
             "--vbench-names",
             help='A video for every line of --prompts and sample, named "{prompt}-{index}.mp4" as VBench and '
-            "VBench-Long read them. Rows of --embeddings go with the lines. Files that exist are kept.",
+            "VBench-Long read them. Rows of --embeddings, if given, go with the lines. Files that exist are kept.",
         ),
     ] = False,
     movie: Annotated[
@@ -113,7 +143,9 @@ def generate(
         typer.Option(
             "--format",
             metavar="auto|mp4|gif|none",
-            help="Movies of models on RGB pixels; auto is mp4 where its encoder is installed, else gif.",
+            autocompletion=among("auto", "mp4", "gif", "none"),
+            help="Movies in a folder; auto is mp4 when a base is at hand, for the built-in model gif without an MP4 "
+            "encoder.",
         ),
     ] = "auto",
     attention: Attention = "auto",
@@ -123,6 +155,7 @@ def generate(
         typer.Option("--slice", metavar="N", help="Samples that go through the model at a time. Default: all."),
     ] = None,
     device: RunDevice = "cpu",
+    text_device: TextDevice = None,
     dtype: Dtype = None,
     revision: Revision = None,
     subfolder: Annotated[
@@ -143,7 +176,9 @@ def generate(
     wanted = generation.Generation(
         frames=frames,
         seconds=seconds,
-        prompts=tuple(prompt or ()),
+        prompts=(*(text or ()), *(prompt or ())),
+        base=base,
+        negative=negative,
         embeddings=embeddings,
         switch=None if switch is None else _numbers("switch", switch),
         samples=samples if samples is not None else generation.VBENCH_SAMPLES if vbench_names else 1,
@@ -164,15 +199,16 @@ def generate(
     if vbench_names != (prompts is not None):
         raise ConfigError("--vbench-names and --prompts FILE go together; give both, or --prompt TEXT for one video")
     runtime = generation.Runtime.of(
-        device=device, dtype=dtype, attention=attention, compile=compiled, slice_size=slice_size
+        device=device,
+        text_device=text_device,
+        dtype=dtype,
+        attention=attention,
+        compile=compiled,
+        slice_size=slice_size,
     )
     place = {"revision": revision, "subfolder": subfolder, "state_key": state_key, "config": config}
     err = console(stderr=True)
-    with progress_bar(err) as report:
-
-        def progress(done: int, total: int, note: str) -> None:
-            report("generate", done, total, note)
-
+    with progress_bar(err) as progress:
         if prompts is not None:
             files = generation.generate_for_vbench(
                 model, output, _lines(prompts), wanted, runtime, **cast(Any, place), progress=progress
@@ -205,7 +241,7 @@ def _summary(found: GenerationReport) -> str:
     return (
         f"{found.frames} latent frames{resumed} ({found.video_seconds:.1f} s of video) in {found.elapsed:.1f} s, "
         f"{found.video_fps:.3g} frames/s, cache {format_bytes(found.cache_bytes)}; "
-        f"{', '.join(found.files)} in {found.output}"
+        + (str(found.output) if found.output.name in found.files else f"{', '.join(found.files)} in {found.output}")
     )
 
 
@@ -220,11 +256,9 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
 
 def _lines(path: Path) -> list[str]:
     from mlaconvert.errors import InputError
+    from mlaconvert.inputs import read_text
 
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable text file ({error})") from None
+    lines = [line.strip() for line in read_text(path).splitlines()]
     found = [line for line in lines if line]
     if not found:
         raise InputError(f"{path} has no prompts; give one a line")

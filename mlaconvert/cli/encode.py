@@ -1,0 +1,90 @@
+"""mlaconvert encode"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from mlaconvert.cli.options import Json, RunDevice, TextDevice, among
+from mlaconvert.cli.show import console, print_json, progress_bar
+
+
+def encode(
+    videos: Annotated[
+        list[Path],
+        typer.Argument(metavar="VIDEO", help="Video files, and folders with videos in them.", show_default=False),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder of clips to write, or to go on with."),
+    ],
+    base: Annotated[
+        str,
+        typer.Option(
+            metavar="REPO",
+            help="Folder or Hub id with the text encoder and the VAE of the model that will see the clips.",
+        ),
+    ] = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    captions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Captions: JSON lines with file and caption, or CSV with these columns. Default: a .txt file beside "
+            "each video.",
+        ),
+    ] = None,
+    height: Annotated[int, typer.Option(metavar="N", help="Height of the clips in pixels, cropped to fit.")] = 480,
+    width: Annotated[int, typer.Option(metavar="N", help="Width of the clips in pixels, cropped to fit.")] = 832,
+    frames: Annotated[
+        int, typer.Option(metavar="N", help="Latent frames a clip; 21 are 81 video frames, 5 seconds.")
+    ] = 21,
+    fps: Annotated[
+        float, typer.Option(metavar="X", help="Frames a second that videos are resampled to; Wan2.2 5B takes 24.")
+    ] = 16.0,
+    clips: Annotated[
+        int, typer.Option(metavar="N", help="Most clips to cut from one video, one after the other from its start.")
+    ] = 1,
+    bad_videos: Annotated[
+        str,
+        typer.Option(
+            metavar="refuse|skip",
+            autocompletion=among("refuse", "skip"),
+            help="What becomes of videos that cannot be decoded, or are shorter than a clip.",
+        ),
+    ] = "refuse",
+    device: RunDevice = "cpu",
+    text_device: TextDevice = None,
+    as_json: Json = False,
+) -> None:
+    """Make clips for --data of other commands from videos and captions; interrupted, the same command goes on."""
+    from mlaconvert import encode as encoding
+    from mlaconvert.base import open_base
+    from mlaconvert.errors import ConfigError
+
+    if bad_videos not in ("refuse", "skip"):
+        raise ConfigError(f"--bad-videos is {bad_videos!r}: give refuse or skip")
+    wanted = encoding.Encoding(height=height, width=width, frames=frames, fps=fps, clips=clips)
+    found = encoding.find_videos(videos, captions)
+    err = console(stderr=True)
+    with progress_bar(err) as report:
+        made = encoding.encode(
+            found,
+            output,
+            open_base(base),
+            wanted,
+            device=device,
+            text_device=text_device,
+            bad=cast(encoding.BadVideos, bad_videos),
+            on_bad=lambda message: err.print(message, markup=False, soft_wrap=True),
+            progress=report,
+        )
+    if as_json:
+        print_json(made.to_json())
+    err.print(
+        f"{made.made} clips made, {made.kept} there before, from {made.videos} videos"
+        f"{f', {len(made.skipped)} of them skipped' if made.skipped else ''}; in {output}",
+        markup=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,355 @@
+"""Videos and captions to clips that models are calibrated, healed and evaluated on (`mlaconvert.data`).
+
+A clip is a shard of its own. What is there already is not made again, so an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn import functional as F
+
+from mlaconvert.base import Base, require
+from mlaconvert.convert import resolve_device
+from mlaconvert.data import NULL_CONTEXT, save_shard
+from mlaconvert.errors import ConfigError, InputError, OutputError
+from mlaconvert.footage import ENDINGS, Footage, to_pixels
+from mlaconvert.inputs import parse_json, read_json, read_text, reason_of
+from mlaconvert.plan import public_name
+from mlaconvert.text import TEXT_LEN, embed_texts
+from mlaconvert.vae import Vae
+
+SETTINGS_NAME = "encoding.json"
+BadVideos = Literal["refuse", "skip"]
+# progress(stage, done, total, note)
+Progress = Callable[[str, int, int, str], None]
+_HEADER = "clip"  # the only entry: the order of several is not the same in every process
+_TEXTS = ".text"  # embeddings that wait for their videos
+_CAPTIONS_LIMIT = 1 << 28  # bytes
+_PARTS = 1000  # steps of the progress in one video
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How videos become clips.
+
+    `height` and `width` are pixels, `frames` the latent frames of a clip, `fps` the rate that videos are resampled to;
+    at most `clips` are cut from one video, one after the other from its start.
+    """
+
+    height: int = 480
+    width: int = 832
+    frames: int = 21
+    fps: float = 16.0
+    clips: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "frames", "clips"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: give 1 or more")
+        if not 0 < self.fps <= 1000:
+            raise ConfigError(f"fps is {self.fps}: give frames a second, 16 for Wan2.1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Video:
+    """A video to encode. `name` is its path below the folder it was found in."""
+
+    name: str
+    path: Path
+    caption: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingReport:
+    """What was made. `made` and `kept` count clips, `skipped` has a message for each video that was left out."""
+
+    output: Path
+    videos: int
+    made: int
+    kept: int
+    skipped: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**dataclasses.asdict(self), "output": str(self.output), "skipped": list(self.skipped)}
+
+
+def find_videos(sources: Sequence[Path], captions: Path | None = None) -> list[Video]:
+    """The videos that `sources`, files and folders, hold, by name, with their captions.
+
+    Captions come from `captions` (JSON lines with file and caption, or CSV with these columns; files are found from
+    its folder, or by their bare name), without it from a text file beside each video with its name. Raises InputError
+    when there is no video, when a caption is missing, or for two videos of one name.
+    """
+    found: dict[str, Path] = {}
+    for source in sources:
+        for name, path in _below(source):
+            if found.setdefault(name, path) != path:
+                raise InputError(f"two videos are called {name}: {found[name]} and {path}; give the folder above both")
+    if not found:
+        raise InputError(f"{', '.join(map(str, sources))}: no videos there ({', '.join(ENDINGS)})")
+    table = None if captions is None else _read_captions(captions)
+    return [
+        Video(name=name, path=path, caption=_caption(path, table, captions)) for name, path in sorted(found.items())
+    ]
+
+
+def encode(
+    videos: Sequence[Video],
+    output: str | Path,
+    base: Base,
+    wanted: Encoding | None = None,
+    *,
+    device: str = "cpu",
+    text_device: str | None = None,
+    bad: BadVideos = "refuse",
+    on_bad: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+) -> EncodingReport:
+    """Encode `videos` into the folder `output`, by the text encoder and the VAE of `base`, one after the other.
+
+    Every clip becomes a shard with `latents` [1, C, F, h, w] in float32, normalised as the transformer sees them, and
+    `context` [1, 512, text_dim] in bfloat16; `null_context.safetensors` holds the empty prompt's. Shards appear whole;
+    those whose video, caption and settings are unchanged are kept, so an interrupted run goes on. A video that cannot
+    be decoded, or is too short for one clip, raises InputError naming it, or is left out with `bad` "skip", which
+    tells `on_bad`. Raises OutputError for a folder that holds something else or clips of other settings.
+    """
+    require("imageio_ffmpeg", "diffusers", "transformers", "ftfy")
+    wanted, folder, report = wanted or Encoding(), Path(output), progress or (lambda *_: None)
+    _check_folder(folder, _settings(base, wanted))
+    for name in (device, text_device or device):
+        resolve_device(name, torch.float32)
+    kept = sum(len(_kept(folder, video, wanted)) for video in videos)
+    left = [video for video in videos if not _is_done(folder, video, wanted)]
+    made, skipped = 0, []
+    if left:
+        vae = Vae.load(base).to(device)
+        for name, value in (("height", wanted.height), ("width", wanted.width)):
+            if value % (2 * vae.stride):
+                raise ConfigError(f"{name} is {value} pixels: give a multiple of {2 * vae.stride}")
+        _prepare(folder, _settings(base, wanted))
+        _embed(folder, base, left, text_device or device, report)
+    for number, video in enumerate(left):
+
+        def show(part: float, number: int = number) -> None:
+            report("video", round(_PARTS * (number + min(part, 1))), _PARTS * len(left), f"{number + 1}/{len(left)}")
+
+        show(0)
+        try:
+            made += _encode_video(folder, video, vae, wanted, show)
+        except OutputError:
+            raise
+        except InputError as error:
+            if bad == "refuse":
+                raise InputError(f"{error}; mend or remove it, or pass --bad-videos skip") from None
+            skipped.append(str(error))
+            if on_bad is not None:
+                on_bad(f"skipped: {error}")
+        show(1)
+    if not skipped:  # a second try needs the encoder no more
+        shutil.rmtree(folder / _TEXTS, ignore_errors=True)
+    return EncodingReport(output=folder, videos=len(videos), made=made, kept=kept, skipped=tuple(skipped))
+
+
+# --- videos and captions -------------------------------------------------------------------------------------------
+
+
+def _below(source: Path) -> Iterator[tuple[str, Path]]:
+    """(name, path) of a video file, or of all in a folder."""
+    if source.is_dir():
+        for path in sorted(source.rglob("*")):
+            if path.suffix.lower() in ENDINGS and path.is_file():
+                yield path.relative_to(source).as_posix(), path
+    elif source.is_file():
+        yield source.name, source
+    else:
+        raise InputError(f"{source}: there is no such file or folder")
+
+
+def _read_captions(path: Path) -> dict[str, str]:
+    """File as it stands there -> caption."""
+    text = read_text(path, limit=_CAPTIONS_LIMIT)
+    rows: list[tuple[int, Any]] = []
+    if path.suffix.lower() == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        if not {"file", "caption"} <= set(reader.fieldnames or ()):
+            raise InputError(f"{path}: its first line must name the columns file and caption")
+        rows = [(reader.line_num, row) for row in reader]
+    else:
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                try:
+                    rows.append((number, parse_json(line)))
+                except ValueError as error:
+                    raise InputError(f"{path}, line {number}: not JSON ({reason_of(error)})") from None
+    found: dict[str, str] = {}
+    for number, row in rows:
+        file, caption = (row.get(name) if isinstance(row, dict) else None for name in ("file", "caption"))
+        if not isinstance(file, str) or not isinstance(caption, str) or not file:
+            raise InputError(f"{path}, line {number}: expected file and caption, both text")
+        if found.setdefault(file, caption) != caption:
+            raise InputError(f"{path}, line {number}: {file} has two captions; keep one")
+    return found
+
+
+def _caption(video: Path, table: Mapping[str, str] | None, source: Path | None) -> str:
+    if table is None or source is None:
+        beside = video.with_suffix(".txt")
+        if not beside.is_file():
+            raise InputError(f"{video} has no caption: write one into {beside.name} beside it, or give --captions FILE")
+        return read_text(beside).strip()
+    whole, here = video.absolute(), source.absolute().parent
+    inside = [whole.relative_to(here).as_posix()] if whole.is_relative_to(here) else []
+    for name in (str(whole), *inside, video.as_posix(), video.name):
+        if name in table:
+            return table[name].strip()
+    raise InputError(f"{video} has no caption in {source}; add a line with its path from there, or its bare name")
+
+
+# --- the folder ----------------------------------------------------------------------------------------------------
+
+
+def _settings(base: Base, wanted: Encoding) -> dict[str, Any]:
+    """What all clips of a folder share."""
+    settings = dataclasses.asdict(wanted)
+    del settings["clips"]  # more can be cut later
+    return {"base": public_name(base.source), **settings}
+
+
+def _check_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse a folder that holds anything but clips of the same settings."""
+    note = folder / SETTINGS_NAME
+    if note.is_file():
+        if read_json(note).get("settings") != settings:
+            raise OutputError(f"{folder} holds clips of other settings ({SETTINGS_NAME}); choose another folder")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputError(f"{folder} exists and holds no encoded clips; choose another folder")
+    elif not folder.absolute().parent.is_dir():
+        raise OutputError(f"{folder}: its parent folder does not exist; create it first")
+
+
+def _prepare(folder: Path, settings: dict[str, Any]) -> None:
+    """Make the folder, with a note of what its clips share."""
+    try:
+        (folder / _TEXTS).mkdir(parents=True, exist_ok=True)
+        staged = folder / f".{SETTINGS_NAME}.partial"
+        staged.write_text(json.dumps({"settings": settings}, indent=2) + "\n")
+        staged.replace(folder / SETTINGS_NAME)
+    except OSError as error:
+        raise OutputError(f"{folder}: writing failed ({reason_of(error)})") from None
+
+
+def _shard(folder: Path, video: Video, clip: int) -> Path:
+    """The file of one clip: readable, and another one for every name."""
+    plain = re.sub(r"[^A-Za-z0-9_]+", "-", str(Path(video.name).with_suffix(""))).strip("-")[:80]
+    return folder / f"{plain}-{hashlib.sha256(video.name.encode()).hexdigest()[:8]}-{clip:04d}.safetensors"
+
+
+def _key(video: Video, clip: int) -> dict[str, Any]:
+    """What tells a shard that is up to date."""
+    return {"file": video.name, "bytes": video.path.stat().st_size, "caption": video.caption, "clip": clip}
+
+
+def _kept(folder: Path, video: Video, wanted: Encoding) -> list[dict[str, Any]]:
+    """What the headers of a video's clips say that are there and up to date."""
+    found = []
+    for clip in range(wanted.clips):
+        try:
+            with safe_open(_shard(folder, video, clip), framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+        except (OSError, SafetensorError, ValueError):
+            continue
+        if isinstance(header, dict) and _key(video, clip).items() <= header.items():
+            found.append(header)
+    return found
+
+
+def _is_done(folder: Path, video: Video, wanted: Encoding) -> bool:
+    """Whether all clips of a video are there, or all that it has."""
+    found = _kept(folder, video, wanted)
+    return len(found) == wanted.clips or any(header["last"] for header in found)
+
+
+# --- encoding ------------------------------------------------------------------------------------------------------
+
+
+def _embed(folder: Path, base: Base, videos: Sequence[Video], device: str, report: Progress) -> None:
+    """Embed the empty prompt and the captions that are not on the disk yet; the encoder is gone afterwards."""
+    places = {_text_file(folder, caption): caption for caption in ("", *(video.caption for video in videos))}
+    missing = [path for path in places if not path.is_file()]
+    found = embed_texts(base, [places[path] for path in missing], device=device)
+    if missing:
+        report("text", 0, len(missing), "")
+    for done, (path, text) in enumerate(zip(missing, found, strict=True), 1):
+        save_shard(path, {"text": text})
+        report("text", done, len(missing), "")
+    save_shard(folder / NULL_CONTEXT, {"context": _context(folder, "")})
+
+
+def _text_file(folder: Path, caption: str) -> Path:
+    return folder / _TEXTS / f"{hashlib.sha256(caption.encode()).hexdigest()}.safetensors"
+
+
+def _context(folder: Path, caption: str) -> Tensor:
+    """[1, 512, text_dim] of a caption that was embedded, with zeros after its tokens."""
+    with safe_open(_text_file(folder, caption), framework="pt") as file:
+        text: Tensor = file.get_tensor("text")
+    return F.pad(text, (0, 0, 0, TEXT_LEN - len(text)))[None]
+
+
+def _encode_video(folder: Path, video: Video, vae: Vae, wanted: Encoding, show: Callable[[float], None]) -> int:
+    """Write the clips of one video that are missing; how many."""
+    made, length = 0, 1 + (wanted.frames - 1) * vae.frame_stride
+    kept = {header["clip"] for header in _kept(folder, video, wanted)}
+    with Footage(video.path, height=wanted.height, width=wanted.width, fps=wanted.fps) as footage:
+        clips = _clips(footage, length)
+        clip = next(clips, None)
+        if clip is None:
+            seconds = length / wanted.fps
+            raise InputError(f"{video.path}: it is shorter than a clip of {length} frames ({seconds:.1f} s)")
+        for number in range(wanted.clips):
+            # Looked up ahead, since a clip says in its header whether it is the video's last.
+            following = next(clips, None) if number + 1 < wanted.clips else None
+            if number not in kept:
+                total = length * min(wanted.clips, max(1, (footage.num_frames or 0) // length))
+                latents = vae.encode(_counted(clip, number * length, total, show))[None]
+                last = following is None and number + 1 < wanted.clips
+                save_shard(
+                    _shard(folder, video, number),
+                    {"latents": latents, "context": _context(folder, video.caption)},
+                    {_HEADER: json.dumps(_key(video, number) | {"last": last})},
+                )
+                made += 1
+            if following is None:
+                break
+            clip = following
+    return made
+
+
+def _clips(frames: Iterable[Tensor], length: int) -> Iterator[list[Tensor]]:
+    """Frames [H, W, 3] in lists of `length`; what is left at the end is dropped."""
+    source = iter(frames)
+    while len(clip := list(itertools.islice(source, length))) == length:
+        yield clip
+
+
+def _counted(clip: Sequence[Tensor], before: int, total: int, show: Callable[[float], None]) -> Iterator[Tensor]:
+    """The frames as pixels; `show` is told which part of the video's `total` they are."""
+    for i, frame in enumerate(clip, before):
+        show(i / total)
+        yield to_pixels(frame)

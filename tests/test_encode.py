@@ -1,0 +1,367 @@
+"""Videos and captions to clips: real files in, shards out that the other commands read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import wan_base
+from conftest import relative
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from typer.testing import CliRunner, Result
+
+from mlaconvert import encode as encoding
+from mlaconvert.base import open_base
+from mlaconvert.cli import app
+from mlaconvert.config import WanConfig
+from mlaconvert.data import ClipFolder, load_clips, load_null_context
+from mlaconvert.encode import Encoding, encode, find_videos
+from mlaconvert.errors import ConfigError, InputError, OutputError
+from mlaconvert.footage import Footage, to_pixels
+from mlaconvert.pictures import save_movie
+from mlaconvert.text import embed_texts
+from mlaconvert.vae import Vae
+
+SMALL = Encoding(height=32, width=48, frames=3)  # 9 video frames a clip
+CONFIG = WanConfig(dim=24, num_heads=2, num_layers=1, ffn_dim=8, text_dim=wan_base.TEXT_DIM)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return wan_base.save_base(tmp_path_factory.mktemp("base"))
+
+
+def movie(path: Path, frames: int, *, size: tuple[int, int] = (36, 60), fps: int = 16, seed: int = 0) -> Path:
+    """A video of smooth noise that changes from frame to frame."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(frames, 3, 3, 5, generator=generator) * 2 - 1
+    save_movie(torch.nn.functional.interpolate(coarse, size=size, mode="bilinear"), path, fps=fps, scale=1)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Videos of 3, 1 and 2 clips' length."""
+    for i, (name, frames) in enumerate((("a", 30), ("deep/a", 10), ("deep/b c", 18))):
+        path = movie(tmp_path / "videos" / f"{name}.mp4", frames, seed=i)
+        path.with_suffix(".txt").write_text(f"a cat {'and dog ' * i}\n")
+    return tmp_path / "videos"
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["encode", *map(str, arguments)])
+
+
+def flags(base: Path) -> tuple[object, ...]:
+    return ("--base", base, "--height", 32, "--width", 48, "--frames", 3)
+
+
+def decoded(path: Path, height: int = 32, width: int = 48, fps: float = 16) -> list[Tensor]:
+    with Footage(path, height=height, width=width, fps=fps) as footage:
+        return [to_pixels(frame) for frame in footage]
+
+
+# --- video files -----------------------------------------------------------------------------------------------------
+
+
+def test_frames_are_resampled_covered_and_cropped(tmp_path: Path) -> None:
+    """Red rises over time; a green middle between blue sides, which a square crop cuts off."""
+    frames = torch.full((20, 3, 24, 72), -1.0)
+    frames[:, 0] = (torch.arange(20) / 10 - 1)[:, None, None]
+    frames[:, 2, :, :20] = frames[:, 2, :, 52:] = 1
+    frames[:, 1, :, 24:48] = 1
+    save_movie(frames, tmp_path / "a.mp4", fps=20, scale=1)
+    found = decoded(tmp_path / "a.mp4", 48, 48, fps=10)
+    assert len(found) == 10
+    for i, frame in enumerate(found):
+        assert frame.shape == (3, 48, 48)
+        assert abs(float(frame[0].mean()) - (0.2 * i - 1)) < 0.12
+        assert float(frame[1, :, 8:40].mean()) > 0.8
+        assert float(frame[2].mean()) < -0.8
+    whole = decoded(tmp_path / "a.mp4", 24, 72, fps=20)
+    assert float((torch.stack(whole) - frames).abs().mean()) < 0.1
+
+
+def test_a_video_may_be_left_early(tmp_path: Path) -> None:
+    movie(tmp_path / "a.mp4", 40)
+    with Footage(tmp_path / "a.mp4", height=32, width=48, fps=16) as footage:
+        assert next(iter(footage)).shape == (32, 48, 3)
+        assert footage.num_frames == 40
+    assert footage._process.returncode != 0
+
+
+def scramble(path: Path, first: float, last: float) -> None:
+    """Change bytes between two parts of the pictures' data."""
+    data = bytearray(path.read_bytes())
+    begin, size = data.find(b"mdat") + 4, data.find(b"moov") - data.find(b"mdat") - 4
+    for i in range(begin + int(first * size), begin + int(last * size), 7):
+        data[i] ^= 0x55
+    path.write_bytes(data)
+
+
+BAD = {
+    "text": lambda path: path.write_text("no video"),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "scrambled": lambda path: scramble(path, 0, 0.9),
+    "scrambled later": lambda path: scramble(path, 0.7, 0.9),
+    "playlist": lambda path: path.write_text("#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/x.mp4\n"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_is_no_video_is_named(tmp_path: Path, kind: str) -> None:
+    path = movie(tmp_path / "a.mp4", 20)
+    BAD[kind](path)
+    with pytest.raises(InputError, match=r"a\.mp4: cannot be decoded as video \(.+\)"):
+        decoded(path)
+
+
+# --- clips -----------------------------------------------------------------------------------------------------------
+
+
+def test_shards_hold_what_the_components_make(folder: Path, base: Path, tmp_path: Path) -> None:
+    """Against the whole video through diffusers' own encode, and the encoder's embedding."""
+    report = encode(find_videos([folder]), tmp_path / "out", open_base(str(base)), SMALL)
+    assert (report.videos, report.made, report.kept, report.skipped) == (3, 3, 0, ())
+    clips = ClipFolder(tmp_path / "out", CONFIG)
+    assert (len(clips), clips.clip_shape) == (3, (16, 3, 4, 6))
+    vae = Vae.load(open_base(str(base)))
+    for shard in clips.shards:
+        with safe_open(shard, framework="pt") as file:
+            header = json.loads(file.metadata()["clip"])
+            latents, context = file.get_tensor("latents"), file.get_tensor("context")
+        pixels = torch.stack(decoded(folder / header["file"])[:9], 1)
+        expected = (vae.model.encode(pixels[None]).latent_dist.mode()[0] - vae._mean) / vae._std
+        assert relative(latents[0], expected) < 1e-5
+        (text,) = embed_texts(open_base(str(base)), [header["caption"]])
+        assert (context.dtype, context.shape) == (torch.bfloat16, (1, 512, wan_base.TEXT_DIM))
+        assert torch.equal(context[0, : len(text)], text)
+        assert not context[0, len(text) :].any()
+        assert header["caption"] == (folder / header["file"]).with_suffix(".txt").read_text().strip()
+    empty = load_null_context(tmp_path / "out", CONFIG)
+    (text,) = embed_texts(open_base(str(base)), [""])
+    assert empty is not None
+    assert torch.equal(empty[0, : len(text)], text.float())
+    assert shard.stat().st_mode == (tmp_path / "out" / "encoding.json").stat().st_mode
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".safetensors", ".json"}
+
+
+def test_several_clips_follow_each_other(folder: Path, base: Path, tmp_path: Path) -> None:
+    wanted = Encoding(height=32, width=48, frames=3, clips=2)
+    report = encode(find_videos([folder]), tmp_path / "out", open_base(str(base)), wanted)
+    assert report.made == 2 + 1 + 2  # the second video has one, of the others none is left over
+    vae = Vae.load(open_base(str(base)))
+    second = vae.encode(decoded(folder / "a.mp4")[9:18])
+    (path,) = (tmp_path / "out").glob("a-*-0001.safetensors")
+    assert relative(load_file(path)["latents"][0], second) < 1e-5
+    more = Encoding(height=32, width=48, frames=3, clips=5)
+    report = encode(find_videos([folder]), tmp_path / "out", open_base(str(base)), more)
+    assert (report.made, report.kept) == (1, 5)  # the first video's third
+    assert len(load_clips(tmp_path / "out", CONFIG, 9).latents) == 6
+
+
+def test_what_is_there_is_kept(folder: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = (tmp_path / "out", open_base(str(base)), SMALL)
+    encode(find_videos([folder]), *arguments)
+    with monkeypatch.context() as patched:
+        patched.setattr(Vae, "load", lambda *_: pytest.fail("nothing is left to do"))
+        report = encode(find_videos([folder]), *arguments)
+        assert (report.made, report.kept) == (0, 3)
+    # A caption or a video that changed is made again, and nothing else.
+    (folder / "a.txt").write_text("the sea")
+    movie(folder / "deep" / "a.mp4", 12, seed=9)
+    report = encode(find_videos([folder]), *arguments)
+    assert (report.made, report.kept) == (2, 1)
+    (path,) = (tmp_path / "out").glob("a-*")
+    (text,) = embed_texts(open_base(str(base)), ["the sea"])
+    assert torch.equal(load_file(path)["context"][0, : len(text)], text)
+    # So is a shard that is torn, or not ours.
+    path.write_bytes(path.read_bytes()[:50])
+    (other,) = (tmp_path / "out").glob("deep-a-*")
+    save_file({"latents": torch.zeros(1)}, other, {"clip": "[1"})
+    assert encode(find_videos([folder]), *arguments).made == 2
+    assert len(ClipFolder(tmp_path / "out", CONFIG)) == 3
+
+
+def test_an_interrupted_run_goes_on(folder: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    videos, arguments = find_videos([folder]), (tmp_path / "out", open_base(str(base)), SMALL)
+    original = Vae.encode
+    left = [2]
+
+    def stop(self: Vae, frames: Any) -> Tensor:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return original(self, frames)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Vae, "encode", stop)
+        with pytest.raises(KeyboardInterrupt):
+            encode(videos, *arguments)
+    assert len(ClipFolder(tmp_path / "out", CONFIG)) == 1
+    assert not list((tmp_path / "out").rglob("*.partial"))
+    seen: list[tuple[str, int, int, str]] = []
+    with monkeypatch.context() as patched:  # captions were embedded before
+        patched.setattr("mlaconvert.text._load_encoder", lambda *_: pytest.fail("no text is left"))
+        report = encode(videos, *arguments, progress=lambda *state: seen.append(state))
+    assert (report.made, report.kept) == (2, 1)
+    parts = [done / total for stage, done, total, _ in seen if stage == "video"]
+    assert parts == sorted(parts)
+    assert parts[-1] == 1
+    assert any(0 < part < 0.5 for part in parts)  # within a video too
+    whole = encode(videos, tmp_path / "whole", *arguments[1:])
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    assert whole.made == 3
+
+
+# --- bad videos ------------------------------------------------------------------------------------------------------
+
+
+def test_bad_videos_are_refused_or_skipped(folder: Path, base: Path, tmp_path: Path) -> None:
+    movie(folder / "b.mp4", 8).with_suffix(".txt").write_text("a dog")
+    (folder / "c.mp4").write_text("no video")
+    (folder / "c.txt").write_text("a dog")
+    result = invoke(folder, "-o", tmp_path / "out", *flags(base))
+    assert result.exit_code == 2
+    assert "b.mp4: it is shorter than a clip of 9 frames (0.6 s); mend or remove it, or pass --bad-videos skip" in (
+        result.stderr
+    )
+    result = invoke(folder, "-o", tmp_path / "out", *flags(base), "--bad-videos", "skip", "--json")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert (data["made"], data["kept"], data["videos"]) == (2, 1, 5)
+    assert [message.split(":")[0].rsplit("/", 1)[1] for message in data["skipped"]] == ["b.mp4", "c.mp4"]
+    assert "skipped: " in result.stderr
+    assert len(ClipFolder(tmp_path / "out", CONFIG)) == 3
+
+
+def test_a_full_disk_is_not_a_bad_video(
+    folder: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        if "0000" in path.name:
+            original(path, data[:10])
+            raise OSError(28, "No space left on device")
+        return original(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OutputError, match="No space left"):
+        encode(find_videos([folder]), tmp_path / "out", open_base(str(base)), SMALL, bad="skip")
+    assert not list((tmp_path / "out").rglob("*.partial"))
+
+
+# --- captions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_captions_from_a_table(folder: Path, tmp_path: Path, form: str) -> None:
+    rows = [("a.mp4", 'one, "two"'), ("deep/a.mp4", "drei"), (str(folder / "deep" / "b c.mp4"), "é\nü")]
+    table = folder / f"captions.{form}"
+    if form == "jsonl":
+        table.write_text(
+            "\n".join(json.dumps({"file": file, "caption": text, "fps": 1}) for file, text in rows) + "\n\n"
+        )
+    else:
+        quoted = ['"{}","{}"'.format(*(part.replace('"', '""') for part in row)) for row in rows]
+        table.write_text("\n".join(("file,caption", *quoted)))
+    found = find_videos([folder], table)
+    assert [(video.name, video.caption) for video in found] == [
+        ("a.mp4", 'one, "two"'),
+        ("deep/a.mp4", "drei"),
+        ("deep/b c.mp4", "é\nü"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("c.jsonl", "{", "line 1: not JSON"),
+        ("c.jsonl", '\n{"file": "a.mp4"}', "line 2: expected file and caption, both text"),
+        ("c.jsonl", '[1]', "line 1: expected file and caption"),
+        ("c.csv", "name,text\na,b", "first line must name the columns file and caption"),
+        ("c.csv", "file,caption\na.mp4", "line 2: expected file and caption"),
+        ("c.csv", "file,caption\na.mp4,x\na.mp4,y", "line 3: a.mp4 has two captions"),
+        ("c.csv", "file,caption\nb.mp4,x", r"a.mp4 has no caption in .*c.csv; add a line"),
+    ],
+)  # fmt: skip
+def test_wrong_captions_are_named(folder: Path, name: str, text: str, message: str) -> None:
+    (folder / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        find_videos([folder], folder / name)
+
+
+def test_wrong_sources_are_named(folder: Path, tmp_path: Path) -> None:
+    (folder / "a.txt").unlink()
+    with pytest.raises(InputError, match=r"a\.mp4 has no caption: write one into a\.txt beside it"):
+        find_videos([folder])
+    with pytest.raises(InputError, match="there is no such file or folder"):
+        find_videos([tmp_path / "none"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no videos there"):
+        find_videos([tmp_path / "empty"])
+    shutil.copytree(folder / "deep", tmp_path / "other")
+    with pytest.raises(InputError, match=r"two videos are called a\.mp4"):
+        find_videos([folder / "deep", tmp_path / "other"])
+    one = find_videos([folder / "deep" / "a.mp4", folder / "deep" / "a.mp4"])
+    assert [video.name for video in one] == ["a.mp4"]
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_only_its_own_folder_is_written(folder: Path, base: Path, tmp_path: Path) -> None:
+    videos, components = find_videos([folder]), open_base(str(base))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").touch()
+    with pytest.raises(OutputError, match="holds no encoded clips"):
+        encode(videos, tmp_path / "mine", components, SMALL)
+    with pytest.raises(OutputError, match="create it first"):
+        encode(videos, tmp_path / "a" / "b", components, SMALL)
+    encode(videos[:1], tmp_path / "out", components, SMALL)
+    with pytest.raises(OutputError, match="holds clips of other settings"):
+        encode(videos, tmp_path / "out", components, Encoding(height=32, width=48, frames=2))
+    with pytest.raises(ConfigError, match="device 'abacus' cannot be used"):
+        encode(videos, tmp_path / "new", components, SMALL, text_device="abacus")
+    with pytest.raises(ConfigError, match="height is 40 pixels: give a multiple of 16"):
+        encode(videos, tmp_path / "new", components, Encoding(height=40, width=48, frames=2))
+    assert not (tmp_path / "new").exists()
+    assert os.listdir(tmp_path / "mine") == ["x"]  # noqa: PTH208
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--frames", "0"], "frames is 0: give 1 or more"),
+        (["--fps", "0"], "fps is 0.0"),
+        (["--clips", "-1"], "clips is -1"),
+        (["--bad-videos", "eat"], "--bad-videos is 'eat': give refuse or skip"),
+        (["--captions", "none.csv"], "none.csv: there is no such file"),
+        (["--base", "./nowhere"], "nowhere: there is no such file or folder"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = invoke(folder, "-o", tmp_path / "out", "--base", tmp_path, *arguments)
+    assert result.exit_code == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_make_files_of_their_own(tmp_path: Path) -> None:
+    names = ["a/b.mp4", "a-b.mp4", "a b.mp4", "a.b.mp4", "a-b.mov", "é.mp4", "x" * 300 + ".mp4"]
+    videos = [encoding.Video(name=name, path=tmp_path, caption="") for name in names]
+    paths = {encoding._shard(tmp_path, video, clip) for video in videos for clip in (0, 1)}
+    assert len(paths) == 2 * len(names)
+    assert all(len(path.name) < 120 and path.name.isascii() for path in paths)
