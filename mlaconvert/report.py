@@ -22,12 +22,14 @@ from rich.table import Table
 from torch import Tensor
 
 from mlaconvert.analyze import Analysis, DenseSpectra, LatentSpectrum, Summary
-from mlaconvert.convert import ConversionPlan, ModelReport
+from mlaconvert.convert import ModelReport
 from mlaconvert.drift import STATISTICS
 from mlaconvert.errors import OutputError
 from mlaconvert.evaluate import Report
 from mlaconvert.memory import MemoryPlan
+from mlaconvert.plan import ConversionPlan
 from mlaconvert.spectrum import cumulative_energy
+from mlaconvert.sweep import CellResult, SweepReport
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -350,6 +352,11 @@ def _plot_budgets(axes: Axes, analysis: Analysis) -> None:
     share.set_xlabel("of the dense cache")
 
 
+def _proportion(dense: int) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """From cached scalars to the share of `dense` ones, and back."""
+    return lambda scalars: scalars / dense, lambda share: share * dense
+
+
 def _shares(dense: int) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
     """From latent channels to the share of `dense` cached scalars, key norm included, and back."""
     return lambda rank: (rank + 1) / dense, lambda share: share * dense - 1
@@ -507,3 +514,67 @@ def error_table(report: Report) -> Table:
         errors = (percent(model.fidelity.attention_errors[i]) for model in report.models)
         table.add_row(f"attention output, layer {i}", *errors)
     return table
+
+
+def sweep_table(report: SweepReport) -> Table:
+    """One row a cell: what it caches, and what that costs."""
+    table = Table(title=f"Budgets of {escape(report.source)}", caption_justify="left")
+    titles = ("init", "latent", "nope/\nrope", "cached\nscalars", "less\ncache", "excess\nloss", "velocity\nerror")
+    for i, name in enumerate((*titles, "layers'\nerror")):
+        table.add_column(name, justify="right" if i else "left", no_wrap=i == 0)
+    for result in report.results:
+        table.add_row(
+            result.init,
+            str(result.kv_rank),
+            "-" if result.rope_dim is None else f"{result.nope_dim}/{result.rope_dim}",
+            f"{result.scalars:,}",
+            percent(result.cache_reduction),
+            signed_percent(result.excess),
+            percent(result.velocity_error),
+            percent(result.attention_error_median),
+        )
+    table.caption = escape(
+        f"Dense: {report.results[0].dense_scalars:,} scalars a token in all layers, loss "
+        f"{report.results[0].teacher_loss:.4f}.\nOn {report.clips} clips: {report.clips_from}.\n"
+        "Before any training; one seed. Excess: above the dense loss. Layers' error: of\n"
+        "attention outputs, the median layer. nope/rope: channels of a head."
+    )
+    return table
+
+
+def plot_sweep(report: SweepReport, path: str | Path) -> None:
+    """Write one PNG, 1600 x 750 pixels: loss above the dense model's, and velocity error, against the cache.
+
+    One line for each init and split; of a single budget's splits, one line for each init. An existing file is replaced,
+    at once and only when the new one is complete. Raises OutputError when `path` cannot be written.
+    """
+    one_budget = len({result.kv_rank for result in report.results}) == 1
+    lines: dict[str, list[CellResult]] = {}
+    for result in sorted(report.results, key=lambda result: result.scalars):
+        lines.setdefault(result.init if one_budget else result.series, []).append(result)
+    with matplotlib.rc_context({"font.size": 13, "axes.grid": True, "grid.alpha": 0.3}):
+        figure = Figure(figsize=(16, 7.5), dpi=100, layout="constrained")
+        figure.suptitle(f"{report.source}: quality against cache, before any training", parse_math=False)
+        panels = (
+            ("validation loss above the dense model's", "excess"),
+            ("relative error of the velocity", "velocity_error"),
+        )
+        for axes, (title, name) in zip(figure.subplots(1, 2), panels, strict=True):
+            for label, results in lines.items():
+                at, values = [r.scalars for r in results], [max(getattr(r, name), 1e-6) for r in results]
+                axes.plot(at, values, "o-", linewidth=2, markersize=7, label=label)
+                for result, x, y in zip(results, at, values, strict=True):
+                    text = f"{result.nope_dim}/{result.rope_dim}" if one_budget and result.rope_dim else result.kv_rank
+                    axes.annotate(str(text), (x, y), textcoords="offset points", xytext=(6, 6), fontsize=11)
+            axes.set(title=title, yscale="log", xlabel="cached scalars a token, all layers")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+            axes.legend(loc="best")
+            share: Any = axes.secondary_xaxis("top", functions=_proportion(report.results[0].dense_scalars))
+            share.xaxis.set_major_formatter(PercentFormatter(1.0))
+            share.set_xlabel("of the dense cache; labels: " + ("split" if one_budget else "latent channels"))
+        image = io.BytesIO()
+        figure.savefig(image, format="png")
+    write_whole(Path(path), image.getvalue(), "the plot")

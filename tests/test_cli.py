@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -52,19 +54,84 @@ def test_help_and_version() -> None:
     assert invoke().exit_code == 2
 
 
-@pytest.mark.parametrize("command", ["analyze", "convert", "push", "evaluate", "heal"])
-def test_every_option_says_its_default(command: str) -> None:
-    """Switches are off; everything else names a default, its own or Typer's."""
-    import inspect
+COMMANDS = {str(info.name or getattr(info.callback, "__name__", "")): info.callback for info in app.registered_commands}
+# What the numbers of options count or measure.
+UNITS = (
+    r"\b(channels?|clips?|frames?|videos?|samples?|chunks?|steps?|passes|batches|seed|pixels|seconds?|GiB|share|scale|"
+    r"rate|decay|factor|weight|tokens|TFLOP|layers|warped|guidance)\b"
+)
 
-    from mlaconvert import cli
 
-    for name, parameter in inspect.signature(getattr(cli, command), eval_str=True).parameters.items():
-        info = parameter.annotation.__metadata__[0]
+def options(command: str) -> dict[str, tuple[inspect.Parameter, Any]]:
+    """Parameters of a command with what Typer is told of them."""
+    signature = inspect.signature(COMMANDS[command], eval_str=True)  # type: ignore[arg-type]
+    return {name: (parameter, parameter.annotation.__metadata__[0]) for name, parameter in signature.parameters.items()}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_says_its_default_and_its_unit(command: str) -> None:
+    """Switches are off; everything else names a default, its own or Typer's; a number names what it counts."""
+    for name, (parameter, info) in options(command).items():
+        assert info.help, name
+        assert info.help.endswith("."), name
         if parameter.default is None:
             assert "Default: " in info.help, name
         elif parameter.default is not inspect.Parameter.empty and parameter.default is not False:
             assert info.show_default, name  # Typer prints it
+        kind = str(parameter.annotation.__origin__)
+        if "bool" not in kind:
+            assert info.metavar, name
+        if "int" in kind or "float" in kind:
+            assert re.search(UNITS, info.help, re.IGNORECASE), name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_values_complete(command: str) -> None:
+    """A metavar that lists values promises that a shell completes them, and nothing else; recipes and `tiny` too."""
+    for name, (_, info) in options(command).items():
+        values = [value for value in (info.metavar or "").split("|") if not value.isupper()]
+        if "|" in (info.metavar or ""):
+            assert info.autocompletion("") == values, name
+            assert info.autocompletion(values[0][:2])[0] == values[0], name
+        if name == "checkpoint":
+            assert "tiny" in info.autocompletion("ti"), name
+        if name == "recipe":
+            assert info.autocompletion(""), name
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["co"], ["convert"]),
+        (["heal", "folder", "--stage", "d"], ["distill", "dmd"]),
+        (["heal", "folder", "--recipe", "videomla-d"], ["videomla-distill", "videomla-dmd"]),
+        (["convert", "tiny", "--recipe", "video"], ["videomla"]),
+        (["sweep", "tiny", "--recipe", "tiny-s"], ["tiny-splits"]),
+        (["convert", "ti"], ["tiny"]),
+        (["analyze", "mo"], ["model.safetensors", "models/"]),
+        (["convert", "models/"], ["models/one.pt"]),
+    ],
+)
+def test_a_shell_completes_words(tmp_path: Path, words: list[str], expected: list[str]) -> None:
+    """What bash asks for, answered without anything heavy."""
+    (tmp_path / "models").mkdir()
+    for name in ("model.safetensors", "model.txt", "models/one.pt", "models/.hidden.pt"):
+        (tmp_path / name).touch()
+    environment = {**os.environ, "_MLACONVERT_COMPLETE": "complete_bash", "COMP_CWORD": str(len(words))}
+    environment["COMP_WORDS"] = " ".join(["mlaconvert", *words])
+    code = "import sys; sys.argv = ['mlaconvert']; from mlaconvert.cli import main\ntry: main()\nfinally: "
+    code += "assert 'torch' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert (done.stdout.split(), done.stderr) == (expected, "")
+
+
+def test_completion_can_be_shown() -> None:
+    help_text = succeed("--help").stdout
+    assert "--install-completion" in help_text
+    assert "--show-completion" in help_text
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -145,6 +212,20 @@ def test_options_override_the_recipe(golden: Path, tmp_path: Path) -> None:
     result = invoke("convert", golden, "-o", tmp_path / "out", "--recipe", "videomla")
     assert result.exit_code == 2
     assert "kv_rank is 192, larger than the layer, which is 96 wide" in result.stderr
+
+
+def test_dry_run_says_what_a_calibration_takes_of_the_disk(tmp_path: Path) -> None:
+    few, many = (
+        succeed("convert", "tiny", "-o", tmp_path / "out", "--clips", clips, "--dry-run").stdout for clips in (5, 40)
+    )
+    found = [
+        re.search(r"disk +(\S+ \w+) of moments, and about (\S+) (\w+) of activations", text) for text in (few, many)
+    ]
+    assert found[0]
+    assert found[1]
+    assert found[0][1] == found[1][1] == "3.66 MiB"  # of 6 layers: two 192 x 192 matrices and 6 of 32 x 32, float64
+    assert float(found[1][2]) > 2 * float(found[0][2])
+    assert not list(tmp_path.iterdir())
 
 
 def test_dry_run_prints_the_plan_with_sizes(golden: Path, tmp_path: Path) -> None:
@@ -239,7 +320,7 @@ def test_exceptions_become_one_line(
     def fail(*arguments: object) -> None:
         raise raised
 
-    monkeypatch.setattr("mlaconvert.convert._convert_layer", fail)
+    monkeypatch.setattr("mlaconvert.layers.convert_layer", fail)
     result = invoke("convert", golden, "-o", tmp_path / "out", "--init", "svd")
     assert result.exit_code == code
     assert result.stderr.splitlines()[-1] == message
@@ -253,8 +334,8 @@ def test_exceptions_become_one_line(
 def test_a_killed_process_cleans_up(golden: Path, tmp_path: Path) -> None:
     """SIGTERM in the middle of the first layer, while the output is half written."""
     code = (
-        "import sys, time, mlaconvert.convert as c, mlaconvert.cli as cli\n"
-        "c._convert_layer = lambda *a: (print('ready', flush=True), time.sleep(60))\n"
+        "import sys, time, mlaconvert.layers as c, mlaconvert.cli as cli\n"
+        "c.convert_layer = lambda *a: (print('ready', flush=True), time.sleep(60))\n"
         f"sys.argv = ['mlaconvert', 'convert', {str(golden)!r}, '-o', {str(tmp_path / 'out')!r}, '--init', 'svd']\n"
         "cli.main()\n"
     )

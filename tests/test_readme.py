@@ -10,29 +10,24 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from documents import blocks, shell_lines
 from typer.testing import CliRunner, Result
 
 from mlaconvert.cli import app
 from mlaconvert.config import MLAConfig, MLALayer, WanConfig
-from mlaconvert.convert import load_recipe, recipe_names
 from mlaconvert.families import WanFamily
+from mlaconvert.recipes import load_recipe
+from mlaconvert.shipped import recipe_names
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "BENCHMARKS.md")
-
-
-def blocks(language: str) -> list[str]:
-    """The fenced code blocks of the README in one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+DOCUMENTS = [path.relative_to(ROOT).as_posix() for folder in ("", "examples") for path in (ROOT / folder).glob("*.md")]
 
 
 def commands() -> list[list[str]]:
     """Arguments of every `mlaconvert` call that the README shows, in code blocks and in running text."""
-    lines = [line for block in blocks("bash") for line in re.split(r"\n|&&", block)] + re.findall(
-        r"`([^`\n]+)`", README
-    )
-    return [words[1:] for words in (shlex.split(line, comments=True) for line in lines) if words[:1] == ["mlaconvert"]]
+    inline = [shlex.split(line, comments=True) for line in re.findall(r"`(mlaconvert [^`\n]+)`", README)]
+    return [words[1:] for words in (*shell_lines(README), *inline) if words[0] == "mlaconvert"]
 
 
 def invoke(*arguments: str) -> Result:
@@ -43,7 +38,16 @@ def invoke(*arguments: str) -> Result:
 def test_local_links_resolve(document: str) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / document).read_text()):
         if "://" not in target:
-            assert (ROOT / target.partition("#")[0]).exists(), target
+            assert ((ROOT / document).parent / target.partition("#")[0]).exists(), target
+
+
+def test_the_first_screen_shows_what_one_gets() -> None:
+    """A picture, three commands and one table within the first lines."""
+    screen = "\n".join(README.splitlines()[:25])
+    assert re.search(r"!\[.+\]\(examples/.+\.png\)", screen)
+    (shown,) = blocks(screen, "bash")
+    assert len(shown.splitlines()) == 3
+    assert len(re.findall(r"^\|.*\|$", screen, re.MULTILINE)) == 5
 
 
 def test_commands_and_their_flags_exist() -> None:
@@ -59,7 +63,7 @@ def test_commands_and_their_flags_exist() -> None:
 def test_flags_named_in_the_text_exist() -> None:
     texts = "".join(
         invoke(*name, "--help").stdout
-        for name in ([], ["analyze"], ["convert"], ["push"], ["evaluate"], ["heal"], ["generate"], ["bench"])
+        for name in ([], *([info.callback.__name__] for info in app.registered_commands if info.callback))
     )
     named = re.findall(r"`(--[a-z-]+)", README)
     assert named
@@ -80,7 +84,7 @@ def test_the_three_commands_and_the_python_snippet_run(
     files = {path.name for path in (tmp_path / "tiny-mla").iterdir()}
     table = README.split("## The output folder")[1].split("```")[0]
     assert files == set(re.findall(r"^\| `([^`]+)`", table, re.MULTILINE))
-    (snippet,) = blocks("python")
+    (snippet,) = blocks(README, "python")
     scope: dict[str, object] = {}
     exec(compile(snippet, "README.md", "exec"), scope)
     assert getattr(scope["velocity"], "shape", None) == getattr(scope["latents"], "shape", ())
@@ -98,7 +102,7 @@ def test_recipes_are_listed_with_what_they_cache() -> None:
 
 
 def test_the_config_and_the_tensors_are_those_of_the_format() -> None:
-    (shown,) = blocks("json")
+    (shown,) = blocks(README, "json")
     example = MLAConfig.from_json(json.loads(shown)["mla"], "README.md")
     latent = example.layers[0]
     fields = {field.name for cls in (MLAConfig, MLALayer) for field in dataclasses.fields(cls)}
@@ -122,6 +126,6 @@ def test_ci_runs_the_readmes_test_command() -> None:
     read = subprocess.run(
         ["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    shown = [line for block in blocks("bash") for line in block.splitlines() if "pytest" in line]
+    shown = [line for block in blocks(README, "bash") for line in block.splitlines() if "pytest" in line]
     assert read == shown
     assert len(shown) == 1

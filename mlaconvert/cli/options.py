@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+
+def among(*values: str) -> Callable[[str], list[str]]:
+    """What a shell completes for an option that takes one of `values`."""
+    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
+
+
+def files(incomplete: str, *endings: str) -> list[str]:
+    """Folders, and files with one of `endings`, that a shell completes `incomplete` to."""
+    begun = Path(incomplete).expanduser()
+    folder, start = (begun, "") if incomplete.endswith("/") or not incomplete else (begun.parent, begun.name)
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.name.startswith(start))
+    except OSError:
+        return []
+    shown = [path for path in paths if start or not path.name.startswith(".")]
+    return [f"{path}/" if path.is_dir() else str(path) for path in shown if path.is_dir() or path.suffix in endings]
+
+
+def models(incomplete: str) -> list[str]:
+    """The built-in model, weight files and folders."""
+    return among("tiny")(incomplete) + files(incomplete, ".safetensors", ".json", ".pt", ".pth", ".ckpt", ".bin")
+
+
+def recipes(kind: str = "") -> Callable[[str], list[str]]:
+    """Shipped recipes of a `kind` (a folder of them, "" for those of convert), and YAML files."""
+
+    def complete(incomplete: str) -> list[str]:
+        from mlaconvert.shipped import recipe_folder, recipe_names
+
+        return among(*recipe_names(recipe_folder() / kind))(incomplete) + files(incomplete, ".yaml", ".yml")
+
+    return complete
+
+
 Source = Annotated[
     str,
     typer.Argument(
         metavar="CHECKPOINT",
+        autocompletion=models,
         help="A .safetensors or .pt file, a model folder, a Hub id (user/repo), or the built-in model `tiny`.",
         show_default=False,
     ),
@@ -46,6 +82,20 @@ KvRank = Annotated[
     ),
 ]
 Layers = Annotated[str | None, typer.Option(metavar="LIST", help="Layers to take, such as 0-3,7. Default: all.")]
+Loras = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--lora",
+        metavar="FILE",
+        help="LoRA made for the dense model, merged before converting; once for each. Default: none.",
+    ),
+]
+LoraScales = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--lora-scale", metavar="X", help="Factor of a LoRA's change, in the order of --lora. Default: 1 for each."
+    ),
+]
 Device = Annotated[str, typer.Option(metavar="NAME", help="Device of the float64 maths: cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
 RunDevice = Annotated[str, typer.Option("--device", metavar="NAME", help="Device to run on: cpu, cuda or cuda:N.")]
@@ -60,6 +110,7 @@ Attention = Annotated[
     str,
     typer.Option(
         metavar="auto|expanded|absorbed",
+        autocompletion=among("auto", "expanded", "absorbed"),
         help="How latent attention reads its cache: rebuilt keys and values, or the latents themselves; auto counts "
         "FLOPs and bytes.",
     ),
@@ -94,4 +145,17 @@ SinkFrames = Annotated[
 ]
 ChunkFrames = Annotated[
     int | None, typer.Option(metavar="N", help="Latent frames made at a time. Default: the model's, else 3.")
+]
+BaseRepo = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="REPO",
+        help="Folder or Hub id with the text encoder and the VAE, in diffusers or native Wan2.1 layout. Default: the "
+        "checkpoint's own, or what conversion.json names as its source.",
+    ),
+]
+TextDevice = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Device of the text encoder (11 GB in bfloat16). Default: as --device."),
 ]

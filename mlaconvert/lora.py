@@ -1,0 +1,419 @@
+"""LoRAs merged into a dense checkpoint as it is read: W + scale * alpha / r * B A (arXiv 2106.09685).
+
+Self-attention is what a conversion replaces, so a LoRA made for the dense model has to be merged before, never loaded
+afterwards. Files may name the model's modules natively or as diffusers does, after PEFT (adapter_model with its
+adapter_config.json), diffusers, LongLive (`generator_lora` in a .pt file), ComfyUI or kohya.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from mlaconvert.checkpoint import TensorInfo, TensorStore, check_finite, open_store
+from mlaconvert.config import WanConfig
+from mlaconvert.errors import CheckpointError, ConfigError, InputError, UnsupportedModelError
+from mlaconvert.families import Checkpoint, Layout
+from mlaconvert.families.wrappers import unwrap
+from mlaconvert.inputs import is_file, is_folder, parse_json, read_json
+
+PEFT_CONFIG = "adapter_config.json"
+_METADATA = "lora_adapter_metadata"  # where diffusers keeps the adapter's configuration in a safetensors header
+_STATE_KEY = "generator_lora"  # LongLive's; its file also holds the critic's
+_PREFIX = re.compile(r"(base_model\.model\.)?((transformer|transformer_2|model|diffusion_model)\.)*")
+_KOHYA = "lora_unet_"
+_LAYOUTS: tuple[Layout, ...] = ("native", "diffusers")
+_ROLES = (  # what a key is, by its end; PEFT may put an adapter's name before the leaf
+    ("down", re.compile(r"\.(?:lora_A|lora_down|lora\.down)(?:\.(?!weight$)\w+)?\.weight$")),
+    ("up", re.compile(r"\.(?:lora_B|lora_up|lora\.up)(?:\.(?!weight$)\w+)?\.weight$")),
+    ("up_bias", re.compile(r"\.lora_B(?:\.(?!bias$)\w+)?\.bias$")),
+    ("alpha", re.compile(r"\.alpha$")),
+    ("diff_b", re.compile(r"\.diff_b$")),
+    ("diff", re.compile(r"\.diff$")),
+)
+_SELF_ATTENTION = re.compile(r"blocks[._](\d+)[._](?:self_attn|attn1)[._]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraFile:
+    """A LoRA file to merge, and by how much."""
+
+    path: Path
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What a file holds for one module: role -> tensor; `scaling` is alpha / r."""
+
+    tensors: Mapping[str, TensorInfo]
+    scaling: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """An opened LoRA, checked against its model. `modules` are canonical names of what it changes.
+
+    `alpha` says where the scaling came from: "file" (a tensor of each module), "config" (adapter_config.json or
+    metadata), or "rank" when the file says nothing, which makes alpha / r one.
+    """
+
+    store: TensorStore
+    scale: float
+    sha256: str
+    alpha: str
+    modules: Mapping[str, _Parts]
+
+    @property
+    def name(self) -> str:
+        """The file's name, without its path."""
+        return self.store.files[0].name
+
+    def record(self) -> dict[str, Any]:
+        """Plain data for conversion.json."""
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "scale": self.scale,
+            "alpha": self.alpha,
+            "modules": len(self.modules),
+        }
+
+    def merge(self, canonical: str, tensor: Tensor) -> Tensor:
+        """`tensor` with this LoRA's change, in its own dtype; the sum is taken in float32 at least.
+
+        Raises CheckpointError when the LoRA's values are not finite.
+        """
+        module, _, leaf = canonical.rpartition(".")
+        parts = self.modules.get(module)
+        change = self._change(parts, leaf) if parts is not None and leaf in ("weight", "bias") else None
+        if change is None:
+            return tensor
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        return (tensor.to(dtype) + self.scale * change.to(dtype).view(tensor.shape)).to(tensor.dtype)
+
+    def _change(self, parts: _Parts, leaf: str) -> Tensor | None:
+        """The whole change of a module's weight or bias at scale one, float32."""
+        found = {role: self._read(info) for role, info in parts.tensors.items() if (role in _BIAS) == (leaf == "bias")}
+        changes = [found[role].flatten() for role in ("diff", "diff_b") if role in found]
+        if "down" in found:  # a convolution's A is [r, in, *kernel], its B [out, r, 1, ...]
+            changes.append(parts.scaling * (found["up"].flatten(1) @ found["down"].flatten(1)).flatten())
+        if "up_bias" in found:
+            changes.append(parts.scaling * found["up_bias"])
+        return sum(changes[1:], changes[0]) if changes else None
+
+    def _read(self, info: TensorInfo) -> Tensor:
+        tensor = self.store.read(info.name)
+        check_finite(tensor, info.name, self.store.path)
+        return tensor.float()
+
+
+_BIAS = ("up_bias", "diff_b")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedCheckpoint(Checkpoint):
+    """A checkpoint whose tensors are read with `loras` merged; names, shapes and dtypes are the checkpoint's."""
+
+    loras: tuple[Lora, ...]
+
+    def read(self, canonical: str) -> Tensor:
+        """One tensor, merged. Raises what `Checkpoint.read` raises, CheckpointError for a LoRA that is not finite."""
+        tensor = super().read(canonical)
+        for lora in self.loras:
+            tensor = lora.merge(canonical, tensor)
+        return tensor
+
+    def describe(self) -> str:
+        """The checkpoint's line, and the LoRAs."""
+        return ", ".join((super().describe(), *(f"LoRA {lora.name} x {lora.scale:g}" for lora in self.loras)))
+
+    def close(self) -> None:
+        """Let go of all files."""
+        for lora in self.loras:
+            lora.store.close()
+        super().close()
+
+
+def pair(paths: Sequence[Path], scales: Sequence[float]) -> list[LoraFile]:
+    """LoRA files with their scales, in order; without `scales` each is merged as it is. Raises ConfigError."""
+    if scales and len(scales) != len(paths):
+        raise ConfigError(
+            f"{len(scales)} scales for {len(paths)} LoRAs; give --lora-scale once for each --lora, or not"
+        )
+    return [LoraFile(path=path, scale=scale) for path, scale in zip(paths, scales or [1.0] * len(paths), strict=True)]
+
+
+def merged(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Records of the LoRAs that reading `checkpoint` merges; [] for a checkpoint as its files are."""
+    return [lora.record() for lora in checkpoint.loras] if isinstance(checkpoint, MergedCheckpoint) else []
+
+
+def lora_files(checkpoint: Checkpoint) -> list[Path]:
+    """The files of the LoRAs that reading `checkpoint` merges."""
+    loras = checkpoint.loras if isinstance(checkpoint, MergedCheckpoint) else ()
+    return [file for lora in loras for file in lora.store.files]
+
+
+def merge_loras(checkpoint: Checkpoint, files: Sequence[LoraFile]) -> Checkpoint:
+    """A view of `checkpoint` with `files` merged in order; the checkpoint itself without any.
+
+    Closing the view closes the checkpoint too. Raises CheckpointError for a file that cannot be read, or naming the
+    tensor that does not fit, UnsupportedModelError for a LoRA of self-attention that was converted.
+    """
+    if not files:
+        return checkpoint
+    with ExitStack() as stack:
+        loras = []
+        for file in files:
+            loras.append(open_lora(file, checkpoint))
+            stack.callback(loras[-1].store.close)
+        stack.pop_all()
+    fields = {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
+    return MergedCheckpoint(**fields, loras=tuple(loras))
+
+
+def open_lora(file: LoraFile, checkpoint: Checkpoint) -> Lora:
+    """Open one LoRA and check every tensor of it against `checkpoint`; raises what `merge_loras` does."""
+    path = file.path.expanduser()
+    if not (is_file(path) or is_folder(path)):
+        raise CheckpointError(
+            f"{file.path}: there is no such LoRA file; download one of the Hub first, as with `hf download user/repo`"
+        )
+    if not abs(file.scale) < float("inf"):
+        raise ConfigError(f"the scale of {file.path} is {file.scale}: give a finite number, such as 1")
+    store = open_store(path)
+    try:
+        config = _adapter_config(store)
+        parts = _sort(store, checkpoint, config)
+        alpha = "file" if any("alpha" in found for found in parts.values()) else "config" if config else "rank"
+        modules = {
+            module: _Parts(
+                tensors={role: info for role, (info, _) in found.items() if role != "alpha"},
+                scaling=_scaling(store, found, config),
+            )
+            for module, found in parts.items()
+        }
+        for module, found in modules.items():
+            _check_shapes(store, checkpoint, module, found.tensors)
+        return Lora(store=store, scale=file.scale, sha256=_digest(store.files), alpha=alpha, modules=modules)
+    except BaseException:
+        store.close()
+        raise
+
+
+def refuse_converted(names: Iterable[str], config: WanConfig, where: str | Path) -> None:
+    """Raise UnsupportedModelError when `names`, a LoRA's keys in any layout, touch self-attention of `config`'s
+    converted layers: its projections are gone, so the LoRA belongs into the dense model.
+    """
+    layers = config.mla.layers if config.mla is not None else ()
+    for name in names:
+        match = _SELF_ATTENTION.search(name)
+        if match and int(match[1]) < len(layers) and layers[int(match[1])] is not None:
+            raise UnsupportedModelError(
+                f"{where}: {name!r} belongs to self-attention, which was converted; merge this LoRA before: "
+                "mlaconvert convert SOURCE --lora FILE"
+            )
+
+
+def find_recorded(records: Any, folders: Sequence[Path]) -> list[LoraFile]:
+    """The files of `merged`'s records, as JSON holds them, by name and hash; looked for in `folders` in order.
+
+    Raises InputError naming the one that is not there, ConfigError for records that are none.
+    """
+    found = []
+    for record in records if isinstance(records, list) else [records] if records else []:
+        fields = record if isinstance(record, Mapping) else {}
+        name, scale = fields.get("name"), fields.get("scale")
+        if not isinstance(name, str) or isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise ConfigError(f"conversion.json: source.loras has {record!r}; expected a name, sha256 and scale")
+        candidates = (folder / Path(name).name for folder in folders)
+        path = next((p for p in candidates if is_file(p) and _digest([p]) == fields.get("sha256")), None)
+        if path is None:
+            raise InputError(
+                f"the LoRA {name} was merged before the conversion and is not here; put it beside the model, or name "
+                "a merged teacher with --teacher"
+            )
+        found.append(LoraFile(path=path, scale=float(scale)))
+    return found
+
+
+# --- reading a file's keys ---------------------------------------------------------------------------------------
+
+_Found = dict[str, tuple[TensorInfo, str]]  # role -> (the tensor, the module's name in the file)
+
+
+def _sort(store: TensorStore, checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, _Found]:
+    """Canonical module -> its parts. Raises CheckpointError naming a key that means nothing here."""
+    keys = _chosen(store)
+    if not any(pattern.search(clean) for clean in keys for role, pattern in _ROLES if role != "alpha"):
+        raise CheckpointError(f"{store.path}: it holds no LoRA (keys such as ...q.lora_A.weight); found {min(keys)!r}")
+    if config.get("use_dora") or any("lora_magnitude" in key for key in keys):
+        raise CheckpointError(
+            f"{store.path}: it is a DoRA, whose norms cannot be merged here; merge it with PEFT first"
+        )
+    refuse_converted(keys, checkpoint.config, store.path)
+    canonical = _names(checkpoint)
+    modules: dict[str, _Found] = {}
+    for clean, raw in sorted(keys.items()):
+        role, named = next(((r, clean[: m.start()]) for r, p in _ROLES if (m := p.search(clean))), ("", clean))
+        module = canonical(named)
+        if not role or module is None:
+            raise CheckpointError(
+                f"{store.path}: {raw!r} is no LoRA of this model ({checkpoint.family.name}, "
+                f"{checkpoint.config.num_layers} layers); only lora_A and lora_B (or down and up), alpha, diff and "
+                "diff_b of its modules can be merged"
+            )
+        found = modules.setdefault(module, {})
+        if role in found:
+            raise CheckpointError(f"{store.path}: {raw!r} and {found[role][0].name!r} are both {role} of {module!r}")
+        found[role] = (store.tensors[raw], named)
+    for module, found in modules.items():
+        if ("down" in found) != ("up" in found):
+            (info, _) = found.get("down") or found["up"]
+            raise CheckpointError(f"{store.path}: {info.name!r} has no partner for {module!r}; get the whole file")
+        if "up_bias" in found and "up" not in found:
+            raise CheckpointError(
+                f"{store.path}: {found['up_bias'][0].name!r} has no lora_B.weight; get the whole file"
+            )
+    return {module: found for module, found in modules.items() if set(found) != {"alpha"}}
+
+
+def _chosen(store: TensorStore) -> dict[str, str]:
+    """{cleaned name: name in the file} of the LoRA's tensors; of LongLive's two, the generator's."""
+    grouped = {name.rpartition("/")[0] for name in store.tensors}
+    state_key = next((key for key in sorted(grouped) if key.rpartition("/")[2] == _STATE_KEY), None)
+    try:
+        _, cleaned = unwrap(store.tensors, state_key)
+    except CheckpointError as error:
+        raise CheckpointError(f"{store.path}: {error}") from None
+    if {name.split(".")[0] for name in cleaned} >= {"transformer", "transformer_2"}:
+        raise CheckpointError(
+            f"{store.path}: it holds LoRAs of two experts; split it, and convert each with --subfolder"
+        )
+    return {_PREFIX.sub("", clean, count=1): raw for clean, raw in cleaned.items()}
+
+
+def _names(checkpoint: Checkpoint) -> Callable[[str], str | None]:
+    """How a module's name in a LoRA becomes a canonical one of the model; None when the model has none such."""
+    family = checkpoint.family
+    modules = {name.rpartition(".")[0] for name in checkpoint.names if name.endswith((".weight", ".bias"))}
+    flat: dict[str, str] = {}  # kohya writes underscores for dots
+    for module in modules:
+        for layout in _LAYOUTS:
+            leaf = "weight" if f"{module}.weight" in checkpoint.names else "bias"
+            named = family.source(f"{module}.{leaf}", layout).rpartition(".")[0]
+            flat[_KOHYA + named.replace(".", "_")] = module
+
+    def canonical(named: str) -> str | None:
+        if named in flat:
+            return flat[named]
+        for layout in _LAYOUTS:
+            found = family.canonical(f"{named}.weight", layout)
+            module = found.rpartition(".")[0] if found else None
+            if module in modules:
+                return module
+        return None
+
+    return canonical
+
+
+def _adapter_config(store: TensorStore) -> dict[str, Any]:
+    """What the file's adapter_config.json or its metadata says; {} when there is neither.
+
+    Raises CheckpointError for a PEFT file without its configuration, which alone has its alpha.
+    """
+    file = store.files[0]
+    beside = file.parent / PEFT_CONFIG
+    if file.stem == "adapter_model":
+        if not is_file(beside):
+            raise CheckpointError(f"{file}: {PEFT_CONFIG} is missing beside it, which has its alpha; get that file too")
+        config = read_json(beside)
+        if "lora_alpha" not in config:
+            raise CheckpointError(f"{beside}: it has no lora_alpha; get the adapter's own file")
+        return config
+    if file.suffix != ".safetensors":
+        return {}
+    with safe_open(str(file), framework="pt") as opened:
+        text = (opened.metadata() or {}).get(_METADATA)
+    if text is None:
+        return {}
+    try:
+        data = parse_json(text)
+        return {name.removeprefix("transformer."): value for name, value in data.items()}
+    except (ValueError, AttributeError):
+        raise CheckpointError(f"{file}: its metadata {_METADATA} is not readable JSON; save the LoRA again") from None
+
+
+def _scaling(store: TensorStore, found: _Found, config: Mapping[str, Any]) -> float:
+    """alpha / r of one module, alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
+    if "down" not in found:
+        return 1.0
+    info, named = found["down"]
+    rank = info.shape[0] if info.shape else 0
+    if rank < 1:
+        raise CheckpointError(f"{store.path}: {info.name!r} has shape {list(info.shape)}; expected [r, in]")
+    if "alpha" in found:
+        tensor = store.read(found["alpha"][0].name)
+        alpha: Any = tensor.double().item() if tensor.numel() == 1 else None
+    else:
+        alpha = next(
+            (value for key, value in _patterns(config) if named == key or named.endswith(f".{key}")),
+            config.get("lora_alpha", rank),
+        )
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not abs(alpha) < float("inf"):
+        raise CheckpointError(f"{store.path}: alpha of {info.name!r} is {alpha!r}; expected one finite number")
+    return float(alpha) / (rank**0.5 if config.get("use_rslora") and "alpha" not in found else rank)
+
+
+def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """alpha_pattern of a PEFT configuration: modules with an alpha of their own, by the end of their names."""
+    patterns = config.get("alpha_pattern") or {}
+    for key, value in patterns.items() if isinstance(patterns, Mapping) else ():
+        plain = str(key).removeprefix("^").removesuffix("$").replace("\\.", ".")
+        if not re.fullmatch(r"[\w.]+", plain):
+            raise CheckpointError(f"{PEFT_CONFIG}: alpha_pattern {key!r} is no module name; merge the LoRA with PEFT")
+        yield plain.removeprefix("base_model.model."), value
+
+
+def _check_shapes(store: TensorStore, checkpoint: Checkpoint, module: str, tensors: Mapping[str, TensorInfo]) -> None:
+    """Every part of one module against the model's tensor. Raises CheckpointError naming what does not fit."""
+    weight, bias = (f"{module}.{leaf}" for leaf in ("weight", "bias"))
+    shape = checkpoint.info(weight).shape if weight in checkpoint.names else ()
+    outputs = checkpoint.info(bias).shape if bias in checkpoint.names else None
+    rank = tensors["down"].shape[0] if "down" in tensors else 0
+    expected: dict[str, tuple[int, ...] | None] = {
+        "down": (rank, *shape[1:]) if len(shape) > 1 else None,
+        "up": (shape[0], rank, *(1 for _ in shape[2:])) if len(shape) > 1 else None,
+        "diff": shape or None,
+        "up_bias": outputs,
+        "diff_b": outputs,
+    }
+    for role, info in tensors.items():
+        wanted = expected[role]
+        if info.shape != wanted:
+            asked = f"expected {list(wanted)}" if wanted else "which has none to change"
+            raise CheckpointError(
+                f"{store.path}: {info.name!r} has shape {list(info.shape)} for {module!r} of this model, {asked}"
+            )
+        if not info.dtype.is_floating_point:
+            raise CheckpointError(f"{store.path}: {info.name!r} is {info.dtype}; expected floating point")
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """SHA-256 of the one file of a LoRA, of the contents one after the other where there are shards."""
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while piece := stream.read(1 << 22):
+                total.update(piece)
+    return total.hexdigest()

@@ -1,0 +1,60 @@
+"""The API reference is made of docstrings: everything public has one."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import mlaconvert
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(
+    info.name
+    for info in pkgutil.walk_packages(mlaconvert.__path__, "mlaconvert.")
+    if not info.name.startswith(("mlaconvert.cli", "mlaconvert.__main__"))
+)
+
+
+def undocumented(module: ModuleType) -> list[str]:
+    """Public functions, classes and their members that `module` defines without saying what they are."""
+    found = [] if inspect.getdoc(module) else [module.__name__]
+    for name, thing in vars(module).items():
+        if name.startswith("_") or getattr(thing, "__module__", None) != module.__name__:
+            continue
+        if inspect.isfunction(thing) and not inspect.getdoc(thing):
+            found.append(name)
+        if inspect.isclass(thing):
+            found += [] if thing.__doc__ else [name]
+            members = {key: value for key, value in vars(thing).items() if not key.startswith("_")}
+            kinds = (property, classmethod, staticmethod)
+            for key, value in members.items():
+                if (inspect.isfunction(value) or isinstance(value, kinds)) and not inspect.getdoc(getattr(thing, key)):
+                    found.append(f"{name}.{key}")
+    return found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_everything_public_has_a_docstring(name: str) -> None:
+    assert undocumented(importlib.import_module(name)) == []
+
+
+def test_a_missing_docstring_shows() -> None:
+    module = ModuleType("sample", "Sample.")
+    scope = {"__name__": "sample"}
+    exec("class A:\n def b(self): pass\ndef c(): pass\ndef _d(): pass", scope)
+    vars(module).update({name: scope[name] for name in ("A", "c", "_d")})
+    assert undocumented(module) == ["A", "A.b", "c"]
+
+
+def test_the_command_that_makes_the_reference_is_told() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (command,) = re.findall(r"pip install -e '\.\[(.*?)\]' && pdoc .*", text)
+    extras = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
+    assert set(command.split(",")) <= set(re.findall(r"^(\w+) = ", extras, re.MULTILINE))
+    assert "docs" in command
