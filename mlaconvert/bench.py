@@ -35,11 +35,11 @@ from mlaconvert.attention import (
 )
 from mlaconvert.cache import LatentCache
 from mlaconvert.config import ConvertRecipe, KeyNorm, RopeMode, StreamingConfig, WanConfig, default_video
-from mlaconvert.convert import mla_config, resolve_recipe
 from mlaconvert.errors import ConfigError
 from mlaconvert.families import open_checkpoint
 from mlaconvert.memory import plan_memory
 from mlaconvert.model import WanModel
+from mlaconvert.recipes import mla_config, resolve_recipe
 from mlaconvert.rollout import Sampler, rollout
 from mlaconvert.rope import Rope
 

@@ -49,13 +49,20 @@ class LayerCache:
         self.buffers = tuple(torch.zeros(batch, capacity, *width, dtype=dtype, device=device) for width in widths)
         self.text: tuple[Tensor, ...] = ()
 
-    # Never compiled: a compiler may turn writing in place into a copy of the whole buffer.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(self, view: WindowView, *new: Tensor) -> tuple[Tensor, ...]:
         """Write the chunk's tensors [B, n * tokens, ...] and return the window's [B, length, ...]."""
         for buffer, value in zip(self.buffers, new, strict=True):
             buffer.index_copy_(1, view.write, value.detach().to(buffer.dtype))
         return tuple(buffer[:, : view.length] for buffer in self.buffers)
+
+    @classmethod
+    def stay_uncompiled(cls) -> None:
+        """Keep compilers out of `update`: they may turn writing in place into a copy of the whole buffer.
+
+        Not a decorator, because that imports torch's compiler, which takes as long as all else together.
+        """
+        if not hasattr(cls.update, "_torchdynamo_disable"):
+            cls.update = torch.compiler.disable(cls.update)  # type: ignore[method-assign]
 
 
 class LatentCache:

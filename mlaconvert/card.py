@@ -31,7 +31,6 @@ _STUB = re.compile(
     r"`healing\.json` has the recipe and the curves, `healing\.png` draws them\. The weights are those of "
     r"step \d+\.)*\n"
 )
-_FEW_STEP_STAGES = ("consistency", "dmd")
 _TAGS = ("multi-head-latent-attention", "mla", "kv-cache", "video-diffusion", "wan")
 _CONDITIONS = ("teacher", "data", "conditions", "versions")
 _LONGEST_LIST = 16  # longer ones are curves, which the JSON files keep
@@ -57,13 +56,6 @@ class CardModel:
         before = self.healing.get("before")
         every = [*(before if isinstance(before, list) else ()), self.healing]
         return [stage for stage in every if isinstance(stage, Mapping) and isinstance(stage.get("recipe"), Mapping)]
-
-    @property
-    def few_step(self) -> bool:
-        """Whether it generates in a few steps: healed for that, or converted from a distilled streaming model."""
-        healed = {stage["recipe"].get("stage") for stage in self.stages}
-        key = str(_section(self.conversion, "source").get("state_key"))
-        return not healed.isdisjoint(_FEW_STEP_STAGES) or key.startswith("generator")
 
     @property
     def figures(self) -> Mapping[str, Any]:
@@ -271,13 +263,17 @@ def _making(model: CardModel) -> str:
     settings = {name: value for name, value in recipe.items() if value is not None}
     name, inside = source.get("name", "CHECKPOINT"), source.get("subfolder")
     where = f"`{name}`, folder `{inside}`" if inside else f"`{name}`"
+    records = source.get("loras")
+    loras = [record for record in records if isinstance(record, Mapping)] if isinstance(records, list) else []
+    merged = "".join(f" --lora {lora.get('name')} --lora-scale {lora.get('scale')}" for lora in loras)
     parts = [
         f"Converted from {where} by `mlaconvert convert {name} -o DIR --recipe recipe.yaml"
-        f"{f' --subfolder {inside}' if inside else ''}` with this recipe.yaml:",
+        f"{f' --subfolder {inside}' if inside else ''}{merged}` with this recipe.yaml:",
         _fenced(settings),
     ]
     if source.get("sha256"):
         parts.append(f"SHA-256 of the source's weight files, in order of their names: `{source['sha256']}`")
+    parts += [f"SHA-256 of the LoRA {_inline(lora.get('name'))}: `{lora.get('sha256')}`" for lora in loras]
     for stage in model.stages:
         settings = {name: value for name, value in stage["recipe"].items() if value is not None}
         written = _section(stage, "written")
@@ -308,7 +304,7 @@ def _usage(facts: CardFacts) -> str:
     ]
     if streams:
         lines += [
-            f"sampler = Sampler.{'few_step()' if model.few_step else 'many_step(20)'}",
+            f"sampler = Sampler.{'few_step()' if model.config.few_step else 'many_step(20)'}",
             f"for latents in rollout(model, context, frames={2 * frames}, height={height}, width={width}, "
             "sampler=sampler):",
             f"    print(latents.shape)  # [1, {config.out_dim}, {frames}, {height}, {width}], to be decoded by the VAE",

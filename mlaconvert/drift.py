@@ -92,6 +92,7 @@ class Speed:
 
     @property
     def student(self) -> float:
+        """Latent frames a second of the converted model."""
         return self.teacher * self.ratio
 
 

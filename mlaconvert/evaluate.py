@@ -15,14 +15,17 @@ from torch import Tensor
 
 from mlaconvert import __version__
 from mlaconvert.cache import LatentCache
-from mlaconvert.checkpoint import TINY, experts, read_json
+from mlaconvert.checkpoint import TINY, experts
 from mlaconvert.config import StreamingConfig, WanConfig, default_video
-from mlaconvert.convert import CONVERSION_NAME, public_name
+from mlaconvert.convert import CONVERSION_NAME
 from mlaconvert.data import Clips, load_clips
 from mlaconvert.drift import Drift, RolloutPlan, Speed, compare_videos, paired_rollouts
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, UnsupportedModelError
 from mlaconvert.families import Checkpoint, open_checkpoint
+from mlaconvert.lora import find_recorded, merge_loras
 from mlaconvert.model import Block, WanModel, default_chunks, load_model
+from mlaconvert.plan import public_name
+from mlaconvert.records import HEALING_NAME, read_record
 from mlaconvert.rollout import Sampler, add_noise, own_clips, passes, warp
 from mlaconvert.tiny.clips import held_back, null_context
 from mlaconvert.vbench import VBenchScores
@@ -31,7 +34,6 @@ BATCH = 8
 BATCH_TOKENS = 16384  # clips of more tokens than this go through the models one by one
 LEVELS = 8  # noise levels at which velocities are compared
 TINY_STEPS, TINY_GUIDANCE = 12, 1.5  # of the built-in model's rollouts
-HEALING_NAME = "healing.json"  # what training a converted model leaves
 EVALUATION_NAME = "evaluation.json"
 REPORT_NAME = "report.html"
 
@@ -58,6 +60,7 @@ class Evaluation:
 
     @property
     def excess(self) -> float:
+        """Loss above the teacher's, as a share of it."""
         return self.student_loss / self.teacher_loss - 1
 
 
@@ -586,7 +589,7 @@ def _read_record(source: str, folder: Path, name: str) -> dict[str, Any] | None:
             path = Path(HfApi().hf_hub_download(repo, "/".join((*inside, name)), revision=commit))
         except (EntryNotFoundError, OSError):
             return None
-    return read_json(path) if path.is_file() else None
+    return read_record(path)
 
 
 @contextmanager
@@ -601,14 +604,18 @@ def open_teacher(
     """The model that `source` was converted from: `teacher`, or what its `conversion` (conversion.json) records.
 
     That one is looked for by its name, from here or on the Hub, then beside `source`, and is taken only if its hash is
-    the recorded one. Of two experts it is the recorded one, or `subfolder`. Raises InputError when it is not found.
+    the recorded one. Of two experts it is the recorded one, or `subfolder`. LoRAs that were merged before the
+    conversion are looked for in the same places and merged again. Raises InputError when something is not found.
     """
     recorded = (conversion or {}).get("source") or {}
     name, inside = recorded.get("name"), recorded.get("subfolder") or None
     if teacher is not None:
         pair = experts(teacher)
         with open_checkpoint(teacher, subfolder=next((f for f in (inside, subfolder) if f in pair), None)) as opened:
-            yield opened
+            # The base of a LoRA that was merged is not the teacher yet; what was merged by hand is.
+            base = bool(recorded.get("loras")) and _sha256(opened, progress) == recorded.get("sha256")
+            with _with_loras(opened, recorded if base else {}, source) as merged:
+                yield merged
         return
     if not isinstance(name, str):
         raise InputError(f"{source} does not record what it was converted from; name it with --teacher")
@@ -621,17 +628,29 @@ def open_teacher(
             continue
         with opened:
             if _sha256(opened, progress) == recorded.get("sha256"):
-                yield opened
+                with _with_loras(opened, recorded, source) as merged:
+                    yield merged
                 return
         reason = f"{candidate} is another model: its SHA-256 differs"
     raise InputError(f"{source} was converted from {name}, which was not found ({reason}); name it with --teacher")
 
 
+def _with_loras(opened: Checkpoint, recorded: Mapping[str, Any], source: str) -> Checkpoint:
+    """`opened` with the LoRAs of a recorded source: from here, beside the converted model, or beside the base."""
+    folders = [Path(), *_around(source), *_around(str(opened.store.path))]
+    return merge_loras(opened, find_recorded(recorded.get("loras"), folders))
+
+
 def _beside(source: str, name: str) -> list[str]:
     """Where `name` would lie beside a model on this disk."""
+    return [str(folder / name) for folder in _around(source)[:1] if "/" not in name]
+
+
+def _around(source: str) -> list[Path]:
+    """The folder that a model on this disk lies in, and its own."""
     path = Path(source).expanduser().absolute()
     folder = path.parent if path.is_file() else path
-    return [str(folder.parent / name)] if path.exists() and "/" not in name else []
+    return [folder.parent, folder] if path.exists() else []
 
 
 def _sha256(opened: Checkpoint, progress: Progress | None) -> str:
@@ -666,14 +685,16 @@ def _conditions(
         notes.append("The teacher runs with the converted model's window, which it was not trained with.")
     if request.subfolder or record.recorded("subfolder"):
         notes.append("One expert alone runs at every noise level.")
-    # Published streaming models are few-step students; base models need many steps.
-    few = opened.config.streaming is not None and request.steps is None
-    sampler = Sampler.few_step() if few else Sampler.many_step(request.steps or 20)
+    usual = Sampler.usual(few_step=opened.config.few_step)
+    sampler = Sampler.many_step(request.steps) if request.steps else usual
     if request.data is not None:
         clips = load_clips(request.data, opened.config, request.clips or 8)
         clips_from = f"clips of the folder {request.data.resolve().name}"
     else:
-        clips = _generated(teacher, record, request, sampler, progress)
+        recipe = (record.conversion or {}).get("recipe") or {}
+        clips = generated_clips(
+            teacher, request.clips or 8, recipe, sampler=sampler, seed=request.seed, progress=progress
+        )
         clips_from = "rollouts of the teacher from an empty caption, other ones than a calibration sees"
         notes.append("The clips are the teacher's own, so its loss is lower than on real video.")
     return Conditions(
@@ -744,12 +765,21 @@ def _whole(frames: int) -> StreamingConfig:
     return StreamingConfig(chunk_frames=frames, window_frames=frames, sink_frames=0)
 
 
-def _generated(
-    teacher: WanModel, record: _Record, request: Request, sampler: Sampler, progress: Progress, frames: int = 9
+def generated_clips(
+    teacher: WanModel,
+    count: int,
+    recipe: Mapping[str, Any],
+    *,
+    sampler: Sampler,
+    seed: int,
+    progress: Progress,
+    frames: int = 9,
 ) -> Clips:
-    """Clips that the teacher makes of an empty caption, at the size that the conversion was made for."""
-    config, count = teacher.config, request.clips or 8
-    recipe, video = (record.conversion or {}).get("recipe") or {}, default_video(teacher.config)
+    """`count` clips that the teacher makes of an empty caption, none of which a calibration of that `seed` sees.
+
+    Their size is the one in `recipe`, the fields of a ConvertRecipe; by default what such a model is usually run at.
+    """
+    config, video = teacher.config, default_video(teacher.config)
     stride = recipe.get("vae_stride") or video.vae_stride
     height, width = ((recipe.get(name) or getattr(video, name)) // stride for name in ("height", "width"))
     streaming = config.streaming or _whole(frames)
@@ -771,7 +801,7 @@ def _generated(
         width=width,
         sampler=sampler,
         # A calibration starts its rollouts at the recipe's seed; these are far from it.
-        seed=1_000_000_007 + count * request.seed,
+        seed=1_000_000_007 + count * seed,
         streaming=streaming,
         batch=size,
         on_step=step,

@@ -51,7 +51,8 @@ class Sampler:
 
     def __post_init__(self) -> None:
         steps = self.timesteps
-        if not steps or any(a <= b for a, b in pairwise(steps)) or steps[0] > 1000 or steps[-1] <= 0:
+        descend = all(a > b for a, b in pairwise(steps))  # false for NaN, too
+        if not steps or not descend or not 0 < steps[-1] <= steps[0] <= 1000:
             raise ConfigError(f"timesteps {list(steps)} must descend within (0, 1000]")
         if self.guidance < 0:
             raise ConfigError(f"guidance is {self.guidance}: give 0 or more (1 switches it off)")
@@ -71,6 +72,11 @@ class Sampler:
             raise ConfigError(f"steps is {steps}: give 1 or more")
         grid = warp(torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1], shift)
         return cls(timesteps=tuple((1000 * grid).tolist()), renoise=False, guidance=guidance)
+
+    @classmethod
+    def usual(cls, *, few_step: bool) -> Sampler:
+        """What a model is sampled with where nobody says otherwise: four steps for distilled students, else 20."""
+        return cls.few_step() if few_step else cls.many_step(20)
 
 
 @dataclass(frozen=True, kw_only=True)

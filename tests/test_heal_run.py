@@ -194,6 +194,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(home: Path, tmp_path: Path, stag
         assert not (tmp_path / "again").exists()
     again = run(home, tmp_path / "again", recipe)
     assert again.curves == straight.curves
+    assert load_model(tmp_path / "again").config.few_step == (stage in ("consistency", "dmd"))
     first, second = contents(tmp_path / "straight"), contents(tmp_path / "again")
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] in ([], ["README.md"])

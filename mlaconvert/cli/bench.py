@@ -16,6 +16,7 @@ from mlaconvert.cli.options import (
     SinkFrames,
     Width,
     WindowFrames,
+    among,
 )
 from mlaconvert.cli.show import console, print_json, progress_bar
 
@@ -68,16 +69,26 @@ def bench(
         str | None,
         typer.Option(
             metavar="cached|latent|head",
+            autocompletion=among("cached", "latent", "head"),
             help="Where rotary keys come from: cached beside the latent, read from it, or each head's own. "
             "Default: cached.",
         ),
     ] = None,
     q_rank: Annotated[
         str | None,
-        typer.Option(metavar="N|none", help="Channels of the query latent, or none. Default: half the width."),
+        typer.Option(
+            metavar="N|none",
+            autocompletion=among("none"),
+            help="Channels of the query latent, or none. Default: half the width.",
+        ),
     ] = None,
     key_norm: Annotated[
-        str | None, typer.Option(metavar="latent|token", help="RMSNorm on the latent, or exact. Default: latent.")
+        str | None,
+        typer.Option(
+            metavar="latent|token",
+            autocompletion=among("latent", "token"),
+            help="RMSNorm on the latent, or exact. Default: latent.",
+        ),
     ] = None,
     no_text_cache: Annotated[
         bool,

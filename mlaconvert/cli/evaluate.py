@@ -46,8 +46,8 @@ def evaluate(
         int | None,
         typer.Option(
             metavar="N",
-            help="Euler steps of the rollouts. Default: the four-step schedule for streaming checkpoints, 12 for "
-            "`tiny`, 20 for others.",
+            help="Euler steps of the rollouts. Default: the four-step schedule for few-step students, 12 for `tiny`, "
+            "20 for others.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of all noise.")] = 0,

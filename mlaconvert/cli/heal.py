@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlaconvert.cli.options import Json, Output
+from mlaconvert.cli.options import Json, Output, among, recipes
 from mlaconvert.cli.show import console, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def heal(
         str | None,
         typer.Option(
             metavar="distill|teacher-forcing|consistency|dmd",
+            autocompletion=among("distill", "teacher-forcing", "consistency", "dmd"),
             help="What to train for: the teacher's outputs; flow matching behind a clean past; four steps; the "
             "teacher's distribution. Default: the recipe's.",
         ),
@@ -38,6 +39,7 @@ def heal(
         str | None,
         typer.Option(
             metavar="FILE",
+            autocompletion=recipes("heal"),
             help="Recipe file, or the name of a shipped healing recipe. Options override it. Default: none.",
         ),
     ] = None,
@@ -61,13 +63,16 @@ def heal(
     bad_shards: Annotated[
         str | None,
         typer.Option(
-            metavar="refuse|skip", help="A shard that cannot be used is an error, or left out. Default: refuse."
+            metavar="refuse|skip",
+            autocompletion=among("refuse", "skip"),
+            help="A shard that cannot be used is an error, or left out. Default: refuse.",
         ),
     ] = None,
     train: Annotated[
         str | None,
         typer.Option(
             metavar="latent|attention|all",
+            autocompletion=among("latent", "attention", "all"),
             help="Learn what the conversion brought, self-attention, or everything. Default: attention.",
         ),
     ] = None,
@@ -86,7 +91,12 @@ def heal(
         typer.Option(metavar="SCALE", help="The teacher's guidance in consistency and dmd, 1 for none. Default: 3."),
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(metavar="float32|bf16", help="Of the passes; weights stay float32. Default: float32.")
+        str | None,
+        typer.Option(
+            metavar="float32|bf16",
+            autocompletion=among("float32", "bf16"),
+            help="Of the passes; weights stay float32. Default: float32.",
+        ),
     ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Compute activations twice to save memory.")

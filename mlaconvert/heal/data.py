@@ -24,6 +24,7 @@ from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.families import Checkpoint
 from mlaconvert.heal.layout import View, views
 from mlaconvert.heal.recipe import HealRecipe
+from mlaconvert.inputs import is_folder
 from mlaconvert.model import WanModel, default_chunks
 from mlaconvert.rollout import Sampler, own_clips
 from mlaconvert.tiny.clips import held_back, null_context, training_clips
@@ -98,10 +99,12 @@ class Drawn:
         self.clip_shape = tuple(training_clips(1, frames=frames or TINY_FRAMES).latents.shape[1:])
 
     def clips(self, numbers: list[int]) -> Clips:
+        """Drawn from seeds of these numbers."""
         found = [training_clips(1, frames=self.clip_shape[1], seed=DRAWN_SEED + number) for number in numbers]
         return Clips(torch.cat([c.latents for c in found]), torch.cat([c.context for c in found]))
 
     def validation(self, count: int) -> Clips:
+        """Clips that training never drew."""
         return held_back(count, frames=self.clip_shape[1])
 
 
@@ -124,9 +127,11 @@ class Stored:
         self._order = order
 
     def clips(self, numbers: list[int]) -> Clips:
+        """Read from the folder, in the order of their pass."""
         return self.folder.some([int(self._order(n // self.count)[n % self.count]) for n in numbers])
 
     def validation(self, count: int) -> Clips:
+        """The first of those that are held back."""
         return self.folder.some(range(self.count, min(self.count + count, len(self.folder))))
 
 
@@ -144,7 +149,7 @@ def open_source(
     if config.in_dim != config.out_dim:
         raise ConfigError("an image-to-video model cannot be healed yet: clips hold no image latents")
     if data is not None:
-        if not data.is_dir():
+        if not is_folder(data):
             raise InputError(f"{data}: there is no such folder of clips")
         return _stored(recipe, data, config, say)
     if is_tiny(teacher):
@@ -176,12 +181,11 @@ def generate_source(
 ) -> Source:
     """Clips that the teacher generates from an empty prompt into shards in `folder`; those that are there stay.
 
-    Published streaming models are few-step students; base models take twenty steps. Only the process told to `write`
-    writes; the others must wait for it.
+    Only the process told to `write` writes; the others must wait for it.
     """
     config, video = teacher.config, default_video(teacher.config)
     height, width = video.height // video.vae_stride, video.width // video.vae_stride
-    sampler = Sampler.few_step() if config.streaming else Sampler.many_step(20)
+    sampler = Sampler.usual(few_step=config.few_step)
     frames = recipe.frames or 3 * (config.streaming or StreamingConfig()).chunk_frames
     total = -(-recipe.clips // GENERATED)
     for number in range(total if write else 0):

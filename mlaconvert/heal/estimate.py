@@ -34,6 +34,7 @@ class Estimate:
 
     @property
     def total_memory(self) -> int:
+        """Bytes of everything on one device."""
         return sum(self.memory.values())
 
     def to_json(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from mlaconvert.heal.data import Batches
 from mlaconvert.heal.dmd import Generator
 from mlaconvert.heal.objective import Objective, Uncast
 from mlaconvert.heal.recipe import CHANGEABLE, HealRecipe, learning_rate
-from mlaconvert.heal.state import BEST, LAST, Trained, load, make_optimizer, save
+from mlaconvert.heal.state import BEST, LAST, Trained, load, make_optimizer, not_a_state, save
 
 MEMORY = 100  # losses that the running median is taken over
 SURE = 10  # how many of them it needs before it is relied on
@@ -245,22 +245,28 @@ class Run:
     def _resume(self, say: Callable[[str], None]) -> None:
         path = self.folder / LAST
         if path.is_file():
-            state = load(path)
-            self._check_same(state)
-            self.step, self.best = state["step"], (int(state["best"][0]), float(state["best"][1]))
-            self.curves = Curves(**state["curves"])
-            self.student.restore(state["parts"]["student"])
-            if self.critic is not None:
-                self.critic.restore(state["parts"]["critic"])
+            state = load(path, "recipe", "identity", "processes", "step", "best", "curves", "parts")
+            try:
+                self._take_up(state)
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+                raise not_a_state(path) from None
             say(f"going on from step {self.step}, saved in {self.folder}")
         if self.accelerator.is_main_process:  # what was logged after that state will be logged again
-            rows: list[dict[str, float]] = [
-                {"step": int(s), "loss": loss, "lr": lr, "grad_norm": norm} for s, loss, lr, norm in self.curves.losses
-            ]
-            rows += [{"step": int(s), "validation": value} for s, value in self.curves.validation]
-            text = "".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: row["step"]))
-            (self.folder / "log.jsonl").write_text(text)
+            (self.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _rows(self.curves)))
         self.accelerator.wait_for_everyone()
+
+    def _take_up(self, state: dict[str, Any]) -> None:
+        """Go back to a saved state. Raises ConfigError for another run's, anything at all for one that was changed."""
+        self._check_same(state)
+        step, best, curves = state["step"], state["best"], state["curves"]
+        known = {field.name for field in dataclasses.fields(Curves)}
+        if type(step) is not int or not 0 <= step <= self.recipe.steps or curves.keys() != known:
+            raise ValueError("not what _save writes")
+        self.step, self.best, self.curves = step, (int(best[0]), float(best[1])), Curves(**curves)
+        _rows(self.curves)
+        self.student.restore(state["parts"]["student"])
+        if self.critic is not None:
+            self.critic.restore(state["parts"]["critic"])
 
     def _check_same(self, state: dict[str, Any]) -> None:
         """Raise ConfigError when the saved state is another run's."""
@@ -279,6 +285,15 @@ class Run:
             with (self.folder / "log.jsonl").open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
+
+
+def _rows(curves: Curves) -> list[dict[str, float]]:
+    """The lines of the log, by step."""
+    rows: list[dict[str, float]] = [
+        {"step": int(s), "loss": loss, "lr": lr, "grad_norm": norm} for s, loss, lr, norm in curves.losses
+    ]
+    rows += [{"step": int(s), "validation": value} for s, value in curves.validation]
+    return sorted(rows, key=lambda row: row["step"])
 
 
 def _number(norm: Tensor) -> float:

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from mlaconvert import __version__
 from mlaconvert.analyze import LatentSpectrum, analyze
-from mlaconvert.checkpoint import CONFIG_NAME, ModelWriter, TensorSpec, TensorStore, check_finite
+from mlaconvert.checkpoint import CONFIG_NAME, TensorStore, check_finite
 from mlaconvert.convert import CONVERSION_NAME, README_NAME
-from mlaconvert.evaluate import HEALING_NAME
 from mlaconvert.families import Checkpoint
 from mlaconvert.heal.loop import Curves
-from mlaconvert.heal.recipe import HealRecipe
+from mlaconvert.heal.recipe import FEW_STEP_STAGES, HealRecipe
+from mlaconvert.records import HEALING_NAME, read_record
+from mlaconvert.writer import ModelWriter, TensorSpec
 
 CURVES_NAME = "healing.png"
 
@@ -88,14 +89,15 @@ def write_model(student: Checkpoint, report: HealReport, weights: Mapping[str, T
     healed, folder = with_weights(student, weights), student.store.path
     folder = folder if folder.is_dir() else folder.parent
     writer = ModelWriter(report.output, specs_of(student), metadata={"format": "pt"}, overwrite=overwrite)
+    few_step = {"few_step": True} if report.recipe.stage in FEW_STEP_STAGES else {}
     with writer:
         for canonical in student.names:
             tensor = healed.read(canonical)
             check_finite(tensor, canonical, report.output)
             writer.write(student.info(canonical).name, tensor)
-        writer.write_text(CONFIG_NAME, json.dumps(student.raw_config, indent=2) + "\n")
+        writer.write_text(CONFIG_NAME, json.dumps(student.raw_config | few_step, indent=2) + "\n")
         if (folder / CONVERSION_NAME).is_file():
-            writer.write_text(CONVERSION_NAME, (folder / CONVERSION_NAME).read_text("utf-8"))
+            writer.write_bytes(CONVERSION_NAME, (folder / CONVERSION_NAME).read_bytes())
         history = _history(folder)
         writer.write_text(HEALING_NAME, _compact(report.to_json() | {"before": history}))
         writer.write_text(README_NAME, _readme(folder, report))
@@ -105,11 +107,10 @@ def write_model(student: Checkpoint, report: HealReport, weights: Mapping[str, T
 
 def _history(folder: Path) -> list[Any]:
     """Earlier stages of a model that was healed before, oldest first, without their curves."""
-    path = folder / HEALING_NAME
-    if not path.is_file():
+    data = read_record(folder / HEALING_NAME)
+    if data is None:
         return []
-    data = json.loads(path.read_text("utf-8"))
-    return [*data.pop("before", []), {k: data[k] for k in ("recipe", "teacher", "written") if k in data}]
+    return [*(data.pop("before", None) or []), {k: data[k] for k in ("recipe", "teacher", "written") if k in data}]
 
 
 def _compact(data: dict[str, Any]) -> str:
@@ -121,7 +122,7 @@ def _compact(data: dict[str, Any]) -> str:
 
 def _readme(folder: Path, report: HealReport) -> str:
     path = folder / README_NAME
-    text = path.read_text("utf-8") if path.is_file() else f"# {report.output.name}\n"
+    text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else f"# {report.output.name}\n"
     text = text.replace(" The model has not been trained since.", "").rstrip()
     recipe = report.recipe
     return (

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from mlaconvert.config import parse
-from mlaconvert.convert import read_recipe, recipe_folder, recipe_names
 from mlaconvert.data import BadShards
 from mlaconvert.errors import ConfigError
+from mlaconvert.recipes import read_recipe
+from mlaconvert.shipped import recipe_folder, recipe_names
 
 Stage = Literal["distill", "teacher-forcing", "consistency", "dmd"]
 STAGES: tuple[Stage, ...] = ("distill", "teacher-forcing", "consistency", "dmd")
+FEW_STEP_STAGES = frozenset(("consistency", "dmd"))  # what they write generates in a few steps
 Train = Literal["latent", "attention", "all"]
 
 # Learning rate, betas and decay of the average: the paper's (arXiv 2605.30351) from stage to stage, and for distill,
@@ -25,6 +27,7 @@ _DEFAULTS: dict[Stage, tuple[float, tuple[float, float], float]] = {
     "consistency": (2e-6, (0.0, 0.999), 0.99),
     "dmd": (2e-6, (0.0, 0.999), 0.99),
 }
+_MOST = 10**6  # of any count: steps, clips, frames
 # A run that goes on from its saved state may change these; anything else would make it another run.
 CHANGEABLE = frozenset(("lr", "critic_lr", "clip", "max_loss_ratio", "save_every", "bad_shards", "tracker"))
 
@@ -84,8 +87,8 @@ class HealRecipe:
     def __post_init__(self) -> None:
         positive = ("steps", "batch", "accumulate", "solver_steps", "critic_steps", "clips", "validation_clips")
         for name in (*positive, "validate_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}: it must be a positive number")
+            if not 1 <= getattr(self, name) <= _MOST:
+                raise ConfigError(f"{name} is {getattr(self, name)}: give 1 to {_MOST}")
         for name in ("lr", "critic_lr", "clip"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -97,14 +100,14 @@ class HealRecipe:
             value = getattr(self, name)
             if value is not None and not all(0 <= x < 1 for x in (value if isinstance(value, tuple) else (value,))):
                 raise ConfigError(f"{name} is {value}: give 0 or more, below 1")
-        if self.max_loss_ratio <= 1:
+        if not 1 < self.max_loss_ratio < math.inf:
             raise ConfigError(f"max_loss_ratio is {self.max_loss_ratio}: give more than 1")
         if self.attention_steps is not None and not 0 <= self.attention_steps <= self.steps:
             raise ConfigError(f"attention_steps is {self.attention_steps}: give 0 to the {self.steps} steps")
         if self.solver_steps % 4:
             raise ConfigError(f"solver_steps is {self.solver_steps}: give a multiple of the student's 4 steps")
-        if self.frames is not None and self.frames < 1:
-            raise ConfigError(f"frames is {self.frames}: it must be a positive number")
+        if self.frames is not None and not 1 <= self.frames <= _MOST:
+            raise ConfigError(f"frames is {self.frames}: give 1 to {_MOST}")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed is {self.seed}: give 0 to {2**32 - 1}")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from mlaconvert.checkpoint import ModelWriter, experts, read_json
+from mlaconvert.checkpoint import experts
 from mlaconvert.config import StreamingConfig, WanConfig, default_video
-from mlaconvert.convert import CONVERSION_NAME, public_name
+from mlaconvert.convert import CONVERSION_NAME
 from mlaconvert.errors import ConfigError, InputError, OutputError
 from mlaconvert.evaluate import open_teacher
 from mlaconvert.families import Checkpoint, open_checkpoint
@@ -29,9 +29,13 @@ from mlaconvert.heal.loop import Progress, Run, make_accelerator, tracker_missin
 from mlaconvert.heal.objective import Objective
 from mlaconvert.heal.output import HealReport, occupancy, specs_of, with_weights, write_model
 from mlaconvert.heal.recipe import HealRecipe
-from mlaconvert.heal.state import BEST, choose_trained, load
+from mlaconvert.heal.state import BEST, LAST, choose_trained, load
 from mlaconvert.heal.teacher_forcing import TeacherForcing
+from mlaconvert.inputs import refuse_links
 from mlaconvert.model import WanModel, load_model
+from mlaconvert.plan import public_name
+from mlaconvert.records import HEALING_NAME, read_record
+from mlaconvert.writer import ModelWriter
 
 Say = Callable[[str], None]
 
@@ -79,9 +83,11 @@ def heal(
         report = report if main else (lambda *_: None)
         if tracker_missing(recipe):
             tell(f"TensorBoard is not installed (pip install tensorboard); the log is {folder / 'log.jsonl'}")
+        models = _Models(recipe, student_file, teacher_file, accelerator)  # reads all weights, so may refuse them
+        if main:
+            stack.enter_context(_left_only_by_work(folder))
         with accelerator.main_process_first():
             _make_folder(folder, restart=restart and main)
-        models = _Models(recipe, student_file, teacher_file, accelerator)
         if found is None:
             with accelerator.main_process_first():
                 found = generate_source(recipe, models.teacher, folder / "clips", tell, report, write=main)
@@ -107,7 +113,7 @@ def heal(
         if recipe.tracker != "none" and not tracker_missing(recipe):
             accelerator.init_trackers("heal")
         run.train(report, tell)
-        best = load(folder / BEST)
+        best = load(folder / BEST, "weights", "step", "validation")
         weights = best["weights"]
         result = HealReport(
             output=output,
@@ -232,7 +238,8 @@ def _open(
     student = stack.enter_context(open_checkpoint(source, subfolder=subfolder))
     path = student.store.path
     folder = path if path.is_dir() else path.parent
-    conversion = read_json(folder / CONVERSION_NAME) if (folder / CONVERSION_NAME).is_file() else None
+    conversion = read_record(folder / CONVERSION_NAME)
+    read_record(folder / HEALING_NAME)  # the output's will continue it
     named = None if teacher is None else str(teacher)
     found = stack.enter_context(open_teacher(str(folder), conversion, teacher=named, subfolder=subfolder))
     _check_pair(student, found)
@@ -269,12 +276,25 @@ def _check_guidance(recipe: HealRecipe, source: Source | None) -> None:
         )
 
 
+@contextmanager
+def _left_only_by_work(folder: Path) -> Iterator[None]:
+    """Remove a new state folder when the input is refused before anything was saved."""
+    is_new = not folder.exists()
+    try:
+        yield
+    except InputError:
+        if is_new and not (folder / LAST).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def _make_folder(folder: Path, *, restart: bool) -> None:
     try:
         if restart and folder.exists():
             if any(folder.iterdir()) and not (folder / "log.jsonl").is_file():
                 raise OutputError(f"{folder} is no healing run's state, so it is not deleted; choose another --state")
             shutil.rmtree(folder)
+        refuse_links(folder)
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be used ({error.strerror or error}); choose another --state") from None

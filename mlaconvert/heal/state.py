@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlaconvert.checkpoint import check_zip
 from mlaconvert.errors import CheckpointError, OutputError
 from mlaconvert.heal.recipe import HealRecipe, Train
+from mlaconvert.inputs import file_size
 from mlaconvert.model import Block, WanModel
 
 LAST, BEST = "last.pt", "best.pt"
@@ -135,13 +136,21 @@ def save(path: Path, data: dict[str, Any]) -> None:
         raise OutputError(f"{path}: the run cannot be saved ({reason}); make room and run the command again") from None
 
 
-def load(path: Path) -> dict[str, Any]:
-    """What `save` wrote. Raises CheckpointError."""
+def load(path: Path, *fields: str) -> dict[str, Any]:
+    """What `save` wrote, with these fields. Raises CheckpointError."""
     try:
+        check_zip(path, file_size(path), longest_pickle=1 << 30)  # it holds the curves
         data: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}); start afresh with --restart") from None
+    if not isinstance(data, dict) or not data.keys() >= set(fields):
+        raise not_a_state(path)
     return data
+
+
+def not_a_state(path: Path) -> CheckpointError:
+    """The error for a file that `save` did not write, or that was changed since."""
+    return CheckpointError(f"{path}: no state of a healing run, or a damaged one; start afresh with --restart")
 
 
 def make_optimizer(objective: nn.Module, recipe: HealRecipe, lr: float) -> torch.optim.Optimizer:

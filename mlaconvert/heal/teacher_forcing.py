@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from mlaconvert.config import StreamingConfig
@@ -32,7 +33,9 @@ class TeacherForcing(Objective):
         context = batch.context
         if batch.null is not None:
             dropped = (batch.rows.uniform(1, 1) < DROPPED).to(context.device)
-            context = context.where(~dropped, batch.null.to(context))
+            longest = max(context.shape[1], batch.null.shape[1])
+            context, empty = (F.pad(t, (0, 0, 0, longest - t.shape[1])) for t in (context, batch.null.to(context)))
+            context = context.where(~dropped, empty)
         latents, timestep = with_past(batch, add_noise(batch.latents, noise, sigma), sigma)
         layout = forcing_layout(batch.view, self._streaming)
         found = self.run(self.student, latents, timestep, context, layout)[:, :, clean_frames(batch.view) :]
