@@ -1001,14 +1001,15 @@ FILLED: dict[str, tuple[str, Callable[[], bytes]]] = {
     ),
 }
 CHILD = """
-import resource, sys
+import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from hostile import check_refusal, invoke
 for model in sorted(Path(sys.argv[2]).iterdir()):
     code, _, stderr = invoke("analyze", model)
     check_refusal(code, stderr)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+print(status["VmHWM"].split()[0])  # not getrusage, which counts what the process was forked from
 """
 
 
