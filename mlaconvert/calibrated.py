@@ -20,7 +20,7 @@ from mlaconvert.data import ClipFolder, Clips, clip_files, load_clips
 from mlaconvert.errors import CheckpointError, ConfigError, OutputError
 from mlaconvert.factorize import Factors
 from mlaconvert.families import Checkpoint
-from mlaconvert.inputs import read_json, refuse_links
+from mlaconvert.inputs import file_states, read_json, refuse_links
 from mlaconvert.layers import LayerReport, layer_report
 from mlaconvert.lora import merged
 from mlaconvert.plan import ConversionPlan, Progress, mla_of
@@ -150,15 +150,12 @@ def keep_moments(folder: Path, checkpoint: Checkpoint, plan: ConversionPlan, dat
     Raises OutputError when it is no folder of moments.
     """
 
-    def states(files: Sequence[Path]) -> list[list[str | int]]:
-        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
     belongs: dict[str, Any] = {
         "regime": regime_of(plan.recipe).to_json(),
         "clips": plan.recipe.clips,
         "tokens": list(token_grid(plan.recipe, plan.source_config)),  # of a frame that the teacher generates
-        "data": None if data is None else states(clip_files(data)),
-        "source": states(checkpoint.store.files),
+        "data": None if data is None else file_states(clip_files(data)),
+        "source": file_states(checkpoint.store.files),
     }
     if loras := merged(checkpoint):
         belongs["loras"] = loras

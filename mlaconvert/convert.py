@@ -37,8 +37,8 @@ from mlaconvert.data import Clips
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, OutputError
 from mlaconvert.factorize import Factors
 from mlaconvert.families import Checkpoint, open_checkpoint
-from mlaconvert.inputs import reason_of
-from mlaconvert.journal import COPIED, SPLITS, Journal, difference, file_states, identity
+from mlaconvert.inputs import file_states, reason_of
+from mlaconvert.journal import COPIED, SPLITS, Journal, difference, identity
 from mlaconvert.layers import LayerReport, digits, from_weights
 from mlaconvert.lora import LoraFile, lora_files, merge_loras, merged
 from mlaconvert.plan import ConversionPlan, Progress, mla_of, plan_conversion, silent

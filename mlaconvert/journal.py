@@ -15,7 +15,7 @@ from mlaconvert import __version__
 from mlaconvert.data import clip_files
 from mlaconvert.errors import ConfigError, OutputError
 from mlaconvert.families import Checkpoint
-from mlaconvert.inputs import file_size, parse_json
+from mlaconvert.inputs import file_states, parse_json
 from mlaconvert.layers import LayerReport
 from mlaconvert.lora import merged
 from mlaconvert.plan import ConversionPlan
@@ -24,11 +24,6 @@ from mlaconvert.writer import Staging, write_whole
 COPIED = "copied"  # the note that all tensors that pass through are on the disk
 SPLITS = "splits"  # how a calibration divides each layer's scalars
 _RUN = "run.json"
-
-
-def file_states(files: Sequence[Path]) -> list[list[str | int]]:
-    """Name, size and time of change of each file, which tell a changed file without reading it."""
-    return [[file.name, file_size(file), file.stat().st_mtime_ns] for file in files]
 
 
 def identity(

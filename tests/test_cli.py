@@ -268,6 +268,15 @@ def test_two_experts(pair: Path, tmp_path: Path) -> None:
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("command", ["analyze", "bench"])
+def test_a_gpu_is_used_where_there_is_one(golden: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    result = invoke(command, golden)
+    assert result.exit_code == 2
+    assert "device 'cuda' cannot be used" in result.stderr.replace("\n", " ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

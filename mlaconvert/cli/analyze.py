@@ -73,7 +73,7 @@ def analyze(
         float | None,
         typer.Option(metavar="GB", help="GPU memory in GiB, to plan what fits on it. Default: not planned."),
     ] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Show how compressible the attention weights are, and what their cache takes in memory."""

@@ -99,7 +99,7 @@ def bench(
     ] = False,
     attention: Attention = "auto",
     compiled: Compile = False,
-    device: RunDevice = "cpu",
+    device: RunDevice = "auto",
     dtype: Annotated[
         str | None,
         typer.Option(

@@ -174,7 +174,7 @@ def convert(
     config: ConfigFile = None,
     lora: Loras = None,
     lora_scale: LoraScales = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the plan; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder DIR.")] = False,
     verify: Annotated[

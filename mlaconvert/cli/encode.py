@@ -54,7 +54,7 @@ def encode(
             help="What becomes of videos that cannot be decoded, or are shorter than a clip.",
         ),
     ] = "refuse",
-    device: RunDevice = "cpu",
+    device: RunDevice = "auto",
     text_device: TextDevice = None,
     as_json: Json = False,
 ) -> None:

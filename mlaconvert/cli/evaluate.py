@@ -73,7 +73,7 @@ def evaluate(
         str | None,
         typer.Option(metavar="NAME", help="Folder inside each DIR, such as one of two experts. Default: none."),
     ] = None,
-    device: RunDevice = "cpu",
+    device: RunDevice = "auto",
     dtype: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="float32, bfloat16 or float16 for all models. Default: the first DIR's own."),

@@ -154,7 +154,7 @@ def generate(
         int | None,
         typer.Option("--slice", metavar="N", help="Samples that go through the model at a time. Default: all."),
     ] = None,
-    device: RunDevice = "cpu",
+    device: RunDevice = "auto",
     text_device: TextDevice = None,
     dtype: Dtype = None,
     revision: Revision = None,

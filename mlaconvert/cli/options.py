@@ -96,9 +96,25 @@ LoraScales = Annotated[
         "--lora-scale", metavar="X", help="Factor of a LoRA's change, in the order of --lora. Default: 1 for each."
     ),
 ]
-Device = Annotated[str, typer.Option(metavar="NAME", help="Device of the float64 maths: cpu, cuda or cuda:N.")]
+
+
+def _present(ctx: typer.Context, name: str) -> str:
+    """What "auto" is on this machine."""
+    if name != "auto" or ctx.resilient_parsing:
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+_DEVICES = "cpu, cuda, cuda:N, or auto: a GPU where there is one."
+Device = Annotated[
+    str, typer.Option(metavar="NAME", help=f"Device of the float64 maths: {_DEVICES}", callback=_present)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
-RunDevice = Annotated[str, typer.Option("--device", metavar="NAME", help="Device to run on: cpu, cuda or cuda:N.")]
+RunDevice = Annotated[
+    str, typer.Option("--device", metavar="NAME", help=f"Device to run on: {_DEVICES}", callback=_present)
+]
 Dtype = Annotated[
     str | None,
     typer.Option(

@@ -114,7 +114,7 @@ def sweep(
     config: ConfigFile = None,
     lora: Loras = None,
     lora_scale: LoraScales = None,
-    device: RunDevice = "cpu",
+    device: RunDevice = "auto",
     keep: Annotated[bool, typer.Option("--keep", help="Keep the converted models, in DIR/models.")] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Throw the finished cells in DIR away and begin again.")
