@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def from_clips(
     *,
     state: Path,
     finished: Collection[int],
-) -> Iterator[tuple[int, Factors, LayerReport]]:
+) -> Generator[tuple[int, Factors, LayerReport], None, None]:
     """Layers converted in the metric of what the first `clips` bring, and refitted to it; `losses` on the others.
 
     `state` is a folder where an interrupted sweep finds its way back behind the `finished` layers, some of which come

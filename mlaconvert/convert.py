@@ -9,7 +9,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -340,7 +340,8 @@ class _Job:
             self.ranks.tell(f"left/{name}", left)
             made = from_weights(checkpoint, plan, self.ranks.share(left), self.device)
         self.progress("convert", len(reports), len(plan.layers))
-        with Assembly(checkpoint, plan, files, clock, self.progress) as assembly:
+        # An error here ends the layers' threads before the source that they read is closed.
+        with closing(made), Assembly(checkpoint, plan, files, clock, self.progress) as assembly:
             assembly.hash()
             if not journal.recall(name, COPIED):
                 assembly.copy(lambda: journal.keep(name, COPIED, True))
@@ -440,9 +441,10 @@ class _Job:
             checkpoint, clock = self.checkpoints[name], Clock()
             with (
                 disk_errors(self.staging.path, "the finished layers are kept"),
+                closing(from_weights(checkpoint, plan, share, self.device)) as made,
                 Assembly(checkpoint, plan, self._files(name, plan), clock, self.progress) as assembly,
             ):
-                self._put_layers(name, from_weights(checkpoint, plan, share, self.device), assembly, clock, {})
+                self._put_layers(name, made, assembly, clock, {})
                 assembly.finish()
             self.ranks.tell(f"done/{name}", share)
         return {}

@@ -1,12 +1,14 @@
-"""One layer's conversion from its weights, or at random: tensors and what they lose.
+"""A layer's conversion from its weights, or at random: tensors and what they lose.
 
-Only one layer's matrices are ever in memory in float64.
+Only the matrices of one layer, or of a few narrow ones, are ever in memory in float64.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +34,8 @@ from mlaconvert.recipes import timesteps_of, token_grid
 from mlaconvert.spectrum import effective_rank, energy_at, gram, singular_values_from_gram
 
 THRESHOLD = 0.99  # share of the energy that the reported effective rank holds
+# Layers are converted side by side in so many bytes; each takes about so many float64 matrices of its width squared.
+_ROOM, _MATRICES = 400_000_000, 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,8 +165,30 @@ def _factorize(
 
 def from_weights(
     checkpoint: Checkpoint, plan: ConversionPlan, layers: Sequence[int], device: torch.device
-) -> Iterator[tuple[int, Factors, LayerReport]]:
-    """Those `layers` converted from their weights alone, or drawn at random; each comes out the same on its own."""
+) -> Generator[tuple[int, Factors, LayerReport], None, None]:
+    """Those `layers` converted from their weights alone, or drawn at random; each comes out the same on its own.
+
+    Eigenproblems hardly use several threads, layers side by side do: on a CPU as many as there are threads, as far as
+    their matrices fit in a bounded room.
+    """
     time = None if plan.recipe.init == "random" else time_modulation(checkpoint, timesteps_of(plan.recipe))
-    for layer in layers:
-        yield layer, *convert_layer(checkpoint, plan, layer, time, device)
+    threads = torch.get_num_threads()
+    room = max(1, _ROOM // (_MATRICES * 8 * plan.config.dim**2))
+    together = min(threads, room, len(layers)) if device.type == "cpu" else 1
+    if together < 2:
+        for layer in layers:
+            yield layer, *convert_layer(checkpoint, plan, layer, time, device)
+        return
+    running: deque[tuple[int, Future[tuple[Factors, LayerReport]]]] = deque()
+    with ThreadPoolExecutor(together, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for layer in layers:
+                running.append((layer, pool.submit(convert_layer, checkpoint, plan, layer, time, device)))
+                if len(running) == together:
+                    done, made = running.popleft()
+                    yield done, *made.result()
+            for done, made in running:
+                yield done, *made.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)  # what the pool's threads set holds for threads to come

@@ -344,7 +344,7 @@ def test_a_killed_process_cleans_up(golden: Path, tmp_path: Path) -> None:
     """SIGTERM in the middle of the first layer, while the output is half written."""
     code = (
         "import sys, time, mlaconvert.layers as c, mlaconvert.cli as cli\n"
-        "c.convert_layer = lambda *a: (print('ready', flush=True), time.sleep(60))\n"
+        "c.convert_layer = lambda *a: (print('ready', flush=True), time.sleep(5))\n"
         f"sys.argv = ['mlaconvert', 'convert', {str(golden)!r}, '-o', {str(tmp_path / 'out')!r}, '--init', 'svd']\n"
         "cli.main()\n"
     )

@@ -364,6 +364,19 @@ def test_same_input_and_seed_give_the_same_bytes(
     assert files(tmp_path / "here" / "out") == files(tmp_path / "there" / "out")
 
 
+@pytest.mark.parametrize("threads", [2, 5])
+def test_layers_side_by_side_are_those_of_one_thread(source: Path, tmp_path: Path, threads: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            convert(source, tmp_path / str(count), SVD)
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+    assert files(tmp_path / "1") == files(tmp_path / str(threads))
+
+
 def test_random_init_follows_its_seed_layer_by_layer(source: Path, tmp_path: Path) -> None:
     weights = {}
     for name, recipe in (

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -82,8 +83,10 @@ def own_source(source: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The layers that were factorised, in order."""
+def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The layers that were factorised, in order: one after the other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     found: list[int] = []
     plain = layers.convert_layer
 
@@ -92,7 +95,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return plain(checkpoint, plan, layer, *rest)
 
     monkeypatch.setattr(layers, "convert_layer", convert_layer)
-    return found
+    yield found
+    torch.set_num_threads(threads)
 
 
 def interrupted(source: Path, output: Path, after: int, recipe: ConvertRecipe = SVD, **options: Any) -> str:
