@@ -556,7 +556,7 @@ def test_the_walkthrough_runs(
     }  # fmt: skip
     scope: dict[str, Any] = {}
     for number, snippet in enumerate(blocks(page, "python")):
-        if number == 2:  # a compiled model takes no LoRA, and the reader's pipeline is still offloaded
+        if number == 1:  # as the page says, a pipeline that is not offloaded
             scope["pipe"].remove_all_hooks()
             scope["pipe"].transformer = WanMLATransformer3DModel.from_pretrained("wan-mla")
             (tmp_path / "style-lora").mkdir()
