@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 import statistics
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from tables import put_between
 
 from mlaconvert.calibrate import Layer, Regime, Sweep, layer_moments
 from mlaconvert.config import ConvertRecipe, MLALayer
@@ -106,11 +106,7 @@ def main() -> None:
     text = tables(teacher, found)
     print(text)
     if arguments.write is not None:
-        page = arguments.write.read_text()
-        marked = re.compile(r"(?<=<!-- fidelity -->\n).*?(?=<!-- end of fidelity -->)", re.DOTALL)
-        if not marked.search(page):
-            sys.exit(f"{arguments.write} has no lines <!-- fidelity --> and <!-- end of fidelity -->")
-        arguments.write.write_text(marked.sub(lambda _: f"{text}\n", page))
+        put_between(arguments.write, "fidelity", text)
 
 
 def tables(teacher: dict[int, float], found: dict[str, dict[int, float]]) -> str:

@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tables import put_between
 
 from mlaconvert import writer
 from mlaconvert.checkpoint import CONFIG_NAME
@@ -412,11 +413,7 @@ def main() -> None:
     text = "\n".join(lines)
     print(text)
     if arguments.write is not None:
-        page = arguments.write.read_text()
-        marked = re.compile(r"(?<=<!-- kill -->\n).*?(?=<!-- end of kill -->)", re.DOTALL)
-        if not marked.search(page):
-            sys.exit(f"{arguments.write} has no lines <!-- kill --> and <!-- end of kill -->")
-        arguments.write.write_text(marked.sub(lambda _: f"{text}\n", page))
+        put_between(arguments.write, "kill", text)
     sys.exit(any(lost for _, _, lost, _ in rows))
 
 

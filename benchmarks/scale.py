@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 from real_size import PUBLISHED_CONFIG, WAN, Measurement, draw, measure, weight_bytes
 from safetensors.torch import save_file
+from tables import put_between
 
 from mlaconvert.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from mlaconvert.config import WanConfig, default_budget
@@ -101,11 +102,7 @@ def main() -> int:
     text = "\n".join(lines)
     print(text)
     if arguments.write is not None:
-        page = arguments.write.read_text()
-        marked = re.compile(rf"(?<=<!-- {arguments.what} -->\n).*?(?=<!-- end of {arguments.what} -->)", re.DOTALL)
-        if not marked.search(page):
-            sys.exit(f"{arguments.write} has no lines <!-- {arguments.what} --> and <!-- end of {arguments.what} -->")
-        arguments.write.write_text(marked.sub(lambda _: f"{text}\n", page))
+        put_between(arguments.write, arguments.what, text)
     return int(not good)
 
 

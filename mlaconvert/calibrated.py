@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from scipy.linalg import LinAlgError
 
 from mlaconvert.calibrate import BATCH_TOKENS, Calibration, Target, calibrate, load_widened, refit_layers, scratch_bytes
-from mlaconvert.checkpoint import TINY
 from mlaconvert.config import MLALayer, StreamingConfig, parse
-from mlaconvert.data import ClipFolder, Clips, clip_files, load_clips
+from mlaconvert.data import ClipFolder, Clips, clip_files, load_clips, save_shard
 from mlaconvert.errors import CheckpointError, ConfigError, OutputError
 from mlaconvert.factorize import Factors
 from mlaconvert.families import Checkpoint
@@ -86,12 +85,17 @@ def room_needed(plan: ConversionPlan, data: Path | None) -> tuple[int, int]:
     """Bytes on the disk of a calibrated conversion: of moments, which stay, and about how many of activations."""
     config, recipe = plan.source_config, plan.recipe
     if data is None:
-        grid = (tokens * patch for tokens, patch in zip(token_grid(recipe, config), config.patch_size[1:], strict=True))
-        shape: tuple[int, ...] = (config.out_dim, CALIBRATION_FRAMES, *grid)
+        shape: tuple[int, ...] = (config.out_dim, CALIBRATION_FRAMES, *_latent_size(plan))
     else:
         shape = ClipFolder(data, config).clip_shape
     moments = len(plan.layers) * 8 * config.dim * (2 * config.dim + config.head_dim)
     return moments, _activations(plan, (recipe.clips or 1, *shape))
+
+
+def _latent_size(plan: ConversionPlan) -> tuple[int, int]:
+    """Height and width in latent pixels of the video that the conversion is made for."""
+    (rows, columns), (_, high, wide) = token_grid(plan.recipe, plan.source_config), plan.source_config.patch_size
+    return rows * high, columns * wide
 
 
 def _activations(plan: ConversionPlan, shape: Sequence[int]) -> int:
@@ -149,7 +153,6 @@ def keep_moments(folder: Path, checkpoint: Checkpoint, plan: ConversionPlan, dat
 
     Raises OutputError when it is no folder of moments.
     """
-
     belongs: dict[str, Any] = {
         "regime": regime_of(plan.recipe).to_json(),
         "clips": plan.recipe.clips,
@@ -193,22 +196,19 @@ def calibration_clips(
     """Clips of the folder `data`, or without one what the teacher generates on `device` from an empty caption.
 
     Generated clips are written to the file `kept`, and taken from there when it exists. The built-in tiny model draws
-    its own clips. Raises InputError when the folder does not fit the model, and OSError for `kept`.
+    its own clips. Raises InputError when the folder does not fit the model, and OutputError for `kept`.
     """
     check_clips(checkpoint, data)
     config, recipe, count = plan.source_config, plan.recipe, plan.recipe.clips or 1
     if data is not None:
         return load_clips(data, config, count)
-    if TINY in checkpoint.store.path.parents:
+    if checkpoint.is_tiny:
         return training_clips(count)
     if kept is not None and kept.is_file():
         return Clips(**load_file(kept))
-    height, width = (
-        tokens * patch for tokens, patch in zip(token_grid(recipe, config), config.patch_size[1:], strict=True)
-    )
+    height, width = _latent_size(plan)
     streaming = recipe.streaming or StreamingConfig()
     model = load_widened(checkpoint, streaming, device)
-    # Distilled students are published as training checkpoints; all others need many steps.
     sampler = Sampler.usual(few_step=checkpoint.config.few_step)
     size = max(1, BATCH_TOKENS // (CALIBRATION_FRAMES * config.tokens_per_frame(height, width)))
     total, done = passes(CALIBRATION_FRAMES, sampler, streaming, slices=-(-count // size)), 0
@@ -232,7 +232,7 @@ def calibration_clips(
         on_step=step,
     )
     if kept is not None:
-        write_whole(kept, save({name: tensor.contiguous() for name, tensor in clips._asdict().items()}))
+        save_shard(kept, clips._asdict())
     return clips
 
 

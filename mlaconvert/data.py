@@ -24,6 +24,7 @@ from mlaconvert.checkpoint import check_floats, read_header, read_tensors
 from mlaconvert.config import WanConfig
 from mlaconvert.errors import InputError, OutputError
 from mlaconvert.inputs import reason_of
+from mlaconvert.writer import write_whole
 
 NULL_CONTEXT = "null_context.safetensors"
 _MOST_VALUES = 1 << 27  # of one clip: five minutes of 480 x 832 pixels
@@ -143,15 +144,11 @@ def _fits(context: Sequence[int], config: WanConfig) -> bool:
 
 def save_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file that appears whole or not at all. Raises OutputError."""
-    staged = path.with_name(f".{path.name}.partial")
     try:
         # save_file would make it readable for its owner only.
-        staged.write_bytes(save({name: t.contiguous() for name, t in tensors.items()}, dict(metadata or {})))
-        staged.replace(path)
+        write_whole(path, save({name: t.contiguous() for name, t in tensors.items()}, dict(metadata or {})))
     except OSError as error:
         raise OutputError(f"{path}: writing failed ({reason_of(error)}); make room, or check the folder") from None
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 def clip_files(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from mlaconvert.inputs import parse_json, read_json, read_text, reason_of
 from mlaconvert.plan import public_name
 from mlaconvert.text import TEXT_LEN, embed_texts
 from mlaconvert.vae import Vae
+from mlaconvert.writer import write_whole
 
 SETTINGS_NAME = "encoding.json"
 BadVideos = Literal["refuse", "skip"]
@@ -134,8 +135,8 @@ def encode(
     _check_folder(folder, _settings(base, wanted))
     for name in (device, text_device or device):
         resolve_device(name, torch.float32)
-    kept = sum(len(_kept(folder, video, wanted)) for video in videos)
-    left = [video for video in videos if not _is_done(folder, video, wanted)]
+    kept = {video.name: _kept(folder, video, wanted) for video in videos}
+    left = [video for video in videos if not _is_done(kept[video.name], wanted)]
     made, skipped = 0, []
     if left:
         vae = Vae.load(base).to(device)
@@ -151,7 +152,7 @@ def encode(
 
         show(0)
         try:
-            made += _encode_video(folder, video, vae, wanted, show)
+            made += _encode_video(folder, video, vae, wanted, {header["clip"] for header in kept[video.name]}, show)
         except OutputError:
             raise
         except InputError as error:
@@ -163,7 +164,9 @@ def encode(
         show(1)
     if not skipped:  # a second try needs the encoder no more
         shutil.rmtree(folder / _TEXTS, ignore_errors=True)
-    return EncodingReport(output=folder, videos=len(videos), made=made, kept=kept, skipped=tuple(skipped))
+    return EncodingReport(
+        output=folder, videos=len(videos), made=made, kept=sum(map(len, kept.values())), skipped=tuple(skipped)
+    )
 
 
 # --- videos and captions -------------------------------------------------------------------------------------------
@@ -247,9 +250,7 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> None:
     """Make the folder, with a note of what its clips share."""
     try:
         (folder / _TEXTS).mkdir(parents=True, exist_ok=True)
-        staged = folder / f".{SETTINGS_NAME}.partial"
-        staged.write_text(json.dumps({"settings": settings}, indent=2) + "\n")
-        staged.replace(folder / SETTINGS_NAME)
+        write_whole(folder / SETTINGS_NAME, (json.dumps({"settings": settings}, indent=2) + "\n").encode())
     except OSError as error:
         raise OutputError(f"{folder}: writing failed ({reason_of(error)})") from None
 
@@ -279,9 +280,8 @@ def _kept(folder: Path, video: Video, wanted: Encoding) -> list[dict[str, Any]]:
     return found
 
 
-def _is_done(folder: Path, video: Video, wanted: Encoding) -> bool:
-    """Whether all clips of a video are there, or all that it has."""
-    found = _kept(folder, video, wanted)
+def _is_done(found: Sequence[Mapping[str, Any]], wanted: Encoding) -> bool:
+    """Whether these are all clips of a video that are wanted, or all that it has."""
     return len(found) == wanted.clips or any(header["last"] for header in found)
 
 
@@ -312,10 +312,11 @@ def _context(folder: Path, caption: str) -> Tensor:
     return F.pad(text, (0, 0, 0, TEXT_LEN - len(text)))[None]
 
 
-def _encode_video(folder: Path, video: Video, vae: Vae, wanted: Encoding, show: Callable[[float], None]) -> int:
-    """Write the clips of one video that are missing; how many."""
+def _encode_video(
+    folder: Path, video: Video, vae: Vae, wanted: Encoding, kept: Collection[int], show: Callable[[float], None]
+) -> int:
+    """Write the clips of one video that are not among the `kept` ones; how many."""
     made, length = 0, 1 + (wanted.frames - 1) * vae.frame_stride
-    kept = {header["clip"] for header in _kept(folder, video, wanted)}
     with Footage(video.path, height=wanted.height, width=wanted.width, fps=wanted.fps) as footage:
         clips = _clips(footage, length)
         clip = next(clips, None)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mlaconvert import __version__
 from mlaconvert.cache import LatentCache
-from mlaconvert.checkpoint import TINY, experts
+from mlaconvert.checkpoint import experts
 from mlaconvert.config import StreamingConfig, WanConfig, default_video
 from mlaconvert.convert import CONVERSION_NAME
 from mlaconvert.data import Clips, load_clips
@@ -668,8 +668,7 @@ def _sha256(opened: Checkpoint, progress: Progress | None) -> str:
 def _conditions(
     opened: Checkpoint, teacher: WanModel, record: _Record, request: Request, progress: Progress
 ) -> Conditions:
-    tiny = TINY in opened.store.path.parents
-    if tiny and request.data is None:
+    if opened.is_tiny and request.data is None:
         return tiny_conditions(
             teacher.config.streaming,
             clips=request.clips or 64,

@@ -34,6 +34,7 @@ from mlaconvert.config import StreamingConfig, WanConfig, default_video
 from mlaconvert.convert import resolve_device
 from mlaconvert.data import save_shard
 from mlaconvert.errors import ConfigError, InputError, OutputError, is_plain
+from mlaconvert.evaluate import TINY_GUIDANCE, TINY_STEPS
 from mlaconvert.families import open_checkpoint
 from mlaconvert.inputs import is_file, read_json, refuse_links
 from mlaconvert.model import WanModel, load_model
@@ -57,8 +58,7 @@ LATENTS_NAME = "latents.safetensors"
 REPORT_NAME = "generation.json"
 SHEET_NAME = "frames.png"
 FPS = 16  # of Wan2.1 and the tiny model
-# Euler steps and guidance of models that were not distilled to few steps: the tiny one, and Wan's own defaults.
-TINY_STEPS, TINY_GUIDANCE = 12, 1.5
+# Euler steps and guidance that Wan's own code takes by default, for models that were not distilled to few steps.
 WAN_STEPS, WAN_GUIDANCE = 50, 5.0
 VBENCH_SAMPLES = 5
 _CAPTION = (COLORS, SHAPES, SPEEDS, COLORS, SHAPES, SPEEDS, TEXTURES)

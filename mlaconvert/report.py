@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
 import statistics
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from mlaconvert import writer
 from mlaconvert.analyze import Analysis, DenseSpectra, LatentSpectrum, Summary
 from mlaconvert.convert import ModelReport
 from mlaconvert.drift import STATISTICS
@@ -289,15 +288,10 @@ def plot_analysis(analysis: Analysis, path: str | Path) -> None:
 
 def write_whole(path: Path, data: bytes, what: str) -> None:
     """Replace `path` by `data`, at once and only when all is on the disk. Raises OutputError, which says `what`."""
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        writer.write_whole(path, data)
     except OSError as error:
         raise OutputError(f"{path}: cannot write {what} ({error.strerror}); choose another path") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def _plot_energy(axes: Axes, analysis: Analysis) -> None:

@@ -18,17 +18,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save_file
 
-from mlaconvert.calibrated import calibration_clips
-from mlaconvert.checkpoint import TINY
+from mlaconvert.calibrated import CLIPS_NAME, calibration_clips
 from mlaconvert.config import ConvertRecipe, Init, parse
 from mlaconvert.convert import convert, open_models, resolve_device
-from mlaconvert.data import ClipFolder, Clips, clip_files, load_clips
+from mlaconvert.data import ClipFolder, Clips, clip_files, load_clips, save_shard
 from mlaconvert.errors import ConfigError, MLAConvertError, OutputError
 from mlaconvert.evaluate import evaluate, generated_clips
 from mlaconvert.families import Checkpoint
-from mlaconvert.inputs import read_json
+from mlaconvert.inputs import file_states, read_json
 from mlaconvert.lora import LoraFile, merged
 from mlaconvert.model import load_model
 from mlaconvert.plan import ConversionPlan, Progress, plan_conversion, public_name, silent
@@ -339,7 +337,7 @@ def _clips(
                 "more, or ask for fewer with --clips and --validation-clips"
             )
         return data, stored.some(range(free, len(stored))), f"the last clips of the folder {data.resolve().name}"
-    if TINY in checkpoint.store.path.resolve().parents:
+    if checkpoint.is_tiny:
         return None, held_back(count or TINY_CLIPS), "clips of the built-in model that training never drew"
     first = plan or planned[0][1]
     sampler = Sampler.usual(few_step=checkpoint.config.few_step)
@@ -358,13 +356,10 @@ def _clips(
 
 def _kept(folder: Path, make: Callable[[], Clips]) -> None:
     """Clips in `folder`, made only when they are not there yet."""
-    path = folder / "clips.safetensors"
-    if path.is_file():
-        return
-    folder.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in make()._asdict().items()}, partial)
-    partial.replace(path)
+    path = folder / CLIPS_NAME
+    if not path.is_file():
+        folder.mkdir(exist_ok=True)
+        save_shard(path, make()._asdict())
 
 
 # --- the folder --------------------------------------------------------------------------------------------------
@@ -382,20 +377,16 @@ def _belongs(
     base = load_recipe(convert_recipe) if convert_recipe is not None else ConvertRecipe()
     found = {
         "recipe": dataclasses.asdict(base),
-        "source": _states(checkpoint.store.files),
+        "source": file_states(checkpoint.store.files),
         "state_key": checkpoint.state_key,
         "loras": merged(checkpoint),
-        "data": None if data is None else _states(clip_files(data)),
+        "data": None if data is None else file_states(clip_files(data)),
         "clips": clips,
         "validation_clips": validation_clips,
         "seed": seed,
     }
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
-
-
-def _states(files: Sequence[Path]) -> list[list[str | int]]:
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _prepare(folder: Path, belongs: Mapping[str, Any], restart: bool) -> None:

@@ -198,11 +198,16 @@ def swap_folders(staging: Path, target: Path, aside: Path) -> None:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file that is there whole or not at all, even when the machine stops. Raises OSError."""
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
 
 

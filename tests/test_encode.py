@@ -248,15 +248,14 @@ def test_bad_videos_are_refused_or_skipped(folder: Path, base: Path, tmp_path: P
 def test_a_full_disk_is_not_a_bad_video(
     folder: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Path.write_bytes
+    original = Path.replace
 
-    def full(path: Path, data: bytes) -> int:
+    def full(path: Path, target: Path) -> Path:
         if "0000" in path.name:
-            original(path, data[:10])
             raise OSError(28, "No space left on device")
-        return original(path, data)
+        return original(path, target)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OutputError, match="No space left"):
         encode(find_videos([folder]), tmp_path / "out", open_base(str(base)), SMALL, bad="skip")
     assert not list((tmp_path / "out").rglob("*.partial"))

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mlaconvert.checkpoint import FLOATS, TensorInfo, TensorStore, check_finite, open_store
+from mlaconvert.checkpoint import FLOATS, TINY, TensorInfo, TensorStore, check_finite, open_store
 from mlaconvert.config import StreamingConfig, WanConfig
 from mlaconvert.errors import InputError, UnsupportedModelError
 from mlaconvert.families.base import AttentionWeights, Family, Layout
@@ -59,6 +59,11 @@ class Checkpoint:
     layout: Layout
     state_key: str | None
     names: Mapping[str, str]
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether it is the built-in model."""
+        return TINY.resolve() in self.store.path.resolve().parents
 
     def read(self, canonical: str) -> torch.Tensor:
         """One tensor, lazily. Raises CheckpointError for a name that this model has not."""

@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from mlaconvert.checkpoint import TINY
 from mlaconvert.config import StreamingConfig, WanConfig, default_video
-from mlaconvert.data import ClipFolder, Clips, load_null_context
+from mlaconvert.data import ClipFolder, Clips, load_null_context, save_shard
 from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.families import Checkpoint
 from mlaconvert.heal.layout import View, views
@@ -152,16 +150,11 @@ def open_source(
         if not is_folder(data):
             raise InputError(f"{data}: there is no such folder of clips")
         return _stored(recipe, data, config, say)
-    if is_tiny(teacher):
+    if teacher.is_tiny:
         return Drawn(recipe.frames)
     if recipe.stage != "distill":
         raise ConfigError(f"stage {recipe.stage} needs clips; give a folder of them with --data DIR")
     return None
-
-
-def is_tiny(checkpoint: Checkpoint) -> bool:
-    """Whether it is the built-in model."""
-    return TINY in checkpoint.store.path.resolve().parents
 
 
 def _stored(recipe: HealRecipe, folder: Path, config: WanConfig, say: Callable[[str], None]) -> Stored:
@@ -205,9 +198,7 @@ def generate_source(
             streaming=config.streaming or StreamingConfig(),
             batch=GENERATED,
         )
-        partial = path.with_suffix(".partial")
-        save_file(clips._asdict(), partial)
-        partial.replace(path)
+        save_shard(path, clips._asdict())
     progress("generate", total, total)
     return _stored(recipe, folder, config, say)
 

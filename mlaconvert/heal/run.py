@@ -20,7 +20,7 @@ from mlaconvert.errors import ConfigError, InputError, OutputError
 from mlaconvert.evaluate import open_teacher
 from mlaconvert.families import Checkpoint, open_checkpoint
 from mlaconvert.heal.consistency import Consistency
-from mlaconvert.heal.data import Batches, Source, generate_source, is_tiny, mix, open_source
+from mlaconvert.heal.data import Batches, Source, generate_source, mix, open_source
 from mlaconvert.heal.distill import Distill
 from mlaconvert.heal.dmd import Critic, Generator
 from mlaconvert.heal.estimate import Estimate, estimate
@@ -308,7 +308,7 @@ def _identity(checkpoint: Checkpoint) -> str:
 
 def _public(checkpoint: Checkpoint) -> str:
     """A Hub id as given; of a local path only its last part."""
-    if is_tiny(checkpoint):
+    if checkpoint.is_tiny:
         return "tiny"
     return public_name(str(checkpoint.store.source))
 
