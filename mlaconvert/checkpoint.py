@@ -162,7 +162,9 @@ class TensorStore:
 
 def check_finite(tensor: torch.Tensor, name: str, where: str | Path) -> None:
     """Raise CheckpointError naming the tensor when it holds a NaN or an infinity."""
-    if not bool(torch.isfinite(tensor).all()):
+    # The extremes of floats are NaN or infinite when any value is, and are found several times as fast.
+    extremes = torch.stack(torch.aminmax(tensor)) if tensor.dtype in FLOATS and tensor.numel() else tensor
+    if not bool(torch.isfinite(extremes).all()):
         raise CheckpointError(f"{where}: tensor {name!r} holds NaN or infinite values; get an intact copy of the file")
 
 
