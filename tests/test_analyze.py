@@ -28,7 +28,8 @@ from mlaconvert.data import Clips
 from mlaconvert.errors import CheckpointError, ConfigError, OutputError, UnsupportedModelError
 from mlaconvert.factorize import AttentionWeights, LayerMoments, factorize_layer
 from mlaconvert.model import WanModel
-from mlaconvert.report import analysis_table, budget_table, plot_analysis
+from mlaconvert.plots import plot_analysis
+from mlaconvert.report import analysis_table, budget_table
 from mlaconvert.spectrum import random_rank_baseline
 
 CONFIG = WanConfig(dim=48, num_heads=4, num_layers=3, ffn_dim=52, freq_dim=10, text_dim=14)

@@ -86,7 +86,7 @@ def analyze(
     from mlaconvert.memory import plan_memory
     from mlaconvert.plan import plan_conversion
     from mlaconvert.recipes import mla_config, resolve_recipe
-    from mlaconvert.report import analysis_table, budget_table, memory_table, plot_analysis, titled
+    from mlaconvert.report import analysis_table, budget_table, memory_table, titled
 
     if not calibrated and (data is not None or clips is not None):
         raise ConfigError("--data and --clips are only read with --calibrated; add it, or leave them out")
@@ -130,6 +130,8 @@ def analyze(
                     progress=partial(progress, "analyze"),
                 )
             if plot is not None:
+                from mlaconvert.plots import plot_analysis
+
                 path = plot.with_stem(f"{plot.stem}-{name}") if name else plot
                 plot_analysis(found, path)
                 err.print(f"plot written to {path}", markup=False)

@@ -126,7 +126,8 @@ def sweep(
     Interrupted, the same command goes on; finished cells are kept.
     """
     from mlaconvert.lora import pair
-    from mlaconvert.report import percent, plot_sweep, sweep_table
+    from mlaconvert.plots import plot_sweep
+    from mlaconvert.report import percent, sweep_table
     from mlaconvert.sweep import load_sweep_recipe
     from mlaconvert.sweep import sweep as run
 
