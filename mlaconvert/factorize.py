@@ -22,13 +22,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mlaconvert import lapack
 from mlaconvert.config import KeyNorm, MLALayer, RopeMode, StreamingConfig
-from mlaconvert.lapack import leading_eigenvectors
 from mlaconvert.rope import frequencies
 
 DAMPING = 1e-6  # of the mean eigenvalue, added before a covariance is inverted
 _ROWS = 1024  # rows of a weight that are in float64 at once: 42 MB at width 5120
-_GRAM_BLOCK = 256  # columns of a Gram matrix that are made at once
+_GRAM_BLOCK = 384  # columns of a Gram matrix that are made at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,11 +198,13 @@ def modulation_moments(
     q_power = q.norm().square() / len(q)
     query = norm * _gram(q.unflatten(0, (num_heads, -1))) * norm.mT / (q_power + eps)
     del q
-    k = _white(weights.k_weight, weights.k_bias, mean, root)
+    k_power = mean.new_zeros(())
+    for rows, block in _float64(weights.k_weight, mean.device):
+        k_power += root.apply(block).square().sum() + (block @ mean + weights.k_bias[rows].to(mean)).square().sum()
     return LayerMoments(
         mean=mean,
         covariance=torch.diag(diagonal).addmm_(centred.mT, centred),
-        inverse_norm=float((k.norm().square() / len(k) + eps).rsqrt()),
+        inverse_norm=float((k_power / len(weights.k_bias) + eps).rsqrt()),
         query=query,
         rho=rho.to(modulation.device),
         root=root,
@@ -266,8 +268,7 @@ class _Dense:
         """[H, d, d], W_O,h^T W_O,h."""
         total = self.moments.query.new_zeros(self.moments.query.shape)
         for _, block in _float64(self.weights.o_weight, total.device):
-            heads = block.unflatten(1, (self.num_heads, -1)).transpose(0, 1)
-            total.baddbmm_(heads.mT, heads)
+            total += _gram(block.unflatten(1, (self.num_heads, -1)).permute(1, 2, 0))
         return total
 
     @property
@@ -317,9 +318,9 @@ class _Dense:
         total = self.moments.query.new_zeros(len(self.moments.mean), len(self.moments.mean))
         weight = self.turning_weight() if rope == "head" else self.key_weight(content.queries)
         rows = self.key if content.rows is None else content.rows
-        add_gram(total, (weight @ rows[..., :-1]).flatten(0, 1))
+        add_gram(total, _product(weight, rows[..., :-1]).flatten(0, 1))
         heads = symmetric_root(out_map @ self.out_gram @ out_map.mT) @ value_map if self.weighted else value_map
-        add_gram(total, (heads @ self.value[..., :-1]).flatten(0, 1))
+        add_gram(total, _product(heads, self.value[..., :-1]).flatten(0, 1))
         if rope == "latent":
             add_gram(total, shared.weight[:, None] * shared.rows[:, :-1])
         return mirror(total)
@@ -366,8 +367,11 @@ def factorize_layer(
     content, shared, errors = _content_and_shared(dense, layer, rope)
     out_map, value_map = dense.narrow_values(layer.v_head_dim)
     make_queries = partial(_query_path, dense, torch.cat((content.queries, shared.queries), 1), q_lora_rank, errors)
-    with ThreadPoolExecutor(1) as pool:  # LAPACK runs in one thread: where there are more, two problems side by side
-        queries = pool.submit(make_queries) if mean.device.type == "cpu" and torch.get_num_threads() > 1 else None
+    threads = torch.get_num_threads()
+    # LAPACK runs in one thread: where there are more, two problems side by side. torch would give the new thread the
+    # number that any thread set last, and its bits with it.
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        queries = pool.submit(make_queries) if mean.device.type == "cpu" and threads > 1 else None
         metric = dense.metric(content, shared, out_map, value_map, rope)
         basis, kept = leading_directions(metric, layer.kv_lora_rank)
         tensors = make_queries() if queries is None else queries.result()
@@ -385,7 +389,7 @@ def factorize_layer(
         norm = s * weights.norm_k.to(key_bias).unflatten(0, key_bias.shape)
         up_key, key_bias = norm[..., None] * up_key, norm * key_bias
     else:
-        up_key, key_bias = s * content.rows[..., :-1] @ basis, s * content.rows[..., -1]
+        up_key, key_bias = s * _product(content.rows[..., :-1], basis), s * content.rows[..., -1]
     up_value, value_bias = _read(weights.v_weight, weights.v_bias, basis, dense)
     up_value, value_bias = value_map @ up_value, value_map @ value_bias[..., None]
     if rope != "cached" and len(shared.rows):
@@ -408,7 +412,7 @@ def _read(weight: Tensor, bias: Tensor, basis: Tensor, dense: _Dense) -> tuple[T
     mean, through = dense.moments.mean, dense.root.left(basis)
     read, rest = mean.new_empty(len(weight), basis.shape[1]), mean.new_empty(len(weight))
     for rows, block in _float64(weight, mean.device):
-        read[rows], rest[rows] = block @ through, block @ mean + bias[rows].to(mean)
+        read[rows], rest[rows] = _product(block, through), block @ mean + bias[rows].to(mean)
     return read.unflatten(0, (dense.num_heads, -1)), rest.unflatten(0, (dense.num_heads, -1))
 
 
@@ -655,7 +659,7 @@ def _query_path(dense: _Dense, query_map: Tensor, rank: int | None, errors: dict
     gain = (dim * kept / rank) ** 0.5
     down = basis.new_zeros(rank, dim)
     for rows, block in _float64(w.q_weight, basis.device):
-        down.addmm_(basis[rows].mT, block)
+        down += _product(basis[rows].mT, block)
     return {
         "q_a_proj.weight": down,
         "q_a_proj.bias": basis.mT @ w.q_bias.to(basis),
@@ -683,7 +687,7 @@ def leading_directions(gram: Tensor, rank: int) -> tuple[Tensor, float]:
     """
     dim, trace = len(gram), float(gram.trace())
     if gram.device.type == "cpu":
-        values, vectors = leading_eigenvectors(gram.contiguous(), rank)
+        values, vectors = lapack.leading_eigenvectors(gram.contiguous(), rank)
     else:
         values, vectors = torch.linalg.eigh(gram)
         values, vectors = values[dim - rank :], vectors[:, dim - rank :]
@@ -692,15 +696,20 @@ def leading_directions(gram: Tensor, rank: int) -> tuple[Tensor, float]:
 
 
 def add_gram(total: Tensor, rows: Tensor) -> None:
-    """Add `rows`^T `rows` to `total` [D, D], only on and above the diagonal's blocks; `mirror` does the rest."""
+    """Add `rows`^T `rows` to `total` [D, D], only on and above the diagonal; `mirror` does the rest."""
+    if _in_one_thread(total):
+        lapack.add_gram(total, rows)
+        return
     for start in range(0, len(total), _GRAM_BLOCK):
         total[start : start + _GRAM_BLOCK, start:].addmm_(rows[:, start : start + _GRAM_BLOCK].mT, rows[:, start:])
 
 
 def mirror(total: Tensor) -> Tensor:
-    """Copy what lies above the diagonal's blocks of `total` [D, D] below them, in place."""
+    """Copy what lies above the diagonal of `total` [D, D] below it, in place."""
     for start in range(0, len(total), _GRAM_BLOCK):
         end = start + _GRAM_BLOCK
+        block = total[start:end, start:end]
+        block.copy_(block.triu() + block.triu(1).mT)
         total[end:, start:end] = total[start:end, end:].mT
     return total
 
@@ -712,5 +721,26 @@ def symmetric_root(matrix: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0).add(floor).sqrt().unsqueeze(-2)) @ vectors.mT
 
 
-def _gram(rows: Tensor) -> Tensor:
-    return rows @ rows.mT
+def _gram(heads: Tensor) -> Tensor:
+    """Each head's rows times themselves, [H, d, n] -> [H, d, d]."""
+    if not _in_one_thread(heads):
+        return heads @ heads.mT
+    total = heads.new_zeros(*heads.shape[:2], heads.shape[1])
+    for made, rows in zip(total, heads, strict=True):
+        lapack.add_gram(made, rows.mT)
+        mirror(made)
+    return total
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """`left` @ `right`."""
+    return torch.from_numpy(left.numpy() @ right.numpy()) if _in_one_thread(left) else left @ right
+
+
+def _in_one_thread(tensor: Tensor) -> bool:
+    """Whether OpenBLAS, which numpy and SciPy bring, is worth its while.
+
+    Its float64 products are faster than torch's on some processors, and it multiplies a matrix with itself in half
+    the time; torch has more threads.
+    """
+    return tensor.device.type == "cpu" and torch.get_num_threads() == 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,9 @@ from mlaconvert.families import Checkpoint
 from mlaconvert.model import timestep_embedding
 from mlaconvert.plan import ConversionPlan, mla_of
 from mlaconvert.recipes import timesteps_of, token_grid
+from mlaconvert.scratch import return_memory
 from mlaconvert.spectrum import effective_rank, energy_at, gram, singular_values_from_gram
+from mlaconvert.threads import SideBySide
 
 THRESHOLD = 0.99  # share of the energy that the reported effective rank holds
 # Layers are converted side by side in so many bytes; each takes about so many float64 matrices of its width squared.
@@ -169,26 +171,25 @@ def from_weights(
     """Those `layers` converted from their weights alone, or drawn at random; each comes out the same on its own.
 
     Eigenproblems hardly use several threads, layers side by side do: on a CPU as many as there are threads, as far as
-    their matrices fit in a bounded room.
+    their matrices fit in a bounded room. Such a layer has one thread in any case: its bits do not depend on the others.
     """
     time = None if plan.recipe.init == "random" else time_modulation(checkpoint, timesteps_of(plan.recipe))
-    threads = torch.get_num_threads()
-    room = max(1, _ROOM // (_MATRICES * 8 * plan.config.dim**2))
-    together = min(threads, room, len(layers)) if device.type == "cpu" else 1
-    if together < 2:
+    room = _ROOM // (_MATRICES * 8 * plan.config.dim**2)
+    if device.type != "cpu" or room < 2:
         for layer in layers:
             yield layer, *convert_layer(checkpoint, plan, layer, time, device)
+            return_memory()  # side by side, threads would wait for each other at this
         return
+    together = max(1, min(torch.get_num_threads(), room, len(layers)))
     running: deque[tuple[int, Future[tuple[Factors, LayerReport]]]] = deque()
-    with ThreadPoolExecutor(together, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            for layer in layers:
-                running.append((layer, pool.submit(convert_layer, checkpoint, plan, layer, time, device)))
-                if len(running) == together:
-                    done, made = running.popleft()
-                    yield done, *made.result()
-            for done, made in running:
+    pool = SideBySide(together)
+    try:
+        for layer in layers:
+            running.append((layer, pool.submit(convert_layer, checkpoint, plan, layer, time, device)))
+            if len(running) == together:
+                done, made = running.popleft()
                 yield done, *made.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)  # what the pool's threads set holds for threads to come
+        for done, made in running:
+            yield done, *made.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

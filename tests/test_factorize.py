@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from functools import partial
 from itertools import combinations, combinations_with_replacement, product
 from typing import Any
@@ -183,6 +184,21 @@ def test_absorbed_equals_expanded(key_norm: KeyNorm, rope: RopeMode, widths: tup
     assert float(factors.tensors["kv_b_proj.bias"].abs().sum()) > 0 or widths[0] == 0
     expanded, absorbed = (run(factors, layer, key_norm, 31, x, mode, rope) for mode in ("expanded", "absorbed"))
     assert relative(absorbed, expanded) < EXACT
+
+
+def test_a_layers_bits_do_not_depend_on_what_other_threads_set() -> None:
+    """torch takes the number of threads that anybody set last for the threads to come."""
+    before, weights = torch.get_num_threads(), make_weights()
+    try:
+        torch.set_num_threads(2)
+        expected = convert(weights, lossy(), q_rank=13).tensors
+        other = threading.Thread(target=torch.set_num_threads, args=(1,))
+        other.start()
+        other.join()
+        found = convert(weights, lossy(), q_rank=13).tensors
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_latent_that_serves_rotary_keys_too_loses_less() -> None:
@@ -412,11 +428,23 @@ def test_roots_multiply_and_divide(kind: str) -> None:
     assert relative(made.left(x[0].T), root @ x[0].T) < EXACT
 
 
-def test_gram_matrices_are_made_by_blocks() -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("layout", ["rows", "part of wider rows", "columns"])
+def test_gram_matrices_add_up(threads: int, layout: str) -> None:
     rows = torch.randn(9, 601, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    given = {
+        "rows": rows,
+        "part of wider rows": torch.cat((rows, rows[:, :2]), 1)[:, :601],
+        "columns": rows.T.contiguous().T,
+    }[layout]
+    before = torch.get_num_threads()
     total = torch.zeros(601, 601, dtype=torch.float64)
-    add_gram(total, rows[:4])
-    add_gram(total, rows[4:])
+    try:
+        torch.set_num_threads(threads)
+        add_gram(total, given[:4])
+        add_gram(total, given[4:])
+    finally:
+        torch.set_num_threads(before)
     assert relative(mirror(total), rows.T @ rows) < EXACT
 
 

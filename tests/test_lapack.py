@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlaconvert.lapack import LinAlgError, eigenvalues, leading_eigenvectors, solve_positive
+from mlaconvert.lapack import LinAlgError, add_gram, eigenvalues, leading_eigenvectors, solve_positive
 
 
 def symmetric(size: int, condition: float = 1e3) -> torch.Tensor:
@@ -30,6 +30,25 @@ def test_leading_vectors_are_vectors_of_the_largest_values(size: int, rank: int)
     assert np.allclose(values, np.linalg.eigvalsh(matrix.numpy())[size - rank :], rtol=1e-11)
     assert float((matrix @ vectors - vectors * values).norm()) < 1e-10
     assert float((vectors.T @ vectors - torch.eye(rank)).norm()) < 1e-10
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (1, 11), (5, 1), (3, 7), (29, 11)])
+def test_gram_matrices_above_the_diagonal(rows: int, size: int) -> None:
+    g = torch.Generator().manual_seed(rows)
+    given = torch.randn(rows, size, generator=g, dtype=torch.float64)
+    before = torch.randn(size, size, generator=g, dtype=torch.float64)
+    expected = before.numpy() + np.triu(given.numpy().T @ given.numpy())
+    wide = torch.zeros(rows, size + 2, dtype=torch.float64)
+    wide[:, :size] = given
+    for layout in (given, given.T.contiguous().T, torch.stack((given, given), -1)[..., 0], wide[:, :size]):
+        total = before.clone()
+        add_gram(total, layout)
+        assert np.abs(total.numpy() - expected).max() < 1e-12
+    total = before.clone()
+    add_gram(total, given[:1].expand(4, -1))
+    assert np.abs(total.numpy() - before.numpy() - 4 * np.triu(np.outer(given[0], given[0]))).max() < 1e-12
+    with pytest.raises(ValueError, match="float64"):
+        add_gram(before, given.float())
 
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 7), (29, 11)])
