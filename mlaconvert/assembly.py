@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Event, Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mlaconvert.checkpoint import check_finite
-from mlaconvert.errors import CheckpointError, ConfigError
+from mlaconvert.checkpoint import Visit, check_finite
+from mlaconvert.errors import ConfigError
 from mlaconvert.factorize import Factors
 from mlaconvert.families import Checkpoint
 from mlaconvert.plan import ConversionPlan, Operation, Progress
+from mlaconvert.threads import SideBySide
 from mlaconvert.writer import ModelFiles, TensorSpec
 
-# Elements. torch works on so few in the thread that asks; for more it starts threads, against the factorisation's.
-_PART = 2**15
+_PART = 2**18  # elements of a mapped tensor that are copied at a time
 
 
 class Clock:
@@ -48,8 +48,8 @@ class _StoppedError(Exception):
 class Assembly:
     """Writes one model's `files` in the background. A context manager; leaving it early stops the work.
 
-    `copy` and `hash` start work beside the factorisation, `put` takes one converted layer at a time, `finish` waits
-    for all of it. Every one of them may raise what went wrong in the background.
+    `read` starts work beside the factorisation, `put` takes one converted layer at a time, `finish` waits for all of
+    it. Every one of them may raise what went wrong in the background.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Assembly:
         for operation in plan.operations:
             (self._passing if operation.layer is None else self._converted[operation.layer]).append(operation)
         self._stop = Event()
-        self._pool = ThreadPoolExecutor(3)
+        self._pool = SideBySide(2)
         self._work: dict[str, Future[Any]] = {}
 
     def __enter__(self) -> Assembly:
@@ -71,13 +71,12 @@ class Assembly:
         self._stop.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def copy(self, done: Callable[[], None]) -> None:
-        """Start to copy the tensors that pass through; `done` is called when they are on the disk."""
-        self._work["copy"] = self._pool.submit(self._copy, done)
+    def read(self, done: Callable[[], None] | None) -> None:
+        """Start to hash the source's files, and on the way to copy the tensors that pass through.
 
-    def hash(self) -> None:
-        """Start to hash the source's files."""
-        self._work["hash"] = self._pool.submit(self._hash)
+        `done` is called when they are on the disk; None: they are there already.
+        """
+        self._work["read"] = self._pool.submit(self._read, done)
 
     def put(self, layer: int, factors: Factors, done: Callable[[], None]) -> None:
         """Write a converted layer, as soon as the one before is written; `done` is called when it is on the disk."""
@@ -98,37 +97,45 @@ class Assembly:
                 work.result()
 
     def finish(self) -> str:
-        """Wait for everything; the source's hash, or "" if it was not asked for."""
-        for kind in ("layer", "copy"):
-            if kind in self._work:
-                self._work[kind].result()
-        return str(self._work["hash"].result()) if "hash" in self._work else ""
+        """Wait for everything; the source's hash, or "" if it was not read."""
+        if "layer" in self._work:
+            self._work["layer"].result()
+        return str(self._work["read"].result()) if "read" in self._work else ""
 
-    def _copy(self, done: Callable[[], None]) -> None:
-        for operation in self._passing:
-            name = self._checkpoint.names[operation.canonical]
-            tensor = self._checkpoint.read(operation.canonical)  # mapped: the file is read below
-            with self._files.place(operation.spec.name) as write:
-                for part in tensor.reshape(-1).split(_PART):
-                    if self._stop.is_set():
-                        raise _StoppedError
-                    with self._clock("read"):
-                        check_finite(part, name, self._checkpoint.store.path)
-                        cast = _cast(part, operation.spec)
-                    with self._clock("write"):
-                        write(cast)
-        with self._clock("write"):
-            self._files.sync(operation.spec.name for operation in self._passing)
-        done()
+    def _read(self, done: Callable[[], None] | None) -> str:
+        with self._clock("hash and copy"):
+            checkpoint, names = self._checkpoint, self._checkpoint.names
+            left = {operation.canonical: operation for operation in self._passing if done is not None}
+            stored = {names[canonical]: canonical for canonical in left if checkpoint.is_stored(canonical)}
 
-    def _store(self, tensors: dict[str, Tensor], done: Callable[[], None]) -> None:
-        with self._clock("write"):
-            for name, tensor in tensors.items():
-                self._files.write(name, tensor)
-            self._files.sync(tensors)
-        done()
+            def visit(name: str) -> AbstractContextManager[Callable[[Tensor], None] | None]:
+                return self._place(left.pop(stored[name])) if name in stored else nullcontext()
 
-    def _hash(self) -> str:
+            sha256 = self._hash(visit)
+            for operation in left.values():  # a PyTorch file's tensors, and what a LoRA changes
+                with self._place(operation) as write:
+                    for part in checkpoint.read(operation.canonical).reshape(-1).split(_PART):
+                        write(part)
+            if done is not None:
+                self._files.sync(operation.spec.name for operation in self._passing)
+                done()
+            return sha256
+
+    @contextmanager
+    def _place(self, operation: Operation) -> Iterator[Callable[[Tensor], None]]:
+        """A function that checks and writes the next elements of a tensor that passes through."""
+        name, where = self._checkpoint.names[operation.canonical], self._checkpoint.store.path
+        with self._files.place(operation.spec.name) as write:
+
+            def copy(part: Tensor) -> None:
+                if self._stop.is_set():
+                    raise _StoppedError
+                check_finite(part, name, where)
+                write(_cast(part, operation.spec))
+
+            yield copy
+
+    def _hash(self, visit: Visit) -> str:
         store, hashed = self._checkpoint.store, 0
         total = sum(file.stat().st_size for file in store.files)
 
@@ -139,11 +146,14 @@ class Assembly:
             hashed += piece
             self._progress("hash", hashed, total)
 
-        try:
-            with self._clock("hash"):
-                return store.sha256(count)
-        except OSError as error:
-            raise CheckpointError(f"{store.path}: it cannot be read to its end ({error.strerror or error})") from None
+        return store.sha256(count, visit)
+
+    def _store(self, tensors: dict[str, Tensor], done: Callable[[], None]) -> None:
+        with self._clock("write"):
+            for name, tensor in tensors.items():
+                self._files.write(name, tensor)
+            self._files.sync(tensors)
+        done()
 
 
 def _cast(tensor: Tensor, spec: TensorSpec) -> Tensor:

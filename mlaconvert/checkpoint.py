@@ -11,8 +11,9 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from io import RawIOBase
 from itertools import chain
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -52,6 +53,7 @@ _DTYPES = {
 }
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_PIECE = 1 << 20  # bytes of a file that are read at a time
 _MAX_HEADER = 1 << 22  # bytes of a .safetensors header; the largest Wan models have 0.2 million
 _MAX_TENSORS = 100_000
 _MAX_DIMS = 8
@@ -61,6 +63,10 @@ _MAX_ENTRIES = 200_000  # of all dictionaries of a pickle; one that is in it twi
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(/[^/\\]+)*/?")
 _REVISION = re.compile(r"(?!.*\.\.)[^\s/\\?#-][^\s\\?#]*")
+
+
+# Asked about a tensor by name; may give a function that takes its elements, some [n] at a time.
+Visit = Callable[[str], AbstractContextManager[Callable[[torch.Tensor], None] | None]]
 
 
 @dataclass(frozen=True)
@@ -135,17 +141,32 @@ class TensorStore:
                 raise CheckpointError(f"{file}: it cannot be opened ({reason_of(error)}); download it again") from None
         return self._handles[file]
 
-    def sha256(self, progress: Callable[[int], None] | None = None) -> str:
-        """Hash of the weight files' names and contents; `progress` is told the bytes of each piece read."""
+    def sha256(self, progress: Callable[[int], None] | None = None, visit: Visit | None = None) -> str:
+        """Hash of the weight files' names and contents, read once; `progress` is told the bytes of each piece.
+
+        On the way, `visit` is asked about each tensor of a .safetensors file by name, and may give a function that
+        takes the tensor's elements, some [n] at a time, in memory that is used again.
+        Raises CheckpointError when a file cannot be read to its end.
+        """
         total = hashlib.sha256()
         for file in sorted(self.files):
             total.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-            with file.open("rb") as stream:
-                while piece := stream.read(1 << 22):
-                    total.update(piece)
-                    if progress is not None:
-                        progress(len(piece))
+            with file.open("rb", buffering=0) as stream:
+                for info in self._regions(file):
+                    with visit(info.name) if visit is not None and info.name else nullcontext() as take:
+                        for piece in _pieces(stream, file, info.nbytes, forget=take is not None):
+                            total.update(piece.numpy().data)
+                            if take is not None:
+                                take(piece.view(info.dtype))
+                            if progress is not None:
+                                progress(len(piece))
         return total.hexdigest()
+
+    def _regions(self, file: Path) -> list[TensorInfo]:
+        """What a file consists of: a header without a name, then tensors without gaps; a PyTorch file is all header."""
+        inside = [info for info in self.tensors.values() if self._home[info.name] == file and file in self._handles]
+        header = file.stat().st_size - sum(info.nbytes for info in inside)
+        return [TensorInfo("", (header,), torch.uint8, header), *inside]
 
     def close(self) -> None:
         """Let go of the files. Tensors already read stay valid."""
@@ -158,6 +179,30 @@ class TensorStore:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _pieces(stream: RawIOBase, file: Path, size: int, *, forget: bool) -> Iterator[torch.Tensor]:
+    """The next `size` bytes of a file, some uint8 [n] at a time in the same memory.
+
+    With `forget`, the system is told that they will not be read again: their memory is wanted elsewhere. Raises
+    CheckpointError when they cannot be read.
+    """
+    buffer = torch.empty(min(size, _PIECE), dtype=torch.uint8)  # small enough to stay in the processor's cache
+    for start in range(0, size, _PIECE):
+        piece = buffer[: size - start]
+        room = piece.numpy().data
+        while room:
+            try:
+                count = stream.readinto(room)
+            except OSError as error:
+                raise CheckpointError(f"{file}: it cannot be read to its end ({error.strerror or error})") from None
+            if not count:
+                raise CheckpointError(f"{file}: it has become shorter while it was read")
+            room = room[count:]
+        yield piece
+    if forget and size and hasattr(os, "posix_fadvise"):
+        with suppress(OSError):  # a hint
+            os.posix_fadvise(stream.fileno(), stream.tell() - size, size, os.POSIX_FADV_DONTNEED)
 
 
 def check_finite(tensor: torch.Tensor, name: str, where: str | Path) -> None:

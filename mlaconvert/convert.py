@@ -43,7 +43,6 @@ from mlaconvert.layers import LayerReport, digits, from_weights
 from mlaconvert.lora import LoraFile, lora_files, merge_loras, merged
 from mlaconvert.plan import ConversionPlan, Progress, mla_of, plan_conversion, silent
 from mlaconvert.ranks import PATIENCE, RankError, Ranks, meet
-from mlaconvert.scratch import return_memory
 from mlaconvert.verify import Verification, verify_conversion
 from mlaconvert.writer import ModelFiles, Staging, disk_errors, write_whole
 
@@ -342,9 +341,8 @@ class _Job:
         self.progress("convert", len(reports), len(plan.layers))
         # An error here ends the layers' threads before the source that they read is closed.
         with closing(made), Assembly(checkpoint, plan, files, clock, self.progress) as assembly:
-            assembly.hash()
-            if not journal.recall(name, COPIED):
-                assembly.copy(lambda: journal.keep(name, COPIED, True))
+            copied = journal.recall(name, COPIED)
+            assembly.read(None if copied else lambda: journal.keep(name, COPIED, True))
             self._put_layers(name, made, assembly, clock, reports)
             sha256 = assembly.finish()
         self._check_hash(name, sha256)
@@ -397,7 +395,6 @@ class _Job:
                 assembly.put(layer, factors, partial(self.journal.keep_layer, name, report))
                 reports[layer] = report
             del item, factors  # before the next layer takes as much
-            return_memory()
             if self.ranks.speaks:
                 self.progress("convert", len(reports), len(self.plans[name].layers))
             else:

@@ -133,6 +133,11 @@ class MergedCheckpoint(Checkpoint):
             tensor = lora.merge(canonical, tensor)
         return tensor
 
+    def is_stored(self, canonical: str) -> bool:
+        """False for what a LoRA changes."""
+        module = canonical.rpartition(".")[0]
+        return super().is_stored(canonical) and all(module not in lora.modules for lora in self.loras)
+
     def describe(self) -> str:
         """The checkpoint's line, and the LoRAs."""
         return ", ".join((super().describe(), *(f"LoRA {lora.name} x {lora.scale:g}" for lora in self.loras)))

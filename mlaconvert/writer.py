@@ -5,6 +5,8 @@ Like `mlaconvert.checkpoint`, this module knows files and tensors only.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import os
 import shutil
@@ -195,6 +197,21 @@ def swap_folders(staging: Path, target: Path, aside: Path) -> None:
         raise
 
 
+def reserve(handle: int, size: int) -> None:
+    """Ask for the blocks of an open file's first `size` bytes: a full disk shows at once, and writing is faster.
+
+    Nothing happens where the system or the disk cannot; glibc's posix_fallocate would write to every block instead,
+    which takes minutes on a network disk. Raises OSError, as when the disk is full.
+    """
+    with suppress(AttributeError, TypeError):  # not Linux
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.fallocate(handle, 0, ctypes.c_longlong(0), ctypes.c_longlong(size)) == 0:
+            return
+        number = ctypes.get_errno()
+        if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EINTR, errno.EPERM):
+            raise OSError(number, os.strerror(number))
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file that is there whole or not at all, even when the machine stops. Raises OSError."""
     partial = path.with_name(f"{path.name}.partial")
@@ -292,6 +309,7 @@ class ModelFiles:
                 stream.write(head)
                 stream.truncate(size)
                 stream.flush()
+                reserve(stream.fileno(), size)
                 os.fsync(stream.fileno())
         if len(self._shards) > 1:
             weight_map = {name: path.name for name, (path, _) in sorted(self._places.items())}

@@ -12,6 +12,7 @@ import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,41 @@ def test_sha256_covers_names_and_contents(tmp_path: Path) -> None:
             sums.append(store.sha256())
     assert len(set(sums)) == 5
     assert len(sums[0]) == hashlib.sha256().digest_size * 2
+
+
+def test_tensors_are_met_while_their_file_is_hashed(tmp_path: Path) -> None:
+    state = {
+        "wide": torch.randn(3, 131_075, generator=torch.Generator().manual_seed(0)),  # more than one piece
+        "half": torch.randn(7, 5, generator=torch.Generator().manual_seed(1)).bfloat16(),
+        "empty": torch.zeros(0, 4),
+        "left": torch.arange(11),
+    }
+    file = tmp_path / "model.safetensors"
+    save_file(state, file)
+    longhand = hashlib.sha256(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes()).hexdigest()
+    met: dict[str, list[torch.Tensor]] = {}
+
+    @contextmanager
+    def visit(name: str) -> Iterator[Callable[[torch.Tensor], None] | None]:
+        met[name] = []
+        yield None if name == "left" else lambda part: met[name].append(part.clone())
+
+    with open_store(file) as store:
+        assert store.sha256() == store.sha256(visit=visit) == longhand
+    assert met.pop("left") == []
+    assert set(met) == {"wide", "half", "empty"}
+    assert len(met["wide"]) == 2
+    for name, parts in met.items():
+        found = torch.cat(parts) if parts else state[name].flatten()
+        assert torch.equal(found, state[name].flatten())
+        assert found.dtype == state[name].dtype
+
+
+def test_a_file_that_becomes_shorter_while_it_is_hashed(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"wide": torch.zeros(3, 1 << 20)}, file)
+    with open_store(file) as store, pytest.raises(CheckpointError, match="has become shorter while it was read"):
+        store.sha256(lambda _: os.truncate(file, 1_500_000))
 
 
 def test_check_finite(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from mlaconvert import calibrated, layers, writer
 from mlaconvert.cache import LatentCache
 from mlaconvert.calibrate import Regime, windows
-from mlaconvert.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from mlaconvert.checkpoint import CONFIG_NAME, TINY, WEIGHTS_NAME
 from mlaconvert.config import ConvertRecipe, StreamingConfig, WanConfig, default_video, parse_layers
 from mlaconvert.convert import ConversionReport, convert, open_models
 from mlaconvert.data import Clips
@@ -36,6 +36,7 @@ from mlaconvert.model import load_model
 from mlaconvert.plan import plan_conversion
 from mlaconvert.recipes import _format_layers, load_recipe
 from mlaconvert.rollout import Sampler, rollout
+from mlaconvert.tiny.clips import training_clips
 from mlaconvert.verify import verify_conversion
 from mlaconvert.writer import ModelWriter, TensorSpec
 
@@ -372,9 +373,14 @@ def test_layers_side_by_side_are_those_of_one_thread(source: Path, tmp_path: Pat
             torch.set_num_threads(count)
             convert(source, tmp_path / str(count), SVD)
             assert torch.get_num_threads() == count
+        convert(source, tmp_path / "alone", dataclasses.replace(SVD, layers="2"))
     finally:
         torch.set_num_threads(before)
     assert files(tmp_path / "1") == files(tmp_path / str(threads))
+    together, alone = (load_file(tmp_path / name / WEIGHTS_NAME) for name in ("1", "alone"))
+    names = [name for name in together if name.startswith("blocks.2.self_attn.")]
+    assert len(names) > 8
+    assert all(torch.equal(together[name], alone[name]) for name in names)
 
 
 def test_random_init_follows_its_seed_layer_by_layer(source: Path, tmp_path: Path) -> None:
@@ -877,3 +883,14 @@ def test_a_disk_too_small_for_the_activations_is_said_first(tmp_path: Path, monk
     with pytest.raises(OutputError, match=r"activations take about 100000000\.0 GB .* --moments"):
         convert("tiny", tmp_path / "out", recipe)
     assert not (tmp_path / "out").exists()
+
+
+def test_only_the_built_in_model_draws_its_clips(tmp_path: Path) -> None:
+    copied = tmp_path / "copy"
+    shutil.copytree(TINY, copied, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    with open_checkpoint("tiny") as own, open_checkpoint(copied) as other:
+        assert own.is_tiny
+        assert not other.is_tiny
+        plan = plan_conversion(own, load_recipe("tiny"))
+        found, expected = calibrated.calibration_clips(own, plan, None), training_clips(plan.recipe.clips or 0)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

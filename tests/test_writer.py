@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 from mlaconvert.checkpoint import WEIGHTS_NAME, open_store
 from mlaconvert.errors import OutputError
-from mlaconvert.writer import ModelWriter, TensorSpec
+from mlaconvert.writer import ModelFiles, ModelWriter, TensorSpec, reserve
 
 # Odd counts of narrow elements before wide ones: a writer that ignores alignment breaks here.
 STATE = {
@@ -277,6 +278,16 @@ def test_a_disk_that_fills_up_while_writing(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="No space left"):
             writer.write("old.weight", OLD["old.weight"])
     assert only_in(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems promise no blocks")
+def test_room_is_taken_before_anything_is_written(tmp_path: Path) -> None:
+    specs = [TensorSpec("weight", (3_000_001,), torch.float32)]
+    ModelFiles(tmp_path, specs, metadata={}, where=tmp_path).create()
+    assert 512 * (tmp_path / WEIGHTS_NAME).stat().st_blocks > 12_000_004
+    with (tmp_path / "huge").open("wb") as stream, pytest.raises(OSError, match=r"large|space"):
+        reserve(stream.fileno(), 1 << 60)
+    assert (tmp_path / "huge").stat().st_size == 0
 
 
 def test_what_a_killed_run_left_is_taken_over(tmp_path: Path) -> None:

@@ -69,6 +69,10 @@ class Checkpoint:
         """One tensor, lazily. Raises CheckpointError for a name that this model has not."""
         return self.store.read(self.names.get(canonical, canonical))
 
+    def is_stored(self, canonical: str) -> bool:
+        """Whether `read` gives just what the files hold under the tensor's name."""
+        return canonical in self.names
+
     def info(self, canonical: str) -> TensorInfo:
         """Shape, dtype and size of one tensor; `name` is the one in the file. Raises KeyError for an unknown name."""
         return self.store.tensors[self.names[canonical]]
