@@ -141,6 +141,12 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout == "[]\n"
 
 
+def test_tables_need_no_plots() -> None:
+    code = "import sys, mlaconvert.convert, mlaconvert.report; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout == "False\n"
+
+
 # --- analyze ---------------------------------------------------------------------------------------------------------
 
 
@@ -343,17 +349,20 @@ def test_exceptions_become_one_line(
 def test_a_killed_process_cleans_up(golden: Path, tmp_path: Path) -> None:
     """SIGTERM in the middle of the first layer, while the output is half written."""
     code = (
-        "import sys, time, mlaconvert.layers as c, mlaconvert.cli as cli\n"
-        "c.convert_layer = lambda *a: (print('ready', flush=True), time.sleep(5))\n"
+        "import os, sys, time, mlaconvert.layers as c, mlaconvert.cli as cli\n"
+        # One write for each of the layers that are converted side by side: their lines do not mix.
+        "c.convert_layer = lambda *a: (os.write(1, b'ready\\n'), time.sleep(5))\n"
         f"sys.argv = ['mlaconvert', 'convert', {str(golden)!r}, '-o', {str(tmp_path / 'out')!r}, '--init', 'svd']\n"
         "cli.main()\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    assert (tmp_path / ".out.partial").is_dir()
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=300)
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        assert (tmp_path / ".out.partial").is_dir()
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
 

@@ -6,6 +6,8 @@ Data goes to stdout, everything else to stderr. torch and all that needs it are 
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -72,6 +74,8 @@ def main() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # A polite kill cleans up like Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # What is alive at the end is not searched for cycles once more: with torch, a quarter of a second of every command.
+    atexit.register(gc.freeze)
     app()
 
 
