@@ -1,6 +1,6 @@
 """What each way to convert loses on the shipped model before any training, over seeds; prints a Markdown table.
 
-    python benchmarks/fidelity.py [--seeds 3] [--jobs 2] [--write BENCHMARKS.md] [--json]
+    python benchmarks/fidelity.py [--seeds 3] [--jobs 2] [--only REGEX] [--write BENCHMARKS.md] [--json]
 
 Excess is the validation loss on held-back clips above the teacher's, in percent of it (block-causal, an independent
 noise level per chunk, stratified shift-5 grid). A seed draws validation noise, random weights, calibration noise. Jobs
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -76,6 +77,8 @@ TABLES: dict[str, dict[str, ConvertRecipe | None]] = {
     "scores and values of a head (32 wide)": {
         "32 and 32, each head's own rotation": ADAPTIVE,
         "32 and 32, shared rotary key": NARROW,
+        "at most 28 (12 unrotated), 28": change(NARROW, nope_dim=12, rope_dim=16, v_dim=28),
+        "at most 24 (12 unrotated), 24": change(NARROW, nope_dim=12, rope_dim=12, v_dim=24),
         "at most 24 (8 unrotated), 24": change(NARROW, nope_dim=8, rope_dim=16, v_dim=24),
         "24 (8 unrotated), 16": change(NARROW, nope_dim=8, rope_dim=16, v_dim=16),
         "16 (8 unrotated), 16": change(NARROW, nope_dim=8, rope_dim=8, v_dim=16),
@@ -88,13 +91,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default 3)")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once (default 1)")
+    parser.add_argument("--only", metavar="REGEX", help="rows whose name it is found in")
     parser.add_argument("--write", type=Path, help="put the tables between the markers of this file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     arguments = parser.parse_args()
-    found: dict[str, dict[int, float]] = {name: {} for name in ROWS}
+    if arguments.only is not None and arguments.write is not None:
+        parser.error("--write wants all rows; leave out --only")
+    found: dict[str, dict[int, float]] = {name: {} for name in ROWS if re.search(arguments.only or "", name)}
+    if not found:
+        parser.error(f"no row's name has {arguments.only!r} in it")
     teacher: dict[int, float] = {}
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        work = {pool.submit(measure, name, seed): (name, seed) for name in ROWS for seed in range(arguments.seeds)}
+        work = {pool.submit(measure, name, seed): (name, seed) for name in found for seed in range(arguments.seeds)}
         for i, done in enumerate(as_completed(work), 1):
             name, seed = work[done]
             teacher[seed], loss = done.result()
@@ -114,8 +122,10 @@ def tables(teacher: dict[int, float], found: dict[str, dict[int, float]]) -> str
     seeds = len(teacher)
     lines = [f"Teacher's validation loss: {statistics.mean(teacher.values()):.4f} (mean of {seeds} seeds).", ""]
     for title, rows in TABLES.items():
-        lines += [f"| {title} | excess, mean | lowest to highest |", "|---|---|---|"]
-        for name in rows:
+        asked = [name for name in rows if name in found]
+        if asked:
+            lines += [f"| {title} | excess, mean | lowest to highest |", "|---|---|---|"]
+        for name in asked:
             values = found[name].values()
             digits = 1 if max(values) >= 0.05 else 5
             low, mean, high = min(values), statistics.mean(values), max(values)
