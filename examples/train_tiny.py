@@ -1,20 +1,19 @@
 """Train the tiny model that ships with mlaconvert: a chunk-causal, text-conditioned video transformer in Wan's layout.
 
-    python examples/train_tiny.py runs/tiny           # about three hours on one CPU core; start again to resume
+    python examples/train_tiny.py runs/tiny           # about 70 minutes on two CPU cores; start again to resume
 
 Flow matching on clips drawn on the fly (mlaconvert/tiny/clips.py). A batch is six frames in two chunks, or a sink frame
-from the past and two chunks, which is what a rolling window shows the model. Chunks have independent noise levels, or
-clean, slightly perturbed predecessors, as in a rollout. Four parts, each with its own warm-up and decay: everything, on
-wild scenes; mostly chunks behind a clean past; calmer scenes, many of them behind a past that the model generated
-itself, with the true next chunk as the target, so that a rollout's errors are mended instead of growing; and the
-scenes that ship. Writes the model in float32 with an averaged copy of the weights, the caption embeddings, and the
-loss curve (training.json).
+from the past and two chunks, which is what a rolling window shows the model. Behind a sink, the past is mostly clean or
+slightly perturbed, as in a rollout; other chunks have a noise level of their own. Later, half of most batches lie
+behind a past that the model generated itself, with the true next chunk as the target, so that a rollout's errors are
+mended instead of growing. Muon (Jordan et al. 2024; torch 2.9 has it) trains the blocks' matrices, AdamW the rest; the
+rate is constant, and falls to zero in the last third. Writes the model in float32 with an averaged copy of the weights,
+the caption embeddings, and the loss curve (training.json).
 """
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -31,25 +30,19 @@ from mlaconvert.config import StreamingConfig, WanConfig
 from mlaconvert.model import Block, WanModel
 from mlaconvert.rollout import Sampler, add_noise, rollout, warp
 from mlaconvert.tiny.clips import (
-    CALM,
     CAPTION_LEN,
     HEIGHT,
-    STILL,
     VOCABULARY,
     WIDTH,
-    WILD,
-    Difficulty,
     embed_captions,
     sample_scenes,
 )
 
-BATCH, WARM_UP, EMA = 16, 200, 0.999
-# The last step of each part, its peak learning rate, and its scenes.
-PARTS = ((7500, 2e-3, WILD), (9900, 1.2e-3, WILD), (13500, 1e-3, STILL), (16300, 1e-3, CALM))
-OWN_PASTS = 2  # the part that begins with them
-STEPS = PARTS[-1][0]
-# Own pasts: rollouts of so many chunks behind a given one, sampled briefly, dropped where they leave the true clip.
-OWN, OWN_CHUNKS, OWN_SAMPLER, STRAYED = BATCH // 2, 6, Sampler.many_step(4, shift=3.0), 0.15
+BATCH, STEPS, WARM_UP, DECAY = 16, 9000, 200, 5500  # steps; the rate falls from DECAY on
+MUON_RATE, ADAMW_RATE = 0.02, 3e-3
+# Own pasts, from step OWN on: rollouts of so many chunks behind a given one, sampled briefly, dropped where they leave
+# the true clip.
+OWN, OWN_CHUNKS, OWN_SAMPLER, STRAYED = 2500, 8, Sampler.many_step(4, shift=3.0), 0.15
 CONFIG = WanConfig(
     dim=192,
     num_heads=6,
@@ -82,29 +75,25 @@ GEOMETRY = (
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     tables = caption_embeddings()
     model = WanModel(CONFIG)
     initialise(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PARTS[0][1], betas=(0.9, 0.99), weight_decay=0.01)
+    optimizers = make_optimizers(model)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     step, curve = 0, []
     state_file = folder / "state.pt"
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, curve = state["step"], state["curve"]
-        average = state["average"]
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+        step, curve, average = state["step"], state["curve"], state["average"]
     began, first, recent = time.time(), step, []
-    part = -1
-    pasts: Iterator[Past] = iter(())
+    pasts = own_pasts(model, tables, step)
     while step < STEPS:
-        if part != part_of(step):
-            part = part_of(step)
-            pasts = own_pasts(model, tables, PARTS[part][2], step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate(step)
         clips, sigma, chunks, tokens, noise = batch(step, pasts)
         with torch.autocast("cpu", torch.bfloat16):
             out = model(add_noise(clips, noise, sigma), 1000 * sigma, embed_captions(tokens, tables), chunks=chunks)
@@ -113,12 +102,12 @@ def main(folder: Path) -> None:
         loss = (per_frame * counted).sum() / counted.sum()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         step += 1
         with torch.no_grad():
-            weight = 1 - min(EMA, step / (step + 100))
-            torch._foreach_lerp_(list(average.values()), list(model.parameters()), weight)
+            torch._foreach_lerp_(list(average.values()), list(model.parameters()), 100 / (step + 100))
         recent.append(loss.item())
         if step % 100 == 0:
             curve.append([step, round(sum(recent) / len(recent), 5)])
@@ -126,15 +115,23 @@ def main(folder: Path) -> None:
             print(f"step {step}/{STEPS}  loss {curve[-1][1]:.4f}  {left:.0f} min left", flush=True)
             recent = []
         if step % 500 == 0 or step == STEPS:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-            torch.save({**state, "step": step, "curve": curve}, folder / "state.tmp")
+            state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+            torch.save({**state, "average": average, "step": step, "curve": curve}, folder / "state.tmp")
             (folder / "state.tmp").replace(state_file)
             export(folder, average, tables, curve)
 
 
-def part_of(step: int) -> int:
-    """The index in PARTS."""
-    return sum(step >= end for end, _, _ in PARTS)
+def make_optimizers(model: WanModel) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for all else; each group keeps its "peak" rate."""
+    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    muon = {"params": matrices, "peak": MUON_RATE}
+    adamw = {"params": rest, "peak": ADAMW_RATE}
+    return [
+        torch.optim.Muon([muon], weight_decay=0.01, momentum=0.95, adjust_lr_fn="original"),
+        torch.optim.AdamW([adamw], weight_decay=0.01, betas=(0.9, 0.99)),
+    ]
 
 
 Batch = tuple[Tensor, Tensor, tuple[int, ...], Tensor, Tensor]
@@ -145,9 +142,8 @@ Past = tuple[Tensor, Tensor]
 def batch(step: int, pasts: Iterator[Past]) -> Batch:
     """Clips [B, 3, F, H, W], noise levels [B, F], chunks, caption tokens [B, T] and noise of one step."""
     g = torch.Generator().manual_seed(step)
-    part = part_of(step)
-    scenes = sample_scenes(BATCH, 1_000_000 + step, PARTS[part][2])
-    two_chunks = step % 3 == 0 if part >= OWN_PASTS else step % 2 == 1
+    scenes = sample_scenes(BATCH, 1_000_000 + step)
+    two_chunks = step % 3 == 0
     if two_chunks:
         chunks: tuple[int, ...] = (3, 3)
         times = torch.arange(6).float().expand(BATCH, -1)
@@ -158,29 +154,29 @@ def batch(step: int, pasts: Iterator[Past]) -> Batch:
     clips = scenes.draw(times + torch.randint(0, 60, (BATCH, 1), generator=g))
     tokens = scenes.tokens()
     parts = len(chunks)
-    level = warp(torch.rand(BATCH, parts, generator=g), 5.0 if part == 0 else 3.0)
-    # Often everything before one chunk is clean, as the cache is in a rollout.
-    clean_before = torch.randint(0, parts, (BATCH, 1), generator=g) * (
-        torch.rand(BATCH, 1, generator=g) < (0.6 if part == 0 else 0.95)
-    )
-    clean = torch.arange(parts) < clean_before
+    level = warp(torch.rand(BATCH, parts, generator=g), 3.0)
+    # Behind a sink mostly all before the last chunk is clean, as the cache is in a rollout; else mostly nothing.
+    known = torch.randint(0, parts, (BATCH, 2), generator=g)
+    clean = torch.arange(parts) < (known.amin(1) if two_chunks else known.amax(1))[:, None]
     # A rollout's own past is not quite clean: perturb it a little, without saying so.
     noise = torch.randn(clips.shape, generator=g)
     slight = 0.12 * torch.rand(BATCH, 1, generator=g) * (torch.rand(BATCH, 1, generator=g) < 0.6)
-    if part >= OWN_PASTS and not two_chunks:
-        clips[:OWN], tokens[:OWN] = next(pasts)
-        clean[:OWN] = torch.tensor([True, True, False])
-        slight[:OWN] = 0
+    if step >= OWN and not two_chunks:
+        half = BATCH // 2
+        clips[:half], tokens[:half] = next(pasts)
+        clean[:half] = torch.tensor([True, True, False])
+        slight[:half] = 0
     level = level.masked_fill(clean, 0.0).repeat_interleave(torch.tensor(chunks), 1)
     clips = add_noise(clips, torch.randn(clips.shape, generator=g), slight * (level == 0))
     tokens[torch.rand(BATCH, generator=g) < 0.1] = 0
     return clips, level, chunks, tokens, noise
 
 
-def own_pasts(model: WanModel, tables: dict[str, Tensor], difficulty: Difficulty, first_seed: int) -> Iterator[Past]:
-    """OWN clips at a time, from rollouts of the model as it is."""
+def own_pasts(model: WanModel, tables: dict[str, Tensor], first_seed: int) -> Iterator[Past]:
+    """BATCH / 2 clips at a time, from rollouts of the model as it is."""
+    chunk, half = 3, BATCH // 2
     for seed in count(first_seed):
-        scenes, chunk = sample_scenes(BATCH, 500_000_000 + seed, difficulty), 3
+        scenes = sample_scenes(BATCH, 500_000_000 + seed)
         g = torch.Generator().manual_seed(seed)
         start = torch.randint(0, 60, (BATCH, 1), generator=g)
         clips, tokens = scenes.draw(start + torch.arange((OWN_CHUNKS + 1) * chunk)), scenes.tokens()
@@ -209,8 +205,8 @@ def own_pasts(model: WanModel, tables: dict[str, Tensor], difficulty: Difficulty
             words.append(tokens[close])
         own, captions = torch.cat(pairs), torch.cat(words)
         # Each is used twice, with new noise.
-        for some in torch.cat([torch.randperm(len(own), generator=g) for _ in range(2)]).split(OWN):
-            if len(some) == OWN:
+        for some in torch.cat([torch.randperm(len(own), generator=g) for _ in range(2)]).split(half):
+            if len(some) == half:
                 yield own[some], captions[some]
 
 
@@ -239,14 +235,9 @@ def initialise(model: WanModel) -> None:
     nn.init.zeros_(model.head.head.weight)
 
 
-def learning_rate(step: int) -> float:
-    """Linear warm-up, then cosine down to a thousandth; once for each part."""
-    part = part_of(step)
-    start, (end, peak, _) = PARTS[part - 1][0] if part else 0, PARTS[part]
-    if step < start + WARM_UP:
-        return peak * (step - start + 1) / WARM_UP
-    share = (step - start - WARM_UP) / (end - start - WARM_UP)
-    return peak * max(0.001, 0.5 + 0.5 * math.cos(math.pi * share))
+def rate(step: int) -> float:
+    """The share of the peak rate: linear warm-up, constant, and linearly down to zero."""
+    return min(1.0, (step + 1) / WARM_UP) if step < DECAY else (STEPS - step) / (STEPS - DECAY)
 
 
 def export(folder: Path, average: dict[str, Tensor], tables: dict[str, Tensor], curve: list[list[float]]) -> None:

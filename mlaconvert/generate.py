@@ -41,16 +41,7 @@ from mlaconvert.model import WanModel, load_model
 from mlaconvert.pictures import can_write_mp4, contact_sheet, save_movie
 from mlaconvert.rollout import FEW_STEPS, SHIFT, Images, Sampler, passes, rollout
 from mlaconvert.text import embed_texts, free_memory
-from mlaconvert.tiny.clips import (
-    CAPTION_LEN,
-    COLORS,
-    SHAPES,
-    SPEEDS,
-    TEXTURES,
-    VOCABULARY,
-    embed_captions,
-    null_context,
-)
+from mlaconvert.tiny.clips import CAPTION, CAPTION_LEN, VOCABULARY, embed_captions, null_context
 from mlaconvert.vae import Vae
 from mlaconvert.writer import swap_folders
 
@@ -61,7 +52,6 @@ FPS = 16  # of Wan2.1 and the tiny model
 # Euler steps and guidance that Wan's own code takes by default, for models that were not distilled to few steps.
 WAN_STEPS, WAN_GUIDANCE = 50, 5.0
 VBENCH_SAMPLES = 5
-_CAPTION = (COLORS, SHAPES, SPEEDS, COLORS, SHAPES, SPEEDS, TEXTURES)
 _LONGEST_NAME = 255  # bytes of a file name
 
 Movie = Literal["auto", "gif", "mp4", "none"]
@@ -263,7 +253,7 @@ class GenerationReport:
 
 
 def caption_tokens(caption: str) -> Tensor:
-    """Tokens [1, 7] of a caption for the tiny model, such as "red disc slow, blue square fast, stripes".
+    """Tokens [1, CAPTION_LEN] of a caption for the tiny model, such as "large red disc right, sky".
 
     An empty one means no caption. Raises InputError naming the word that does not belong.
     """
@@ -271,14 +261,14 @@ def caption_tokens(caption: str) -> Tensor:
     if words in ([], ["nothing"]):
         words = ["nothing"] * CAPTION_LEN
     else:
-        for place, allowed in enumerate(_CAPTION):
+        for place, allowed in enumerate(CAPTION):
             word = words[place] if place < len(words) else "(missing)"
             if word not in allowed:
                 raise InputError(f"caption {caption!r}: word {place + 1} is {word}; give one of {', '.join(allowed)}")
         if len(words) > CAPTION_LEN:
             raise InputError(
                 f"caption {caption!r}: {words[CAPTION_LEN]} is one word too many; the form is "
-                "COLOR SHAPE SPEED, COLOR SHAPE SPEED, TEXTURE"
+                "SIZE COLOR SHAPE HEADING, BACKGROUND"
             )
     return torch.tensor([[VOCABULARY.index(word) for word in words]])
 
@@ -504,7 +494,7 @@ def _contexts(wanted: Generation, config: WanConfig) -> tuple[list[Tensor], Tens
             "this model needs text embeddings: give a prompt, or --embeddings FILE, a safetensors file with context "
             f"[prompts, T, {config.text_dim}]"
         )
-    captions = wanted.prompts or ("red disc slow, blue square fast, waves",)
+    captions = wanted.prompts or ("large red disc right, sky",)
     return [embed_captions(caption_tokens(caption)) for caption in captions], null_context()
 
 

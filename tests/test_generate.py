@@ -30,7 +30,7 @@ from mlaconvert.pictures import can_write_mp4, contact_sheet, save_movie, side_b
 from mlaconvert.rollout import Sampler, rollout
 from mlaconvert.tiny.clips import embed_captions, null_context, sample_scenes
 
-CAPTIONS = ("red disc slow, blue square fast, stripes", "white ring fast, green triangle slow, haze")
+CAPTIONS = ("large red disc right, sky", "small white ring up, stripes")
 SHORT = Generation(frames=8, steps=2, prompts=CAPTIONS[:1])
 needs_mp4 = pytest.mark.skipif(not can_write_mp4(), reason="needs imageio-ffmpeg")
 
@@ -241,19 +241,19 @@ def test_captions_are_those_of_the_drawn_clips() -> None:
     scenes = sample_scenes(20, 9)
     for tokens in scenes.tokens():
         words = generation.VOCABULARY
-        color, shape, speed, *more, texture = (words[int(token)] for token in tokens)
-        caption = f"{color} {shape.upper()} {speed}, {' '.join(more)},{texture}"
+        size, color, shape, heading, background = (words[int(token)] for token in tokens)
+        caption = f"{size}  {color} {shape.upper()} {heading},{background}"
         assert torch.equal(caption_tokens(caption)[0], tokens)
-    assert caption_tokens("").tolist() == caption_tokens("nothing").tolist() == [[0] * 7]
+    assert caption_tokens("").tolist() == caption_tokens("nothing").tolist() == [[0] * 5]
 
 
 @pytest.mark.parametrize(
     ("caption", "message"),
     [
-        ("red disc", "word 3 is \\(missing\\); give one of slow, fast"),
-        ("red disc slow, blue square fast, plaid", "word 7 is plaid; give one of stripes, waves, checks, haze"),
-        ("disc red slow, blue square fast, haze", "word 1 is disc"),
-        ("red disc slow, blue square fast, haze haze", "haze is one word too many"),
+        ("large red disc", "word 4 is \\(missing\\); give one of up, down, left, right"),
+        ("large red disc up, plaid", "word 5 is plaid; give one of sky, dawn, glow, stripes"),
+        ("red large disc up, sky", "word 1 is red"),
+        ("large red disc up, sky sky", "sky is one word too many"),
     ],
 )
 def test_wrong_captions_are_refused(caption: str, message: str) -> None:
@@ -419,7 +419,7 @@ def test_every_option_says_its_default() -> None:
         (["--steps", "4", "--timesteps", "1000"], "exclude each other"),
         (["--timesteps", "500,1000"], "must descend"),
         (["--timesteps", "a,b"], "--timesteps is 'a,b'"),
-        (["--prompt", "red"], "word 2 is (missing)"),
+        (["--prompt", "small"], "word 2 is (missing)"),
         (["--prompt", CAPTIONS[0], "--switch", "1"], "1 prompts switch 0 times, not 1"),
         (
             ["--prompt", CAPTIONS[0], "--prompt", CAPTIONS[1], "--switch", "99"],

@@ -110,7 +110,7 @@ def test_an_output_may_be_the_movie_alone(golden: Path, base: Path, tmp_path: Pa
 
 
 def test_the_tiny_model_writes_a_file_too(tmp_path: Path) -> None:
-    caption = "red disc slow, blue square fast, stripes"
+    caption = "large red disc right, sky"
     for name in ("out.mp4", "out.gif"):
         result = invoke("tiny", caption, "-o", tmp_path / name, "--frames", 3, "--steps", 1)
         assert result.exit_code == 0, result.stderr

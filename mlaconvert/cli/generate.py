@@ -38,8 +38,8 @@ def generate(
         list[str] | None,
         typer.Argument(
             metavar="PROMPT",
-            help="What to show. Several play one after the other. The built-in model takes captions such as 'red disc "
-            "slow, blue square fast, stripes'. Default: the built-in model's own; other models need one, or "
+            help="What to show. Several play one after the other. The built-in model takes captions such as 'large "
+            "red disc right, sky'. Default: the built-in model's own; other models need one, or "
             "--embeddings.",
             show_default=False,
         ),
