@@ -42,7 +42,7 @@ def main() -> None:
     axes = figure.subplots(3, 1, height_ratios=[1.2, 3, 1])
     steps, losses = zip(*record["curve"], strict=True)
     axes[0].plot(steps, losses, linewidth=1)
-    axes[0].set(xlabel="step", ylabel="training loss (MSE of velocity)", ylim=(0.03, 0.25))
+    axes[0].set(xlabel="step", ylabel="training loss (MSE of velocity)", ylim=(0.02, 0.2))
     for axis, strip, title in zip(
         axes[1:],
         strips,

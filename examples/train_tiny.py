@@ -129,7 +129,7 @@ def make_optimizers(model: WanModel) -> list[torch.optim.Optimizer]:
     muon = {"params": matrices, "peak": MUON_RATE}
     adamw = {"params": rest, "peak": ADAMW_RATE}
     return [
-        torch.optim.Muon([muon], weight_decay=0.01, momentum=0.95, adjust_lr_fn="original"),
+        torch.optim.Muon([muon], weight_decay=0.1, momentum=0.95, adjust_lr_fn="original"),
         torch.optim.AdamW([adamw], weight_decay=0.01, betas=(0.9, 0.99)),
     ]
 
