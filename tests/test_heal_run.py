@@ -202,6 +202,35 @@ def test_an_interrupted_run_goes_on_bit_for_bit(home: Path, tmp_path: Path, stag
     assert sorted(logs[0]) == sorted(logs[1])
 
 
+def test_soap_goes_on_bit_for_bit(home: Path, tmp_path: Path) -> None:
+    """Through a turn of its eigenbases before and after the interruption."""
+    recipe = settings("distill", steps=13, save_every=7, optimizer="soap", train="all", attention_steps=2)
+    straight = run(home, tmp_path / "straight", recipe)
+    with pytest.raises(KeyboardInterrupt):
+        run(home, tmp_path / "again", recipe, progress=stop_at(8))
+    state = load(tmp_path / "again.state" / LAST)["parts"]["student"]
+    assert state["steps"] == [7]
+    bases = state["optimizer"]["blocks.0.self_attn.kv_a_proj_with_mqa.weight"]["Q"]
+    assert [len(basis) for basis in bases] == [11, 48]  # latent 7 and rotary key 4, of width 48
+    for basis in bases:
+        assert torch.allclose(basis.T @ basis, torch.eye(len(basis)), atol=1e-5)
+    assert run(home, tmp_path / "again", recipe).curves == straight.curves
+    first, second = (load_file(tmp_path / name / WEIGHTS_NAME) for name in ("straight", "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    adam = run(home, tmp_path / "adam", dataclasses.replace(recipe, optimizer="adamw"))
+    assert adam.curves.losses[0][1] == straight.curves.losses[0][1]
+    assert adam.curves.losses[-1][1] != straight.curves.losses[-1][1]
+
+
+def test_soap_is_not_for_sharded_runs(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"optimizer soap needs whole matrices; launch without --use_fsdp"):
+        run(home, tmp_path / "out", settings("distill", optimizer="soap"), cpu=False)
+    assert list(tmp_path.iterdir()) == []
+
+
 def _killed(home: Path, output: Path, recipe: HealRecipe) -> None:
     """In a process of its own: a run that is killed in its fifth step."""
 

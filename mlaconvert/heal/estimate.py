@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -11,6 +12,7 @@ from mlaconvert.config import WanConfig
 from mlaconvert.families import WanFamily
 from mlaconvert.heal.layout import Layout, View, forcing_layout, noisy_layout
 from mlaconvert.heal.recipe import HealRecipe
+from mlaconvert.heal.state import WIDEST
 
 FEW = 4  # steps of the student
 _ONCE_A_TEXT = ("cross_attn.k.", "cross_attn.v.", "text_embedding.")
@@ -73,7 +75,7 @@ def estimate(
     recipe: HealRecipe,
     student: WanConfig,
     teacher: WanConfig,
-    trained: int,
+    trained: Sequence[Sequence[int]],
     view: View,
     *,
     height: int,
@@ -81,7 +83,8 @@ def estimate(
     flops_per_second: float | None = None,
     processes: int = 1,
 ) -> Estimate:
-    """For views of `height` x `width` latent pixels, on each of `processes` (plain data parallel: nothing is sharded).
+    """For trained tensors of these shapes and views of `height` x `width` latent pixels, on each of `processes`.
+    Nothing is sharded.
 
     A pass with gradients costs three forward passes (four with checkpointing); so it does where only some weights are
     trained, for the gradient has to pass the others too.
@@ -107,20 +110,21 @@ def estimate(
         flops = generate + (once - 1) * ours + (1 + guided) * theirs + recipe.critic_steps * (generate + once * theirs)
     tokens = len(layout.positions) * prod(grid)
     parameters = _count(student)
+    learned = _elements(trained)
     copies = 1 if recipe.ema else 0
     half = 2 if recipe.precision == "bf16" else 4
     memory = {
         "weights": 4 * parameters,
-        "gradients": 4 * trained,
-        "optimizer": 8 * trained,
-        "average": 4 * trained * (copies + (recipe.stage == "consistency")),
+        "gradients": 4 * learned,
+        "optimizer": _optimizer(recipe, trained),
+        "average": 4 * learned * (copies + (recipe.stage == "consistency")),
         "teacher": 0 if recipe.stage == "teacher-forcing" else half * _count(teacher),
-        "critic": 16 * _count(teacher) if recipe.stage == "dmd" else 0,
+        "critic": 8 * _count(teacher) + _optimizer(recipe, _shapes(teacher)) if recipe.stage == "dmd" else 0,
         "activations": _activations(recipe, student, tokens),
     }
     total = flops * samples
     return Estimate(
-        trained_parameters=trained,
+        trained_parameters=learned,
         parameters=parameters,
         tokens=tokens * samples * processes,
         flops=total * processes,
@@ -129,8 +133,24 @@ def estimate(
     )
 
 
+def _shapes(config: WanConfig) -> list[tuple[int, ...]]:
+    return list(WanFamily().expected_shapes(config).values())
+
+
+def _elements(shapes: Sequence[Sequence[int]]) -> int:
+    return sum(prod(shape) for shape in shapes)
+
+
 def _count(config: WanConfig) -> int:
-    return sum(prod(shape) for shape in WanFamily().expected_shapes(config).values())
+    return _elements(_shapes(config))
+
+
+def _optimizer(recipe: HealRecipe, shapes: Sequence[Sequence[int]]) -> int:
+    """Bytes of Adam's two moments; SOAP has a covariance and an eigenbasis for each side of a matrix besides."""
+    moments = 8 * _elements(shapes)
+    if recipe.optimizer == "adamw":
+        return moments
+    return moments + 8 * sum(side * side for shape in shapes if len(shape) > 1 for side in shape if side <= WIDEST)
 
 
 def _activations(recipe: HealRecipe, config: WanConfig, tokens: int) -> int:

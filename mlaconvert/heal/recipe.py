@@ -27,6 +27,7 @@ _DEFAULTS: dict[Stage, tuple[float, tuple[float, float], float]] = {
     "consistency": (2e-6, (0.0, 0.999), 0.99),
     "dmd": (2e-6, (0.0, 0.999), 0.99),
 }
+_SOAP_BETAS = (0.95, 0.95)  # its paper's (arXiv 2409.11321), for whatever stage
 _MOST = 10**6  # of any count: steps, clips, frames
 # A run that goes on from its saved state may change these; anything else would make it another run.
 CHANGEABLE = frozenset(("lr", "critic_lr", "clip", "max_loss_ratio", "save_every", "bad_shards", "tracker"))
@@ -60,6 +61,7 @@ class HealRecipe:
     train: Train = "attention"
     batch: int = 8
     accumulate: int = 1
+    optimizer: Literal["adamw", "soap"] = "adamw"
     lr: float | None = None
     betas: tuple[float, float] | None = None
     weight_decay: float = 0.0
@@ -114,6 +116,8 @@ class HealRecipe:
     def resolved(self) -> HealRecipe:
         """With every default of the stage filled in."""
         lr, betas, ema = _DEFAULTS[self.stage]
+        if self.optimizer == "soap":
+            betas = _SOAP_BETAS
         return dataclasses.replace(
             self,
             lr=self.lr or lr,

@@ -160,7 +160,7 @@ def plan(
         with torch.device("meta"):
             model = WanModel(config)
         names = set(choose_trained(model, recipe.train))
-        trained = sum(p.numel() for name, p in model.named_parameters() if name in names)
+        trained = [tuple(p.shape) for name, p in model.named_parameters() if name in names]
         view = max(
             Batches(_Shape(shape), recipe, streaming, whole=recipe.stage == "dmd").views, key=lambda v: len(v[0])
         )

@@ -18,6 +18,8 @@ from mlaconvert.inputs import file_size
 from mlaconvert.model import Block, WanModel
 
 LAST, BEST = "last.pt", "best.pt"
+# SOAP turns its eigenbases every so many steps; dimensions above this width keep the standard basis.
+TURN_EVERY, WIDEST = 5, 4096
 _LATENT = ("q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "k_rope_proj")
 
 
@@ -51,6 +53,26 @@ def fill(target: Tensor, value: Tensor) -> None:
         value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)  # type: ignore[attr-defined]
     with torch.no_grad():
         target.copy_(value)
+
+
+def _whole(value: Any) -> Any:
+    """`whole` of a tensor, or of each in a list; anything else as it is."""
+    if isinstance(value, list):
+        return [_whole(entry) for entry in value]
+    return whole(value) if isinstance(value, Tensor) else value
+
+
+def _beside(parameter: Tensor, value: Any) -> Any:
+    """A copy of what the optimizer keeps for `parameter`: on its device, and sharded like it if it has its shape."""
+    if isinstance(value, list):
+        return [_beside(parameter, entry) for entry in value]
+    if not isinstance(value, Tensor):
+        return value
+    if hasattr(parameter, "full_tensor") and value.shape == parameter.shape:
+        made = torch.zeros_like(parameter)
+        fill(made, value)
+        return made
+    return value.to(parameter.device if value.ndim else "cpu", copy=True)  # AdamW's count of steps stays on the CPU
 
 
 class Trained:
@@ -101,10 +123,11 @@ class Trained:
             "weights": {name: whole(p) for name, p in self.parameters.items()},
             "average": [whole(a) for a in self.average],
             "optimizer": {
-                name: {key: whole(value) for key, value in moments[p].items()}
+                name: {key: _whole(value) for key, value in moments[p].items()}
                 for name, p in self.parameters.items()
                 if p in moments
             },
+            "steps": [int(group.get("step", 0)) for group in self.optimizer.param_groups],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -112,12 +135,11 @@ class Trained:
         for name, parameter in self.parameters.items():
             fill(parameter, state["weights"][name])
             if name in state["optimizer"]:
-                moments = {}
-                for key, value in state["optimizer"][name].items():
-                    moments[key] = torch.zeros_like(parameter) if value.shape == parameter.shape else value.clone()
-                    if value.shape == parameter.shape:
-                        fill(moments[key], value)
-                self.optimizer.state[parameter] = moments
+                saved = state["optimizer"][name]
+                self.optimizer.state[parameter] = {key: _beside(parameter, value) for key, value in saved.items()}
+        for group, step in zip(self.optimizer.param_groups, state.get("steps", ()), strict=False):
+            if step:  # AdamW counts by parameter
+                group["step"] = int(step)
         for average, value in zip(self.average, state["average"], strict=True):
             fill(average, value)
 
@@ -154,6 +176,18 @@ def not_a_state(path: Path) -> CheckpointError:
 
 
 def make_optimizer(objective: nn.Module, recipe: HealRecipe, lr: float) -> torch.optim.Optimizer:
-    """AdamW over what is trained, and nothing else."""
+    """The recipe's, over what is trained and nothing else."""
     trained = [p for p in objective.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=lr, betas=recipe.betas or (0.9, 0.99), weight_decay=recipe.weight_decay)
+    betas = recipe.betas or (0.9, 0.99)
+    if recipe.optimizer == "soap":
+        from pytorch_optimizer import SOAP  # takes seconds to import
+
+        return SOAP(
+            trained,
+            lr=lr,
+            betas=betas,
+            weight_decay=recipe.weight_decay,
+            precondition_frequency=TURN_EVERY,
+            max_precondition_dim=WIDEST,
+        )
+    return torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=recipe.weight_decay)
