@@ -15,7 +15,7 @@ from mlaconvert.cache import LatentCache
 from mlaconvert.config import MLAConfig, MLALayer, StreamingConfig, WanConfig
 from mlaconvert.errors import ConfigError
 from mlaconvert.heal.consistency import Consistency
-from mlaconvert.heal.data import Batch, Batches, Rows, mix
+from mlaconvert.heal.data import Batch, Batches, Drawn, Rows, mix
 from mlaconvert.heal.distill import Distill, noise_levels
 from mlaconvert.heal.dmd import Critic, Generator
 from mlaconvert.heal.estimate import estimate, forward_flops
@@ -137,7 +137,7 @@ def test_distill_matches_attention_on_the_teachers_inputs() -> None:
     choose_trained(student, "attention")
     loss = Distill(student, teacher, recipe(steps=10, attention_steps=1), STREAMING)("loss", batch, 0)
     again = make_batch()
-    sigma = noise_levels(again)
+    sigma, _ = noise_levels(again)
     noise = again.rows.normal(*again.latents.shape[1:]).double()
     noisy = again.latents + sigma[:, None, :, None, None] * (noise - again.latents)
     seen: list[tuple[tuple[Any, ...], Tensor]] = []
@@ -157,20 +157,62 @@ def test_distill_then_matches_velocities_where_frames_are_noisy() -> None:
     teacher, student, batch = model(TEACHER, 1), model(STUDENT, 2), make_batch(count=5)
     loss = Distill(student, teacher, recipe(steps=10, attention_steps=1), STREAMING)("loss", batch, 1)
     again = make_batch(count=5)
-    sigma = noise_levels(again)
+    sigma, weight = noise_levels(again)
     noise = again.rows.normal(*again.latents.shape[1:]).double()
     noisy = again.latents + sigma[:, None, :, None, None] * (noise - again.latents)
     difference = teacher(noisy, 1000 * sigma, again.context) - student(noisy, 1000 * sigma, again.context)
     kept = difference.transpose(1, 2)[sigma > 0]
     assert 0 < len(kept) < 5 * 4
-    assert loss.item() == pytest.approx(float(kept.square().mean()), rel=1e-5)
+    errors = kept.square().mean((1, 2, 3)) * weight[sigma > 0]
+    assert loss.item() == pytest.approx(float(errors.mean()), rel=1e-5)
+
+
+def test_distill_weighs_its_noise_levels_to_the_schedule() -> None:
+    """Against integrals over shift 5: of levels and of what is rare, near zero; there most draws are."""
+    batch = dataclasses.replace(make_batch(), rows=Rows([mix("levels", i) for i in range(3000)]))
+    sigma, weight = (x[:, ::2] for x in noise_levels(batch))  # the first frame of each chunk
+    place = (torch.arange(10**6).double() + 0.5) / 10**6
+    schedule = 5 * place / (1 + 4 * place)
+    for chunk, share in ((0, 0.75), (1, 1.0)):  # the first chunk is clean before a quarter of the second ones
+        s, w = sigma[:, chunk].double(), weight[:, chunk].double()
+        drawn = s > 0
+        assert drawn.double().mean() == pytest.approx(share, abs=0.02)
+        s, w = s[drawn], w[drawn]
+        assert w.mean() == pytest.approx(1, rel=0.02)
+        for power in (0.5, 1.0, 3.0):
+            assert (w * s**power).mean() == pytest.approx(float((schedule**power).mean()), rel=0.02)
+        low, rare = (s < 0.1).double(), float((schedule < 0.1).double().mean())
+        assert (w * low).mean() == pytest.approx(rare, rel=0.1)
+        assert low.mean() > 8 * rare
+    assert (weight[sigma == 0] == 0).all()
+
+
+def test_a_steps_samples_cover_the_schedule_evenly() -> None:
+    """However they are shared among processes and micro-batches, and anew in every step."""
+    source = Drawn(2)
+
+    def places(step: int, *, batch: int, accumulate: int, world: int) -> Tensor:
+        made = recipe("teacher-forcing", batch=batch, accumulate=accumulate, steps=3)
+        parts = [
+            Batches(source, made, None, rank=rank, world=world).batch(step, micro).rows.strata(2)
+            for micro in range(accumulate)
+            for rank in range(world)
+        ]
+        return torch.cat(parts)
+
+    whole = places(1, batch=12, accumulate=1, world=1)
+    for column in whole.T:
+        assert sorted((12 * column).int().tolist()) == list(range(12))
+    assert not torch.equal((12 * whole[:, 0]).int(), (12 * whole[:, 1]).int())
+    assert torch.equal(places(1, batch=2, accumulate=3, world=2), whole)
+    assert not torch.equal((12 * places(2, batch=12, accumulate=1, world=1)).int(), (12 * whole).int())
 
 
 def test_teacher_forcing_is_flow_matching_chunk_by_chunk() -> None:
     student, batch = model(STUDENT, 2), make_batch()
     loss = TeacherForcing(student, recipe("teacher-forcing"), STREAMING)("loss", batch, 0)
     rows = make_batch().rows
-    uniform = rows.uniform(2)
+    uniform = rows.strata(2)
     sigma = 5 * uniform / (1 + 4 * uniform)
     noise = rows.normal(*batch.latents.shape[1:]).double()
     empty = rows.uniform(1, 1) < 0.1

@@ -38,10 +38,14 @@ def mix(*parts: int | str) -> int:
 
 
 class Rows:
-    """Random numbers of a batch: one generator a sample."""
+    """Random numbers of a batch: one generator a sample.
 
-    def __init__(self, seeds: list[int]) -> None:
+    The batch is samples `first` ... of the `total` that make a step; all parts of a step are given the same `common`.
+    """
+
+    def __init__(self, seeds: list[int], *, first: int = 0, total: int | None = None, common: int = 0) -> None:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._first, self._total, self._common = first, total or len(seeds), common
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal [B, *shape]."""
@@ -50,6 +54,13 @@ class Rows:
     def uniform(self, *shape: int) -> Tensor:
         """Uniform in [0, 1), [B, *shape]."""
         return torch.stack([torch.rand(shape, generator=g) for g in self._generators])
+
+    def strata(self, count: int) -> Tensor:
+        """Uniform in [0, 1), [B, count]: in each column, one sample of the step in each of `total` equal parts."""
+        common = torch.Generator().manual_seed(self._common)
+        parts = torch.stack([torch.randperm(self._total, generator=common) for _ in range(count)], 1)
+        parts = parts[self._first : self._first + len(self._generators)]
+        return ((parts + self.uniform(count)) / self._total).clamp(max=1 - 2**-24)
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """Integers below `high`, [B, *shape]."""
@@ -228,8 +239,9 @@ class Batches:
     def batch(self, step: int, micro: int = 0, purpose: str = "student") -> Batch:
         """Clips, noise and view of one micro-batch; `purpose` keeps the critic's apart from the student's."""
         recipe = self.recipe
-        first = ((step * recipe.accumulate + micro) * self.world + self.rank) * recipe.batch
-        numbers = list(range(first, first + recipe.batch))
+        total = recipe.accumulate * self.world * recipe.batch
+        first = (micro * self.world + self.rank) * recipe.batch
+        numbers = list(range(step * total + first, step * total + first + recipe.batch))
         common = torch.Generator().manual_seed(mix(recipe.seed, purpose, "common", step, micro))
         view = self.views[int(torch.randint(len(self.views), (), generator=common))]
         clips = self.source.clips(numbers)
@@ -239,7 +251,12 @@ class Batches:
             context=clips.context.to(self.device),
             null=None if null is None else null.to(self.device),
             view=view,
-            rows=Rows([mix(recipe.seed, purpose, number) for number in numbers]),
+            rows=Rows(
+                [mix(recipe.seed, purpose, number) for number in numbers],
+                first=first,
+                total=total,
+                common=mix(recipe.seed, purpose, "strata", step),
+            ),
             shared=float(torch.rand((), generator=common)),
         )
 

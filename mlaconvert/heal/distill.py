@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -9,12 +11,15 @@ from torch.utils.checkpoint import checkpoint
 from mlaconvert.config import StreamingConfig
 from mlaconvert.heal.data import Batch
 from mlaconvert.heal.layout import noisy_layout, prepare
-from mlaconvert.heal.objective import Objective, draw_levels, draw_noise, per_frame
+from mlaconvert.heal.objective import Objective, draw_noise, per_frame
 from mlaconvert.heal.recipe import HealRecipe
 from mlaconvert.model import Block, WanModel
-from mlaconvert.rollout import add_noise
+from mlaconvert.rollout import SHIFT, add_noise, warp
 
 CLEAN_PAST = 0.5  # share of the clips whose first chunks are clean, as a rollout's are
+# Share of the noise levels that are drawn evenly by their logarithm, and from where on. Few levels of the schedule are
+# near zero, but a velocity there is a small error divided by the level, and makes most of a gradient's variance.
+SPREAD, FLOOR = 0.3, 1e-3
 
 
 class Distill(Objective):
@@ -36,11 +41,11 @@ class Distill(Objective):
         return "attention" if step < (self.recipe.attention_steps or 0) else "velocity"
 
     def loss(self, batch: Batch, step: int) -> Tensor:
-        sigma = noise_levels(batch)
+        sigma, weight = noise_levels(batch)
         noisy = add_noise(batch.latents, draw_noise(batch), sigma)
         if self.phase(step) == "attention":
             return self._attention_loss(batch, noisy, sigma)
-        return self._velocity_loss(batch, noisy, sigma)
+        return self._velocity_loss(batch, noisy, sigma, weight)
 
     def _attention_loss(self, batch: Batch, noisy: Tensor, sigma: Tensor) -> Tensor:
         """Mean over layers of |student - teacher|^2 / |teacher|^2 of the attention output."""
@@ -70,19 +75,30 @@ class Distill(Objective):
             errors.append((found.float() - expected).square().sum() / expected.square().sum())
         return torch.stack(errors).mean()
 
-    def _velocity_loss(self, batch: Batch, noisy: Tensor, sigma: Tensor) -> Tensor:
-        """Mean squared difference of the velocities, over the frames that are noisy."""
+    def _velocity_loss(self, batch: Batch, noisy: Tensor, sigma: Tensor, weight: Tensor) -> Tensor:
+        """Mean squared difference of the velocities over the schedule, estimated from the frames that are noisy."""
         layout = noisy_layout(batch.view, self._streaming)
         with torch.no_grad():
             expected = self.run(self._teacher[0], noisy, 1000 * sigma, batch.context, layout)
         found = self.run(self.student, noisy, 1000 * sigma, batch.context, layout)
-        counted = (sigma > 0).float()
-        return ((found - expected).square().mean((1, 3, 4)) * counted).sum() / counted.sum()
+        return ((found - expected).square().mean((1, 3, 4)) * weight).sum() / (sigma > 0).sum()
 
 
-def noise_levels(batch: Batch) -> Tensor:
-    """[B, F]: an independent level a chunk, or a clean past before one of the chunks."""
-    levels, count = draw_levels(batch), len(batch.view.chunks)
+def noise_levels(batch: Batch) -> tuple[Tensor, Tensor]:
+    """[B, F] each: a level a chunk, or a clean past before one of the chunks, and what each level counts.
+
+    Importance sampling: levels are drawn from a mixture, `SPREAD` of it log-uniform and the rest the shift-5 schedule,
+    and weigh the schedule's density over the mixture's, so that a weighted mean has the schedule's expectation. Clean
+    frames weigh nothing.
+    """
+    count = len(batch.view.chunks)
+    place = batch.rows.strata(count)
+    levels = torch.where(place < SPREAD, FLOOR ** (1 - place / SPREAD), warp((place - SPREAD) / (1 - SPREAD)))
+    schedule = SHIFT / (SHIFT - (SHIFT - 1) * levels).square()  # the derivative of the inverse of `warp`
+    spread = (levels >= FLOOR) / (levels.clamp(min=FLOOR) * -math.log(FLOOR))
+    weight = schedule / ((1 - SPREAD) * schedule + SPREAD * spread)
     before = batch.rows.integers(count, 1) * (batch.rows.uniform(1) < CLEAN_PAST)
     clean = torch.arange(count) < before
-    return per_frame(levels.masked_fill(clean.to(levels.device), 0.0), batch.view)
+    device = batch.latents.device
+    levels, weight = (x.masked_fill(clean, 0.0).to(device) for x in (levels, weight))
+    return per_frame(levels, batch.view), per_frame(weight, batch.view)

@@ -76,8 +76,11 @@ def per_frame(levels: Tensor, view: View) -> Tensor:
 
 
 def draw_levels(batch: Batch) -> Tensor:
-    """Independent noise levels of the shift-5 schedule, one a chunk, on the clips' device [B, chunks]."""
-    return warp(batch.rows.uniform(len(batch.view.chunks))).to(batch.latents.device)
+    """Noise levels of the shift-5 schedule, one a chunk, on the clips' device [B, chunks].
+
+    A step's samples cover the schedule evenly (stratified sampling); chunks are independent of each other.
+    """
+    return warp(batch.rows.strata(len(batch.view.chunks))).to(batch.latents.device)
 
 
 def draw_noise(batch: Batch) -> Tensor:
