@@ -1,12 +1,15 @@
 """How far healing brings conversions of the shipped model, and how fast; prints Markdown tables.
 
-    python benchmarks/healing.py [--seeds 3] [--quick] [--only starts,stages,students] [--runs DIR]
+    python benchmarks/healing.py [--seeds 0,1,2] [--quick] [--only starts,long,stages,noise,students]
+                                [--runs DIR] [--write BENCHMARKS.md]
     python benchmarks/healing.py --real-size [--small]      # one step of each stage at the size of Wan2.1 T2V 1.3B
 
-Every finished cell is kept as JSON in the folder of runs; started again, only what is missing is computed, and a cell
-that was interrupted goes on from its saved state. Excess is the validation loss on held-back clips above that of a
-teacher that got the same steps of flow matching on the same clips, in percent of it. A seed draws the conversion's
-random numbers and calibration noise, the training clips and their noise, and the validation noise.
+Every finished cell is kept as JSON in benchmarks/healing_cells, with the recipe of its run; started again, only what is
+missing or had another recipe is computed, and a run that was interrupted goes on from its saved state in the folder of
+runs. Cells of different seeds may be computed by processes side by side. Excess is the validation loss on held-back
+clips above that of a teacher that got the same steps of flow matching on the same clips, in percent of it. A seed draws
+the conversion's random numbers and calibration noise, the training clips and their noise, and the four draws of
+validation noise.
 
 The distance of few-step students: the first chunk of held-back clips is continued twice by the student in four steps,
 and twice by the teacher in twenty guided ones. Both sides are described by what the teacher's middle block makes of
@@ -31,20 +34,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tables import put_between
 
 from mlaconvert.config import ConvertRecipe, StreamingConfig, WanConfig
 from mlaconvert.convert import convert
 from mlaconvert.evaluate import validation_loss
-from mlaconvert.heal import HealRecipe, heal, load_heal_recipe
+from mlaconvert.families import open_checkpoint
+from mlaconvert.heal import HealRecipe, distill, heal, load_heal_recipe
 from mlaconvert.heal.consistency import Consistency
-from mlaconvert.heal.data import Batch, Drawn, Rows, mix
-from mlaconvert.heal.distill import Distill
+from mlaconvert.heal.data import Batch, Batches, Drawn, Rows, mix
 from mlaconvert.heal.dmd import Critic, Generator
 from mlaconvert.heal.estimate import estimate
 from mlaconvert.heal.fewstep import FewStep, energy_distance, reference_features
 from mlaconvert.heal.layout import views
 from mlaconvert.heal.objective import Objective, Uncast
 from mlaconvert.heal.recipe import STAGES
+from mlaconvert.heal.run import trainable
 from mlaconvert.heal.state import choose_trained, make_optimizer
 from mlaconvert.heal.teacher_forcing import TeacherForcing
 from mlaconvert.model import WanModel, load_model
@@ -52,36 +57,41 @@ from mlaconvert.recipes import load_recipe, mla_config, resolve_recipe
 from mlaconvert.tiny.clips import held_back
 
 # Held-back clips that losses are measured on, and that are continued; and what every run has in common.
-SIZES: dict[str, int] = {"clips": 64, "continued": 32}
+SIZES: dict[str, int] = {"clips": 256, "continued": 32}
 COMMON: dict[str, Any] = {"tracker": "none"}
 # Flow matching as the teacher itself was trained, at a rate for a model that is nearly there.
-FLOW: dict[str, Any] = {"stage": "teacher-forcing", "lr": 1e-4, "train": "all"}
+FLOW: dict[str, Any] = {"stage": "teacher-forcing", "optimizer": "adamw", "lr": 1e-4, "train": "all"}
 # Dense bfloat16 peak in TFLOP/s, from the vendor's data sheets.
 PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0, "RTX 4090": 165.0}
 
 
 class Cells:
-    """Results by name, each kept in a file of its own as soon as it is known."""
+    """Results by name, each kept in a file of its own as soon as it is known; `runs` has what was trained."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, results: Path, runs: Path) -> None:
+        self.results, self.runs = results, runs
+        for folder in (results, runs):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, name: str, make: Callable[..., Any], *arguments: Any) -> Any:
         """What `make(*arguments)` gives, or gave."""
-        path = self.folder / f"{name}.json"
+        path = self.results / f"{name}.json"
         if not path.is_file():
             began = time.monotonic()
             value = make(*arguments)
             partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(value))
+            partial.write_text(json.dumps(value) + "\n")
             partial.replace(path)
             print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         return json.loads(path.read_text())
 
     def train(self, name: str, start: Path, seed: int, **options: Any) -> dict[str, Any]:
-        """Heal `start` into the folder of that name: the validation during the run, and the loss of the result."""
-        return self.get(name, trained, start, self.folder / name, seed, options)
+        """Heal `start` into the folder of that name: the recipe, its validation during the run, the result's loss."""
+        recipe = load_heal_recipe("tiny-distill", {"seed": seed} | options | COMMON).resolved()
+        path = self.results / f"{name}.json"
+        if path.is_file() and json.loads(path.read_text())["recipe"] != _plain(recipe):
+            path.unlink()
+        return self.get(name, trained, start, self.runs / name, seed, recipe)
 
 
 # --- the shipped model -----------------------------------------------------------------------------------------------
@@ -113,89 +123,95 @@ def dense_copy(runs: Path) -> Path:
 
 
 def loss_of(folder: Path, seed: int) -> float:
-    """Validation loss on all held-back clips."""
-    return validation_loss(load_model(folder), held_back(SIZES["clips"]), seeds=[seed])
+    """Validation loss on all held-back clips, over four draws of noise."""
+    return validation_loss(load_model(folder), held_back(SIZES["clips"]), seeds=range(4 * seed, 4 * seed + 4))
 
 
-def trained(start: Path, output: Path, seed: int, options: dict[str, Any]) -> dict[str, Any]:
-    recipe = load_heal_recipe("tiny-distill", {"seed": seed} | options | COMMON)
+def trained(start: Path, output: Path, seed: int, recipe: HealRecipe) -> dict[str, Any]:
+    healing = output / "healing.json"
+    if healing.is_file() and json.loads(healing.read_text())["recipe"] != _plain(recipe):
+        shutil.rmtree(output)
     if not output.is_dir():
-        heal(start, output, recipe, teacher="tiny", say=lambda line: print(f"  {line}", file=sys.stderr))
-    curve = json.loads((output / "healing.json").read_text())["validation"]
-    return {"curve": curve, "loss": loss_of(output, seed)}
+        heal(start, output, recipe, teacher="tiny", say=lambda line: print(f"  {line}", file=sys.stderr, flush=True))
+    curve = json.loads(healing.read_text())["validation"]
+    return {"recipe": _plain(recipe), "curve": curve, "loss": loss_of(output, seed)}
 
 
-def starts(cells: Cells, seeds: int, steps: int, long: int) -> list[str]:
-    """Validation against steps for each start, and how many steps the random one needs."""
+def starts(cells: Cells, seeds: list[int], steps: int) -> list[str]:
+    """Validation before, after and during the steps, for each start."""
     lines = [f"| start | before | after {steps} steps | lowest to highest |", "|---|---|---|---|"]
     peers = teachers(cells, seeds, steps)
     curves = []
     for start in ("random", "svd", "calibrated"):
         before, after = [], []
-        for seed, peer in enumerate(peers):
-            folder = converted(cells.folder, start, seed)
+        for seed, peer in zip(seeds, peers, strict=True):
+            folder = converted(cells.runs, start, seed)
             first = cells.get(f"before-{start}-{seed}", loss_of, folder, seed)
             last = cells.train(f"starts-{start}-{seed}-{steps}", folder, seed, steps=steps)
             before.append(_excess(first, peer["before"]))
             after.append(_excess(last["loss"], peer["after"]))
-            if seed == 0:
-                curves.append(f"{start}, seed 0, 16 clips: {_curve(last)}")
+            if seed == seeds[0]:
+                curves.append(f"{start}, seed {seed}, 16 clips: {_curve(last)}")
         spread = f"{min(after):.1f} to {max(after):.1f}%"
         lines.append(f"| {start} | {statistics.mean(before):.1f}% | {statistics.mean(after):.1f}% | {spread} |")
-    found = cells.train(f"starts-random-long-{long}", converted(cells.folder, "random", 0), 0, steps=long)
-    peer = teachers(cells, 1, long)[0]
     lines += ["", "Validation loss by step:", "", *(f"- {curve}" for curve in curves)]
-    lines += [f"- random, {long} steps: {_curve(found)}; excess {_excess(found['loss'], peer['after']):.1f}%"]
     return lines
 
 
-def teachers(cells: Cells, seeds: int, steps: int) -> list[dict[str, float]]:
+def long_run(cells: Cells, steps: int, long: int) -> list[str]:
+    """What the random start needs: one seed, `long` steps, held against the teacher of the other runs."""
+    found = cells.train(f"starts-random-0-{long}", converted(cells.runs, "random", 0), 0, steps=long)
+    excess = _excess(found["loss"], teachers(cells, [0], steps)[0]["after"])
+    return [f"From the random start, {long} steps, seed 0, 16 clips: {_curve(found)}; excess {excess:.1f}%"]
+
+
+def teachers(cells: Cells, seeds: list[int], steps: int) -> list[dict[str, float]]:
     """The teacher before and after `steps` more steps of flow matching on the same clips.
 
     More training may also hurt a teacher that had enough; the better one is what students are held against.
     """
     found = []
-    for seed in range(seeds):
-        folder = dense_copy(cells.folder)
+    for seed in seeds:
+        folder = dense_copy(cells.runs)
         before = cells.get(f"teacher-{seed}", loss_of, folder, seed)
         after = cells.train(f"teacher-{seed}-{steps}", folder, seed, steps=steps, **FLOW)["loss"]
         found.append({"before": before, "after": min(before, after)})
     return found
 
 
-def stages(cells: Cells, seeds: int, steps: int) -> list[str]:
+def stages(cells: Cells, seeds: list[int], steps: int) -> list[str]:
     """From the calibrated start: what is matched, attention first or not, and what is trained."""
     rows: dict[str, dict[str, Any]] = {
-        "distill, attention first (a fifth)": {"attention_steps": steps // 5},
-        "distill, velocity only": {"attention_steps": 0},
+        "distill, velocity only, train all (the recipe)": {},
+        "attention first (a fifth)": {"attention_steps": steps // 5},
         "flow matching only (teacher forcing)": FLOW,
-        "distill, train latent": {"train": "latent"},
-        "distill, train attention": {"train": "attention"},
-        "distill, train all": {"train": "all"},
+        "train latent": {"train": "latent"},
+        "train attention": {"train": "attention"},
     }
     lines = [f"| {steps} steps from the calibrated start | excess | lowest to highest |", "|---|---|---|"]
     peers = teachers(cells, seeds, steps)
     for name, options in rows.items():
         found = []
-        for seed, peer in enumerate(peers):
-            folder = converted(cells.folder, "calibrated", seed)
-            value = cells.train(f"stages-{_slug(name)}-{seed}-{steps}", folder, seed, steps=steps, **options)
+        for seed, peer in zip(seeds, peers, strict=True):
+            folder = converted(cells.runs, "calibrated", seed)
+            cell = f"stages-{_slug(name)}-{seed}-{steps}" if options else f"starts-calibrated-{seed}-{steps}"
+            value = cells.train(cell, folder, seed, steps=steps, **options)
             found.append(_excess(value["loss"], peer["after"]))
         lines.append(f"| {name} | {statistics.mean(found):.1f}% | {min(found):.1f} to {max(found):.1f}% |")
     return lines
 
 
-def students(cells: Cells, seeds: int, steps: int) -> list[str]:
+def students(cells: Cells, seeds: list[int], steps: int) -> list[str]:
     """Distance of four-step students to the teacher of twenty steps, stage by stage."""
     found: dict[str, list[float]] = {}
-    for seed in range(seeds):
-        start, tiny = converted(cells.folder, "calibrated", seed), dense_copy(cells.folder)
+    for seed in seeds:
+        start, tiny = converted(cells.runs, "calibrated", seed), dense_copy(cells.runs)
         chain = [start]
         for name, count in (("tiny-distill", steps), ("tiny-consistency", steps), ("tiny-dmd", max(1, steps // 3))):
-            cell = f"students-{name}-{seed}-{steps}"
+            cell = f"students-{name}-{seed}-{steps}" if len(chain) > 1 else f"starts-calibrated-{seed}-{steps}"
             options = {k: v for k, v in vars(load_heal_recipe(name, {})).items() if v is not None and k != "seed"}
             cells.train(cell, chain[-1], seed, **options | {"steps": count})
-            chain.append(cells.folder / cell)
+            chain.append(cells.runs / cell)
         rows = {
             "teacher, twenty steps, other noise (floor)": (tiny, True),
             "teacher in four steps": (tiny, False),
@@ -215,6 +231,40 @@ def students(cells: Cells, seeds: int, steps: int) -> list[str]:
     return lines
 
 
+def noise(cells: Cells, seeds: list[int]) -> list[str]:
+    """Gradient noise scale (McCandlish et al., arXiv 1812.06162) of distillation, by how its levels are drawn."""
+    rows = {"the schedule": 0.0, f"{distill.SPREAD:.0%} of them log-uniform, weighted": distill.SPREAD}
+    lines = ["| noise levels drawn from | noise scale, clips | lowest to highest |", "|---|---|---|"]
+    for name, spread in rows.items():
+        start = [converted(cells.runs, "calibrated", seed) for seed in seeds]
+        found = [
+            cells.get(f"noise-{_slug(name)}-{seed}", noise_scale, folder, seed, spread)
+            for folder, seed in zip(start, seeds, strict=True)
+        ]
+        lines.append(f"| {name} | {statistics.mean(found):.0f} | {min(found):.0f} to {max(found):.0f} |")
+    return lines
+
+
+def noise_scale(folder: Path, seed: int, spread: float, batches: int = 48) -> float:
+    """Clips at which the gradient's variance equals its square, from steps of 8 clips each."""
+    recipe = load_heal_recipe("tiny-distill", {"seed": seed, "batch": 8} | COMMON).resolved()
+    student = trainable(open_checkpoint(folder))
+    choose_trained(student, "all")
+    objective = distill.Distill(student, load_model("tiny"), recipe, student.config.streaming)
+    source = Batches(Drawn(), recipe, student.config.streaming)
+    kept, distill.SPREAD = distill.SPREAD, spread
+    gradients = []
+    for step in range(batches):
+        objective.zero_grad()
+        objective("loss", source.batch(step), step).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]))
+    distill.SPREAD = kept
+    stacked = torch.stack(gradients)
+    variance = float(stacked.var(0).sum())
+    squared = float(stacked.mean(0).square().sum()) - variance / batches
+    return recipe.batch * variance / squared
+
+
 def distance(folder: Path, seed: int, floor: bool) -> float:
     """Of a model's four steps to the teacher's continuations; for the floor, of the teacher to itself."""
     source, teacher = Drawn(), load_model("tiny")
@@ -224,6 +274,11 @@ def distance(folder: Path, seed: int, floor: bool) -> float:
         return energy_distance(reference_features(teacher, clips, source.null, 3.0, first=1000 + seed), reference)
     recipe = HealRecipe(stage="consistency").resolved()
     return FewStep(load_model(folder), teacher, recipe, reference).distance(clips)
+
+
+def _plain(recipe: HealRecipe) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
 
 
 def _curve(found: dict[str, Any]) -> str:
@@ -291,7 +346,7 @@ def _measure(
     teacher = teacher.to(torch.bfloat16)
     critic: Objective | None = None
     if recipe.stage == "distill":
-        objective: Objective = Distill(student, teacher, recipe, config.streaming)
+        objective: Objective = distill.Distill(student, teacher, recipe, config.streaming)
     elif recipe.stage == "teacher-forcing":
         objective = TeacherForcing(student, recipe, config.streaming)
     elif recipe.stage == "consistency":
@@ -305,7 +360,7 @@ def _measure(
     frames = 6 if recipe.stage == "dmd" else 9
     view = views(frames, config.streaming)[-1]
     count = len(view.frames)
-    found = estimate(recipe, student_config, config, 0, view, height=size[0], width=size[1])
+    found = estimate(recipe, student_config, config, [], view, height=size[0], width=size[1])
     seconds = 0.0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -376,12 +431,17 @@ def _wait(device: torch.device) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default 3)")
+    parser.add_argument("--seeds", default="0,1,2", help="seeds of the tables (default 0,1,2)")
+    results = Path(__file__).parent / "healing_cells"
+    parser.add_argument(
+        "--results", type=Path, default=results, help="finished cells (default benchmarks/healing_cells)"
+    )
     parser.add_argument("--steps", type=int, default=300, help="steps of each run (default 300)")
     parser.add_argument("--long", type=int, default=1800, help="steps of the random start's long run (default 1800)")
     parser.add_argument("--quick", action="store_true", help="one seed, 6 steps: to see that it runs")
-    parser.add_argument("--only", default="starts,stages,students", help="tables to make (default all)")
+    parser.add_argument("--only", default="starts,long,stages,noise,students", help="tables to make (default all)")
     parser.add_argument("--runs", type=Path, default=Path("runs/healing"), help="folder of runs (default runs/healing)")
+    parser.add_argument("--write", type=Path, help="put each table between its markers in this file")
     parser.add_argument(
         "--real-size", action="store_true", help="one step of each stage at the size of Wan2.1 T2V 1.3B"
     )
@@ -391,18 +451,25 @@ def main() -> None:
         print("\n".join(real_size(arguments.small)))
         return
     if arguments.quick:
-        arguments.seeds, arguments.steps, arguments.long = 1, 6, 12
+        arguments.seeds, arguments.steps, arguments.long = "0", 6, 12
         SIZES.update(clips=4, continued=2)
         COMMON.update(batch=2, validation_clips=2)
         arguments.runs = arguments.runs.with_name(f"{arguments.runs.name}-quick")
-    cells = Cells(arguments.runs)
+        arguments.results = arguments.runs
+    cells = Cells(arguments.results, arguments.runs)
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
     tables: dict[str, Callable[[], list[str]]] = {
-        "starts": lambda: starts(cells, arguments.seeds, arguments.steps, arguments.long),
-        "stages": lambda: stages(cells, arguments.seeds, arguments.steps),
-        "students": lambda: students(cells, arguments.seeds, arguments.steps),
+        "starts": lambda: starts(cells, seeds, arguments.steps),
+        "long": lambda: long_run(cells, arguments.steps, arguments.long),
+        "stages": lambda: stages(cells, seeds, arguments.steps),
+        "noise": lambda: noise(cells, seeds),
+        "students": lambda: students(cells, seeds, arguments.steps),
     }
     for name in arguments.only.split(","):
-        print("\n".join(tables[name]()) + "\n", flush=True)
+        text = "\n".join(tables[name]())
+        print(f"{text}\n", flush=True)
+        if arguments.write is not None:
+            put_between(arguments.write, f"healing: {name}", text)
 
 
 if __name__ == "__main__":
