@@ -29,7 +29,7 @@ from mlaconvert.evaluate import validation_loss
 from mlaconvert.families import open_checkpoint
 from mlaconvert.heal import DivergedError, HealRecipe, fewstep, heal
 from mlaconvert.heal.output import plot_curves
-from mlaconvert.heal.state import LAST, load
+from mlaconvert.heal.state import LAST, load, save
 from mlaconvert.model import WanModel, load_model
 
 HANG = 600  # seconds after which a child process is given up
@@ -289,6 +289,29 @@ def test_a_torn_state_is_named(home: Path, tmp_path: Path) -> None:
     last.write_bytes(last.read_bytes()[:1000])
     with pytest.raises(InputError, match=r"last\.pt: cannot be read .*--restart"):
         run(home, tmp_path / "out", settings("distill"))
+
+
+@pytest.mark.parametrize("signal_raised", [KeyboardInterrupt, SystemExit])
+def test_an_interruption_of_a_save_is_no_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal_raised: type[BaseException]
+) -> None:
+    class Stops(torch.nn.Parameter):
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            raise signal_raised
+
+    save(tmp_path / LAST, {"step": 1})
+    with pytest.raises(signal_raised):
+        save(tmp_path / LAST, {"first": torch.zeros(9), "second": Stops(torch.zeros(2))})
+
+    def interrupted(*_: Any) -> None:  # as torch's zip writer does when it is closed half-way
+        error = RuntimeError("unexpected pos 27648960 vs 27648848")
+        error.__context__ = signal_raised()
+        raise error
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(signal_raised):
+        save(tmp_path / LAST, {"step": 2})
+    assert load(tmp_path / LAST)["step"] == 1
 
 
 # --- diverging -------------------------------------------------------------------------------------------------------

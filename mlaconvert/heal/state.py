@@ -154,6 +154,8 @@ def save(path: Path, data: dict[str, Any]) -> None:
             os.fsync(stream.fileno())
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
+        if isinstance(error.__context__, KeyboardInterrupt | SystemExit):  # and over what interrupts its writer
+            raise error.__context__ from None
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise OutputError(f"{path}: the run cannot be saved ({reason}); make room and run the command again") from None
 
