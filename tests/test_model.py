@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mlaconvert.attention import cheaper_mode, latent_cost
+from mlaconvert.attention import attend, cheaper_mode, latent_cost
 from mlaconvert.bench import forward_flops
 from mlaconvert.cache import LatentCache
 from mlaconvert.config import MLAConfig, MLALayer, StreamingConfig, WanConfig
@@ -166,6 +166,30 @@ def test_impossible_geometry_is_refused() -> None:
         with pytest.raises(ConfigError):
             dataclasses.replace(base, **change)  # type: ignore[arg-type]
     assert issubclass(ConfigError, MLAConvertError)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_attention_and_its_gradients(dtype: torch.dtype, tolerance: float) -> None:
+    """Against the formula in float64; values are narrower than keys, and every query misses some keys."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"q": (2, 5, 3, 12), "k": (2, 9, 3, 12), "v": (2, 9, 3, 6)}
+    given = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    pull = torch.randn(2, 5, 3, 6, generator=generator).double()
+    mask = torch.ones(5, 9, dtype=torch.bool).tril(3)
+
+    exact = {name: x.double().requires_grad_() for name, x in given.items()}
+    scores = torch.einsum("bnhd,bmhd->bhnm", exact["q"], exact["k"]) * 0.4
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    expected = torch.einsum("bhnm,bmhd->bnhd", weights, exact["v"])
+    expected.backward(pull)
+
+    ours = {name: x.clone().requires_grad_() for name, x in given.items()}
+    found = attend(ours["q"], ours["k"], ours["v"], mask, 0.4)
+    found.backward(pull.to(dtype))
+    assert found.dtype == dtype
+    assert relative(found.detach(), expected.detach()) < tolerance
+    for name in shapes:
+        assert relative(ours[name].grad, exact[name].grad) < tolerance  # type: ignore[arg-type]
 
 
 # --- latent attention ------------------------------------------------------------------------------------------------
