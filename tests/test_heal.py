@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mlaconvert.cache import LatentCache
 from mlaconvert.config import MLAConfig, MLALayer, StreamingConfig, WanConfig
+from mlaconvert.data import Clips
 from mlaconvert.errors import ConfigError
 from mlaconvert.heal.consistency import Consistency
 from mlaconvert.heal.data import Batch, Batches, Drawn, Rows, mix
@@ -157,15 +158,28 @@ def test_distill_matches_attention_on_the_teachers_inputs() -> None:
 def test_distill_then_matches_velocities_where_frames_are_noisy() -> None:
     teacher, student, batch = model(TEACHER, 1), model(STUDENT, 2), make_batch(count=5)
     loss = Distill(student, teacher, recipe(steps=10, attention_steps=1), STREAMING)("loss", batch, 1)
-    again = make_batch(count=5)
-    sigma, weight = noise_levels(again)
-    noise = again.rows.normal(*again.latents.shape[1:]).double()
-    noisy = again.latents + sigma[:, None, :, None, None] * (noise - again.latents)
-    difference = teacher(noisy, 1000 * sigma, again.context) - student(noisy, 1000 * sigma, again.context)
+    assert loss.item() == pytest.approx(velocity_error(teacher, student, make_batch(count=5)), rel=1e-5)
+
+
+def velocity_error(teacher: WanModel, student: WanModel, batch: Batch) -> float:
+    """Of the noisy frames, weighted to the schedule."""
+    sigma, weight = noise_levels(batch)
+    noise = batch.rows.normal(*batch.latents.shape[1:]).double()
+    noisy = batch.latents + sigma[:, None, :, None, None] * (noise - batch.latents)
+    difference = teacher(noisy, 1000 * sigma, batch.context) - student(noisy, 1000 * sigma, batch.context)
     kept = difference.transpose(1, 2)[sigma > 0]
-    assert 0 < len(kept) < 5 * 4
-    errors = kept.square().mean((1, 2, 3)) * weight[sigma > 0]
-    assert loss.item() == pytest.approx(float(errors.mean()), rel=1e-5)
+    assert 0 < len(kept) < len(batch.latents) * 4
+    return float((kept.square().mean((1, 2, 3)) * weight[sigma > 0]).mean())
+
+
+def test_distill_is_validated_by_the_same_error_always() -> None:
+    """On 11 clips, more than go through the models at once."""
+    teacher, student, batch = model(TEACHER, 1), model(STUDENT, 2), make_batch(count=11)
+    objective = Distill(student, teacher, recipe(steps=10, attention_steps=4), STREAMING)
+    clips = Clips(batch.latents, batch.context)
+    found = [objective("validate", clips) for _ in range(2)]
+    expected = dataclasses.replace(batch, rows=Rows([mix("validate", i) for i in range(11)]))
+    assert found == [pytest.approx(velocity_error(teacher, student, expected), rel=1e-5)] * 2
 
 
 def test_distill_weighs_its_noise_levels_to_the_schedule() -> None:
@@ -433,8 +447,6 @@ def test_energy_distance_sees_blur_and_bias_but_not_other_draws() -> None:
 def test_reference_continuations_differ_in_their_draws_and_share_their_prefix() -> None:
     batch = make_batch(frames=4)
     teacher = model(TEACHER, 1)
-    from mlaconvert.data import Clips
-
     clips = Clips(batch.latents, batch.context)
     first, second = reference_features(teacher, clips, batch.null, 2.0)
     assert first.shape == (3, 4 * 2 * TEACHER.dim)
@@ -501,8 +513,6 @@ class Numbered:
     clip_shape = (3, 8, HEIGHT, WIDTH)
 
     def clips(self, numbers: list[int]) -> Any:
-        from mlaconvert.data import Clips
-
         values = torch.tensor(numbers).float().view(-1, 1, 1, 1, 1)
         return Clips(values.expand(-1, *self.clip_shape), torch.zeros(len(numbers), 1, 10))
 

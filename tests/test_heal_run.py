@@ -24,10 +24,11 @@ from mlaconvert.checkpoint import WEIGHTS_NAME
 from mlaconvert.cli import app
 from mlaconvert.config import ConvertRecipe
 from mlaconvert.convert import convert
+from mlaconvert.data import Clips
 from mlaconvert.errors import ConfigError, InputError, OutputError
-from mlaconvert.evaluate import validation_loss
 from mlaconvert.families import open_checkpoint
 from mlaconvert.heal import DivergedError, HealRecipe, fewstep, heal
+from mlaconvert.heal.distill import Distill
 from mlaconvert.heal.output import plot_curves
 from mlaconvert.heal.state import LAST, load, save
 from mlaconvert.model import WanModel, load_model
@@ -129,9 +130,9 @@ def test_the_output_is_a_model_folder_like_any_other(home: Path, tmp_path: Path)
     assert best[1] < data["validation"][0][1]
     clips = torch.cat([load_file(home / "clips" / f"{i}.safetensors")["latents"] for i in (0, 1)])[-3:, :, :4]
     context = load_file(home / "clips" / "1.safetensors")["context"][-3:]
-    from mlaconvert.data import Clips
-
-    assert validation_loss(load_model(tmp_path / "out"), Clips(clips, context)) == pytest.approx(best[1], rel=1e-5)
+    written, teacher = load_model(tmp_path / "out"), load_model(home / "teacher")
+    again = Distill(written, teacher, settings("distill"), written.config.streaming)
+    assert again("validate", Clips(clips, context)) == pytest.approx(best[1], rel=1e-5)
     assert report.best[1] == best[1]
     assert [len(x) for x in data["rank_budget_occupancy"].values()] == [2, 2]
     assert "The model has not been trained since" not in (tmp_path / "out" / "README.md").read_text()

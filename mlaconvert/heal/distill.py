@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mlaconvert.calibrate import batch_size
 from mlaconvert.config import StreamingConfig
-from mlaconvert.heal.data import Batch
-from mlaconvert.heal.layout import noisy_layout, prepare
+from mlaconvert.data import Clips
+from mlaconvert.heal.data import Batch, Rows, mix
+from mlaconvert.heal.layout import noisy_layout, prepare, views
 from mlaconvert.heal.objective import Objective, draw_noise, per_frame
 from mlaconvert.heal.recipe import HealRecipe
 from mlaconvert.model import Block, WanModel
@@ -41,14 +43,30 @@ class Distill(Objective):
         return "attention" if step < (self.recipe.attention_steps or 0) else "velocity"
 
     def loss(self, batch: Batch, step: int) -> Tensor:
-        sigma, weight = noise_levels(batch)
-        noisy = add_noise(batch.latents, draw_noise(batch), sigma)
         if self.phase(step) == "attention":
-            return self._attention_loss(batch, noisy, sigma)
-        return self._velocity_loss(batch, noisy, sigma, weight)
+            return self._attention_loss(batch)
+        errors, count = self._velocity_errors(batch)
+        return errors / count
 
-    def _attention_loss(self, batch: Batch, noisy: Tensor, sigma: Tensor) -> Tensor:
+    def validate(self, clips: Clips) -> float:
+        """The loss of the last phase on `clips`, always with the same noise.
+
+        Held against the clips themselves, two states of a student differ less than what a few clips leave to chance.
+        """
+        view = views(clips.latents.shape[2], self._streaming)[0]
+        seeds = [mix("validate", i) for i in range(len(clips.latents))]
+        errors, frames, first = 0.0, 0, 0
+        for part in clips.batches(batch_size(clips, self.student.config)):
+            rows = Rows(seeds[first : first + len(part.latents)], first=first, total=len(seeds))
+            batch = Batch(latents=part.latents, context=part.context, null=None, view=view, rows=rows, shared=0.0)
+            error, count = self._velocity_errors(batch)
+            errors, frames, first = errors + float(error), frames + int(count), first + len(part.latents)
+        return errors / frames
+
+    def _attention_loss(self, batch: Batch) -> Tensor:
         """Mean over layers of |student - teacher|^2 / |teacher|^2 of the attention output."""
+        sigma, _ = noise_levels(batch)
+        noisy = add_noise(batch.latents, draw_noise(batch), sigma)
         teacher, student = self._teacher[0], self.student
         _, _, _, height, width = noisy.shape
         patch, layout = teacher.config.patch_size, noisy_layout(batch.view, self._streaming)
@@ -75,13 +93,15 @@ class Distill(Objective):
             errors.append((found.float() - expected).square().sum() / expected.square().sum())
         return torch.stack(errors).mean()
 
-    def _velocity_loss(self, batch: Batch, noisy: Tensor, sigma: Tensor, weight: Tensor) -> Tensor:
-        """Mean squared difference of the velocities over the schedule, estimated from the frames that are noisy."""
+    def _velocity_errors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Squared differences of the velocities, weighted to the schedule and summed over frames, and noisy frames."""
+        sigma, weight = noise_levels(batch)
+        noisy = add_noise(batch.latents, draw_noise(batch), sigma)
         layout = noisy_layout(batch.view, self._streaming)
         with torch.no_grad():
             expected = self.run(self._teacher[0], noisy, 1000 * sigma, batch.context, layout)
         found = self.run(self.student, noisy, 1000 * sigma, batch.context, layout)
-        return ((found - expected).square().mean((1, 3, 4)) * weight).sum() / (sigma > 0).sum()
+        return ((found - expected).square().mean((1, 3, 4)) * weight).sum(), (sigma > 0).sum()
 
 
 def noise_levels(batch: Batch) -> tuple[Tensor, Tensor]:
