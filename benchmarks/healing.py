@@ -1,15 +1,16 @@
 """How far healing brings conversions of the shipped model, and how fast; prints Markdown tables.
 
-    python benchmarks/healing.py [--seeds 0,1,2] [--quick] [--only starts,long,stages,noise,students]
+    python benchmarks/healing.py [--seeds 0,1,2] [--quick] [--only recipe,teacher,long,starts,stages,students,noise]
                                 [--runs DIR] [--write BENCHMARKS.md]
     python benchmarks/healing.py --real-size [--small]      # one step of each stage at the size of Wan2.1 T2V 1.3B
 
 Every finished cell is kept as JSON in benchmarks/healing_cells, with the recipe of its run; started again, only what is
 missing or had another recipe is computed, and a run that was interrupted goes on from its saved state in the folder of
 runs. Cells of different seeds may be computed by processes side by side. Excess is the validation loss on held-back
-clips above that of a teacher that got the same steps of flow matching on the same clips, in percent of it. A seed draws
-the conversion's random numbers and calibration noise, the training clips and their noise, and the four draws of
-validation noise.
+clips above the teacher's, in percent of it. A seed draws the conversion's random numbers and calibration noise, the
+training clips and their noise, and the four draws of validation noise. The shipped recipe is measured as it is;
+comparisons take fewer and smaller steps (`COMPARED`), alike in every row. The curve of a run is its own validation:
+distillation's, the velocity's mean squared distance to the teacher's.
 
 The distance of few-step students: the first chunk of held-back clips is continued twice by the student in four steps,
 and twice by the teacher in twenty guided ones. Both sides are described by what the teacher's middle block makes of
@@ -36,7 +37,7 @@ from typing import Any
 import torch
 from tables import put_between
 
-from mlaconvert.config import ConvertRecipe, StreamingConfig, WanConfig
+from mlaconvert.config import ConvertRecipe, StreamingConfig, WanConfig, parse
 from mlaconvert.convert import convert
 from mlaconvert.evaluate import validation_loss
 from mlaconvert.families import open_checkpoint
@@ -59,8 +60,10 @@ from mlaconvert.tiny.clips import held_back
 # Held-back clips that losses are measured on, and that are continued; and what every run has in common.
 SIZES: dict[str, int] = {"clips": 256, "continued": 32}
 COMMON: dict[str, Any] = {"tracker": "none"}
+COMPARED: dict[str, Any] = {"steps": 100, "batch": 16, "precision": "float32"}
 # Flow matching as the teacher itself was trained, at a rate for a model that is nearly there.
-FLOW: dict[str, Any] = {"stage": "teacher-forcing", "optimizer": "adamw", "lr": 1e-4, "train": "all"}
+FLOW: dict[str, Any] = {"stage": "teacher-forcing", "optimizer": "adamw", "lr": 1e-4}
+FEW_STEPS = {"tiny-consistency": 200, "tiny-dmd": 50}  # steps of the stages behind distillation
 # Dense bfloat16 peak in TFLOP/s, from the vendor's data sheets.
 PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0, "RTX 4090": 165.0}
 
@@ -85,11 +88,11 @@ class Cells:
             print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         return json.loads(path.read_text())
 
-    def train(self, name: str, start: Path, seed: int, **options: Any) -> dict[str, Any]:
+    def train(self, name: str, start: Path, seed: int, base: str = "tiny-distill", /, **options: Any) -> dict[str, Any]:
         """Heal `start` into the folder of that name: the recipe, its validation during the run, the result's loss."""
-        recipe = load_heal_recipe("tiny-distill", {"seed": seed} | options | COMMON).resolved()
+        recipe = load_heal_recipe(base, {"seed": seed} | options | COMMON).resolved()
         path = self.results / f"{name}.json"
-        if path.is_file() and json.loads(path.read_text())["recipe"] != _plain(recipe):
+        if path.is_file() and not _is_of(json.loads(path.read_text()), recipe):
             path.unlink()
         return self.get(name, trained, start, self.runs / name, seed, recipe)
 
@@ -127,90 +130,113 @@ def loss_of(folder: Path, seed: int) -> float:
     return validation_loss(load_model(folder), held_back(SIZES["clips"]), seeds=range(4 * seed, 4 * seed + 4))
 
 
+def teacher_loss(cells: Cells, seed: int) -> float:
+    """Of the teacher as it is."""
+    return cells.get(f"teacher-{seed}", loss_of, dense_copy(cells.runs), seed)
+
+
+def before_loss(cells: Cells, start: str, seed: int) -> float:
+    """Of a conversion that is not healed."""
+    return cells.get(f"before-{start}-{seed}", loss_of, converted(cells.runs, start, seed), seed)
+
+
 def trained(start: Path, output: Path, seed: int, recipe: HealRecipe) -> dict[str, Any]:
+    """What `Cells.train` keeps."""
     healing = output / "healing.json"
-    if healing.is_file() and json.loads(healing.read_text())["recipe"] != _plain(recipe):
+    if healing.is_file() and not _is_of(json.loads(healing.read_text()), recipe):
         shutil.rmtree(output)
     if not output.is_dir():
         heal(start, output, recipe, teacher="tiny", say=lambda line: print(f"  {line}", file=sys.stderr, flush=True))
     curve = json.loads(healing.read_text())["validation"]
-    return {"recipe": _plain(recipe), "curve": curve, "loss": loss_of(output, seed)}
+    return {"recipe": dataclasses.asdict(recipe), "curve": curve, "loss": loss_of(output, seed)}
 
 
-def starts(cells: Cells, seeds: list[int], steps: int) -> list[str]:
-    """Validation before, after and during the steps, for each start."""
-    lines = [f"| start | before | after {steps} steps | lowest to highest |", "|---|---|---|---|"]
-    peers = teachers(cells, seeds, steps)
+def shipped_recipe(cells: Cells, seeds: list[int]) -> list[str]:
+    """The recipe as it ships, from the calibrated start, seed by seed."""
+    lines = ["| seed | before | after |", "|---|---|---|"]
+    for seed in seeds:
+        base, before = teacher_loss(cells, seed), before_loss(cells, "calibrated", seed)
+        after = recipe_run(cells, "calibrated", seed)["loss"]
+        lines.append(f"| {seed} | {_excess(before, base):.2f}% | {_excess(after, base):.2f}% |")
+    return lines
+
+
+def recipe_run(cells: Cells, start: str, seed: int) -> dict[str, Any]:
+    """The recipe as it ships."""
+    return cells.train(f"recipe-{start}-{seed}", converted(cells.runs, start, seed), seed)
+
+
+def trained_on(cells: Cells, seeds: list[int]) -> list[str]:
+    """Against a teacher that got flow matching on the same clips for as many steps, seed by seed."""
+    lines = ["| seed | a teacher that trained on | the student above that one |", "|---|---|---|"]
+    for seed in seeds:
+        base, after = teacher_loss(cells, seed), recipe_run(cells, "calibrated", seed)["loss"]
+        more = cells.train(f"recipe-teacher-{seed}", dense_copy(cells.runs), seed, **FLOW)["loss"]
+        # More training may also hurt a teacher that had enough.
+        lines.append(f"| {seed} | {_excess(more, base):.2f}% | {_excess(after, min(base, more)):.2f}% |")
+    return lines
+
+
+def long_runs(cells: Cells) -> list[str]:
+    """What the other starts need: the shipped recipe, one seed."""
+    lines = []
+    for start in ("random", "svd"):
+        found = recipe_run(cells, start, 0)
+        lines.append(f"- {start}: {_excess(found['loss'], teacher_loss(cells, 0)):.0f}%; by step {_curve(found)}")
+    return lines
+
+
+def starts(cells: Cells, seeds: list[int]) -> list[str]:
+    """Validation before and after the steps of a comparison, for each start."""
+    lines = ["| start | before | after | lowest to highest |", "|---|---|---|---|"]
     curves = []
     for start in ("random", "svd", "calibrated"):
         before, after = [], []
-        for seed, peer in zip(seeds, peers, strict=True):
-            folder = converted(cells.runs, start, seed)
-            first = cells.get(f"before-{start}-{seed}", loss_of, folder, seed)
-            last = cells.train(f"starts-{start}-{seed}-{steps}", folder, seed, steps=steps)
-            before.append(_excess(first, peer["before"]))
-            after.append(_excess(last["loss"], peer["after"]))
-            if seed == seeds[0]:
-                curves.append(f"{start}, seed {seed}, 16 clips: {_curve(last)}")
-        spread = f"{min(after):.1f} to {max(after):.1f}%"
-        lines.append(f"| {start} | {statistics.mean(before):.1f}% | {statistics.mean(after):.1f}% | {spread} |")
-    lines += ["", "Validation loss by step:", "", *(f"- {curve}" for curve in curves)]
-    return lines
+        for seed in seeds:
+            found, base = compared(cells, start, seed), teacher_loss(cells, seed)
+            before.append(_excess(before_loss(cells, start, seed), base))
+            after.append(_excess(found["loss"], base))
+            curves.append(f"{start}, seed {seed}: {_curve(found)}")
+        lines.append(f"| {start} | {statistics.mean(before):.1f}% | {_mean(after, '.1f', '%')} |")
+    return [*lines, "", "Distance of the velocity to the teacher's by step:", "", *(f"- {curve}" for curve in curves)]
 
 
-def long_run(cells: Cells, steps: int, long: int) -> list[str]:
-    """What the random start needs: one seed, `long` steps, held against the teacher of the other runs."""
-    found = cells.train(f"starts-random-0-{long}", converted(cells.runs, "random", 0), 0, steps=long)
-    excess = _excess(found["loss"], teachers(cells, [0], steps)[0]["after"])
-    return [f"From the random start, {long} steps, seed 0, 16 clips: {_curve(found)}; excess {excess:.1f}%"]
+def compared(cells: Cells, start: str, seed: int) -> dict[str, Any]:
+    """A run of a comparison as every row has it, but for its start."""
+    return cells.train(f"starts-{start}-{seed}", converted(cells.runs, start, seed), seed, **COMPARED)
 
 
-def teachers(cells: Cells, seeds: list[int], steps: int) -> list[dict[str, float]]:
-    """The teacher before and after `steps` more steps of flow matching on the same clips.
-
-    More training may also hurt a teacher that had enough; the better one is what students are held against.
-    """
-    found = []
-    for seed in seeds:
-        folder = dense_copy(cells.runs)
-        before = cells.get(f"teacher-{seed}", loss_of, folder, seed)
-        after = cells.train(f"teacher-{seed}-{steps}", folder, seed, steps=steps, **FLOW)["loss"]
-        found.append({"before": before, "after": min(before, after)})
-    return found
-
-
-def stages(cells: Cells, seeds: list[int], steps: int) -> list[str]:
+def stages(cells: Cells, seeds: list[int]) -> list[str]:
     """From the calibrated start: what is matched, attention first or not, and what is trained."""
     rows: dict[str, dict[str, Any]] = {
-        "distill, velocity only, train all (the recipe)": {},
-        "attention first (a fifth)": {"attention_steps": steps // 5},
-        "flow matching only (teacher forcing)": FLOW,
+        "distill, velocity only, train all": {},
+        "attention first (a fifth)": {"attention_steps": COMPARED["steps"] // 5},
+        "flow matching only (teacher forcing, AdamW at 1e-4)": FLOW,
         "train latent": {"train": "latent"},
         "train attention": {"train": "attention"},
     }
-    lines = [f"| {steps} steps from the calibrated start | excess | lowest to highest |", "|---|---|---|"]
-    peers = teachers(cells, seeds, steps)
+    lines = ["| from the calibrated start | excess | lowest to highest |", "|---|---|---|"]
     for name, options in rows.items():
         found = []
-        for seed, peer in zip(seeds, peers, strict=True):
-            folder = converted(cells.runs, "calibrated", seed)
-            cell = f"stages-{_slug(name)}-{seed}-{steps}" if options else f"starts-calibrated-{seed}-{steps}"
-            value = cells.train(cell, folder, seed, steps=steps, **options)
-            found.append(_excess(value["loss"], peer["after"]))
-        lines.append(f"| {name} | {statistics.mean(found):.1f}% | {min(found):.1f} to {max(found):.1f}% |")
+        for seed in seeds:
+            start, settings = converted(cells.runs, "calibrated", seed), COMPARED | options
+            run = cells.train(f"stages-{_slug(name)}-{seed}", start, seed, **settings) if options else None
+            loss = (run or compared(cells, "calibrated", seed))["loss"]
+            found.append(_excess(loss, teacher_loss(cells, seed)))
+        lines.append(f"| {name} | {_mean(found, '.1f', '%')} |")
     return lines
 
 
-def students(cells: Cells, seeds: list[int], steps: int) -> list[str]:
+def students(cells: Cells, seeds: list[int]) -> list[str]:
     """Distance of four-step students to the teacher of twenty steps, stage by stage."""
     found: dict[str, list[float]] = {}
     for seed in seeds:
         start, tiny = converted(cells.runs, "calibrated", seed), dense_copy(cells.runs)
-        chain = [start]
-        for name, count in (("tiny-distill", steps), ("tiny-consistency", steps), ("tiny-dmd", max(1, steps // 3))):
-            cell = f"students-{name}-{seed}-{steps}" if len(chain) > 1 else f"starts-calibrated-{seed}-{steps}"
-            options = {k: v for k, v in vars(load_heal_recipe(name, {})).items() if v is not None and k != "seed"}
-            cells.train(cell, chain[-1], seed, **options | {"steps": count})
+        compared(cells, "calibrated", seed)
+        chain = [start, cells.runs / f"starts-calibrated-{seed}"]
+        for name, steps in FEW_STEPS.items():
+            cell = f"students-{name}-{seed}"
+            cells.train(cell, chain[-1], seed, name, steps=steps)
             chain.append(cells.runs / cell)
         rows = {
             "teacher, twenty steps, other noise (floor)": (tiny, True),
@@ -221,14 +247,10 @@ def students(cells: Cells, seeds: list[int], steps: int) -> list[str]:
             "and dmd": (chain[3], False),
         }
         for name, (folder, floor) in rows.items():
-            value = cells.get(f"distance-{_slug(name)}-{seed}-{steps}", distance, folder, seed, floor)
+            value = cells.get(f"distance-{_slug(name)}-{seed}", distance, folder, seed, floor)
             found.setdefault(name, []).append(value)
     lines = ["| continuations | distance | lowest to highest |", "|---|---|---|"]
-    lines += [
-        f"| {name} | {statistics.mean(values):.2f} | {min(values):.2f} to {max(values):.2f} |"
-        for name, values in found.items()
-    ]
-    return lines
+    return lines + [f"| {name} | {_mean(values, '.2f')} |" for name, values in found.items()]
 
 
 def noise(cells: Cells, seeds: list[int]) -> list[str]:
@@ -241,7 +263,7 @@ def noise(cells: Cells, seeds: list[int]) -> list[str]:
             cells.get(f"noise-{_slug(name)}-{seed}", noise_scale, folder, seed, spread)
             for folder, seed in zip(start, seeds, strict=True)
         ]
-        lines.append(f"| {name} | {statistics.mean(found):.0f} | {min(found):.0f} to {max(found):.0f} |")
+        lines.append(f"| {name} | {_mean(found, '.0f')} |")
     return lines
 
 
@@ -276,13 +298,18 @@ def distance(folder: Path, seed: int, floor: bool) -> float:
     return FewStep(load_model(folder), teacher, recipe, reference).distance(clips)
 
 
-def _plain(recipe: HealRecipe) -> dict[str, Any]:
-    """As JSON gives it back."""
-    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+def _is_of(record: dict[str, Any], recipe: HealRecipe) -> bool:
+    """Whether a kept record is of a run of this recipe; what it does not name had its default."""
+    return parse(HealRecipe, record["recipe"], "recipe").resolved() == recipe
 
 
 def _curve(found: dict[str, Any]) -> str:
     return ", ".join(f"{int(step)}: {value:.4f}" for step, value in found["curve"])
+
+
+def _mean(values: list[float], form: str, unit: str = "") -> str:
+    """Mean, lowest and highest as two columns."""
+    return f"{statistics.mean(values):{form}}{unit} | {min(values):{form}} to {max(values):{form}}{unit}"
 
 
 def _excess(loss: float, base: float) -> float:
@@ -436,10 +463,9 @@ def main() -> None:
     parser.add_argument(
         "--results", type=Path, default=results, help="finished cells (default benchmarks/healing_cells)"
     )
-    parser.add_argument("--steps", type=int, default=300, help="steps of each run (default 300)")
-    parser.add_argument("--long", type=int, default=1800, help="steps of the random start's long run (default 1800)")
-    parser.add_argument("--quick", action="store_true", help="one seed, 6 steps: to see that it runs")
-    parser.add_argument("--only", default="starts,long,stages,noise,students", help="tables to make (default all)")
+    parser.add_argument("--quick", action="store_true", help="one seed, 6 steps, 4 clips: to see that it runs")
+    names = "recipe,teacher,long,starts,stages,students,noise"
+    parser.add_argument("--only", default=names, help=f"tables to make (default {names})")
     parser.add_argument("--runs", type=Path, default=Path("runs/healing"), help="folder of runs (default runs/healing)")
     parser.add_argument("--write", type=Path, help="put each table between its markers in this file")
     parser.add_argument(
@@ -451,19 +477,22 @@ def main() -> None:
         print("\n".join(real_size(arguments.small)))
         return
     if arguments.quick:
-        arguments.seeds, arguments.steps, arguments.long = "0", 6, 12
+        arguments.seeds = "0"
         SIZES.update(clips=4, continued=2)
-        COMMON.update(batch=2, validation_clips=2)
+        COMPARED.update(steps=6)
+        COMMON.update(steps=6, batch=2, validation_clips=2)
         arguments.runs = arguments.runs.with_name(f"{arguments.runs.name}-quick")
         arguments.results = arguments.runs
     cells = Cells(arguments.results, arguments.runs)
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     tables: dict[str, Callable[[], list[str]]] = {
-        "starts": lambda: starts(cells, seeds, arguments.steps),
-        "long": lambda: long_run(cells, arguments.steps, arguments.long),
-        "stages": lambda: stages(cells, seeds, arguments.steps),
+        "recipe": lambda: shipped_recipe(cells, seeds),
+        "teacher": lambda: trained_on(cells, seeds),
+        "long": lambda: long_runs(cells),
+        "starts": lambda: starts(cells, seeds),
+        "stages": lambda: stages(cells, seeds),
+        "students": lambda: students(cells, seeds),
         "noise": lambda: noise(cells, seeds),
-        "students": lambda: students(cells, seeds, arguments.steps),
     }
     for name in arguments.only.split(","):
         text = "\n".join(tables[name]())
