@@ -65,8 +65,7 @@ class Distill(Objective):
 
     def _attention_loss(self, batch: Batch) -> Tensor:
         """Mean over layers of |student - teacher|^2 / |teacher|^2 of the attention output."""
-        sigma, _ = noise_levels(batch)
-        noisy = add_noise(batch.latents, draw_noise(batch), sigma)
+        noisy, sigma, _ = _add_noise(batch)
         teacher, student = self._teacher[0], self.student
         _, _, _, height, width = noisy.shape
         patch, layout = teacher.config.patch_size, noisy_layout(batch.view, self._streaming)
@@ -95,13 +94,18 @@ class Distill(Objective):
 
     def _velocity_errors(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Squared differences of the velocities, weighted to the schedule and summed over frames, and noisy frames."""
-        sigma, weight = noise_levels(batch)
-        noisy = add_noise(batch.latents, draw_noise(batch), sigma)
+        noisy, sigma, weight = _add_noise(batch)
         layout = noisy_layout(batch.view, self._streaming)
         with torch.no_grad():
             expected = self.run(self._teacher[0], noisy, 1000 * sigma, batch.context, layout)
         found = self.run(self.student, noisy, 1000 * sigma, batch.context, layout)
         return ((found - expected).square().mean((1, 3, 4)) * weight).sum(), (sigma > 0).sum()
+
+
+def _add_noise(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """The clips with the batch's noise [B, C, F, H, W], and its `noise_levels`."""
+    sigma, weight = noise_levels(batch)
+    return add_noise(batch.latents, draw_noise(batch), sigma), sigma, weight
 
 
 def noise_levels(batch: Batch) -> tuple[Tensor, Tensor]:
