@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlaconvert.checkpoint import fetch_files, list_files
+from mlaconvert.checkpoint import fetch_files, list_files, recorded_places
 from mlaconvert.convert import CONVERSION_NAME
 from mlaconvert.errors import CheckpointError, InputError
 from mlaconvert.inputs import read_json, reason_of
@@ -114,10 +114,10 @@ def _candidates(model: str, revision: str | None, subfolder: str | None) -> Iter
     local = path.exists()
     home = str(path.parent if path.is_file() else path) if local else model
     record = _record(home, revision, subfolder)
-    name = record.get("name") if isinstance(record, dict) else None
-    if isinstance(name, str):
-        yield name, None
+    places = recorded_places(record) if isinstance(record, dict) else []
+    yield from places
     if local:
+        name = places[0][0] if places else None
         above = Path(home).absolute().parent
         beside = [above] if name is None or "/" in name else [above, above / name]
         yield from ((str(folder), None) for folder in beside if any((folder / part).is_file() for part in _VAES))

@@ -83,11 +83,20 @@ class TensorStore:
     """The tensors of one checkpoint, read one at a time. Use it as a context manager, or call `close`.
 
     `source` is what was asked for, `path` the file or folder on this disk, `files` its weight files, `config` the
-    config.json beside them (None when there is none), `tensors` what each tensor is, in file order.
+    config.json beside them (None when there is none), `revision` the Hub's commit that they are of (None for local
+    ones), `tensors` what each tensor is, in file order.
     """
 
-    def __init__(self, source: str, path: Path, files: Sequence[Path], config: dict[str, Any] | None) -> None:
+    def __init__(
+        self,
+        source: str,
+        path: Path,
+        files: Sequence[Path],
+        config: dict[str, Any] | None,
+        revision: str | None = None,
+    ) -> None:
         self.source = source
+        self.revision = revision
         self.path = path
         self.files = tuple(files)
         self.config = config
@@ -225,9 +234,9 @@ def open_store(
     of tensors (.pt, .pth, .ckpt, .bin; `weights_only` always). Downloads only the config, index and weights.
     Raises CheckpointError, naming the file and what to do.
     """
-    path = _local_path(source, revision)
+    path, commit = _local_path(source, revision), None
     if path is None:
-        path = _download(str(source), revision, subfolder)
+        path, commit = _download(str(source), revision, subfolder)
     elif path.is_dir():
         root = path / _checked_subfolder(subfolder) if subfolder else path
         if not is_folder(root):
@@ -237,7 +246,15 @@ def open_store(
         raise CheckpointError(
             f"{path}: a file has no subfolder {subfolder!r}; give the folder, or leave --subfolder out"
         )
-    return _open_local(str(source), path)
+    return _open_local(str(source), path, commit)
+
+
+def recorded_places(record: Mapping[str, Any]) -> list[tuple[str, str | None]]:
+    """Name and revision, likeliest first, of what a model was converted from, given its conversion.json's `source`."""
+    name, commit = record.get("name"), record.get("revision")
+    if not isinstance(name, str):
+        return []
+    return [(name, commit), (name, None)] if isinstance(commit, str) else [(name, None)]
 
 
 def experts(source: str | os.PathLike[str], revision: str | None = None) -> tuple[str, ...]:
@@ -338,13 +355,13 @@ def _only(names: Sequence[str], where: str) -> str:
     return names[0]
 
 
-def _open_local(source: str, path: Path) -> TensorStore:
+def _open_local(source: str, path: Path, revision: str | None) -> TensorStore:
     """Open one weight file, or the shards of an index."""
     config_file = path.parent / CONFIG_NAME
     config = read_json(config_file) if config_file.exists() or config_file.is_symlink() else None
     if path.name.endswith(INDEX_SUFFIX):
         placed = _read_index(path)
-        store = TensorStore(source, path.parent, [path.parent / shard for shard in placed], config)
+        store = TensorStore(source, path.parent, [path.parent / shard for shard in placed], config, revision)
         listed = set(chain.from_iterable(placed.values()))
         for kind, names in (("lists", listed - set(store.tensors)), ("leaves out", set(store.tensors) - listed)):
             if names:
@@ -355,7 +372,7 @@ def _open_local(source: str, path: Path) -> TensorStore:
         raise CheckpointError(f"{path}: not a weight file (.safetensors, {', '.join(PICKLE_SUFFIXES)})")
     if _SHARD.search(path.name):
         raise CheckpointError(f"{path}: one shard of several; give its folder {path.parent}")
-    return TensorStore(source, path, [path], config)
+    return TensorStore(source, path, [path], config, revision)
 
 
 def _read_index(path: Path) -> dict[str, list[str]]:
@@ -575,8 +592,8 @@ def _list_repo(repo: str, revision: str | None) -> list[str]:
             return [p.relative_to(found).as_posix() for p in Path(found).rglob("*") if p.is_file()]
 
 
-def _download(source: str, revision: str | None, subfolder: str | None) -> Path:
-    """Fetch the config, index and weights that `source` names; the local path of the weight file or index."""
+def _download(source: str, revision: str | None, subfolder: str | None) -> tuple[Path, str]:
+    """Fetch the config, index and weights that `source` names: the local path of weight file or index, the commit."""
     repo, inside = _split_hub_id(source)
     if subfolder:
         inside = f"{inside}/{_checked_subfolder(subfolder)}".lstrip("/")
@@ -594,26 +611,24 @@ def _download(source: str, revision: str | None, subfolder: str | None) -> Path:
     config = f"{folder}/{CONFIG_NAME}".lstrip("/")
     if config in names:
         wanted.append(config)
-    path = _fetch(repo, revision, wanted)
+    snapshot = _fetch(repo, revision, wanted)
     if chosen.endswith(INDEX_SUFFIX):
-        shards = [f"{folder}/{shard}".lstrip("/") for shard in _read_index(path)]
+        shards = [f"{folder}/{shard}".lstrip("/") for shard in _read_index(snapshot / chosen)]
         _fetch(repo, revision, [chosen, *shards])
-    return path
+    return snapshot / chosen, snapshot.name
 
 
 def _fetch(repo: str, revision: str | None, names: Sequence[str]) -> Path:
-    """Download files of one repo; the local path of the first."""
+    """Download files of one repo; the folder in the Hub's cache that they lie in, which is named by their commit."""
     from huggingface_hub import HfApi
 
-    paths, snapshots = [], set()
+    snapshots = set()
     with _hub_errors(repo, revision):
         for name in names:
-            path = Path(HfApi().hf_hub_download(repo, name, revision=revision))
-            paths.append(path)
-            snapshots.add(path.parents[name.count("/")])
+            snapshots.add(Path(HfApi().hf_hub_download(repo, name, revision=revision)).parents[name.count("/")])
     if len(snapshots) > 1:
         raise CheckpointError(f"{repo} changed on the Hub during the download; run the command again")
-    return paths[0]
+    return snapshots.pop()
 
 
 def list_files(source: str | os.PathLike[str], revision: str | None = None) -> tuple[str, ...]:
@@ -635,7 +650,7 @@ def fetch_files(source: str | os.PathLike[str], names: Sequence[str], revision: 
     if path is None:
         repo, inside = _split_hub_id(str(source))
         prefix = f"{inside}/" if inside else ""
-        path = _fetch(repo, revision, [prefix + name for name in names]).parents[names[0].count("/")]
+        path = _fetch(repo, revision, [prefix + name for name in names]) / inside
     return path
 
 

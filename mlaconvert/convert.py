@@ -483,6 +483,7 @@ def _conversion_json(checkpoint: Checkpoint, report: ModelReport) -> str:
         "mlaconvert": __version__,
         "source": {
             "name": plan.source,
+            **({} if checkpoint.store.revision is None else {"revision": checkpoint.store.revision}),
             "subfolder": plan.subfolder,
             "state_key": checkpoint.state_key,
             "description": plan.description,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mlaconvert import __version__
 from mlaconvert.cache import LatentCache
-from mlaconvert.checkpoint import experts
+from mlaconvert.checkpoint import TensorStore, experts, recorded_places
 from mlaconvert.config import StreamingConfig, WanConfig, default_video
 from mlaconvert.convert import CONVERSION_NAME
 from mlaconvert.data import Clips, load_clips
@@ -554,16 +554,14 @@ def _records(sources: Sequence[str], request: Request) -> list[_Record]:
                 raise UnsupportedModelError(
                     f"{source} is an image-to-video model; clips hold no image for it, so it cannot be evaluated yet"
                 )
-            path = opened.store.path
-            folder = path if path.is_dir() else path.parent
             records.append(
                 _Record(
                     source=source,
                     name=name,
                     config=opened.config,
                     dtype=opened.info("patch_embedding.weight").dtype,
-                    conversion=_read_record(source, folder, CONVERSION_NAME),
-                    healing=_read_record(source, folder, HEALING_NAME),
+                    conversion=_read_record(opened.store, CONVERSION_NAME),
+                    healing=_read_record(opened.store, HEALING_NAME),
                 )
             )
     first = records[0]
@@ -575,18 +573,18 @@ def _records(sources: Sequence[str], request: Request) -> list[_Record]:
     return records
 
 
-def _read_record(source: str, folder: Path, name: str) -> dict[str, Any] | None:
-    """A JSON file of the model in `folder`, which for a Hub id lies in the download cache; None without one."""
+def _read_record(store: TensorStore, name: str) -> dict[str, Any] | None:
+    """A JSON file beside a model's weights, here or on the Hub; None without one."""
+    folder = store.path if store.path.is_dir() else store.path.parent
     path = folder / name
-    parts = folder.parts
-    if not path.is_file() and not Path(source).expanduser().exists() and "snapshots" in parts:
+    if not path.is_file() and store.revision is not None:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import EntryNotFoundError
 
-        commit, *inside = parts[len(parts) - parts[::-1].index("snapshots") :]
-        repo = "/".join(source.split("/")[:2])
+        inside = folder.parts[folder.parts.index(store.revision) + 1 :]
+        repo = "/".join(store.source.split("/")[:2])
         try:
-            path = Path(HfApi().hf_hub_download(repo, "/".join((*inside, name)), revision=commit))
+            path = Path(HfApi().hf_hub_download(repo, "/".join((*inside, name)), revision=store.revision))
         except (EntryNotFoundError, OSError):
             return None
     return read_record(path)
@@ -603,12 +601,13 @@ def open_teacher(
 ) -> Iterator[Checkpoint]:
     """The model that `source` was converted from: `teacher`, or what its `conversion` (conversion.json) records.
 
-    That one is looked for by its name, from here or on the Hub, then beside `source`, and is taken only if its hash is
-    the recorded one. Of two experts it is the recorded one, or `subfolder`. LoRAs that were merged before the
-    conversion are looked for in the same places and merged again. Raises InputError when something is not found.
+    That one is looked for by its name, from here or on the Hub at the recorded commit, then beside `source`, and is
+    taken only if its hash is the recorded one. Of two experts it is the recorded one, or `subfolder`. LoRAs that were
+    merged before the conversion are looked for in the same places and merged again. Raises InputError when something
+    is not found.
     """
     recorded = (conversion or {}).get("source") or {}
-    name, inside = recorded.get("name"), recorded.get("subfolder") or None
+    inside = recorded.get("subfolder") or None
     if teacher is not None:
         pair = experts(teacher)
         with open_checkpoint(teacher, subfolder=next((f for f in (inside, subfolder) if f in pair), None)) as opened:
@@ -617,12 +616,15 @@ def open_teacher(
             with _with_loras(opened, recorded if base else {}, source) as merged:
                 yield merged
         return
-    if not isinstance(name, str):
+    places = recorded_places(recorded)
+    if not places:
         raise InputError(f"{source} does not record what it was converted from; name it with --teacher")
-    reason = ""
-    for candidate in (name, *_beside(source, name)):
+    name, reason = places[0][0], ""
+    for candidate, revision in (*places, *((path, None) for path in _beside(source, name))):
         try:
-            opened = open_checkpoint(candidate, subfolder=inside, state_key=recorded.get("state_key"))
+            opened = open_checkpoint(
+                candidate, revision=revision, subfolder=inside, state_key=recorded.get("state_key")
+            )
         except CheckpointError as error:
             reason = reason or str(error)
             continue

@@ -16,7 +16,6 @@ import pytest
 import torch
 import wan_base
 from conftest import relative
-from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -249,19 +248,6 @@ def test_packages_that_are_missing_are_named(folder: Path, monkeypatch: pytest.M
         Vae.load(base)
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_server.Hub]:
-    with hub_server.serve() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(tmp_path / "harnesses.json"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
-        yield server
-
-
 def test_a_hub_repo_is_fetched_part_by_part(hub: hub_server.Hub, folder: Path, tmp_path: Path) -> None:
     files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     files |= {"transformer/diffusion_pytorch_model.safetensors": b"huge", "vae/old.bin": b"pickle"}
@@ -270,16 +256,23 @@ def test_a_hub_repo_is_fetched_part_by_part(hub: hub_server.Hub, folder: Path, t
     hub.repos["alice/wan"].commit(blobs)
     base = find_base(record(tmp_path / "mla", "alice/wan"))
     assert Vae.load(base).channels == 16
-    cached = {p.name for p in (tmp_path / "hub").rglob("*") if p.is_symlink()}
+    cached = {p.name for p in (tmp_path / "hf" / "hub").rglob("*") if p.is_symlink()}
     assert cached == {"config.json", "diffusion_pytorch_model.safetensors"}
     assert len(list(embed_texts(base, ["a cat"]))) == 1
     hub.repos["alice/wan-mla"] = hub_server.Repo(private=False)
     named = (tmp_path / "mla" / "conversion.json").read_bytes()
     hub.repos["alice/wan-mla"].commit({"conversion.json": hub_server.Blob(named, False)})
     assert find_base("alice/wan-mla") == base  # a published model leads there too
+    hub.repos["alice/wan"].commit({"vae/config.json": hub_server.Blob(b"{}", False)})
+    source = {"name": "alice/wan", "revision": hub.repos["alice/wan"].commits[0][0]}
+    (tmp_path / "mla" / "conversion.json").write_text(json.dumps({"source": source}))
+    assert Vae.load(find_base(tmp_path / "mla")).channels == 16  # of the recorded commit
+    source["revision"] = "0" * 40
+    (tmp_path / "mla" / "conversion.json").write_text(json.dumps({"source": source}))
+    assert find_base(tmp_path / "mla").names == ("vae/config.json",)  # or of the newest
     hub.repos["alice/other"] = hub_server.Repo(private=False)
     hub.repos["alice/other"].commit({"model.safetensors": hub_server.Blob(b"", True)})
     with pytest.raises(InputError, match="alice/other: its text encoder and VAE are not known; name its base"):
         find_base("alice/other")
-    assert not list((tmp_path / "hub").rglob("old.bin"))
-    assert not list((tmp_path / "hub").rglob("transformer"))
+    assert not list((tmp_path / "hf" / "hub").rglob("old.bin"))
+    assert not list((tmp_path / "hf" / "hub").rglob("transformer"))

@@ -12,19 +12,21 @@ from typing import Any
 import pytest
 import torch
 from conftest import relative
+from hub_server import Blob, Hub
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from mlaconvert import drift
 from mlaconvert import evaluate as evaluation
 from mlaconvert.cache import LatentCache
+from mlaconvert.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from mlaconvert.cli import app
 from mlaconvert.config import ConvertRecipe, StreamingConfig
 from mlaconvert.convert import convert
 from mlaconvert.data import Clips
 from mlaconvert.drift import RolloutPlan, compare_videos, frame_statistics, paired_rollouts
 from mlaconvert.errors import ConfigError, InputError
-from mlaconvert.evaluate import Request, evaluate, evaluate_models, velocity_by_timestep
+from mlaconvert.evaluate import Request, evaluate, evaluate_models, open_teacher, velocity_by_timestep
 from mlaconvert.families import open_checkpoint
 from mlaconvert.model import WanModel, load_model
 from mlaconvert.rollout import Sampler, rollout
@@ -462,3 +464,25 @@ def test_too_few_scores(made: Path, tmp_path: Path) -> None:
     result = invoke("evaluate", made / "small", made / "large", "--vbench", tmp_path)
     assert result.exit_code == 2
     assert "1 VBench results for 2 models" in result.stderr
+
+
+def test_the_teacher_on_the_hub_is_of_the_recorded_commit(hub: Hub, golden: Path, tmp_path: Path) -> None:
+    files = {f"dit/{name}": Blob((golden / name).read_bytes(), True) for name in (CONFIG_NAME, WEIGHTS_NAME)}
+    other = files[f"dit/{WEIGHTS_NAME}"].data
+    newer = files | {f"dit/{WEIGHTS_NAME}": Blob(other[:-4] + b"\0\0\0\0", True)}
+    repo = hub.create("alice/wan")
+    first = repo.commit(files)
+    repo.commit(newer)
+    convert("alice/wan/dit", tmp_path / "out", ConvertRecipe(init="svd"), revision=first)
+    conversion = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert conversion["source"]["revision"] == first
+    with open_teacher(str(tmp_path / "out"), conversion) as teacher:
+        assert teacher.store.revision == first
+        assert teacher.store.files[0].read_bytes() == other
+    # A history that was rewritten since may still have the same files.
+    repo.commits = [("f" * 40, files)]
+    with open_teacher(str(tmp_path / "out"), conversion) as teacher:
+        assert teacher.store.revision == "f" * 40
+    repo.commits = [("e" * 40, newer)]
+    with pytest.raises(InputError, match="alice/wan/dit is another model"), open_teacher("out", conversion):
+        pass
