@@ -9,8 +9,8 @@ missing or had another recipe is computed, and a run that was interrupted goes o
 runs. Cells of different seeds may be computed by processes side by side. Excess is the validation loss on held-back
 clips above the teacher's, in percent of it. A seed draws the conversion's random numbers and calibration noise, the
 training clips and their noise, and the four draws of validation noise. The shipped recipe is measured as it is;
-comparisons take fewer and smaller steps (`COMPARED`), alike in every row. The curve of a run is its own validation:
-distillation's, the velocity's mean squared distance to the teacher's.
+comparisons take fewer and smaller steps (`COMPARED`), alike in every row. Distance by step is a run's own validation,
+the mean squared distance of the velocity to the teacher's on 16 held-back clips, in percent of the teacher's loss.
 
 The distance of few-step students: the first chunk of held-back clips is continued twice by the student in four steps,
 and twice by the teacher in twenty guided ones. Both sides are described by what the teacher's middle block makes of
@@ -60,7 +60,7 @@ from mlaconvert.tiny.clips import held_back
 # Held-back clips that losses are measured on, and that are continued; and what every run has in common.
 SIZES: dict[str, int] = {"clips": 256, "continued": 32}
 COMMON: dict[str, Any] = {"tracker": "none"}
-COMPARED: dict[str, Any] = {"steps": 100, "batch": 16, "precision": "float32"}
+COMPARED: dict[str, Any] = {"steps": 100, "batch": 16}
 # Flow matching as the teacher itself was trained, at a rate for a model that is nearly there.
 FLOW: dict[str, Any] = {"stage": "teacher-forcing", "optimizer": "adamw", "lr": 1e-4}
 FEW_STEPS = {"tiny-consistency": 200, "tiny-dmd": 50}  # steps of the stages behind distillation
@@ -181,24 +181,28 @@ def long_runs(cells: Cells) -> list[str]:
     """What the other starts need: the shipped recipe, one seed."""
     lines = []
     for start in ("random", "svd"):
-        found = recipe_run(cells, start, 0)
-        lines.append(f"- {start}: {_excess(found['loss'], teacher_loss(cells, 0)):.0f}%; by step {_curve(found)}")
+        found, base = recipe_run(cells, start, 0), teacher_loss(cells, 0)
+        curve = ", ".join(f"{step}: {value:.0f}%" for step, value in _curve(found, base).items())
+        lines.append(f"- {start}: {_excess(found['loss'], base):.0f}%; distance by step {curve}")
     return lines
 
 
 def starts(cells: Cells, seeds: list[int]) -> list[str]:
-    """Validation before and after the steps of a comparison, for each start."""
-    lines = ["| start | before | after | lowest to highest |", "|---|---|---|---|"]
-    curves = []
+    """Excess before and after the steps of a comparison, and the run's own validation by step, for each start."""
+    lines: list[str] = []
     for start in ("random", "svd", "calibrated"):
-        before, after = [], []
-        for seed in seeds:
-            found, base = compared(cells, start, seed), teacher_loss(cells, seed)
-            before.append(_excess(before_loss(cells, start, seed), base))
-            after.append(_excess(found["loss"], base))
-            curves.append(f"{start}, seed {seed}: {_curve(found)}")
-        lines.append(f"| {start} | {statistics.mean(before):.1f}% | {_mean(after, '.1f', '%')} |")
-    return [*lines, "", "Distance of the velocity to the teacher's by step:", "", *(f"- {curve}" for curve in curves)]
+        bases = [teacher_loss(cells, seed) for seed in seeds]
+        found = [compared(cells, start, seed) for seed in seeds]
+        before = [_excess(before_loss(cells, start, seed), base) for seed, base in zip(seeds, bases, strict=True)]
+        after = [_excess(run["loss"], base) for run, base in zip(found, bases, strict=True)]
+        curves = [_curve(run, base) for run, base in zip(found, bases, strict=True)]
+        distance_at = {step: statistics.mean(curve[step] for curve in curves) for step in curves[0]}
+        if not lines:
+            steps = " | ".join(f"distance at {step}" for step in distance_at)
+            lines = [f"| start | before | after | lowest to highest | {steps} |", "|---" * (4 + len(distance_at)) + "|"]
+        distances = " | ".join(f"{value:.1f}%" for value in distance_at.values())
+        lines.append(f"| {start} | {statistics.mean(before):.1f}% | {_mean(after, '.1f', '%')} | {distances} |")
+    return lines
 
 
 def compared(cells: Cells, start: str, seed: int) -> dict[str, Any]:
@@ -303,8 +307,9 @@ def _is_of(record: dict[str, Any], recipe: HealRecipe) -> bool:
     return parse(HealRecipe, record["recipe"], "recipe").resolved() == recipe
 
 
-def _curve(found: dict[str, Any]) -> str:
-    return ", ".join(f"{int(step)}: {value:.4f}" for step, value in found["curve"])
+def _curve(found: dict[str, Any], base: float) -> dict[int, float]:
+    """Distillation's validation by step, in percent of the teacher's loss."""
+    return {int(step): 100 * value / base for step, value in found["curve"]}
 
 
 def _mean(values: list[float], form: str, unit: str = "") -> str:
