@@ -212,21 +212,26 @@ def compared(cells: Cells, start: str, seed: int) -> dict[str, Any]:
 
 def stages(cells: Cells, seeds: list[int]) -> list[str]:
     """From the calibrated start: what is matched, attention first or not, and what is trained."""
-    rows: dict[str, dict[str, Any]] = {
-        "distill, velocity only, train all": {},
-        "attention first (a fifth)": {"attention_steps": COMPARED["steps"] // 5},
-        "flow matching only (teacher forcing, AdamW at 1e-4)": FLOW,
-        "train latent": {"train": "latent"},
-        "train attention": {"train": "attention"},
+    half = {"steps": COMPARED["steps"] // 2}
+    rows: dict[str, list[dict[str, Any]]] = {
+        "distill, velocity only, train all": [{}],
+        "attention first (a fifth)": [{"attention_steps": COMPARED["steps"] // 5}],
+        "flow matching only (teacher forcing, AdamW at 1e-4)": [FLOW],
+        "distill first, then flow matching (half each)": [half, FLOW | half],
+        "train latent": [{"train": "latent"}],
+        "train attention": [{"train": "attention"}],
     }
     lines = ["| from the calibrated start | excess | lowest to highest |", "|---|---|---|"]
-    for name, options in rows.items():
+    for name, legs in rows.items():
         found = []
         for seed in seeds:
-            start, settings = converted(cells.runs, "calibrated", seed), COMPARED | options
-            run = cells.train(f"stages-{_slug(name)}-{seed}", start, seed, **settings) if options else None
-            loss = (run or compared(cells, "calibrated", seed))["loss"]
-            found.append(_excess(loss, teacher_loss(cells, seed)))
+            folder, run = converted(cells.runs, "calibrated", seed), compared(cells, "calibrated", seed)
+            for left, options in zip(reversed(range(len(legs))), legs, strict=True):
+                if options:
+                    cell = f"stages-{_slug(name)}-{seed}" + "-before" * left
+                    run = cells.train(cell, folder, seed, **COMPARED | options)
+                    folder = cells.runs / cell
+            found.append(_excess(run["loss"], teacher_loss(cells, seed)))
         lines.append(f"| {name} | {_mean(found, '.1f', '%')} |")
     return lines
 
