@@ -7,6 +7,7 @@ place would block or never end.
 from __future__ import annotations
 
 import json
+import re
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,13 +116,19 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without what makes it more than JSON with comments: a key may come only once."""
+    """YAML without what makes it more than JSON with comments: a key may come only once, and 1e-5 is a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         if not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
             raise ValueError("a key is a list or a mapping")
         _no_duplicates([(key.value, None) for key, _ in node.value])
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 takes it for a text unless it has a point and a sign, as 1.0e-5 has; 1.2 does not.
+_PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), [*"-+0123456789"]
+)
 
 
 def read_yaml(path: Path) -> Any:

@@ -581,6 +581,16 @@ def test_wrong_recipe_files_are_named(tmp_path: Any) -> None:
         load_heal_recipe("nothing", {})
 
 
+def test_recipe_files_take_numbers_as_they_are_written(tmp_path: Any) -> None:
+    path = tmp_path / "mine.yaml"
+    for text, value in (("1e-5", 1e-5), ("2E-4", 2e-4), ("1.5e-3", 1.5e-3), ("3.e-2", 0.03), ("1e+0", 1.0), ("1", 1.0)):
+        path.write_text(f"stage: distill\nlr: {text}\n")
+        assert load_heal_recipe(path, {}).lr == value
+    path.write_text("stage: distill\nlr: 1e-5x\n")
+    with pytest.raises(ConfigError, match="lr: Input should be a valid number"):
+        load_heal_recipe(path, {})
+
+
 def test_the_rate_rises_and_falls() -> None:
     settings = recipe(steps=110, warmup=10)
     rates = [learning_rate(settings, step, 2.0) for step in range(110)]
