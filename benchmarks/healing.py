@@ -12,19 +12,20 @@ training clips and their noise, and the four draws of validation noise. The ship
 comparisons take fewer and smaller steps (`COMPARED`), alike in every row. Distance by step is a run's own validation,
 the mean squared distance of the velocity to the teacher's on 16 held-back clips, in percent of the teacher's loss.
 
-The distance of few-step students: the first chunk of held-back clips is continued twice by the student in four steps,
-and twice by the teacher in twenty guided ones. Both sides are described by what the teacher's middle block makes of
-every frame (mean and spread of its tokens). The energy distance of the two conditional distributions, clip by clip and
-then averaged, is zero only where they agree. It is a proper measure: unlike an error against one continuation it does
-not reward blur, and unlike a comparison of all continuations at once it sees whether each fits its own beginning. It is
-given as a share of how far two continuations by the teacher lie apart. Two rows say what to expect: the teacher against
-fresh continuations of its own (the floor), and the teacher in four steps without training.
+The distance of few-step students: from held-back prompts, the student generates two videos each in four steps, and the
+teacher two in twenty guided ones. Both sides are described by what the teacher's middle block makes of every frame
+(mean and spread of its tokens). The energy distance of the two conditional distributions, prompt by prompt and then
+averaged, is zero only where they agree. It is a proper measure: unlike an error against one video it does not reward
+blur, and unlike a comparison of all videos at once it sees whether each fits its own prompt. It is given as a share of
+how far two videos of the teacher lie apart. Two rows say what to expect: the teacher against other draws of its own
+(the floor), and the teacher in four steps without training.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import shutil
 import statistics
@@ -39,6 +40,7 @@ from tables import put_between
 
 from mlaconvert.config import ConvertRecipe, StreamingConfig, WanConfig, parse
 from mlaconvert.convert import convert
+from mlaconvert.data import Clips
 from mlaconvert.evaluate import validation_loss
 from mlaconvert.families import open_checkpoint
 from mlaconvert.heal import HealRecipe, distill, heal, load_heal_recipe
@@ -57,8 +59,8 @@ from mlaconvert.model import WanModel, load_model
 from mlaconvert.recipes import load_recipe, mla_config, resolve_recipe
 from mlaconvert.tiny.clips import held_back
 
-# Held-back clips that losses are measured on, and that are continued; and what every run has in common.
-SIZES: dict[str, int] = {"clips": 256, "continued": 32}
+# Held-back clips that losses are measured on, prompts that are generated from; what every run has in common.
+SIZES: dict[str, int] = {"clips": 256, "prompts": 64}
 COMMON: dict[str, Any] = {"tracker": "none"}
 COMPARED: dict[str, Any] = {"steps": 100, "batch": 16}
 # Flow matching as the teacher itself was trained, at a rate for a model that is nearly there.
@@ -258,7 +260,7 @@ def students(cells: Cells, seeds: list[int]) -> list[str]:
         for name, (folder, floor) in rows.items():
             value = cells.get(f"distance-{_slug(name)}-{seed}", distance, folder, seed, floor)
             found.setdefault(name, []).append(value)
-    lines = ["| continuations | distance | lowest to highest |", "|---|---|---|"]
+    lines = ["| rollouts | distance | lowest to highest |", "|---|---|---|"]
     return lines + [f"| {name} | {_mean(values, '.2f')} |" for name, values in found.items()]
 
 
@@ -297,14 +299,22 @@ def noise_scale(folder: Path, seed: int, spread: float, batches: int = 48) -> fl
 
 
 def distance(folder: Path, seed: int, floor: bool) -> float:
-    """Of a model's four steps to the teacher's continuations; for the floor, of the teacher to itself."""
-    source, teacher = Drawn(), load_model("tiny")
-    clips = held_back(SIZES["continued"], frames=9)
-    reference = reference_features(teacher, clips, source.null, 3.0, first=10 * seed)
+    """Of a model's four steps to the teacher's twenty; for the floor, of the teacher to itself."""
+    reference = generated(10 * seed)
     if floor:
-        return energy_distance(reference_features(teacher, clips, source.null, 3.0, first=1000 + seed), reference)
+        return energy_distance(generated(1000 + seed), reference)
     recipe = HealRecipe(stage="consistency").resolved()
-    return FewStep(load_model(folder), teacher, recipe, reference).distance(clips)
+    return FewStep(load_model(folder), load_model("tiny"), recipe, reference).distance(_prompts())
+
+
+@functools.cache
+def generated(first: int) -> list[torch.Tensor]:
+    """Features of what the teacher generates, drawn from `first` on."""
+    return reference_features(load_model("tiny"), _prompts(), Drawn().null, 3.0, first=first)
+
+
+def _prompts() -> Clips:
+    return held_back(SIZES["prompts"], frames=6)
 
 
 def _is_of(record: dict[str, Any], recipe: HealRecipe) -> bool:
@@ -488,7 +498,7 @@ def main() -> None:
         return
     if arguments.quick:
         arguments.seeds = "0"
-        SIZES.update(clips=4, continued=2)
+        SIZES.update(clips=4, prompts=2)
         COMPARED.update(steps=6)
         COMMON.update(steps=6, batch=2, validation_clips=2)
         arguments.runs = arguments.runs.with_name(f"{arguments.runs.name}-quick")

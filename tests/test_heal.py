@@ -21,7 +21,7 @@ from mlaconvert.heal.data import Batch, Batches, Drawn, Rows, mix
 from mlaconvert.heal.distill import Distill, noise_levels
 from mlaconvert.heal.dmd import Critic, Generator
 from mlaconvert.heal.estimate import estimate, forward_flops
-from mlaconvert.heal.fewstep import Steps, energy_distance, reference_features, stream
+from mlaconvert.heal.fewstep import FewStep, Steps, energy_distance, reference_features, stream
 from mlaconvert.heal.layout import forcing_layout, noisy_layout, velocity, views
 from mlaconvert.heal.objective import Uncast
 from mlaconvert.heal.recipe import STAGES, HealRecipe, heal_recipe_names, learning_rate, load_heal_recipe
@@ -444,14 +444,23 @@ def test_energy_distance_sees_blur_and_bias_but_not_other_draws() -> None:
     assert energy_distance(draw(shift=0.5), theirs) > 0.05
 
 
-def test_reference_continuations_differ_in_their_draws_and_share_their_prefix() -> None:
+def test_the_distance_compares_rollouts_from_noise() -> None:
+    """The students' and the teacher's: of the clips only the prompts and the length count."""
     batch = make_batch(frames=4)
     teacher = model(TEACHER, 1)
     clips = Clips(batch.latents, batch.context)
-    first, second = reference_features(teacher, clips, batch.null, 2.0)
-    assert first.shape == (3, 4 * 2 * TEACHER.dim)
-    assert relative(first[:, : 4 * TEACHER.dim], second[:, : 4 * TEACHER.dim]) < 1e-9  # two frames of prefix
-    assert relative(first, second) > 1e-3
+    found = reference_features(teacher, clips, batch.null, 2.0)
+    assert found[0].shape == (3, 4 * 2 * TEACHER.dim)
+    for frame in range(4):
+        inside = slice(frame * 2 * TEACHER.dim, (frame + 1) * 2 * TEACHER.dim)
+        assert relative(found[0][:, inside], found[1][:, inside]) > 1e-3
+    other = Clips(torch.randn_like(clips.latents), clips.context)
+    again = reference_features(teacher, other, batch.null, 2.0)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    student = FewStep(model(STUDENT, 2), teacher, recipe("consistency"), found)
+    near, far = student.distance(clips), FewStep(model(STUDENT, 3), teacher, recipe("consistency"), again)
+    assert near == student.distance(other) != far.distance(clips)
+    assert student.distance(Clips(clips.latents, torch.zeros_like(clips.context))) != near
 
 
 # --- what is trained -------------------------------------------------------------------------------------------------

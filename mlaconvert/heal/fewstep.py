@@ -39,13 +39,11 @@ def stream(
     steps: Steps,
     live: bool = False,
     checkpointing: bool = False,
-    prefix: Tensor | None = None,
 ) -> Tensor:
     """A clip [B, C, F, H, W] generated chunk by chunk through the latent cache, as Self-Forcing does (2506.08009).
 
     `noise` [B, timesteps, C, F, H, W] is used in turn: first to begin with, then to noise each prediction again. With
-    `live`, each chunk's last step carries gradients; all else is constant. A `prefix` [B, C, f, H, W] of whole chunks
-    is taken as given.
+    `live`, each chunk's last step carries gradients; all else is constant.
     """
     batch, _, _, _, height, width = noise.shape
     streaming = model.config.streaming or StreamingConfig()
@@ -63,26 +61,16 @@ def stream(
     start = 0
     for count in chunks:
         frames = slice(start, start + count)
-        clean = prefix[:, :, frames] if prefix is not None and start < prefix.shape[2] else None
-        if clean is None:
-            x = noise[:, 0, :, frames]
-            for i, level in enumerate(levels):
-                last = i == len(levels) - 1
-                with torch.set_grad_enabled(live and last):
-                    flow = chunk_velocity(
-                        model,
-                        x,
-                        1000 * level,
-                        context,
-                        cache,
-                        start,
-                        live=live and last,
-                        checkpointing=checkpointing,
-                    )
-                    clean = x - level * flow
-                if not last:
-                    x = torch.lerp(clean, noise[:, i + 1, :, frames], levels[i + 1])
-        assert clean is not None
+        x = noise[:, 0, :, frames]
+        for i, level in enumerate(levels):
+            last = i == len(levels) - 1
+            with torch.set_grad_enabled(live and last):
+                flow = chunk_velocity(
+                    model, x, 1000 * level, context, cache, start, live=live and last, checkpointing=checkpointing
+                )
+                clean = x - level * flow
+            if not last:
+                x = torch.lerp(clean, noise[:, i + 1, :, frames], levels[i + 1])
         with torch.no_grad():
             chunk_velocity(model, clean.detach(), 0.0, context, cache, start)
         made.append(clean)
@@ -102,36 +90,32 @@ class FewStep(Objective):
         self.timesteps = Sampler.few_step().timesteps
 
     def distance(self, clips: Clips) -> float:
-        """`energy_distance` of the student's continuations of held-back clips to the many-step teacher's."""
-        found = [self._continue(clips, draw) for draw in range(DRAWS)]
+        """`energy_distance` of what the student makes of held-back prompts to what the many-step teacher does."""
+        found = [self._generate(clips, draw) for draw in range(DRAWS)]
         return energy_distance([video_features(self._teacher[0], v, clips.context) for v in found], self._reference)
 
-    def _continue(self, clips: Clips, draw: int) -> Tensor:
-        chunks = default_chunks(clips.latents.shape[2], self.student.config.streaming)
+    def _generate(self, clips: Clips, draw: int) -> Tensor:
         rows = Rows([mix("validate", draw, i) for i in range(len(clips.latents))])
-        noise = rows.normal(len(self.timesteps), *clips.latents.shape[1:]).to(clips.latents)
         return stream(
             self.student,
             clips.context,
-            chunks=chunks,
-            noise=noise,
+            chunks=default_chunks(clips.latents.shape[2], self.student.config.streaming),
+            noise=rows.normal(len(self.timesteps), *clips.latents.shape[1:]).to(clips.latents),
             steps=Steps(self.timesteps, len(self.timesteps)),
-            prefix=clips.latents[:, :, : chunks[0]],
         )
 
 
 def reference_features(
     teacher: WanModel, clips: Clips, null: Tensor | None, guidance: float, first: int = 0
 ) -> list[Tensor]:
-    """Features of the teacher's own continuations of the clips, by many steps: `DRAWS` tensors [N, K].
+    """Features of what the teacher makes of the clips' prompts by many steps, `DRAWS` tensors [N, K].
 
-    A bidirectional teacher cannot continue through a cache; the clips themselves then stand for it.
+    A bidirectional teacher does not generate chunk by chunk; the clips themselves then stand for it.
     """
     streaming = teacher.config.streaming
     if streaming is None:
         return [video_features(teacher, clips.latents, clips.context)] * DRAWS
     sampler = Sampler.many_step(TEACHER_STEPS, guidance=guidance if null is not None else 1.0)
-    chunk = default_chunks(clips.latents.shape[2], streaming)[0]
     count, _, frames, height, width = clips.latents.shape
     videos = [
         rollout(
@@ -143,7 +127,6 @@ def reference_features(
             sampler=sampler,
             seed=[mix("reference", draw + first, i) >> 38 for i in range(count)],
             null_context=null,
-            prefix=clips.latents[:, :, :chunk],
         )
         for draw in range(DRAWS)
     ]
