@@ -21,7 +21,7 @@ from mlaconvert.convert import CONVERSION_NAME
 from mlaconvert.data import Clips, load_clips
 from mlaconvert.drift import Drift, RolloutPlan, Speed, compare_videos, paired_rollouts
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, UnsupportedModelError
-from mlaconvert.families import Checkpoint, open_checkpoint
+from mlaconvert.families import Checkpoint, comes_from_tiny, open_checkpoint
 from mlaconvert.lora import find_recorded, merge_loras
 from mlaconvert.model import Block, WanModel, default_chunks, load_model
 from mlaconvert.plan import public_name
@@ -670,8 +670,11 @@ def _sha256(opened: Checkpoint, progress: Progress | None) -> str:
 def _conditions(
     opened: Checkpoint, teacher: WanModel, record: _Record, request: Request, progress: Progress
 ) -> Conditions:
-    if opened.is_tiny and request.data is None:
-        return tiny_conditions(
+    by_hand: list[str] = []
+    if request.teacher is not None:
+        by_hand.append("The teacher was named by hand; its hash was not compared with the recorded one.")
+    if request.data is None and (opened.is_tiny or comes_from_tiny(record.conversion)):
+        drawn = tiny_conditions(
             teacher.config.streaming,
             clips=request.clips or 64,
             frames=request.frames,
@@ -679,9 +682,8 @@ def _conditions(
             steps=request.steps or TINY_STEPS,
             seed=request.seed,
         )
-    notes = ["One seed: small differences mean nothing."]
-    if request.teacher is not None:
-        notes.append("The teacher was named by hand; its hash was not compared with the recorded one.")
+        return dataclasses.replace(drawn, notes=(*drawn.notes, *by_hand))
+    notes = ["One seed: small differences mean nothing.", *by_hand]
     if opened.config.streaming != teacher.config.streaming:
         notes.append("The teacher runs with the converted model's window, which it was not trained with.")
     if request.subfolder or record.recorded("subfolder"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typer.testing import CliRunner, Result
 from mlaconvert import drift
 from mlaconvert import evaluate as evaluation
 from mlaconvert.cache import LatentCache
-from mlaconvert.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from mlaconvert.checkpoint import CONFIG_NAME, TINY, WEIGHTS_NAME
 from mlaconvert.cli import app
 from mlaconvert.config import ConvertRecipe, StreamingConfig
 from mlaconvert.convert import convert
@@ -364,6 +365,12 @@ def test_the_teacher_has_to_be_the_recorded_one(made: Path, golden: Path, tmp_pa
     with pytest.raises(InputError, match="its SHA-256 differs"):
         evaluate_models([source], QUICK, progress=silent)
     report = evaluate_models([source], dataclasses.replace(QUICK, teacher=str(golden), frames=0), progress=silent)
+    assert "named by hand" in " ".join(report.conditions["notes"])
+    own = shutil.copytree(TINY, tmp_path / "own", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    convert("tiny", tmp_path / "drawn", ConvertRecipe(init="svd", kv_rank=9, height=24, width=32, vae_stride=1))
+    request = dataclasses.replace(QUICK, teacher=str(own), frames=0)
+    report = evaluate_models([str(tmp_path / "drawn")], request, progress=silent)
+    assert report.data["from"] == "clips of the built-in model that training never drew"
     assert "named by hand" in " ".join(report.conditions["notes"])
     bare = tmp_path / "bare"
     bare.mkdir()

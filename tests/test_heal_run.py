@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from mlaconvert.convert import convert
 from mlaconvert.data import Clips
 from mlaconvert.errors import ConfigError, InputError, OutputError
 from mlaconvert.families import open_checkpoint
-from mlaconvert.heal import DivergedError, HealRecipe, fewstep, heal
+from mlaconvert.heal import DivergedError, HealRecipe, fewstep, heal, plan
 from mlaconvert.heal.distill import Distill
 from mlaconvert.heal.output import plot_curves
 from mlaconvert.heal.state import LAST, load, save
@@ -174,6 +175,31 @@ def test_distill_needs_no_data(home: Path, tmp_path: Path) -> None:
     assert load_file(made[0])["latents"].shape == (4, 3, 6, 24, 32)
     assert {"generate", "distill"} <= set(stages)
     assert len(report.curves.losses) == 1
+
+
+def test_a_trained_teacher_of_the_built_in_model_still_draws_its_clips(tmp_path: Path) -> None:
+    """So its stages follow each other as the paper's do, with the first stage's model as the next one's teacher."""
+    recipe = ConvertRecipe(init="svd", kv_rank=7, rope_dim=4, height=24, width=32, vae_stride=1)
+    convert("tiny", tmp_path / "student", recipe)
+    teacher = tmp_path / "teacher"
+    forcing = settings("teacher-forcing", steps=1, batch=1, validation_clips=1)
+    heal(tmp_path / "student", teacher, forcing, cpu=True)
+    report = heal(
+        tmp_path / "student",
+        tmp_path / "out",
+        settings("distill", steps=1, batch=1, validation_clips=1),
+        teacher=teacher,
+        cpu=True,
+    )
+    assert report.teacher == "teacher"
+    assert not (tmp_path / "out.state" / "clips").exists()  # none was generated
+    assert plan(tmp_path / "student", settings("consistency"), teacher=teacher).tokens > 0
+    stranger = shutil.copytree(tmp_path / "student", tmp_path / "stranger")
+    record = json.loads((stranger / "conversion.json").read_text())
+    record["source"]["sha256"] = "0" * 64
+    (stranger / "conversion.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="needs clips"):
+        plan(stranger, settings("consistency"), teacher=teacher)
 
 
 # --- resuming --------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ It reads names and shapes only; weights are read one at a time, by canonical nam
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from mlaconvert.families.wan import WanFamily
 from mlaconvert.families.wrappers import STREAMING_KEYS, unwrap
 from mlaconvert.inputs import read_json
 
-__all__ = ["AttentionWeights", "Checkpoint", "Family", "Layout", "WanFamily", "open_checkpoint"]
+__all__ = ["AttentionWeights", "Checkpoint", "Family", "Layout", "WanFamily", "comes_from_tiny", "open_checkpoint"]
 
 _FAMILIES: tuple[Family, ...] = (WanFamily(),)
 
@@ -168,6 +169,18 @@ def open_checkpoint(
     except BaseException:
         store.close()
         raise
+
+
+def comes_from_tiny(conversion: Mapping[str, Any] | None) -> bool:
+    """Whether the model with this conversion.json was made from the built-in one, and so knows its drawn clips."""
+    recorded = (conversion or {}).get("source") or {}
+    return recorded.get("sha256") == _tiny_sha256()
+
+
+@functools.cache
+def _tiny_sha256() -> str:
+    with open_checkpoint(TINY) as tiny:
+        return tiny.store.sha256()
 
 
 def _recognise(store: TensorStore, raw: dict[str, Any] | None, state_key: str | None) -> Checkpoint:

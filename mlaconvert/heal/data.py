@@ -19,7 +19,6 @@ from torch import Tensor
 from mlaconvert.config import StreamingConfig, WanConfig, default_video
 from mlaconvert.data import ClipFolder, Clips, load_null_context, save_shard
 from mlaconvert.errors import ConfigError, InputError
-from mlaconvert.families import Checkpoint
 from mlaconvert.heal.layout import View, views
 from mlaconvert.heal.recipe import HealRecipe
 from mlaconvert.inputs import is_folder
@@ -147,11 +146,12 @@ class Stored:
 def open_source(
     recipe: HealRecipe,
     data: Path | None,
-    teacher: Checkpoint,
     config: WanConfig,
     say: Callable[[str], None],
+    *,
+    draws: bool,
 ) -> Source | None:
-    """Where the clips come from: a folder, the built-in model's drawings, or None: the teacher has to generate them.
+    """Where the clips come from: a folder, drawings if the model `draws`, or None: the teacher has to generate them.
 
     Raises ConfigError when the stage needs a data set that is not there, InputError for one that does not fit.
     """
@@ -161,7 +161,7 @@ def open_source(
         if not is_folder(data):
             raise InputError(f"{data}: there is no such folder of clips")
         return _stored(recipe, data, config, say)
-    if teacher.is_tiny:
+    if draws:
         return Drawn(recipe.frames)
     if recipe.stage != "distill":
         raise ConfigError(f"stage {recipe.stage} needs clips; give a folder of them with --data DIR")

@@ -18,7 +18,7 @@ from mlaconvert.config import StreamingConfig, WanConfig, default_video
 from mlaconvert.convert import CONVERSION_NAME
 from mlaconvert.errors import ConfigError, InputError, OutputError
 from mlaconvert.evaluate import open_teacher
-from mlaconvert.families import Checkpoint, open_checkpoint
+from mlaconvert.families import Checkpoint, comes_from_tiny, open_checkpoint
 from mlaconvert.heal.consistency import Consistency
 from mlaconvert.heal.data import Batches, Source, generate_source, mix, open_source
 from mlaconvert.heal.distill import Distill
@@ -71,9 +71,9 @@ def heal(
     folder = state or output.with_name(f"{output.name}.state")
     accelerator: Accelerator | None = None
     with ExitStack() as stack:
-        student_file, teacher_file = _open(stack, source, teacher, subfolder)
+        student_file, teacher_file, draws = _open(stack, source, teacher, subfolder)
         streaming = _regime(recipe, student_file.config, teacher_file.config)
-        found = open_source(recipe, data, teacher_file, student_file.config, tell)
+        found = open_source(recipe, data, student_file.config, tell, draws=draws)
         _check_guidance(recipe, found)
         ModelWriter(output, specs_of(student_file), metadata={}, overwrite=overwrite)  # checks, and writes nothing
         accelerator = make_accelerator(recipe, None if tracker_missing(recipe) else folder / "logs", cpu=cpu)
@@ -146,9 +146,9 @@ def plan(
     """What `heal` would need, without running anything: all checks of its input, and an estimate of one step."""
     recipe = recipe.resolved()
     with ExitStack() as stack:
-        student_file, teacher_file = _open(stack, source, teacher, subfolder)
+        student_file, teacher_file, draws = _open(stack, source, teacher, subfolder)
         streaming = _regime(recipe, student_file.config, teacher_file.config)
-        found = open_source(recipe, data, teacher_file, student_file.config, lambda _: None)
+        found = open_source(recipe, data, student_file.config, lambda _: None, draws=draws)
         _check_guidance(recipe, found)
         config = student_file.config
         if found is None:
@@ -230,8 +230,11 @@ def _objectives(
 
 def _open(
     stack: ExitStack, source: str | Path, teacher: str | Path | None, subfolder: str | None
-) -> tuple[Checkpoint, Checkpoint]:
-    """The student's checkpoint and its teacher's. Raises InputError when the teacher is not known or not found."""
+) -> tuple[Checkpoint, Checkpoint, bool]:
+    """The student's checkpoint, its teacher's, and whether the built-in model's clips are theirs.
+
+    Raises InputError when the teacher is not known or not found.
+    """
     pair = experts(source)
     if pair and subfolder is None:
         raise InputError(f"{source} holds two experts; heal one with --subfolder {pair[0]} or --subfolder {pair[1]}")
@@ -243,7 +246,7 @@ def _open(
     named = None if teacher is None else str(teacher)
     found = stack.enter_context(open_teacher(str(folder), conversion, teacher=named, subfolder=subfolder))
     _check_pair(student, found)
-    return student, found
+    return student, found, found.is_tiny or comes_from_tiny(conversion)
 
 
 def _check_pair(student: Checkpoint, teacher: Checkpoint) -> None:
