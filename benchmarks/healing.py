@@ -38,6 +38,7 @@ from typing import Any
 import torch
 from tables import put_between
 
+from mlaconvert.checkpoint import TINY
 from mlaconvert.config import ConvertRecipe, StreamingConfig, WanConfig, parse
 from mlaconvert.convert import convert
 from mlaconvert.data import Clips
@@ -65,13 +66,50 @@ COMMON: dict[str, Any] = {"tracker": "none"}
 COMPARED: dict[str, Any] = {"steps": 100, "batch": 16}
 # Flow matching as the teacher itself was trained, at a rate for a model that is nearly there.
 FLOW: dict[str, Any] = {"stage": "teacher-forcing", "optimizer": "adamw", "lr": 1e-4}
-FEW_STEPS = {"tiny-consistency": 200, "tiny-dmd": 50}  # steps of the stages behind distillation
+# Stage behind stage, from the calibrated start.
+STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "distilled, in four steps": ("tiny-distill", COMPARED),
+    "and consistency": ("tiny-consistency", {"steps": 200}),
+    "and dmd": ("tiny-dmd", {"steps": 50}),
+}
 # Dense bfloat16 peak in TFLOP/s, from the vendor's data sheets.
 PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0, "RTX 4090": 165.0}
+Measure = Callable[["Model", int], float]  # of a model, with a seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model folder that is made when it is first needed."""
+
+    path: Path
+    make: Callable[[Path], object]
+
+    def folder(self) -> Path:
+        """Where it lies, made if it did not."""
+        if not self.path.is_dir():
+            self.make(self.path)
+        return self.path
+
+
+@dataclasses.dataclass(frozen=True)
+class Healed(Model):
+    """A model that a recipe healed; made anew where another recipe's lies."""
+
+    recipe: HealRecipe
+
+    def folder(self) -> Path:
+        healing = self.path / "healing.json"
+        if healing.is_file() and not self.is_of(json.loads(healing.read_text())):
+            shutil.rmtree(self.path)
+        return super().folder()
+
+    def is_of(self, record: dict[str, Any]) -> bool:
+        """Whether a kept record is of a run of this recipe; what it does not name had its default."""
+        return parse(HealRecipe, record["recipe"], "recipe").resolved() == self.recipe
 
 
 class Cells:
-    """Results by name, each kept in a file of its own as soon as it is known; `runs` has what was trained."""
+    """Results by name, each kept in a file of its own as soon as it is known; `runs` has the models behind them."""
 
     def __init__(self, results: Path, runs: Path) -> None:
         self.results, self.runs = results, runs
@@ -90,21 +128,37 @@ class Cells:
             print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         return json.loads(path.read_text())
 
-    def train(self, name: str, start: Path, seed: int, base: str = "tiny-distill", /, **options: Any) -> dict[str, Any]:
-        """Heal `start` into the folder of that name: the recipe, its validation during the run, the result's loss."""
-        recipe = load_heal_recipe(base, {"seed": seed} | options | COMMON).resolved()
-        path = self.results / f"{name}.json"
-        if path.is_file() and not _is_of(json.loads(path.read_text()), recipe):
+    def train(self, model: Healed, measure: Measure) -> dict[str, Any]:
+        """The model's recipe, the validation during its run, and what `measure` finds."""
+        path = self.results / f"{model.path.name}.json"
+        if path.is_file() and not model.is_of(json.loads(path.read_text())):
             path.unlink()
-        return self.get(name, trained, start, self.runs / name, seed, recipe)
+        return self.get(model.path.name, trained, model, measure)
+
+    def teacher(self) -> Model:
+        """The shipped model as a folder that can be trained on."""
+        return Model(self.runs / "teacher", copy_shipped)
+
+    def converted(self, start: str, seed: int) -> Model:
+        """The shipped model, converted as `start` says."""
+        return Model(self.runs / f"{start}-{seed}", functools.partial(convert_shipped, start, seed))
+
+    def healed(self, name: str, start: Model, seed: int, base: str = "tiny-distill", /, **options: Any) -> Healed:
+        """`start`, healed by a shipped recipe with these options."""
+        recipe = load_heal_recipe(base, {"seed": seed} | options | COMMON).resolved()
+        return Healed(self.runs / name, functools.partial(heal_shipped, start, recipe), recipe)
 
 
 # --- the shipped model -----------------------------------------------------------------------------------------------
 
 
-def converted(runs: Path, start: str, seed: int) -> Path:
-    """The shipped model, converted as `start` says; made once."""
-    folder = runs / f"{start}-{seed}"
+def copy_shipped(output: Path) -> None:
+    """The built-in model's files."""
+    shutil.copytree(TINY, output, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+
+
+def convert_shipped(start: str, seed: int, output: Path) -> None:
+    """The built-in model, converted as `start` says."""
     base, rope = load_recipe("tiny"), 8  # of the same cache, where the rotary key has scalars of its own
     weights = ConvertRecipe(init="svd", kv_rank=(base.kv_rank or 0) - rope, rope_dim=rope, q_rank="none", seed=seed)
     made = {
@@ -112,45 +166,35 @@ def converted(runs: Path, start: str, seed: int) -> Path:
         "svd": weights,
         "calibrated": dataclasses.replace(base, seed=seed),
     }[start]
-    if not folder.is_dir():
-        convert("tiny", folder, dataclasses.replace(made, height=24, width=32, vae_stride=1))
-    return folder
+    convert("tiny", output, dataclasses.replace(made, height=24, width=32, vae_stride=1))
 
 
-def dense_copy(runs: Path) -> Path:
-    """The teacher as a folder that can be trained on."""
-    folder = runs / "teacher"
-    if not folder.is_dir():
-        from mlaconvert.checkpoint import TINY
-
-        shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    return folder
+def heal_shipped(start: Model, recipe: HealRecipe, output: Path) -> None:
+    """`start` healed towards the built-in model."""
+    say = functools.partial(print, " ", file=sys.stderr, flush=True)
+    heal(start.folder(), output, recipe, teacher="tiny", say=say)
 
 
-def loss_of(folder: Path, seed: int) -> float:
+def trained(model: Healed, measure: Measure) -> dict[str, Any]:
+    """What `Cells.train` keeps; what was measured goes by the name of its function."""
+    curve = json.loads((model.folder() / "healing.json").read_text())["validation"]
+    recipe = dataclasses.asdict(model.recipe)
+    return {"recipe": recipe, "curve": curve, measure.__name__: measure(model, model.recipe.seed)}
+
+
+def loss(model: Model, seed: int) -> float:
     """Validation loss on all held-back clips, over four draws of noise."""
-    return validation_loss(load_model(folder), held_back(SIZES["clips"]), seeds=range(4 * seed, 4 * seed + 4))
+    return validation_loss(load_model(model.folder()), held_back(SIZES["clips"]), seeds=range(4 * seed, 4 * seed + 4))
 
 
 def teacher_loss(cells: Cells, seed: int) -> float:
     """Of the teacher as it is."""
-    return cells.get(f"teacher-{seed}", loss_of, dense_copy(cells.runs), seed)
+    return cells.get(f"teacher-{seed}", loss, cells.teacher(), seed)
 
 
 def before_loss(cells: Cells, start: str, seed: int) -> float:
     """Of a conversion that is not healed."""
-    return cells.get(f"before-{start}-{seed}", loss_of, converted(cells.runs, start, seed), seed)
-
-
-def trained(start: Path, output: Path, seed: int, recipe: HealRecipe) -> dict[str, Any]:
-    """What `Cells.train` keeps."""
-    healing = output / "healing.json"
-    if healing.is_file() and not _is_of(json.loads(healing.read_text()), recipe):
-        shutil.rmtree(output)
-    if not output.is_dir():
-        heal(start, output, recipe, teacher="tiny", say=lambda line: print(f"  {line}", file=sys.stderr, flush=True))
-    curve = json.loads(healing.read_text())["validation"]
-    return {"recipe": dataclasses.asdict(recipe), "curve": curve, "loss": loss_of(output, seed)}
+    return cells.get(f"before-{start}-{seed}", loss, cells.converted(start, seed), seed)
 
 
 def shipped_recipe(cells: Cells, seeds: list[int]) -> list[str]:
@@ -165,7 +209,7 @@ def shipped_recipe(cells: Cells, seeds: list[int]) -> list[str]:
 
 def recipe_run(cells: Cells, start: str, seed: int) -> dict[str, Any]:
     """The recipe as it ships."""
-    return cells.train(f"recipe-{start}-{seed}", converted(cells.runs, start, seed), seed)
+    return cells.train(cells.healed(f"recipe-{start}-{seed}", cells.converted(start, seed), seed), loss)
 
 
 def trained_on(cells: Cells, seeds: list[int]) -> list[str]:
@@ -173,7 +217,7 @@ def trained_on(cells: Cells, seeds: list[int]) -> list[str]:
     lines = ["| seed | a teacher that trained on | the student above that one |", "|---|---|---|"]
     for seed in seeds:
         base, after = teacher_loss(cells, seed), recipe_run(cells, "calibrated", seed)["loss"]
-        more = cells.train(f"recipe-teacher-{seed}", dense_copy(cells.runs), seed, **FLOW)["loss"]
+        more = cells.train(cells.healed(f"recipe-teacher-{seed}", cells.teacher(), seed, **FLOW), loss)["loss"]
         # More training may also hurt a teacher that had enough.
         lines.append(f"| {seed} | {_excess(more, base):.2f}% | {_excess(after, min(base, more)):.2f}% |")
     return lines
@@ -209,7 +253,7 @@ def starts(cells: Cells, seeds: list[int]) -> list[str]:
 
 def compared(cells: Cells, start: str, seed: int) -> dict[str, Any]:
     """A run of a comparison as every row has it, but for its start."""
-    return cells.train(f"starts-{start}-{seed}", converted(cells.runs, start, seed), seed, **COMPARED)
+    return cells.train(cells.healed(f"starts-{start}-{seed}", cells.converted(start, seed), seed, **COMPARED), loss)
 
 
 def stages(cells: Cells, seeds: list[int]) -> list[str]:
@@ -227,12 +271,12 @@ def stages(cells: Cells, seeds: list[int]) -> list[str]:
     for name, legs in rows.items():
         found = []
         for seed in seeds:
-            folder, run = converted(cells.runs, "calibrated", seed), compared(cells, "calibrated", seed)
+            model, run = cells.converted("calibrated", seed), compared(cells, "calibrated", seed)
             for left, options in zip(reversed(range(len(legs))), legs, strict=True):
                 if options:
                     cell = f"stages-{_slug(name)}-{seed}" + "-before" * left
-                    run = cells.train(cell, folder, seed, **COMPARED | options)
-                    folder = cells.runs / cell
+                    model = cells.healed(cell, model, seed, **COMPARED | options)
+                    run = cells.train(model, loss)
             found.append(_excess(run["loss"], teacher_loss(cells, seed)))
         lines.append(f"| {name} | {_mean(found, '.1f', '%')} |")
     return lines
@@ -242,23 +286,16 @@ def students(cells: Cells, seeds: list[int]) -> list[str]:
     """Distance of four-step students to the teacher of twenty steps, stage by stage."""
     found: dict[str, list[float]] = {}
     for seed in seeds:
-        start, tiny = converted(cells.runs, "calibrated", seed), dense_copy(cells.runs)
-        compared(cells, "calibrated", seed)
-        chain = [start, cells.runs / f"starts-calibrated-{seed}"]
-        for name, steps in FEW_STEPS.items():
-            cell = f"students-{name}-{seed}"
-            cells.train(cell, chain[-1], seed, name, steps=steps)
-            chain.append(cells.runs / cell)
-        rows = {
-            "teacher, twenty steps, other noise (floor)": (tiny, True),
-            "teacher in four steps": (tiny, False),
-            "calibrated, untrained, in four steps": (chain[0], False),
-            "distilled, in four steps": (chain[1], False),
-            "and consistency": (chain[2], False),
-            "and dmd": (chain[3], False),
+        model, teacher = cells.converted("calibrated", seed), cells.teacher()
+        values = {
+            "teacher, twenty steps, other noise (floor)": cells.get(f"distance-floor-{seed}", floor, seed),
+            "teacher in four steps": cells.get(f"distance-teacher-{seed}", distance, teacher, seed),
+            "calibrated, untrained, in four steps": cells.get(f"distance-calibrated-{seed}", distance, model, seed),
         }
-        for name, (folder, floor) in rows.items():
-            value = cells.get(f"distance-{_slug(name)}-{seed}", distance, folder, seed, floor)
+        for name, (base, options) in STUDENTS.items():
+            model = cells.healed(f"students-{base}-{seed}", model, seed, base, **options)
+            values[name] = cells.train(model, distance)["distance"]
+        for name, value in values.items():
             found.setdefault(name, []).append(value)
     lines = ["| rollouts | distance | lowest to highest |", "|---|---|---|"]
     return lines + [f"| {name} | {_mean(values, '.2f')} |" for name, values in found.items()]
@@ -269,19 +306,18 @@ def noise(cells: Cells, seeds: list[int]) -> list[str]:
     rows = {"the schedule": 0.0, f"{distill.SPREAD:.0%} of them log-uniform, weighted": distill.SPREAD}
     lines = ["| noise levels drawn from | noise scale, clips | lowest to highest |", "|---|---|---|"]
     for name, spread in rows.items():
-        start = [converted(cells.runs, "calibrated", seed) for seed in seeds]
         found = [
-            cells.get(f"noise-{_slug(name)}-{seed}", noise_scale, folder, seed, spread)
-            for folder, seed in zip(start, seeds, strict=True)
+            cells.get(f"noise-{_slug(name)}-{seed}", noise_scale, cells.converted("calibrated", seed), seed, spread)
+            for seed in seeds
         ]
         lines.append(f"| {name} | {_mean(found, '.0f')} |")
     return lines
 
 
-def noise_scale(folder: Path, seed: int, spread: float, batches: int = 48) -> float:
+def noise_scale(model: Model, seed: int, spread: float, batches: int = 48) -> float:
     """Clips at which the gradient's variance equals its square, from steps of 8 clips each."""
     recipe = load_heal_recipe("tiny-distill", {"seed": seed, "batch": 8} | COMMON).resolved()
-    student = trainable(open_checkpoint(folder))
+    student = trainable(open_checkpoint(model.folder()))
     choose_trained(student, "all")
     objective = distill.Distill(student, load_model("tiny"), recipe, student.config.streaming)
     source = Batches(Drawn(), recipe, student.config.streaming)
@@ -298,13 +334,15 @@ def noise_scale(folder: Path, seed: int, spread: float, batches: int = 48) -> fl
     return recipe.batch * variance / squared
 
 
-def distance(folder: Path, seed: int, floor: bool) -> float:
-    """Of a model's four steps to the teacher's twenty; for the floor, of the teacher to itself."""
-    reference = generated(10 * seed)
-    if floor:
-        return energy_distance(generated(1000 + seed), reference)
-    recipe = HealRecipe(stage="consistency").resolved()
-    return FewStep(load_model(folder), load_model("tiny"), recipe, reference).distance(_prompts())
+def distance(model: Model, seed: int) -> float:
+    """Of a model's four steps to the teacher's twenty."""
+    student, recipe = load_model(model.folder()), HealRecipe(stage="consistency").resolved()
+    return FewStep(student, load_model("tiny"), recipe, generated(10 * seed)).distance(_prompts())
+
+
+def floor(seed: int) -> float:
+    """Of the teacher's twenty steps to themselves, from other noise."""
+    return energy_distance(generated(1000 + seed), generated(10 * seed))
 
 
 @functools.cache
@@ -315,11 +353,6 @@ def generated(first: int) -> list[torch.Tensor]:
 
 def _prompts() -> Clips:
     return held_back(SIZES["prompts"], frames=6)
-
-
-def _is_of(record: dict[str, Any], recipe: HealRecipe) -> bool:
-    """Whether a kept record is of a run of this recipe; what it does not name had its default."""
-    return parse(HealRecipe, record["recipe"], "recipe").resolved() == recipe
 
 
 def _curve(found: dict[str, Any], base: float) -> dict[int, float]:
