@@ -1,7 +1,7 @@
 """How far healing brings conversions of the shipped model, and how fast; prints Markdown tables.
 
-    python benchmarks/healing.py [--seeds 0,1,2] [--quick] [--only recipe,teacher,long,starts,stages,students,noise]
-                                [--runs DIR] [--write BENCHMARKS.md]
+    python benchmarks/healing.py [--seeds 0,1,2] [--quick] [--runs DIR] [--write BENCHMARKS.md]
+                                [--only recipe,teacher,long,needs,starts,stages,students,noise]
     python benchmarks/healing.py --real-size [--small]      # one step of each stage at the size of Wan2.1 T2V 1.3B
 
 Every finished cell is kept as JSON in benchmarks/healing_cells, with the recipe of its run; started again, only what is
@@ -27,6 +27,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import shutil
 import statistics
 import sys
@@ -231,6 +232,22 @@ def long_runs(cells: Cells) -> list[str]:
         curve = ", ".join(f"{step}: {value:.0f}%" for step, value in _curve(found, base).items())
         lines.append(f"- {start}: {_excess(found['loss'], base):.0f}%; distance by step {curve}")
     return lines
+
+
+def needs(cells: Cells) -> list[str]:
+    """How a random start's excess falls with the steps of a comparison, and where that leads; one seed."""
+    start, base, lines = cells.converted("random", 0), teacher_loss(cells, 0), ["| steps | excess |", "|---|---|"]
+    found: dict[int, float] = {}
+    for times in (1, 2, 4):
+        steps = times * COMPARED["steps"]
+        name = f"needs-random-{steps}-0" if times > 1 else "starts-random-0"
+        model = cells.healed(name, start, 0, **COMPARED | {"steps": steps})
+        found[steps] = _excess(cells.train(model, loss)["loss"], base)
+        lines.append(f"| {steps} | {found[steps]:.0f}% |")
+    before, last = list(found.values())[-2:]
+    power = math.log2(before / last)
+    at = f"{steps * last ** (1 / power):,.0f}" if power > 0 else "no number of"
+    return [*lines, "", f"The last doubling is a power of {power:.2f}; at that rate 1% takes {at} steps."]
 
 
 def starts(cells: Cells, seeds: list[int]) -> list[str]:
@@ -517,7 +534,7 @@ def main() -> None:
         "--results", type=Path, default=results, help="finished cells (default benchmarks/healing_cells)"
     )
     parser.add_argument("--quick", action="store_true", help="one seed, 6 steps, 4 clips: to see that it runs")
-    names = "recipe,teacher,long,starts,stages,students,noise"
+    names = "recipe,teacher,long,needs,starts,stages,students,noise"
     parser.add_argument("--only", default=names, help=f"tables to make (default {names})")
     parser.add_argument("--runs", type=Path, default=Path("runs/healing"), help="folder of runs (default runs/healing)")
     parser.add_argument("--write", type=Path, help="put each table between its markers in this file")
@@ -542,6 +559,7 @@ def main() -> None:
         "recipe": lambda: shipped_recipe(cells, seeds),
         "teacher": lambda: trained_on(cells, seeds),
         "long": lambda: long_runs(cells),
+        "needs": lambda: needs(cells),
         "starts": lambda: starts(cells, seeds),
         "stages": lambda: stages(cells, seeds),
         "students": lambda: students(cells, seeds),

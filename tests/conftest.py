@@ -7,6 +7,10 @@ import os
 
 # OpenMP threads that spin while they wait make small matrices crawl when another process needs a core; read at import.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Test processes side by side share the cores.
+os.environ.setdefault(
+    "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+)
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
