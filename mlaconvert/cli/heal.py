@@ -56,8 +56,8 @@ def heal(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Clips: safetensors shards with latents and context. Default: tiny draws its own; for distill the "
-            "teacher generates some.",
+            help="Clips: safetensors shards with latents and context. Default: what was made from tiny draws its own; "
+            "for distill other teachers generate some.",
         ),
     ] = None,
     bad_shards: Annotated[
@@ -197,6 +197,8 @@ def heal(
             markup=False,
             soft_wrap=True,
         )
+        if step == 0:
+            err.print("no later state validated better than the start, so its weights were written; try another --lr")
     _leave_processes()
 
 
