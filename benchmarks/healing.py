@@ -238,16 +238,14 @@ def needs(cells: Cells) -> list[str]:
     """How a random start's excess falls with the steps of a comparison, and where that leads; one seed."""
     start, base, lines = cells.converted("random", 0), teacher_loss(cells, 0), ["| steps | excess |", "|---|---|"]
     found: dict[int, float] = {}
-    for times in (1, 2, 4):
-        steps = times * COMPARED["steps"]
-        name = f"needs-random-{steps}-0" if times > 1 else "starts-random-0"
-        model = cells.healed(name, start, 0, **COMPARED | {"steps": steps})
-        found[steps] = _excess(cells.train(model, loss)["loss"], base)
-        lines.append(f"| {steps} | {found[steps]:.0f}% |")
-    before, last = list(found.values())[-2:]
-    power = math.log2(before / last)
-    at = f"{steps * last ** (1 / power):,.0f}" if power > 0 else "no number of"
-    return [*lines, "", f"The last doubling is a power of {power:.2f}; at that rate 1% takes {at} steps."]
+    for name, times in (("starts-random-0", 1), ("needs-random-0", 4)):
+        model = cells.healed(name, start, 0, **COMPARED | {"steps": times * COMPARED["steps"]})
+        found[times] = _excess(cells.train(model, loss)["loss"], base)
+        lines.append(f"| {model.recipe.steps} | {found[times]:.0f}% |")
+    power = math.log(found[1] / found[4], 4)
+    at = 4 * COMPARED["steps"] * found[4] ** (1 / power) if power > 0 else math.inf
+    rounded = f"{float(f'{at:.1g}'):,.0f}"  # an extrapolation has one digit
+    return [*lines, "", f"It falls with the power {power:.2f} of the steps; 1% would then take about {rounded}."]
 
 
 def starts(cells: Cells, seeds: list[int]) -> list[str]:
