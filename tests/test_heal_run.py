@@ -545,7 +545,7 @@ def test_heal_from_the_command_line(home: Path, tmp_path: Path) -> None:
     assert data["recipe"] | {"stage": "distill", "steps": 2, "lr": 1e-3, "batch": 2} == data["recipe"]
     assert "step 2/2" in result.stderr
     assert f"written to {tmp_path / 'out'}" in result.stderr
-    assert "try another --lr" not in result.stderr
+    assert "no later state validated better" not in result.stderr
     result = invoke("heal", home / "student", "-o", tmp_path / "worse", *flags, "--lr", 0.5, "--ema", 0)
     assert "step 0, validation" in result.stderr
     assert "no later state validated better" in result.stderr

@@ -198,7 +198,11 @@ def heal(
             soft_wrap=True,
         )
         if step == 0:
-            err.print("no later state validated better than the start, so its weights were written; try another --lr")
+            err.print(
+                "no later state validated better than the start, so its weights were written; "
+                "try more steps or another --lr",
+                soft_wrap=True,
+            )
     _leave_processes()
 
 
