@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlaconvert.checkpoint import fetch_files, list_files, recorded_places
-from mlaconvert.convert import CONVERSION_NAME
+from mlaconvert.checkpoint import CONVERSION_NAME, fetch_files, list_files, recorded_places
 from mlaconvert.errors import CheckpointError, InputError
 from mlaconvert.inputs import read_json, reason_of
 

@@ -27,6 +27,8 @@ from mlaconvert.errors import CheckpointError, is_plain
 from mlaconvert.inputs import file_size, is_folder, parse_json, read_json, reason_of
 
 CONFIG_NAME = "config.json"
+# What a converted model's folder says of where it came from; it goes where the weights go.
+CONVERSION_NAME, HEALING_NAME = "conversion.json", "healing.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
@@ -231,7 +233,8 @@ def open_store(
     """Open a checkpoint: a file, a folder, "tiny", or a Hub id (`user/repo[/path]`, with `revision`).
 
     A local path that exists wins over a Hub id. Reads .safetensors (one file, or shards with an index) and pickles
-    of tensors (.pt, .pth, .ckpt, .bin; `weights_only` always). Downloads only the config, index and weights.
+    of tensors (.pt, .pth, .ckpt, .bin; `weights_only` always). Downloads only the config, index, weights and, of a
+    converted model, the records of its conversion and healing.
     Raises CheckpointError, naming the file and what to do.
     """
     path, commit = _local_path(source, revision), None
@@ -593,7 +596,7 @@ def _list_repo(repo: str, revision: str | None) -> list[str]:
 
 
 def _download(source: str, revision: str | None, subfolder: str | None) -> tuple[Path, str]:
-    """Fetch the config, index and weights that `source` names: the local path of weight file or index, the commit."""
+    """Fetch what `source` names, with the config and records beside it: path of weight file or index, the commit."""
     repo, inside = _split_hub_id(source)
     if subfolder:
         inside = f"{inside}/{_checked_subfolder(subfolder)}".lstrip("/")
@@ -607,11 +610,8 @@ def _download(source: str, revision: str | None, subfolder: str | None) -> tuple
             raise CheckpointError(f"{repo} on the Hub has no file or folder {inside!r}; check the path and --revision")
         chosen = prefix + _select(below, f"{repo}/{inside}".rstrip("/"))
     folder = chosen.rpartition("/")[0]
-    wanted = [chosen]
-    config = f"{folder}/{CONFIG_NAME}".lstrip("/")
-    if config in names:
-        wanted.append(config)
-    snapshot = _fetch(repo, revision, wanted)
+    beside = (f"{folder}/{name}".lstrip("/") for name in (CONFIG_NAME, CONVERSION_NAME, HEALING_NAME))
+    snapshot = _fetch(repo, revision, [chosen, *(name for name in beside if name in names)])
     if chosen.endswith(INDEX_SUFFIX):
         shards = [f"{folder}/{shard}".lstrip("/") for shard in _read_index(snapshot / chosen)]
         _fetch(repo, revision, [chosen, *shards])

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from mlaconvert.analyze import Analysis, analyze
+from mlaconvert.checkpoint import CONVERSION_NAME
 from mlaconvert.config import StreamingConfig
-from mlaconvert.convert import CONVERSION_NAME, ConversionReport, convert
+from mlaconvert.convert import ConversionReport, convert
 from mlaconvert.drift import RolloutPlan
 from mlaconvert.errors import OutputError
 from mlaconvert.evaluate import TINY_GUIDANCE, TINY_STEPS, Report, compare, make_report, tiny_conditions

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from mlaconvert import __version__
 from mlaconvert.cache import LatentCache
-from mlaconvert.checkpoint import TensorStore, experts, recorded_places
+from mlaconvert.checkpoint import CONVERSION_NAME, HEALING_NAME, TensorStore, experts, recorded_places
 from mlaconvert.config import StreamingConfig, WanConfig, default_video
-from mlaconvert.convert import CONVERSION_NAME
 from mlaconvert.data import Clips, load_clips
 from mlaconvert.drift import Drift, RolloutPlan, Speed, compare_videos, paired_rollouts
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, UnsupportedModelError
@@ -25,7 +24,7 @@ from mlaconvert.families import Checkpoint, comes_from_tiny, open_checkpoint
 from mlaconvert.lora import find_recorded, merge_loras
 from mlaconvert.model import Block, WanModel, default_chunks, load_model
 from mlaconvert.plan import public_name
-from mlaconvert.records import HEALING_NAME, read_record
+from mlaconvert.records import read_record
 from mlaconvert.rollout import Sampler, add_noise, own_clips, passes, warp
 from mlaconvert.tiny.clips import held_back, null_context
 from mlaconvert.vbench import VBenchScores
@@ -574,20 +573,9 @@ def _records(sources: Sequence[str], request: Request) -> list[_Record]:
 
 
 def _read_record(store: TensorStore, name: str) -> dict[str, Any] | None:
-    """A JSON file beside a model's weights, here or on the Hub; None without one."""
+    """A JSON file beside a model's weights; None without one."""
     folder = store.path if store.path.is_dir() else store.path.parent
-    path = folder / name
-    if not path.is_file() and store.revision is not None:
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import EntryNotFoundError
-
-        inside = folder.parts[folder.parts.index(store.revision) + 1 :]
-        repo = "/".join(store.source.split("/")[:2])
-        try:
-            path = Path(HfApi().hf_hub_download(repo, "/".join((*inside, name)), revision=store.revision))
-        except (EntryNotFoundError, OSError):
-            return None
-    return read_record(path)
+    return read_record(folder / name)
 
 
 @contextmanager

@@ -23,13 +23,12 @@ from huggingface_hub import errors as hub
 from huggingface_hub.utils.tqdm import tqdm
 
 from mlaconvert.card import CardFacts, CardModel, base_model_of, is_generated, write_card
-from mlaconvert.checkpoint import CONFIG_NAME, INDEX_SUFFIX
-from mlaconvert.convert import CONVERSION_NAME, README_NAME, open_models
+from mlaconvert.checkpoint import CONFIG_NAME, CONVERSION_NAME, HEALING_NAME, INDEX_SUFFIX
+from mlaconvert.convert import README_NAME, open_models
 from mlaconvert.errors import CheckpointError, InputError, MLAConvertError, OutputError
 from mlaconvert.evaluate import EVALUATION_NAME
 from mlaconvert.families import Checkpoint
 from mlaconvert.inputs import is_file, read_json
-from mlaconvert.records import HEALING_NAME
 
 _RECORDS = (CONFIG_NAME, CONVERSION_NAME, HEALING_NAME, EVALUATION_NAME)
 _TEXTS = (README_NAME, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")

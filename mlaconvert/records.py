@@ -12,11 +12,10 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
-from mlaconvert.convert import CONVERSION_NAME
+from mlaconvert.checkpoint import CONVERSION_NAME, HEALING_NAME
 from mlaconvert.errors import CheckpointError
 from mlaconvert.inputs import is_file, read_json
 
-HEALING_NAME = "healing.json"  # what training a converted model leaves
 _Pixels = Annotated[int, Field(ge=1, le=1 << 14)]
 _OPEN: dict[str, Any] = {"extra": "ignore", "strict": True}
 

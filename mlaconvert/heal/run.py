@@ -13,9 +13,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from mlaconvert.checkpoint import experts
+from mlaconvert.checkpoint import CONVERSION_NAME, HEALING_NAME, experts
 from mlaconvert.config import StreamingConfig, WanConfig, default_video
-from mlaconvert.convert import CONVERSION_NAME
 from mlaconvert.errors import ConfigError, InputError, OutputError
 from mlaconvert.evaluate import open_teacher
 from mlaconvert.families import Checkpoint, comes_from_tiny, open_checkpoint
@@ -34,7 +33,7 @@ from mlaconvert.heal.teacher_forcing import TeacherForcing
 from mlaconvert.inputs import refuse_links
 from mlaconvert.model import WanModel, load_model
 from mlaconvert.plan import public_name
-from mlaconvert.records import HEALING_NAME, read_record
+from mlaconvert.records import read_record
 from mlaconvert.writer import ModelWriter
 
 Say = Callable[[str], None]
