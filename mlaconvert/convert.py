@@ -31,12 +31,12 @@ from mlaconvert.calibrated import (
     kept_splits,
     splits_json,
 )
-from mlaconvert.checkpoint import CONFIG_NAME, experts
+from mlaconvert.checkpoint import CONFIG_NAME, CONVERSION_NAME, experts
 from mlaconvert.config import ConvertRecipe
 from mlaconvert.data import Clips
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, OutputError
 from mlaconvert.factorize import Factors
-from mlaconvert.families import Checkpoint, open_checkpoint
+from mlaconvert.families import Checkpoint, converted_config, open_checkpoint
 from mlaconvert.inputs import file_states, reason_of
 from mlaconvert.journal import COPIED, SPLITS, Journal, difference, identity
 from mlaconvert.layers import LayerReport, digits, from_weights
@@ -46,7 +46,6 @@ from mlaconvert.ranks import PATIENCE, RankError, Ranks, meet
 from mlaconvert.verify import Verification, verify_conversion
 from mlaconvert.writer import ModelFiles, Staging, disk_errors, write_whole
 
-CONVERSION_NAME = "conversion.json"
 README_NAME = "README.md"
 
 
@@ -466,7 +465,7 @@ class _Job:
 def _output_config(checkpoint: Checkpoint, plan: ConversionPlan) -> dict[str, Any]:
     """The source's config.json, or the same in the other layout, with how the model sees time, and its attention."""
     streaming, few_step = plan.config.streaming, {"few_step": True} if plan.config.few_step else {}
-    return (
+    return converted_config(
         checkpoint.output_config(plan.recipe.layout)
         | few_step
         | {

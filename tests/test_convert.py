@@ -208,7 +208,10 @@ def test_config_keeps_the_source_and_adds_mla(source: Path, tmp_path: Path) -> N
     streaming = StreamingConfig(window_frames=5)
     convert(source, tmp_path / "out", ConvertRecipe(init="svd", layers="0,2", streaming=streaming))
     config = json.loads((tmp_path / "out" / CONFIG_NAME).read_text())
-    assert {name: config[name] for name in NATIVE} == NATIVE
+    kept = {name: value for name, value in NATIVE.items() if name != "_class_name"}
+    assert {name: config[name] for name in kept} == kept
+    assert config["_class_name"] == "WanMLATransformer3DModel"
+    assert config["quantization_config"].keys() == {"quant_method"}
     assert config["streaming"] == {"chunk_frames": 3, "window_frames": 5, "sink_frames": 1, "positions": "window"}
     mla = config["mla"]
     layer = {"kv_lora_rank": 4, "qk_nope_head_dim": 16, "v_head_dim": 20, "rope_components": [[0, 1], [1, 1]]}

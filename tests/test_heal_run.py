@@ -143,6 +143,17 @@ def test_the_output_is_a_model_folder_like_any_other(home: Path, tmp_path: Path)
     assert sum("loss" in row for row in log) == 20
 
 
+def test_a_student_of_an_older_version_comes_out_with_the_class_that_reads_it(home: Path, tmp_path: Path) -> None:
+    student = shutil.copytree(home / "student", tmp_path / "student")
+    raw = json.loads((student / "config.json").read_text())
+    old = {name: value for name, value in raw.items() if name != "quantization_config"}
+    (student / "config.json").write_text(json.dumps(old | {"_class_name": "CausalWanModel"}))
+    recipe = settings("distill", steps=1, batch=1)
+    heal(student, tmp_path / "out", recipe, teacher=home / "teacher", data=home / "clips", cpu=True)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == raw
+    assert raw["_class_name"] == "WanMLATransformer3DModel"
+
+
 def test_a_healed_model_can_be_healed_again(home: Path, tmp_path: Path) -> None:
     run(home, tmp_path / "one", settings("distill", steps=1))
     heal(

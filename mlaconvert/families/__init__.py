@@ -20,11 +20,21 @@ from mlaconvert.checkpoint import FLOATS, TINY, TensorInfo, TensorStore, check_f
 from mlaconvert.config import StreamingConfig, WanConfig
 from mlaconvert.errors import InputError, UnsupportedModelError
 from mlaconvert.families.base import AttentionWeights, Family, Layout
+from mlaconvert.families.classes import converted_config, skyreels_fields
 from mlaconvert.families.wan import WanFamily
 from mlaconvert.families.wrappers import STREAMING_KEYS, unwrap
 from mlaconvert.inputs import read_json
 
-__all__ = ["AttentionWeights", "Checkpoint", "Family", "Layout", "WanFamily", "comes_from_tiny", "open_checkpoint"]
+__all__ = [
+    "AttentionWeights",
+    "Checkpoint",
+    "Family",
+    "Layout",
+    "WanFamily",
+    "comes_from_tiny",
+    "converted_config",
+    "open_checkpoint",
+]
 
 _FAMILIES: tuple[Family, ...] = (WanFamily(),)
 
@@ -113,9 +123,9 @@ class Checkpoint:
 
     def output_config(self, layout: Layout | None = None) -> dict[str, Any]:
         """config.json in `layout`: the source's own as it is (None or its own layout), or in the other's fields."""
-        if layout in (None, self.layout):
+        if layout is None or layout == self.layout:
             return self.raw_config
-        return self.family.raw_config(self.config, layout)
+        return self.family.raw_config(self.config, layout) | skyreels_fields(self.raw_config, layout)
 
     def describe(self) -> str:
         """One line: family, layout, geometry, dtypes, parameters, and what it was wrapped in."""

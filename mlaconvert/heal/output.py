@@ -16,12 +16,12 @@ from torch import Tensor
 
 from mlaconvert import __version__
 from mlaconvert.analyze import LatentSpectrum, analyze
-from mlaconvert.checkpoint import CONFIG_NAME, TensorStore, check_finite
-from mlaconvert.convert import CONVERSION_NAME, README_NAME
-from mlaconvert.families import Checkpoint
+from mlaconvert.checkpoint import CONFIG_NAME, CONVERSION_NAME, HEALING_NAME, TensorStore, check_finite
+from mlaconvert.convert import README_NAME
+from mlaconvert.families import Checkpoint, converted_config
 from mlaconvert.heal.loop import Curves
 from mlaconvert.heal.recipe import FEW_STEP_STAGES, HealRecipe
-from mlaconvert.records import HEALING_NAME, read_record
+from mlaconvert.records import read_record
 from mlaconvert.writer import ModelWriter, TensorSpec
 
 CURVES_NAME = "healing.png"
@@ -95,7 +95,7 @@ def write_model(student: Checkpoint, report: HealReport, weights: Mapping[str, T
             tensor = healed.read(canonical)
             check_finite(tensor, canonical, report.output)
             writer.write(student.info(canonical).name, tensor)
-        writer.write_text(CONFIG_NAME, json.dumps(student.raw_config | few_step, indent=2) + "\n")
+        writer.write_text(CONFIG_NAME, json.dumps(converted_config(student.raw_config) | few_step, indent=2) + "\n")
         if (folder / CONVERSION_NAME).is_file():
             writer.write_bytes(CONVERSION_NAME, (folder / CONVERSION_NAME).read_bytes())
         history = _history(folder)
