@@ -288,6 +288,10 @@ class LatentAttention(nn.Module):
                 self._products = self.products()
             self._made_of = (weight, weight.data_ptr(), version)
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """`attend` at this layer's scale; a subclass may choose another kernel."""
+        return attend(q, k, v, mask, self.scale)
+
     def heads(self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None = None) -> Tensor:
         """Attention before its output projection, [B, N, D] -> [B, N, H * v].
 
@@ -337,11 +341,11 @@ class LatentAttention(nn.Module):
             if self.turns_heads:
                 turned = self.rope(k[..., : q_nope.shape[-1]], plan.key_rotary)
                 k = torch.cat((turned, k[..., q_nope.shape[-1] :]), -1) if width > q_nope.shape[-1] else turned
-            out = attend(q, k, v, plan.mask, self.scale)[..., : layer.v_head_dim]
+            out = self.attend(q, k, v, plan.mask)[..., : layer.v_head_dim]
         else:
             q = torch.einsum("bnhw,hwc->bnhc", q, w_key)
             k, v = (c.unsqueeze(2).expand(-1, -1, self.num_heads, -1) for c in (keys, values))
-            out = attend(q, k, v, plan.mask, self.scale)
+            out = self.attend(q, k, v, plan.mask)
             out = torch.einsum("bnhc,hvc->bnhv", out, w_value[:, : layer.v_head_dim])
         return out.flatten(-2)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SaveFolder, randomize, relative
+from conftest import SaveFolder, relative
 from documents import blocks, shell_lines
 from hub_server import Blob, Hub
 from safetensors.torch import load_file, save_file
@@ -34,30 +34,12 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from accelerate import cpu_offload, disk_offload  # noqa: E402
+from wan_diffusers import IMAGE, SMALL, inputs, reference  # noqa: E402
 
 from mlaconvert.integrations.diffusers import WanMLATransformer3DModel  # noqa: E402
 
 TOLERANCE = 1e-5
-SMALL: dict[str, Any] = {
-    "patch_size": (1, 2, 2),
-    "num_attention_heads": 3,
-    "attention_head_dim": 12,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": 14,
-    "freq_dim": 16,
-    "ffn_dim": 44,
-    "num_layers": 3,
-    "eps": 1e-6,
-}
 STREAMING = StreamingConfig(chunk_frames=2, window_frames=5, sink_frames=1)
-
-
-def reference(**changes: Any) -> Any:
-    """diffusers' own transformer with random weights."""
-    model = diffusers.WanTransformer3DModel(**SMALL | changes).eval()
-    randomize(model)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +61,6 @@ def folders(teacher: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     for name, recipe in recipes.items():
         convert(root / "source", root / name, recipe)
     return {name: root / name for name in ("source", *recipes)}
-
-
-def inputs(config: WanConfig, frames: int = 5, text: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(2, config.in_dim, frames, 6, 10, generator=generator)
-    context = torch.randn(2, text or config.text_len, config.text_dim, generator=generator)
-    return latents, torch.tensor([625.0, 20.0]), context
 
 
 # --- both layouts --------------------------------------------------------------------------------------------------
@@ -131,7 +106,7 @@ def test_convert_writes_the_layout_that_is_asked_for(folders: dict[str, Path], t
     assert ("blocks.0.self_attn.kv_b_proj.weight" in names) == (layout == "native")
     raw = json.loads((tmp_path / "out" / CONFIG_NAME).read_text())
     assert ("num_heads" in raw) == (layout == "native")
-    assert raw["_class_name"] == ("WanModel" if layout == "native" else "WanTransformer3DModel")
+    assert raw["_class_name"] == "WanMLATransformer3DModel"
 
 
 def test_a_native_source_becomes_diffusers(golden: Path, tmp_path: Path) -> None:
@@ -147,12 +122,14 @@ def test_a_native_source_becomes_diffusers(golden: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["svd", "partly", "streaming", "lossless"])
-@pytest.mark.parametrize("text", [None, 9])
+@pytest.mark.parametrize("text", [512, 9])
 @torch.no_grad()
-def test_equals_our_runtime(folders: dict[str, Path], name: str, text: int | None) -> None:
+def test_equals_our_runtime(folders: dict[str, Path], name: str, text: int) -> None:
+    """Our runtime fills texts up to 512 tokens as Wan's own code does; in diffusers, the pipeline does it."""
     ours, theirs = load_model(folders[name]), WanMLATransformer3DModel.from_pretrained(folders[name])
-    x, t, context = inputs(ours.config, text=text)
+    x, t, context = inputs(text=text)
     expected = ours(x, t, context)
+    context = functional.pad(context, (0, 0, 0, 512 - text))
     assert relative(theirs(x, t, context).sample, expected) < TOLERANCE
     assert relative(theirs(x, t, context, return_dict=False)[0], expected) < TOLERANCE
     if name == "streaming":
@@ -167,7 +144,7 @@ def test_lossless_and_dense_equal_diffusers_own(teacher: Any, folders: dict[str,
     """In one timestep a video, and in one a token as Wan2.2 5B's pipeline gives them."""
     lossless = WanMLATransformer3DModel.from_pretrained(folders["lossless"])
     dense = WanMLATransformer3DModel.from_pretrained(folders["source"])
-    x, t, context = inputs(dense.geometry)
+    x, t, context = inputs()
     tokens = torch.linspace(0, 900, 5 * 3 * 5).expand(2, -1)
     for timestep in (t, tokens):
         expected = teacher(x, timestep, context).sample
@@ -175,13 +152,35 @@ def test_lossless_and_dense_equal_diffusers_own(teacher: Any, folders: dict[str,
         assert relative(lossless(x, timestep, context).sample, expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("text", [1, 9, 77, 226, 511, 513])
+@torch.no_grad()
+def test_text_of_any_length_is_read_as_diffusers_reads_it(
+    folders: dict[str, Path], text: int, dtype: torch.dtype
+) -> None:
+    teacher = diffusers.WanTransformer3DModel.from_pretrained(folders["source"], torch_dtype=dtype)
+    lossless = WanMLATransformer3DModel.from_pretrained(folders["lossless"], torch_dtype=dtype)
+    x, t, context = (part.to(dtype) for part in inputs(text=text))
+    expected = teacher(x, t, context).sample
+    assert relative(lossless(x, t, context).sample, expected) < TOLERANCE
+    if text < 500:
+        filled = functional.pad(context, (0, 0, 0, 512 - text))
+        assert relative(lossless(x, t, filled).sample, expected) > 1e-3
+
+
 @torch.no_grad()
 def test_image_to_video(save_folder: SaveFolder, tmp_path: Path) -> None:
-    model = reference(image_dim=10, added_kv_proj_dim=36, in_channels=9)
+    model = reference(**IMAGE)
     source = save_folder({k: v.contiguous() for k, v in model.state_dict().items()}, dict(model.config))
+    convert(source, tmp_path / "lossless", ConvertRecipe(init="lossless"))
+    lossless = WanMLATransformer3DModel.from_pretrained(tmp_path / "lossless")
+    for text, tokens in ((512, 257), (512, 0), (300, 257)):  # the last is read askew, as diffusers reads it
+        x, t, context = inputs(9, 3, text)
+        features = torch.randn(2, tokens, 10) if tokens else None
+        assert relative(lossless(x, t, context, features).sample, model(x, t, context, features).sample) < TOLERANCE
     convert(source, tmp_path / "out", ConvertRecipe(init="svd"))
     ours, theirs = load_model(tmp_path / "out"), WanMLATransformer3DModel.from_pretrained(tmp_path / "out")
-    x, t, context = inputs(ours.config, frames=3)
+    x, t, context = inputs(9, 3)
     image = torch.randn(2, 257, 10)
     expected = ours(x, t, context, image_features=image)
     assert relative(theirs(x, t, context, image).sample, expected) < TOLERANCE
@@ -222,7 +221,7 @@ def test_a_model_made_from_a_config_is_saved_as_one(folders: dict[str, Path], tm
     made = WanMLATransformer3DModel.from_config(loaded.config)
     made.load_state_dict(loaded.state_dict())
     made.save_pretrained(tmp_path / "made")
-    x, t, context = inputs(made.geometry)
+    x, t, context = inputs()
     with torch.no_grad():
         assert relative(load_model(tmp_path / "made")(x, t, context), load_model(folders["svd"])(x, t, context)) == 0
 
@@ -235,7 +234,7 @@ def test_half_precision_keeps_what_diffusers_keeps(folders: dict[str, Path], tmp
     assert len(common) > 40
     assert common == {name: dtypes[name] for name in common}
     assert kept.dtype == theirs.dtype == torch.bfloat16
-    x, t, context = inputs(kept.geometry)
+    x, t, context = inputs()
     with torch.no_grad():
         found = kept(x.bfloat16(), t, context.bfloat16()).sample
         assert relative(found, load_model(folders["svd"])(x, t, context)) < 0.03
@@ -342,7 +341,7 @@ def test_a_pipeline_makes_what_our_runtime_makes(
     pipe = pipeline(parts, teacher)
     dense = shoot(pipe)
     pipe.transformer = WanMLATransformer3DModel.from_pretrained(folders[name])
-    found = shoot(pipe)
+    found = shoot(pipe, max_sequence_length=512)
     assert relative(found, by_hand(parts, load_model(folders[name]))) < TOLERANCE
     assert relative(found, dense) > 1e-2
     assert shoot(pipe, output_type="np").shape == (1, 9, 48, 80, 3)
@@ -351,11 +350,11 @@ def test_a_pipeline_makes_what_our_runtime_makes(
 def test_a_lossless_pipeline_makes_what_the_original_makes(
     parts: dict[str, Any], teacher: Any, folders: dict[str, Path]
 ) -> None:
-    """With a timestep a token too, as Wan2.2 5B has it. Texts are padded to the full length on both sides."""
+    """With a timestep a token too, as Wan2.2 5B has it, and texts of each length that a pipeline fills up to."""
     lossless = WanMLATransformer3DModel.from_pretrained(folders["lossless"])
-    for options in ({}, {"expand_timesteps": True}):
+    for length, options in ((512, {}), (226, {}), (77, {"expand_timesteps": True})):
         videos = [
-            shoot(pipeline(parts, transformer, **options), max_sequence_length=512)
+            shoot(pipeline(parts, transformer, **options), max_sequence_length=length)
             for transformer in (teacher, lossless)
         ]
         assert relative(videos[1], videos[0]) < 1e-4
@@ -385,14 +384,14 @@ def model(folders: dict[str, Path]) -> WanMLATransformer3DModel:
 def expected(folders: dict[str, Path]) -> Iterator[Tensor]:
     runtime = load_model(folders["partly"])
     with torch.no_grad():
-        yield runtime(*inputs(runtime.config))
+        yield runtime(*inputs())
 
 
 def test_offloaded_weights_give_the_same(
     model: WanMLATransformer3DModel, expected: Tensor, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """Module by module, as sequential offloading runs: every parameter is away until its module is called."""
-    x = inputs(model.geometry)
+    x = inputs()
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert all(p.is_meta for p in model.parameters())
     assert relative(model(*x).sample, expected) < TOLERANCE
@@ -413,7 +412,7 @@ def test_device_maps(folders: dict[str, Path], expected: Tensor, tmp_path: Path,
         blocks = {f"blocks.{i}": "disk" if i == 2 else "cpu" for i in range(3)}
         options = {"device_map": whole | blocks | {"scale_shift_table": "cpu"}, "offload_folder": tmp_path / "away"}
     model = WanMLATransformer3DModel.from_pretrained(folders["partly"], **options)
-    assert relative(model(*inputs(model.geometry)).sample, expected) < TOLERANCE
+    assert relative(model(*inputs()).sample, expected) < TOLERANCE
     assert any(p.is_meta for p in model.parameters()) == (where == "disk")
 
 
@@ -445,14 +444,14 @@ def test_group_offloading(model: WanMLATransformer3DModel, expected: Tensor) -> 
     cpu = torch.device("cpu")
     model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
     with torch.no_grad():
-        assert relative(model(*inputs(model.geometry)).sample, expected) < TOLERANCE
+        assert relative(model(*inputs()).sample, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["svd", "streaming"])
 def test_compiled_without_breaks(folders: dict[str, Path], name: str) -> None:
     """The graph is captured whole; the backend that would turn it into kernels is left out."""
     model = WanMLATransformer3DModel.from_pretrained(folders[name])
-    x = inputs(model.geometry)
+    x = inputs()
     with torch.no_grad():
         expected = model(*x).sample
         model.compile_repeated_blocks(fullgraph=True, backend="eager")
@@ -463,7 +462,7 @@ def test_compiled_without_breaks(folders: dict[str, Path], name: str) -> None:
 
 
 def test_gradients_flow_and_checkpointing_changes_nothing(model: WanMLATransformer3DModel) -> None:
-    x = inputs(model.geometry)
+    x = inputs()
     found = []
     for checkpointed in (False, True):
         if checkpointed:
@@ -500,7 +499,7 @@ def test_a_lora_outside_self_attention_has_the_effect_of_merged_weights(
     state = lora(model, OUTSIDE)
     save_file(state, tmp_path / "lora.safetensors")
     pipe = pipeline(parts, model)
-    x = inputs(model.geometry)
+    x = inputs()
     with torch.no_grad():
         before = model(*x).sample
         if from_file:

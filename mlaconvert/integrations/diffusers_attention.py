@@ -1,0 +1,124 @@
+"""Self-attention of converted layers as diffusers' hooks, backends and processors expect it.
+
+Needs the extra `diffusers`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanRotaryPosEmbed
+from torch import Tensor, nn
+
+from mlaconvert.attention import AttentionMode, AttentionPlan, LatentAttention, kernel_width
+from mlaconvert.config import MLAConfig, MLALayer, WanConfig
+from mlaconvert.errors import UnsupportedModelError
+from mlaconvert.model import chunk_mask, default_chunks
+from mlaconvert.rope import Rotary
+
+
+class LatentAttnProcessor:
+    """Says which of diffusers' attention backends computes latent attention; the maths is the module's own."""
+
+    _attention_backend: Any = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """`mlaconvert.attention.attend` by diffusers' choice of backend."""
+        value, width = v.shape[-1], kernel_width(q.shape[-1], v.shape[-1])
+        q, k, v = (x.to(v.dtype) for x in (q, k, v))
+        q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+        made: Tensor = dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=self._attention_backend)
+        return made[..., :value]
+
+
+class LatentSelfAttention(LatentAttention, AttentionModuleMixin):  # type: ignore[misc]
+    """`LatentAttention` where diffusers' blocks have their `attn1`; its output projection is `to_out.0`.
+
+    diffusers' hooks for attention layers (Pyramid Attention Broadcast, FasterCache, ...) find it by its base class.
+    """
+
+    mode: AttentionMode = "auto"
+    is_cross_attention = False
+    _supports_qkv_fusion = False  # the projections read different inputs
+
+    def __init__(self, config: WanConfig, mla: MLAConfig, layer: MLALayer) -> None:
+        super().__init__(config, mla, layer)
+        self.to_out = nn.ModuleList((self.o,))
+        del self.o
+        self.processor = LatentAttnProcessor()
+
+    @property
+    def to_q(self) -> nn.Module:
+        """The projection of queries before their norm, for hooks that look for it by diffusers' name."""
+        return self.q_a_proj
+
+    def set_processor(self, processor: Any) -> None:
+        """Take another `LatentAttnProcessor`. Raises UnsupportedModelError for a processor of dense attention."""
+        check_processor(processor)
+        self.processor = processor
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return self.processor.attend(q, k, v, mask, self.scale)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, ...] = (),
+    ) -> Tensor:
+        """[B, N, D] -> [B, N, D]; `rotary_emb` is what diffusers' rotary embedding makes, or `ChunkRope`.
+
+        `attention_mask` is bool, broadcast to [B, H, N, N], True where a query sees a key; it wins over `ChunkRope`'s.
+        """
+        cos, sin, *chunks = rotary_emb
+        mask = attention_mask if attention_mask is not None or not chunks else chunks[0]
+        turn = Rotary(cos[0, :, 0, 0::2], sin[0, :, 0, 1::2])
+        plan = AttentionPlan(query_rotary=turn, key_rotary=turn, mask=mask, mode=self.mode)
+        return self.to_out[0](self.heads(hidden_states, plan))
+
+
+def check_processor(processor: Any) -> None:
+    """Raise UnsupportedModelError for a processor that does not compute latent attention."""
+    if not isinstance(processor, LatentAttnProcessor):
+        raise UnsupportedModelError(
+            f"{type(processor).__name__} computes dense attention, which a converted layer has not; set processors by "
+            "name (a dict) and leave those of converted layers as attn_processors gives them"
+        )
+
+
+class ChunkRope(WanRotaryPosEmbed):  # type: ignore[misc]
+    """diffusers' rotary embedding, and behind it the mask of a model that is causal between chunks."""
+
+    def __init__(self, config: WanConfig, max_frames: int) -> None:
+        super().__init__(config.head_dim, config.patch_size, max_frames)
+        self.streaming = config.streaming
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """[B, C, F, H, W] -> cosines and sines [1, N, 1, D]; of a streaming model also its mask, bool [N, N]."""
+        turn: tuple[Tensor, Tensor] = super().forward(hidden_states)
+        if self.streaming is None:
+            return turn
+        frames = hidden_states.shape[2] // self.patch_size[0]
+        tokens = turn[0].shape[1] // frames
+        visible = chunk_mask(default_chunks(frames, self.streaming), self.streaming).to(hidden_states.device)
+        return (*turn, visible.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1))
+
+
+class ChunkCausalProcessor(WanAttnProcessor):  # type: ignore[misc]
+    """diffusers' dense self-attention with the mask that `ChunkRope` hands over."""
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, ...] = (),
+    ) -> Tensor:
+        cos, sin, chunks = rotary_emb
+        mask = chunks if attention_mask is None else attention_mask
+        return super().__call__(attn, hidden_states, encoder_hidden_states, mask, (cos, sin))
