@@ -50,7 +50,7 @@ from mlaconvert.attention import attend
 from mlaconvert.bench import BenchSetting, base_geometry, random_model, side_configs
 from mlaconvert.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from mlaconvert.cli.show import progress_bar
-from mlaconvert.config import ConvertRecipe, Init, StreamingConfig, WanConfig, default_video
+from mlaconvert.config import SHIFT, ConvertRecipe, Init, StreamingConfig, WanConfig, default_video
 from mlaconvert.convert import convert
 from mlaconvert.errors import ConfigError, InputError, MLAConvertError
 from mlaconvert.families import WanFamily
@@ -58,7 +58,7 @@ from mlaconvert.generate import Runtime
 from mlaconvert.integrations.streaming import swap_attention
 from mlaconvert.memory import plan_memory
 from mlaconvert.model import WanModel, load_model
-from mlaconvert.rollout import SHIFT, Sampler, chunk_noise, rollout
+from mlaconvert.rollout import Sampler, chunk_noise, rollout
 
 URL = "https://github.com/guandeh17/Self-Forcing"
 THEIRS = "published Self-Forcing"

@@ -162,6 +162,8 @@ def keep_moments(folder: Path, checkpoint: Checkpoint, plan: ConversionPlan, dat
     }
     if loras := merged(checkpoint):
         belongs["loras"] = loras
+    if plan.config.few_step != checkpoint.config.few_step:  # as the recipe has it; clips are made differently
+        belongs["few_step"] = plan.config.few_step
     record = folder / MOMENTS_NAME
     try:
         refuse_links(folder)
@@ -209,7 +211,7 @@ def calibration_clips(
     height, width = _latent_size(plan)
     streaming = recipe.streaming or StreamingConfig()
     model = load_widened(checkpoint, streaming, device)
-    sampler = Sampler.usual(few_step=checkpoint.config.few_step)
+    sampler = Sampler.usual(few_step=plan.config.few_step)
     size = max(1, BATCH_TOKENS // (CALIBRATION_FRAMES * config.tokens_per_frame(height, width)))
     total, done = passes(CALIBRATION_FRAMES, sampler, streaming, slices=-(-count // size)), 0
 

@@ -252,6 +252,32 @@ def open_store(
     return _open_local(str(source), path, commit)
 
 
+def find_beside(store: TensorStore, name: str, *, above: str | None = None) -> Path | None:
+    """The file `name` beside a store's weights, here or on the Hub; None without one.
+
+    With `above`, it is the one beside the folder of that name that the weights lie in, None if they lie in no such.
+    """
+    folder = store.path if store.path.is_dir() else store.path.parent
+    if above is not None:
+        if folder.name != above:
+            return None
+        folder = folder.parent
+    path = folder / name
+    if path.is_file():
+        return path
+    if store.revision is None or store.revision not in folder.parts:
+        return None
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import EntryNotFoundError
+
+    inside = folder.parts[folder.parts.index(store.revision) + 1 :]
+    try:
+        repo = _split_hub_id(store.source)[0]
+        return Path(HfApi().hf_hub_download(repo, "/".join((*inside, name)), revision=store.revision))
+    except (EntryNotFoundError, OSError):
+        return None
+
+
 def recorded_places(record: Mapping[str, Any]) -> list[tuple[str, str | None]]:
     """Name and revision, likeliest first, of what a model was converted from, given its conversion.json's `source`."""
     name, commit = record.get("name"), record.get("revision")

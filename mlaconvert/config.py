@@ -29,6 +29,9 @@ _MOST_FRAMES = 10_000  # latent
 _MOST_TEXT = 1 << 14  # tokens
 _MOST_PIXELS = 1 << 14
 _MOST_CLIPS = 10_000
+# How published few-step students are sampled: timesteps, and how far they are warped towards noise.
+FEW_STEPS = (1000.0, 750.0, 500.0, 250.0)
+SHIFT = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,7 +382,9 @@ class ConvertRecipe:
     whose tensor names and config.json it has, by default the source's. `layers` ("0-3,7") are converted, the others
     stay dense.
 
-    `streaming` is how the converted model sees time, by default as its source does. With `height` and `width`
+    `streaming` is how the converted model sees time, by default as its source does; `bidirectional` has it see whole
+    clips whatever the source says. `few_step` tells that the source was distilled to a few steps, or that it was not;
+    None leaves it to the source. With `height` and `width`
     (video pixels), `vae_stride` and, for a bidirectional model, `frames` (latent), it says between which positions
     attention will run: pairs that lose their rotation are set to its mean. Raises ConfigError naming the field.
     """
@@ -402,6 +407,8 @@ class ConvertRecipe:
     layers: str | None = None
     seed: int = 0
     streaming: StreamingConfig | None = None
+    bidirectional: bool = False
+    few_step: bool | None = None
     frames: int = 21
     height: int | None = None
     width: int | None = None
@@ -430,6 +437,8 @@ class ConvertRecipe:
         if self.without and self.init != "calibrated":
             raise ConfigError(f"without {', '.join(self.without)} is about calibrated conversions; use init calibrated")
         fixed = [name for name in _LOSSLESS_SETS if getattr(self, name) is not None]
+        if self.bidirectional and self.streaming is not None:
+            raise ConfigError("bidirectional and streaming exclude each other; give one of them")
         if self.init == "lossless" and fixed:
             raise ConfigError(f"init lossless keeps everything, so it fixes {fixed[0]}; leave {fixed[0]} out")
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,12 +38,14 @@ from mlaconvert.data import Clips
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, OutputError
 from mlaconvert.factorize import Factors
 from mlaconvert.families import Checkpoint, converted_config, open_checkpoint
+from mlaconvert.families.causal import SETTINGS, assumption_line
 from mlaconvert.inputs import file_states, reason_of
 from mlaconvert.journal import COPIED, SPLITS, Journal, difference, identity
 from mlaconvert.layers import LayerReport, digits, from_weights
 from mlaconvert.lora import LoraFile, lora_files, merge_loras, merged
 from mlaconvert.plan import ConversionPlan, Progress, mla_of, plan_conversion, silent
 from mlaconvert.ranks import PATIENCE, RankError, Ranks, meet
+from mlaconvert.recipes import with_settings
 from mlaconvert.verify import Verification, verify_conversion
 from mlaconvert.writer import ModelFiles, Staging, disk_errors, write_whole
 
@@ -136,6 +139,7 @@ def convert(
     output: str | Path | None,
     recipe: ConvertRecipe | None = None,
     *,
+    streaming: Mapping[str, Any] | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
     state_key: str | None = None,
@@ -166,7 +170,8 @@ def convert(
     Processes that a launcher started (torchrun, accelerate launch) share the layers if init is not "calibrated", where
     a layer sees what the ones before it do; they need the output's disk in common, and only rank 0 reports models.
     Bytes are those of one process with as many threads. Copying and hashing run in threads, which call `progress` too.
-    `say` is told when a run goes on.
+    `streaming` are single settings of `StreamingConfig`, in place of the recipe's or the source's. `say` is told when
+    a run goes on, and what is assumed of how the model sees time because neither the source nor the recipe states it.
 
     Raises InputError for bad input, a recipe that does not fit, an output that exists (without `overwrite`) or a disk
     without room, and MLAConvertError when verification or another rank fails; a model that fails verification stays
@@ -189,7 +194,11 @@ def convert(
         ) as checkpoints,
     ):
         plans = {
-            name: plan_conversion(checkpoint, recipe, subfolder=name or subfolder or "")
+            name: plan_conversion(
+                checkpoint,
+                with_settings(recipe, checkpoint.config, streaming or {}),
+                subfolder=name or subfolder or "",
+            )
             for name, checkpoint in checkpoints.items()
         }
         for checkpoint in checkpoints.values() if recipe.init == "calibrated" else ():
@@ -200,6 +209,10 @@ def convert(
         for plan in plans.values():
             if on_plan is not None:
                 on_plan(plan)
+        if say is not None:
+            notes = [_notes(checkpoints[name], plan, recipe, streaming or {}) for name, plan in plans.items()]
+            for note in dict.fromkeys(chain.from_iterable(notes)):
+                say(note)
         if dry_run or folder is None or staging is None:
             return ConversionReport(output=folder, models=tuple(ModelReport(plan=plan) for plan in plans.values()))
         job = _Job(
@@ -225,6 +238,24 @@ def convert(
                 for name, model in models.items()
             }
     return ConversionReport(output=folder, models=tuple(models.values()))
+
+
+def _notes(
+    checkpoint: Checkpoint, plan: ConversionPlan, recipe: ConvertRecipe, settings: Mapping[str, Any]
+) -> list[str]:
+    """What a user should know of how the model is taken to see time, a line each."""
+    given = set(settings) | ({"few_step"} if recipe.few_step is not None else set())
+    if recipe.streaming is not None or recipe.bidirectional:
+        given |= {"streaming", *SETTINGS}
+    streaming = plan.config.streaming
+    assumed = assumption_line(
+        checkpoint.timing, streaming=streaming, few_step=plan.config.few_step, given=given, how="convert"
+    )
+    notes = [*(checkpoint.timing.remarks if streaming is not None else ()), *([] if assumed is None else [assumed])]
+    moves_away = streaming is not None and streaming.sink_frames and streaming.positions == "absolute"
+    if recipe.init == "calibrated" and moves_away:
+        notes.append("calibrated on windows whose positions count from the sink; the model counts from the start")
+    return notes
 
 
 def _check_output(staging: Staging, checkpoints: Mapping[str, Checkpoint], plans: Mapping[str, ConversionPlan]) -> None:
@@ -464,9 +495,10 @@ class _Job:
 
 def _output_config(checkpoint: Checkpoint, plan: ConversionPlan) -> dict[str, Any]:
     """The source's config.json, or the same in the other layout, with how the model sees time, and its attention."""
-    streaming, few_step = plan.config.streaming, {"few_step": True} if plan.config.few_step else {}
+    streaming, source = plan.config.streaming, checkpoint.output_config(plan.recipe.layout)
+    few_step = {"few_step": plan.config.few_step} if plan.config.few_step or "few_step" in source else {}
     return converted_config(
-        checkpoint.output_config(plan.recipe.layout)
+        source
         | few_step
         | {
             "streaming": dataclasses.asdict(streaming) if streaming is not None else None,

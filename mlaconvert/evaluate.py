@@ -15,12 +15,20 @@ from torch import Tensor
 
 from mlaconvert import __version__
 from mlaconvert.cache import LatentCache
-from mlaconvert.checkpoint import CONVERSION_NAME, HEALING_NAME, TensorStore, experts, recorded_places
-from mlaconvert.config import StreamingConfig, WanConfig, default_video
+from mlaconvert.checkpoint import (
+    CONVERSION_NAME,
+    HEALING_NAME,
+    TensorStore,
+    experts,
+    find_beside,
+    recorded_places,
+)
+from mlaconvert.config import StreamingConfig, WanConfig, default_video, parse
 from mlaconvert.data import Clips, load_clips
 from mlaconvert.drift import Drift, RolloutPlan, Speed, compare_videos, paired_rollouts
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, UnsupportedModelError
 from mlaconvert.families import Checkpoint, comes_from_tiny, open_checkpoint
+from mlaconvert.families.causal import Timing
 from mlaconvert.lora import find_recorded, merge_loras
 from mlaconvert.model import Block, WanModel, default_chunks, load_model
 from mlaconvert.plan import public_name
@@ -573,9 +581,9 @@ def _records(sources: Sequence[str], request: Request) -> list[_Record]:
 
 
 def _read_record(store: TensorStore, name: str) -> dict[str, Any] | None:
-    """A JSON file beside a model's weights; None without one."""
-    folder = store.path if store.path.is_dir() else store.path.parent
-    return read_record(folder / name)
+    """A JSON file beside a model's weights, here or on the Hub; None without one."""
+    path = find_beside(store, name)
+    return None if path is None else read_record(path)
 
 
 @contextmanager
@@ -601,7 +609,7 @@ def open_teacher(
         with open_checkpoint(teacher, subfolder=next((f for f in (inside, subfolder) if f in pair), None)) as opened:
             # The base of a LoRA that was merged is not the teacher yet; what was merged by hand is.
             base = bool(recorded.get("loras")) and _sha256(opened, progress) == recorded.get("sha256")
-            with _with_loras(opened, recorded if base else {}, source) as merged:
+            with _with_loras(_as_taken(opened, conversion), recorded if base else {}, source) as merged:
                 yield merged
         return
     places = recorded_places(recorded)
@@ -618,11 +626,22 @@ def open_teacher(
             continue
         with opened:
             if _sha256(opened, progress) == recorded.get("sha256"):
-                with _with_loras(opened, recorded, source) as merged:
+                with _with_loras(_as_taken(opened, conversion), recorded, source) as merged:
                     yield merged
                 return
         reason = f"{candidate} is another model: its SHA-256 differs"
     raise InputError(f"{source} was converted from {name}, which was not found ({reason}); name it with --teacher")
+
+
+def _as_taken(opened: Checkpoint, conversion: Mapping[str, Any] | None) -> Checkpoint:
+    """A few-step student whose own files do not say so, as the recipe of its conversion took it."""
+    recipe = (conversion or {}).get("recipe") or {}
+    if opened.config.streaming is not None or not opened.timing.assumed or recipe.get("few_step") is not True:
+        return opened
+    section = recipe.get("streaming")
+    streaming = None if section is None else parse(StreamingConfig, section, f"{CONVERSION_NAME}: recipe.streaming")
+    config = dataclasses.replace(opened.config, streaming=streaming, few_step=True)
+    return dataclasses.replace(opened, config=config, timing=Timing(streaming=streaming, few_step=True))
 
 
 def _with_loras(opened: Checkpoint, recorded: Mapping[str, Any], source: str) -> Checkpoint:

@@ -30,16 +30,17 @@ from mlaconvert.attention import AttentionMode
 from mlaconvert.base import Base, find_base, open_base, require
 from mlaconvert.cache import LatentCache
 from mlaconvert.checkpoint import read_tensors
-from mlaconvert.config import StreamingConfig, WanConfig, default_video
+from mlaconvert.config import FEW_STEPS, SHIFT, StreamingConfig, WanConfig, default_video
 from mlaconvert.convert import resolve_device
 from mlaconvert.data import save_shard
 from mlaconvert.errors import ConfigError, InputError, OutputError, is_plain
 from mlaconvert.evaluate import TINY_GUIDANCE, TINY_STEPS
-from mlaconvert.families import open_checkpoint
+from mlaconvert.families import Checkpoint, open_checkpoint
+from mlaconvert.families.causal import SETTINGS, assumption_line
 from mlaconvert.inputs import is_file, read_json, refuse_links
 from mlaconvert.model import WanModel, load_model
 from mlaconvert.pictures import can_write_mp4, contact_sheet, save_movie
-from mlaconvert.rollout import FEW_STEPS, SHIFT, Images, Sampler, passes, rollout
+from mlaconvert.rollout import Images, Sampler, passes, rollout
 from mlaconvert.text import embed_texts, free_memory
 from mlaconvert.tiny.clips import CAPTION, CAPTION_LEN, VOCABULARY, embed_captions, null_context
 from mlaconvert.vae import Vae
@@ -73,7 +74,8 @@ class Generation:
     `seed` + 1, ...
 
     `timesteps`, given before the warp by `shift`, make a few-step schedule; `steps` integrates the flow in so many.
-    `height` and `width` are video pixels. `chunk_frames`, `window_frames` and `sink_frames` replace the model's own.
+    `few_step` says whether the model is a few-step student, if its files do not. `height` and `width` are video pixels.
+    `chunk_frames`, `window_frames`, `sink_frames` and `positions` replace the model's own.
     `given` is a safetensors file with any of `latents` [samples or 1, C, F, H, W], whole chunks that are continued,
     `image_latents` [samples or 1, in_dim - C, frames, H, W] and `image_features` [samples or 1, I, image_dim].
     """
@@ -96,6 +98,8 @@ class Generation:
     chunk_frames: int | None = None
     window_frames: int | None = None
     sink_frames: int | None = None
+    positions: str | None = None
+    few_step: bool | None = None
     given: Path | None = None
 
     def __post_init__(self) -> None:
@@ -103,6 +107,12 @@ class Generation:
             raise ConfigError("frames and seconds both say how long; give one of them")
         if self.steps is not None and self.timesteps is not None:
             raise ConfigError("steps (many-step) and timesteps (few-step) exclude each other; give one of them")
+        if self.few_step and self.steps is not None:
+            raise ConfigError("few_step and steps (many-step) exclude each other; give one of them")
+        if self.few_step is False and self.timesteps is not None:
+            raise ConfigError("timesteps (few-step) and many steps exclude each other; give one of them")
+        if self.positions not in (None, "window", "absolute"):
+            raise ConfigError(f"positions is {self.positions!r}: give window or absolute")
         if self.prompts and self.embeddings is not None:
             raise ConfigError("prompts and embeddings both say what to show; give one of them")
         for name, most in (("frames", 10**6), ("samples", 10**4), ("steps", 1000), ("height", 2**14), ("width", 2**14)):
@@ -293,15 +303,13 @@ def plan_generation(wanted: Generation, config: WanConfig, *, row: int | None = 
         if value % (video.vae_stride * patch):
             raise ConfigError(f"{name} is {value} pixels: give a multiple of {video.vae_stride * patch}")
         size.append(value // video.vae_stride)
-    own = config.streaming or StreamingConfig()
-    names = ("chunk_frames", "window_frames", "sink_frames")
-    changes = {name: getattr(wanted, name) for name in names if getattr(wanted, name) is not None}
-    streaming = dataclasses.replace(own, **changes)
+    streaming = dataclasses.replace(config.streaming or StreamingConfig(), **_given_settings(wanted))
     contexts, empty = _contexts(wanted, config) if text is None else (list(text.contexts), text.negative)
     if row is not None:
         contexts = [contexts[row]]
     steps, scale = (TINY_STEPS, TINY_GUIDANCE) if pixels else (WAN_STEPS, WAN_GUIDANCE)
-    many = wanted.steps or (None if config.few_step or wanted.timesteps is not None else steps)
+    few_step = config.few_step if wanted.few_step is None else wanted.few_step
+    many = wanted.steps or (None if few_step or wanted.timesteps is not None else steps)
     guidance = wanted.guidance if wanted.guidance is not None else (scale if many and empty is not None else 1.0)
     sampler = (
         Sampler.many_step(many, shift=wanted.shift, guidance=guidance)
@@ -336,6 +344,26 @@ def plan_generation(wanted: Generation, config: WanConfig, *, row: int | None = 
     )
 
 
+def _given_settings(wanted: Generation) -> dict[str, Any]:
+    """The settings of `StreamingConfig` that replace the model's own."""
+    return {name: getattr(wanted, name) for name in SETTINGS if getattr(wanted, name) is not None}
+
+
+def _notes(checkpoint: Checkpoint, wanted: Generation) -> list[str]:
+    """What a user should know of how the model is taken to see time and is sampled, a line each."""
+    given, config = set(_given_settings(wanted)), checkpoint.config
+    streaming = dataclasses.replace(config.streaming or StreamingConfig(), **_given_settings(wanted))
+    few_step = config.few_step if wanted.few_step is None else wanted.few_step
+    if wanted.few_step is not None or wanted.steps is not None or wanted.timesteps is not None:
+        given.add("few_step")
+    assumed = assumption_line(checkpoint.timing, streaming=streaming, few_step=few_step, given=given, how="generate")
+    notes = [*checkpoint.timing.remarks, *([] if assumed is None else [assumed])]
+    if few_step and wanted.steps is None and wanted.timesteps is None:
+        schedule = ", ".join(f"{step:g}" for step in FEW_STEPS)
+        notes.append(f"a few-step student: timesteps {schedule}, warped by shift {wanted.shift:g}")
+    return notes
+
+
 def generate(
     source: str | Path,
     output: str | Path,
@@ -349,6 +377,7 @@ def generate(
     movie: Movie = "auto",
     overwrite: bool = False,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> GenerationReport:
     """Generate videos by a dense or a converted model, into the new folder or movie file `output`.
 
@@ -356,14 +385,18 @@ def generate(
     `context`), `generation.json`, and a movie for each sample: of models that work on RGB pixels always, with a contact
     sheet, of others when prompts, `wanted.base` or `movie` "mp4" ask for it, by the base's VAE. An `output` that ends
     in .mp4 or .gif is the movie alone. An interrupted run leaves its finished chunks in `.<output>.partial`, and the
-    same call continues them: one pass a chunk, and the same video. Raises OutputError for an output that exists, and
-    what `plan_generation`, `open_checkpoint`, `find_base` and `rollout` raise.
+    same call continues them: one pass a chunk, and the same video. `say` is told what is assumed of the model because
+    neither its files nor `wanted` state it, and of a few-step schedule. Raises OutputError for an output that exists,
+    and what `plan_generation`, `open_checkpoint`, `find_base` and `rollout` raise.
     """
     wanted, runtime, target = wanted or Generation(), runtime or Runtime(), Path(output)
     movie = _check_target(target, wanted, movie, overwrite)
     place: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "state_key": state_key}
     with open_checkpoint(source, **place, config=config) as checkpoint:
-        geometry = checkpoint.config
+        geometry, notes = checkpoint.config, _notes(checkpoint, wanted)
+    if say is not None:
+        for note in notes:
+            say(note)
     if geometry.out_dim == 3 or not wanted.prompts:
         plan_generation(wanted, geometry)  # what is wrong shows before anything large is read
     needs_base = bool(wanted.prompts) or movie in ("mp4", "gif")
@@ -418,6 +451,7 @@ def generate_for_vbench(
     state_key: str | None = None,
     config: Path | None = None,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[Path]:
     """One video for every prompt and sample in the folder `output`, named "{prompt}-{index}.mp4".
 
@@ -435,7 +469,10 @@ def generate_for_vbench(
         _check_prompt_name(prompt, number, prompts)
     place: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "state_key": state_key, "config": config}
     with open_checkpoint(source, **place) as checkpoint:
-        geometry = checkpoint.config
+        geometry, notes = checkpoint.config, _notes(checkpoint, wanted)
+    if say is not None:
+        for note in notes:
+            say(note)
     base = _base(source, wanted, geometry, wanted.embeddings is None, revision, subfolder)
     if geometry.out_dim == 3 and not can_write_mp4():
         raise InputError("VBench's file names end in .mp4, which needs an encoder: pip install 'mlaconvert[video]'")

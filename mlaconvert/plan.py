@@ -119,7 +119,12 @@ def plan_conversion(
     if config.mla is not None:
         raise UnsupportedModelError(f"{checkpoint.store.path}: it is converted already; give the dense model")
     resolved = resolve_recipe(recipe, config)
-    target = dataclasses.replace(config, mla=mla_config(resolved, config, measured), streaming=resolved.streaming)
+    target = dataclasses.replace(
+        config,
+        mla=mla_config(resolved, config, measured),
+        streaming=resolved.streaming,
+        few_step=bool(resolved.few_step),
+    )
     return ConversionPlan(
         source=public_name(checkpoint.store.source),
         subfolder=subfolder,

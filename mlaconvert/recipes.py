@@ -14,6 +14,7 @@ from mlaconvert.config import (
     Init,
     MLAConfig,
     MLALayer,
+    StreamingConfig,
     WanConfig,
     default_budget,
     default_video,
@@ -22,6 +23,7 @@ from mlaconvert.config import (
 )
 from mlaconvert.errors import ConfigError
 from mlaconvert.factorize import highest_pairs
+from mlaconvert.families.causal import STUDENT
 from mlaconvert.inputs import is_file, read_yaml
 from mlaconvert.rollout import Sampler
 from mlaconvert.shipped import recipe_folder, recipe_names
@@ -44,6 +46,20 @@ def with_init(recipe: ConvertRecipe, init: Init) -> ConvertRecipe:
     own += ["kv_rank", "nope_dim", "rope_dim", "v_dim"] if init == "lossless" else []
     changes: dict[str, Any] = dict.fromkeys(own)
     return dataclasses.replace(recipe, init=init, without=(), **changes)
+
+
+def with_settings(recipe: ConvertRecipe, config: WanConfig, settings: Mapping[str, Any]) -> ConvertRecipe:
+    """`recipe` with single `settings` of `StreamingConfig` in place of those that recipe or source have.
+
+    A source of geometry `config` that is not streaming gets a published student's for the others. Raises ConfigError
+    for an impossible setting, and for a recipe that says bidirectional.
+    """
+    if not settings:
+        return recipe
+    if recipe.bidirectional:
+        raise ConfigError(f"bidirectional and {', '.join(settings)} exclude each other; give one of them")
+    base = dataclasses.asdict(recipe.streaming or config.streaming or STUDENT)
+    return dataclasses.replace(recipe, streaming=parse(StreamingConfig, base | dict(settings), "options"))
 
 
 def read_recipe(recipe: str | Path, shipped: Path, kind: str, example: str) -> tuple[Path, dict[str, Any]]:
@@ -74,7 +90,8 @@ def resolve_recipe(recipe: ConvertRecipe, config: WanConfig) -> ConvertRecipe:
         "layers": _format_layers(
             parse_layers(recipe.layers, config.num_layers) if recipe.layers is not None else range(config.num_layers)
         ),
-        "streaming": recipe.streaming or config.streaming,
+        "streaming": None if recipe.bidirectional else recipe.streaming or config.streaming,
+        "few_step": config.few_step if recipe.few_step is None else recipe.few_step,
         "height": recipe.height or video.height,
         "width": recipe.width or video.width,
         "vae_stride": recipe.vae_stride or video.vae_stride,
@@ -98,9 +115,6 @@ def resolve_recipe(recipe: ConvertRecipe, config: WanConfig) -> ConvertRecipe:
             "key_norm": recipe.key_norm or ("token" if calibrated else "latent"),
             "rope": mode,
         }
-        streaming = recipe.streaming or config.streaming
-        if calibrated and streaming is not None and streaming.positions == "absolute" and streaming.sink_frames:
-            raise ConfigError("init calibrated counts frames from a window's sink; set streaming.positions to window")
         if calibrated:
             changes["allocation"] = recipe.allocation or "adaptive"
         changes["rope_selection"] = recipe.rope_selection or ("energy" if calibrated else "highest")
@@ -190,7 +204,11 @@ def mla_config(recipe: ConvertRecipe, config: WanConfig, measured: Mapping[int, 
 
 
 def regime_of(recipe: ConvertRecipe) -> Regime:
-    """Where a calibration takes its windows. Without a sink, it is the same whether positions count from there."""
+    """Where a calibration takes its windows, whose positions count from the sink.
+
+    Without a sink that makes no difference. Absolute positions would move the sink away as a video goes on; only the
+    statistics that layers are fitted to leave that out.
+    """
     streaming = recipe.streaming
     return Regime.of(dataclasses.replace(streaming, positions="window") if streaming else None, recipe.seed)
 

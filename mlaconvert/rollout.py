@@ -16,13 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlaconvert.cache import LatentCache
-from mlaconvert.config import StreamingConfig
+from mlaconvert.config import FEW_STEPS, SHIFT, StreamingConfig
 from mlaconvert.data import Clips
 from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.model import WanModel, default_chunks
-
-SHIFT = 5.0
-FEW_STEPS = (1000.0, 750.0, 500.0, 250.0)
 
 
 def warp(sigma: Tensor, shift: float = SHIFT) -> Tensor:

@@ -340,7 +340,7 @@ def _clips(
     if checkpoint.is_tiny:
         return None, held_back(count or TINY_CLIPS), "clips of the built-in model that training never drew"
     first = plan or planned[0][1]
-    sampler = Sampler.usual(few_step=checkpoint.config.few_step)
+    sampler = Sampler.usual(few_step=first.config.few_step)
 
     def compared() -> Clips:
         teacher = _dense(checkpoint, first, None, device)

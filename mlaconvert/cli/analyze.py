@@ -78,14 +78,14 @@ def analyze(
 ) -> None:
     """Show how compressible the attention weights are, and what their cache takes in memory."""
     from mlaconvert import analyze as analysis
-    from mlaconvert.calibrate import Regime
     from mlaconvert.calibrated import calibration_clips
     from mlaconvert.config import ConvertRecipe, StreamingConfig, default_video, parse, parse_layers
     from mlaconvert.convert import open_models, resolve_device
     from mlaconvert.errors import ConfigError
+    from mlaconvert.families.causal import assumption_line
     from mlaconvert.memory import plan_memory
     from mlaconvert.plan import plan_conversion
-    from mlaconvert.recipes import mla_config, resolve_recipe
+    from mlaconvert.recipes import mla_config, regime_of, resolve_recipe
     from mlaconvert.report import analysis_table, budget_table, memory_table, titled
 
     if not calibrated and (data is not None or clips is not None):
@@ -113,13 +113,17 @@ def analyze(
     with open_models(checkpoint, revision=revision, subfolder=subfolder, state_key=state_key, config=config) as models:
         for name, model in models.items():
             err.print(f"{titled(name)}{model.describe()}", markup=False)
+            seen = model.config.streaming
+            assumed = assumption_line(model.timing, streaming=seen, few_step=model.config.few_step)
+            for note in (*model.timing.remarks, *([] if assumed is None else [assumed])):
+                err.print(note, markup=False, soft_wrap=True)
             memory = plan(model)
             inputs: dict[str, Any] = {}
             with progress_bar(err) as progress:
                 if calibrated:
                     resolved = plan_conversion(model, recipe)
                     inputs["clips"] = calibration_clips(model, resolved, data, device=chosen_device, progress=progress)
-                    inputs["regime"] = Regime.of(resolved.recipe.streaming, resolved.recipe.seed)
+                    inputs["regime"] = regime_of(resolved.recipe)
                 found = analysis.analyze(
                     model,
                     kv_rank=kv_rank,

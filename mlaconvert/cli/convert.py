@@ -13,12 +13,14 @@ import typer
 from mlaconvert.cli.options import (
     ConfigFile,
     Device,
+    FewStep,
     Json,
     KvRank,
     Layers,
     Loras,
     LoraScales,
     Output,
+    Positions,
     Revision,
     Source,
     StateKey,
@@ -165,6 +167,24 @@ def convert(
         ),
     ] = None,
     layers: Layers = None,
+    chunk_frames: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Latent frames made at a time. Default: the source's."),
+    ] = None,
+    window_frames: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Latent frames that a query sees: sink, cached, own chunk. Default: the source's."
+        ),
+    ] = None,
+    sink_frames: Annotated[
+        int | None, typer.Option(metavar="N", help="First latent frames, kept for good. Default: the source's.")
+    ] = None,
+    positions: Positions = None,
+    bidirectional: Annotated[
+        bool, typer.Option("--bidirectional", help="See whole clips, whatever the source says.")
+    ] = False,
+    few_step: FewStep = None,
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Seed of random weights and of calibration noise. Default: 0.")
     ] = None,
@@ -210,7 +230,15 @@ def convert(
         "dtype": dtype,
         "layout": layout,
         "layers": layers,
+        "bidirectional": bidirectional or None,
+        "few_step": few_step,
         "seed": seed,
+    }
+    window = {
+        "chunk_frames": chunk_frames,
+        "window_frames": window_frames,
+        "sink_frames": sink_frames,
+        "positions": positions,
     }
     resolved = _override(recipe, {name: value for name, value in options.items() if value is not None})
     speaks = os.environ.get("RANK", "0") == "0"
@@ -222,6 +250,7 @@ def convert(
             checkpoint,
             output,
             resolved,
+            streaming={name: value for name, value in window.items() if value is not None},
             revision=revision,
             subfolder=subfolder,
             state_key=state_key,
@@ -266,6 +295,8 @@ def _override(recipe: str | None, options: dict[str, Any]) -> ConvertRecipe:
     base = load_recipe(recipe) if recipe is not None else ConvertRecipe()
     if options.get("init") in get_args(Init):
         base = with_init(base, options["init"])
+    if options.get("bidirectional"):
+        base = dataclasses.replace(base, streaming=None)
     return parse(ConvertRecipe, dataclasses.asdict(base) | options, "options")
 
 
@@ -279,7 +310,11 @@ def _print_plan(console: Console, plan: ConversionPlan, data: Path | None, *, de
     queries = "exact" if recipe.q_rank in (None, "none") else f"rank {recipe.q_rank}"
     norm = plan.config.mla.key_norm if plan.config.mla is not None else ""
     streaming = plan.config.streaming
-    sees = f"streaming, window of {streaming.window_frames} latent frames" if streaming else "bidirectional"
+    sees = "bidirectional"
+    if streaming is not None:
+        sees = f"streaming, window of {streaming.window_frames} latent frames, chunks of {streaming.chunk_frames}"
+        sees += f", sink of {streaming.sink_frames}" if streaming.sink_frames else ", no sink"
+    sees += ", few steps" if plan.config.few_step else ""
     lines: tuple[str, ...] = (
         f"{titled(plan.subfolder)}{plan.source}",
         f"  model    {plan.description}",

@@ -14,8 +14,10 @@ from mlaconvert.cli.options import (
     Compile,
     ConfigFile,
     Dtype,
+    FewStep,
     Height,
     Json,
+    Positions,
     Revision,
     RunDevice,
     SinkFrames,
@@ -118,6 +120,8 @@ def generate(
     window_frames: WindowFrames = None,
     sink_frames: SinkFrames = None,
     chunk_frames: ChunkFrames = None,
+    positions: Positions = None,
+    few_step: FewStep = None,
     given: Annotated[
         Path | None,
         typer.Option(
@@ -192,6 +196,8 @@ def generate(
         chunk_frames=chunk_frames,
         window_frames=window_frames,
         sink_frames=sink_frames,
+        positions=positions,
+        few_step=few_step,
         given=given,
     )
     if movie not in ("auto", "mp4", "gif", "none"):
@@ -208,10 +214,14 @@ def generate(
     )
     place = {"revision": revision, "subfolder": subfolder, "state_key": state_key, "config": config}
     err = console(stderr=True)
+
+    def say(line: str) -> None:
+        err.print(line, markup=False, soft_wrap=True)
+
     with progress_bar(err) as progress:
         if prompts is not None:
             files = generation.generate_for_vbench(
-                model, output, _lines(prompts), wanted, runtime, **cast(Any, place), progress=progress
+                model, output, _lines(prompts), wanted, runtime, **cast(Any, place), progress=progress, say=say
             )
         else:
             found = generation.generate(
@@ -223,6 +233,7 @@ def generate(
                 movie=cast("Movie", movie),
                 overwrite=overwrite,
                 progress=progress,
+                say=say,
             )
     if prompts is not None:
         if as_json:

@@ -70,7 +70,12 @@ StateKey = Annotated[
 ]
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", metavar="FILE", help="config.json to use. Default: the one beside the weights."),
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="config.json to use, or a streaming codebase's YAML that says window, chunk and sink. Default: the "
+        "config.json beside the weights.",
+    ),
 ]
 KvRank = Annotated[
     int | None,
@@ -161,6 +166,23 @@ SinkFrames = Annotated[
 ]
 ChunkFrames = Annotated[
     int | None, typer.Option(metavar="N", help="Latent frames made at a time. Default: the model's, else 3.")
+]
+Positions = Annotated[
+    str | None,
+    typer.Option(
+        metavar="window|absolute",
+        autocompletion=among("window", "absolute"),
+        help="Count frame positions from the window's sink, or from the start of the video. Default: the model's, "
+        "else window.",
+    ),
+]
+FewStep = Annotated[
+    bool | None,
+    typer.Option(
+        "--few-step/--many-step",
+        help="Whether it was distilled to few steps. Default: as its files say, else many.",
+        show_default=False,
+    ),
 ]
 BaseRepo = Annotated[
     str | None,

@@ -8,22 +8,23 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from mlaconvert.checkpoint import FLOATS, TINY, TensorInfo, TensorStore, check_finite, open_store
-from mlaconvert.config import StreamingConfig, WanConfig
-from mlaconvert.errors import InputError, UnsupportedModelError
+from mlaconvert.checkpoint import FLOATS, TINY, TensorInfo, TensorStore, check_finite, find_beside, open_store
+from mlaconvert.config import WanConfig
+from mlaconvert.errors import ConfigError, InputError, UnsupportedModelError
 from mlaconvert.families.base import AttentionWeights, Family, Layout
+from mlaconvert.families.causal import Timing, is_causal_class, read_timing
 from mlaconvert.families.classes import converted_config, skyreels_fields
 from mlaconvert.families.wan import WanFamily
 from mlaconvert.families.wrappers import STREAMING_KEYS, unwrap
-from mlaconvert.inputs import read_json
+from mlaconvert.inputs import read_json, read_yaml
 
 __all__ = [
     "AttentionWeights",
@@ -61,6 +62,7 @@ class Checkpoint:
 
     `raw_config` is the source's config.json, or one in native fields made from the shapes. `names` maps canonical
     names to those in the files. `state_key` is the chosen top-level key of a pickle, None for a bare state dict.
+    `timing` is what the files say of time, as it is in `config`, and what they leave to be assumed.
     """
 
     store: TensorStore
@@ -70,6 +72,7 @@ class Checkpoint:
     layout: Layout
     state_key: str | None
     names: Mapping[str, str]
+    timing: Timing = field(default_factory=Timing)
 
     @property
     def is_tiny(self) -> bool:
@@ -167,15 +170,22 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open `source` (see `checkpoint.open_store`) and recognise its model, from names and shapes alone.
 
-    `config` is a config.json to use instead of the one beside the weights; `state_key` chooses among the state
-    dicts of a pickle. Raises CheckpointError for files that cannot be trusted, UnsupportedModelError for models
-    that are not converted, ConfigError for an impossible config.json; each names the file.
+    `config` is a config.json to use instead of the one beside the weights, or a streaming codebase's YAML file, which
+    says how the model sees time beside that one; `state_key` chooses among the state dicts of a pickle. Raises
+    CheckpointError for files that cannot be trusted, UnsupportedModelError for models that are not converted,
+    ConfigError for an impossible config.json; each names the file.
     """
-    raw = read_json(config) if config is not None else None
+    raw, settings = None, None
+    if config is not None and config.suffix in (".yaml", ".yml"):
+        settings = read_yaml(config)
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{config}: it must hold a mapping of fields, such as num_frame_per_block")
+    elif config is not None:
+        raw = read_json(config)
     store = open_store(source, revision=revision, subfolder=subfolder)
     try:
         with _naming(store.path):
-            return _recognise(store, store.config if raw is None else raw, state_key)
+            return _recognise(store, store.config if raw is None else raw, state_key, settings)
     except BaseException:
         store.close()
         raise
@@ -193,7 +203,9 @@ def _tiny_sha256() -> str:
         return tiny.store.sha256()
 
 
-def _recognise(store: TensorStore, raw: dict[str, Any] | None, state_key: str | None) -> Checkpoint:
+def _recognise(
+    store: TensorStore, raw: dict[str, Any] | None, state_key: str | None, settings: dict[str, Any] | None
+) -> Checkpoint:
     key, cleaned = unwrap(store.tensors, state_key)
     _refuse_known(raw or {}, cleaned)
     family = next((family for family in _FAMILIES if family.detect(raw, cleaned)), None)
@@ -213,9 +225,8 @@ def _recognise(store: TensorStore, raw: dict[str, Any] | None, state_key: str | 
             names[canonical] = raw_name
     tensors = {canonical: store.tensors[raw_name] for canonical, raw_name in names.items()}
     parsed = family.parse_config(raw, tensors)
-    if (key or "").split("/")[0] in STREAMING_KEYS:
-        assumed = StreamingConfig() if "streaming" not in (raw or {}) else None
-        parsed = replace(parsed, streaming=parsed.streaming or assumed, few_step=True)
+    timing = _timing(store, raw, key, settings)
+    parsed = replace(parsed, streaming=timing.streaming, few_step=timing.few_step)
     family.check_attention(parsed, tensors)
     _check_tensors(family.expected_shapes(parsed), tensors, unexpected)
     return Checkpoint(
@@ -226,7 +237,21 @@ def _recognise(store: TensorStore, raw: dict[str, Any] | None, state_key: str | 
         layout=layout,
         state_key=key,
         names=MappingProxyType(names),
+        timing=timing,
     )
+
+
+def _timing(store: TensorStore, raw: dict[str, Any] | None, key: str | None, settings: dict[str, Any] | None) -> Timing:
+    """What the files say of time: config.json, the key of the weights, a pipeline's class, a codebase's YAML."""
+    student = (key or "").split("/")[0] in STREAMING_KEYS
+    if settings is not None:
+        own = {name: value for name, value in (raw or {}).items() if name in ("_class_name", "few_step")}
+        return read_timing(own | settings, student=student, where="the YAML file of --config")
+    index = find_beside(store, "model_index.json", above="transformer") if is_causal_class(raw) else None
+    pipeline = ""
+    with suppress(InputError):  # it is a hint only
+        pipeline = str(read_json(index).get("_class_name", "")) if index is not None else ""
+    return read_timing(raw, student=student, pipeline=pipeline)
 
 
 def _refuse_known(raw: Mapping[str, Any], names: Collection[str]) -> None:

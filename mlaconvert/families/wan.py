@@ -13,9 +13,10 @@ from math import prod
 from typing import Any
 
 from mlaconvert.checkpoint import TensorInfo
-from mlaconvert.config import MLAConfig, MLALayer, StreamingConfig, WanConfig, parse
+from mlaconvert.config import MLAConfig, MLALayer, WanConfig, parse
 from mlaconvert.errors import CheckpointError, UnsupportedModelError
 from mlaconvert.families.base import Layout
+from mlaconvert.families.causal import read_timing
 
 HEAD_DIM = 128  # of every published Wan model
 _WHERE = "config.json"
@@ -143,13 +144,8 @@ class WanFamily:
             raise CheckpointError(
                 f"{_WHERE} says num_layers {config.num_layers}, the weights have {shown['num_layers']} layers"
             )
-        causal = "causal" in str(raw.get("_class_name", "")).lower() or raw.get("causal") is True
-        streaming = StreamingConfig() if causal else None
-        if "streaming" in raw:
-            section = raw["streaming"]
-            streaming = None if section is None else parse(StreamingConfig, section, f"{_WHERE}: streaming")
         mla = MLAConfig.from_json(raw["mla"], _WHERE) if raw.get("mla") is not None else None
-        return replace(config, streaming=streaming, mla=mla)
+        return replace(config, streaming=read_timing(raw, where=_WHERE).streaming, mla=mla)
 
     def check_attention(self, config: WanConfig, tensors: Mapping[str, TensorInfo]) -> None:
         """Name two kinds of attention that would otherwise show as wrong shapes: grouped queries, norms per head.
@@ -256,7 +252,7 @@ def _refuse_attention(raw: Mapping[str, Any]) -> None:
         raise UnsupportedModelError(
             f"{_WHERE} says qk_norm {raw['qk_norm']!r}; expected RMSNorm across all heads (rms_norm_across_heads)"
         )
-    if raw.get("window_size") not in (None, [-1, -1]):
+    if raw.get("window_size") not in (None, -1, [-1, -1]):
         raise UnsupportedModelError(
             f"{_WHERE} says window_size {raw['window_size']}; expected [-1, -1], no local window"
         )

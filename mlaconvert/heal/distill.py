@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mlaconvert.calibrate import batch_size
-from mlaconvert.config import StreamingConfig
+from mlaconvert.config import SHIFT, StreamingConfig
 from mlaconvert.data import Clips
 from mlaconvert.heal.data import Batch, Rows, mix
 from mlaconvert.heal.layout import noisy_layout, prepare, views
 from mlaconvert.heal.objective import Objective, draw_noise, per_frame
 from mlaconvert.heal.recipe import HealRecipe
 from mlaconvert.model import Block, WanModel
-from mlaconvert.rollout import SHIFT, add_noise, warp
+from mlaconvert.rollout import add_noise, warp
 
 CLEAN_PAST = 0.5  # share of the clips whose first chunks are clean, as a rollout's are
 # Share of the noise levels that are drawn evenly by their logarithm, and from where on. Few levels of the schedule are

@@ -18,6 +18,7 @@ from mlaconvert.config import StreamingConfig, WanConfig, default_video
 from mlaconvert.errors import ConfigError, InputError, OutputError
 from mlaconvert.evaluate import open_teacher
 from mlaconvert.families import Checkpoint, comes_from_tiny, open_checkpoint
+from mlaconvert.families.causal import assumption_line
 from mlaconvert.heal.consistency import Consistency
 from mlaconvert.heal.data import Batches, Source, generate_source, mix, open_source
 from mlaconvert.heal.distill import Distill
@@ -80,6 +81,8 @@ def heal(
         main = accelerator.is_main_process
         tell = tell if main else (lambda _: None)
         report = report if main else (lambda *_: None)
+        for note in _notes(student_file, teacher_file):
+            tell(note)
         if tracker_missing(recipe):
             tell(f"TensorBoard is not installed (pip install tensorboard); the log is {folder / 'log.jsonl'}")
         models = _Models(recipe, student_file, teacher_file, accelerator)  # reads all weights, so may refuse them
@@ -268,6 +271,15 @@ def _regime(recipe: HealRecipe, student: WanConfig, teacher: WanConfig) -> Strea
         raise ConfigError("stage consistency needs a streaming teacher; give the teacher-forced model as --teacher")
     # A bidirectional teacher is no guide to a causal pass: both then see the whole clip.
     return student.streaming if recipe.stage != "distill" or teacher.streaming is not None else None
+
+
+def _notes(student: Checkpoint, teacher: Checkpoint) -> list[str]:
+    """What is assumed of how student and teacher see time, a line each."""
+    lines = {}
+    for who, model in (("student", student), ("teacher", teacher)):
+        config = model.config
+        lines[who] = assumption_line(model.timing, streaming=config.streaming, few_step=config.few_step)
+    return [f"{who}: {line}" for who, line in lines.items() if line is not None]
 
 
 def _check_guidance(recipe: HealRecipe, source: Source | None) -> None:
