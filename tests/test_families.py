@@ -18,6 +18,7 @@ from mlaconvert.checkpoint import TensorInfo
 from mlaconvert.config import MLAConfig, MLALayer, StreamingConfig, WanConfig
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, UnsupportedModelError
 from mlaconvert.families import WanFamily, open_checkpoint
+from mlaconvert.families.causal import STUDENT
 from mlaconvert.families.wrappers import unwrap
 
 State = dict[str, torch.Tensor]
@@ -220,7 +221,7 @@ def test_wrapped_checkpoints(case: str, tmp_path: Path, golden: Path, golden_sta
     torch.save(wrap(golden_state, other), tmp_path / "model.pt")
     with open_checkpoint(tmp_path / "model.pt", config=golden / "config.json") as opened:
         assert opened.state_key == key
-        assert opened.config.streaming == (StreamingConfig() if streaming else None)
+        assert opened.config.streaming == (STUDENT if streaming else None)
         assert opened.config.few_step == streaming  # published streaming generators are distilled
         for name, tensor in golden_state.items():
             assert torch.equal(opened.read(name), tensor)
@@ -263,7 +264,7 @@ def test_streaming_follows_class_name_or_section(
     window = {"chunk_frames": 2, "window_frames": 9, "sink_frames": 0, "positions": "absolute"}
     cases: list[tuple[dict[str, Any], StreamingConfig | None]] = [
         ({}, None),
-        ({"_class_name": "CausalWanModel"}, StreamingConfig()),
+        ({"_class_name": "CausalWanModel"}, STUDENT),
         ({"streaming": window}, StreamingConfig(**window)),  # type: ignore[arg-type]
         ({"_class_name": "CausalWanModel", "streaming": None}, None),
     ]

@@ -161,7 +161,7 @@ def _gather(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
                 continue
             label = f"{section}.{name}" if section else name
             _check(label, name, value, where)
-            if found.setdefault(name, value) != value:
+            if found.setdefault(name, value) != value and name not in _OTHERS:
                 raise ConfigError(f"{where}: {label} is {value}, and {name} elsewhere in it {found[name]}; keep one")
     return found
 
