@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from io import RawIOBase
@@ -252,14 +252,14 @@ def open_store(
     return _open_local(str(source), path, commit)
 
 
-def find_beside(store: TensorStore, name: str, *, above: str | None = None) -> Path | None:
+def find_beside(store: TensorStore, name: str, *, above: Collection[str] = ()) -> Path | None:
     """The file `name` beside a store's weights, here or on the Hub; None without one.
 
-    With `above`, it is the one beside the folder of that name that the weights lie in, None if they lie in no such.
+    With `above`, it is the one beside the folder of such a name that the weights lie in, None if they lie in no such.
     """
     folder = store.path if store.path.is_dir() else store.path.parent
-    if above is not None:
-        if folder.name != above:
+    if above:
+        if folder.name not in above:
             return None
         folder = folder.parent
     path = folder / name

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from hostile import invoke, refused
-from safetensors.torch import save_file
+from hub_server import Blob, Hub
+from safetensors.torch import save, save_file
 
 from mlaconvert.calibrate import window_views
 from mlaconvert.checkpoint import CONFIG_NAME, WEIGHTS_NAME
@@ -247,6 +248,20 @@ def test_a_pipelines_class_says_few_step(golden_state: State, golden_config: dic
     (tmp_path / "student" / "model_index.json").write_text("{")  # only a hint
     with open_checkpoint(tmp_path / "student") as opened:
         assert not opened.config.few_step
+
+
+def test_a_pipelines_class_is_read_on_the_hub(hub: Hub, golden_state: State, golden_config: dict[str, Any]) -> None:
+    raw = golden_config | {"_class_name": "CausalWanTransformer3DModel", "num_frames_per_block": 2}
+    files = {
+        f"transformer/{WEIGHTS_NAME}": Blob(save(golden_state), True),
+        f"transformer/{CONFIG_NAME}": Blob(json.dumps(raw).encode(), False),
+        "model_index.json": Blob(json.dumps({"_class_name": "WanCausalDMDPipeline"}).encode(), False),
+    }
+    hub.create("user/student").commit(files)
+    with open_checkpoint("user/student") as opened:
+        assert opened.config.few_step
+        assert opened.config.streaming == sees(2, 22, 0)  # 21 frames in whole chunks
+        assert opened.timing.assumed == {"window_frames", "sink_frames"}
 
 
 def test_a_codebases_yaml_tells_the_window(

@@ -16,7 +16,16 @@ from typing import Any
 
 import torch
 
-from mlaconvert.checkpoint import FLOATS, TINY, TensorInfo, TensorStore, check_finite, find_beside, open_store
+from mlaconvert.checkpoint import (
+    EXPERT_FOLDERS,
+    FLOATS,
+    TINY,
+    TensorInfo,
+    TensorStore,
+    check_finite,
+    find_beside,
+    open_store,
+)
 from mlaconvert.config import WanConfig
 from mlaconvert.errors import ConfigError, InputError, UnsupportedModelError
 from mlaconvert.families.base import AttentionWeights, Family, Layout
@@ -247,7 +256,7 @@ def _timing(store: TensorStore, raw: dict[str, Any] | None, key: str | None, set
     if settings is not None:
         own = {name: value for name, value in (raw or {}).items() if name in ("_class_name", "few_step")}
         return read_timing(own | settings, student=student, where="the YAML file of --config")
-    index = find_beside(store, "model_index.json", above="transformer") if is_causal_class(raw) else None
+    index = find_beside(store, "model_index.json", above=EXPERT_FOLDERS[1]) if is_causal_class(raw) else None
     pipeline = ""
     with suppress(InputError):  # it is a hint only
         pipeline = str(read_json(index).get("_class_name", "")) if index is not None else ""

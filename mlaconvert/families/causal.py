@@ -44,7 +44,9 @@ _FLAGS = (*_CAUSAL, *_RELATIVE, "independent_first_frame", "warp_denoising_step"
 _POLICIES = {"absolute": "absolute", "relativistic": "window"}  # FastVideo's rope_cache_policy: our positions
 _OTHERS = ("rope_cache_policy", "denoising_step_list", "timestep_shift", "compression_alpha")
 
-_CAUSAL_CLASS = re.compile(r"causal|forcing|infinity|longlive|memflow", re.IGNORECASE)
+_CAUSAL_CLASS = re.compile(
+    r"causal|causvid|forcing|infinity|longlive|memflow|autoregress|streaming|realtime", re.IGNORECASE
+)
 _ROLLING_CLASS = re.compile(r"rolling_?forcing", re.IGNORECASE)
 _RELATIVE_CLASS = re.compile(r"rolling_?forcing|infinity", re.IGNORECASE)
 _SKYREELS_CLASS = re.compile(r"skyreels", re.IGNORECASE)
