@@ -114,13 +114,13 @@ def assumption_line(
     """
     left = timing.assumed - set(given)
     bidirectional = timing.streaming is None and not set(given) & {"streaming", *SETTINGS}
-    if not bidirectional:
-        left -= {"streaming"} if timing.streaming is None else set()
+    if not bidirectional:  # the files, or an option, say that it streams
+        left -= {"streaming"}
     if streaming is None:
         left &= {"streaming", "few_step"}
     if not left:
         return None
-    parts = [f"a {'bidirectional' if bidirectional else 'streaming'} model"] if "streaming" in left else []
+    parts = ["a bidirectional model"] if "streaming" in left else []
     if streaming is not None:
         sink, positions = streaming.sink_frames, "start" if streaming.positions == "absolute" else "sink"
         words = {
