@@ -175,12 +175,10 @@ def _trace(teacher: WanModel, student: WanModel, batch: NoisyBatch, sums: Tensor
     x = p.x
     pairs = zip(cast(Sequence[Block], teacher.blocks), cast(Sequence[Block], student.blocks), strict=True)
     for i, (block, pupil) in enumerate(pairs):
-        inputs = block.attention_input(x, p.modulation)
-        expected = block.self_attn(inputs, p.plan)
+        inputs, expected, x = block.trace(x, p.modulation, p.text, p.image, p.plan)
         found = pupil.self_attn(inputs.to(student.dtype), p.plan)
         sums[0, i] += (found - expected).double().square().sum().cpu()
         sums[1, i] += expected.double().square().sum().cpu()
-        x = block(x, p.modulation, p.text, p.image, p.plan, None)
     return teacher.finish(x, p)
 
 

@@ -110,6 +110,14 @@ class Block(nn.Module):
         remembered = cache.text if cache is not None and not torch.is_grad_enabled() else ()
         return self.complete(x, attended, modulation, remembered or self.cross_attn.project(text, image))
 
+    def trace(
+        self, x: Tensor, modulation: Tensor, text: Tensor, image: Tensor | None, plan: AttentionPlan
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What self-attention reads, what it makes of that, and the block's output without a cache: [B, N, D] each."""
+        inputs = self.attention_input(x, modulation)
+        attended = self.self_attn(inputs, plan)
+        return inputs, attended, self.complete(x, attended, modulation, self.cross_attn.project(text, image))
+
     def complete(self, x: Tensor, attended: Tensor, modulation: Tensor, memory: Sequence[Tensor]) -> Tensor:
         """The block after self-attention, whose output is `attended` [B, N, D]: each token on its own.
 

@@ -29,7 +29,7 @@ from mlaconvert.drift import RolloutPlan, compare_videos, frame_statistics, pair
 from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.evaluate import Request, evaluate, evaluate_models, open_teacher, velocity_by_timestep
 from mlaconvert.families import open_checkpoint
-from mlaconvert.model import WanModel, load_model
+from mlaconvert.model import Block, WanModel, load_model
 from mlaconvert.rollout import Sampler, rollout
 
 SaveFolder = Callable[..., Path]
@@ -119,6 +119,38 @@ def test_losses_and_errors_are_those_of_each_model_alone(teacher: WanModel, stud
     assert found.student_loss == pytest.approx(float(losses[1]) / clips.latents.numel(), rel=1e-6)
     assert found.velocity_error == pytest.approx(relative(torch.cat(both[1]), torch.cat(both[0])), rel=1e-5)
     assert min(found.attention_errors) > 0.01
+
+
+def test_the_teachers_attention_is_computed_once(teacher: WanModel, student: WanModel, clips: Clips) -> None:
+    """And all figures are, bit for bit, those of attention on its own and of whole blocks."""
+    calls = [0]
+
+    def count(*_: Any) -> None:
+        calls[0] += 1
+
+    hooks = [block.self_attn.register_forward_hook(count) for block in teacher.blocks]  # type: ignore[union-attr, operator]
+    found = evaluate(teacher, student, clips, seed=4)
+    for hook in hooks:
+        hook.remove()
+    batches = evaluation.noisy_batches(teacher, clips, seed=4)
+    assert calls[0] == len(batches) * len(teacher.blocks)
+    sums = torch.zeros(2, len(teacher.blocks), dtype=torch.float64)
+    losses = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad():
+        for batch in batches:
+            p = teacher.prepare(batch.noisy, batch.timestep, batch.context)
+            x = p.x
+            for i, (block, pupil) in enumerate(zip(teacher.blocks, student.blocks, strict=True)):
+                assert isinstance(block, Block)
+                assert isinstance(pupil, Block)
+                inputs = block.attention_input(x, p.modulation)
+                expected = block.self_attn(inputs, p.plan)
+                sums[0, i] += (pupil.self_attn(inputs, p.plan) - expected).double().square().sum()
+                sums[1, i] += expected.double().square().sum()
+                x = block(x, p.modulation, p.text, p.image, p.plan, None)
+            losses += (teacher.finish(x, p).float() - batch.target).square().sum().double()
+    assert found.attention_errors == tuple((sums[0] / sums[1]).sqrt().tolist())
+    assert found.teacher_loss == float(losses / clips.latents.numel())
 
 
 def test_clips_of_many_tokens_go_in_smaller_batches(

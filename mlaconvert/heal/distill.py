@@ -77,9 +77,8 @@ class Distill(Objective):
         for block, pupil in zip(teacher.blocks, student.blocks, strict=True):
             assert isinstance(block, Block)
             with torch.no_grad():
-                inputs = block.attention_input(x, p.modulation)
-                expected = block.self_attn(inputs, plan).float()
-                x = block(x, p.modulation, p.text, p.image, plan, None)
+                inputs, expected, x = block.trace(x, p.modulation, p.text, p.image, plan)
+                expected = expected.float()
             attention = pupil.self_attn
             assert isinstance(attention, torch.nn.Module)
             if not any(parameter.requires_grad for parameter in attention.parameters()):
