@@ -8,7 +8,7 @@ text_dim] of an empty prompt, which guidance needs; it is no shard.
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect
+from bisect import bisect, bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from math import prod
@@ -27,6 +27,7 @@ from mlaconvert.inputs import reason_of
 from mlaconvert.writer import write_whole
 
 NULL_CONTEXT = "null_context.safetensors"
+_NAMED = 20  # clips of a shard that a message names
 _MOST_VALUES = 1 << 27  # of one clip: five minutes of 480 x 832 pixels
 BadShards = Literal["refuse", "skip"]
 
@@ -53,18 +54,26 @@ def load_clips(folder: Path, config: WanConfig, limit: int) -> Clips:
         wanted = limit - sum(len(part.latents) for part in parts)
         if wanted <= 0:
             break
-        _check_shard(shard, config)
-        parts.append(_read(shard, slice(0, wanted)))
+        parts.append(load_shard(shard, config, wanted))
         _check_alike(shard, [part[0].shape for part in parts[-1]], [part[0].shape for part in parts[0]])
     return Clips(torch.cat([p.latents for p in parts]), torch.cat([p.context for p in parts]))
 
 
-class ClipFolder:
-    """Any clip of a folder by its number, read when it is asked for. Headers are checked at once, values when read.
+def load_shard(path: Path, config: WanConfig, limit: int | None = None) -> Clips:
+    """The first `limit` clips of one file. Raises InputError when it is no shard that fits the model."""
+    _check_shard(path, config)
+    return _read(path, slice(0, limit))
 
-    `bad` says what becomes of a shard that cannot be read, does not fit the model or has values that are not finite:
-    "refuse" raises InputError naming it, "skip" goes on without it and tells `on_bad` its message, once a shard. A
-    clip with such values is replaced by the next good one, so the same number always gives the same clip.
+
+class ClipFolder:
+    """Any clip of a folder by its number, from 0 on, read when it is asked for. Headers are checked at once.
+
+    `bad` says what becomes of a shard that cannot be read or does not fit the model, and of a clip with values that are
+    not finite. "refuse" raises InputError naming it; values are checked when a clip is read. "skip" leaves it out, so
+    that no number leads to it: values are read once here, and `on_bad` is told what is left out, a line a shard.
+
+    `total` counts all clips of the shards that can be used, `unusable` the shards that cannot. `fingerprint` tells
+    folders apart by the clips that they give: behind a dash, by which of them are left out.
     """
 
     def __init__(
@@ -76,52 +85,83 @@ class ClipFolder:
         on_bad: Callable[[str], None] | None = None,
     ) -> None:
         self.folder, self._bad, self._on_bad = folder, bad, on_bad
-        self._complained: set[Path] = set()
         self.shards: list[Path] = []
         counts: list[int] = []
         first: list[Sequence[int]] = []
-        for shard in clip_files(folder):
+        files = clip_files(folder)
+        for shard in files:
             try:
                 count, shapes = _check_shard(shard, config)
                 first = first or shapes
                 _check_alike(shard, shapes, first)
             except InputError as error:
-                self._complain(shard, error)
+                self._complain(error)
                 continue
             self.shards.append(shard)
             counts.append(count)
-        self._ends = list(accumulate(counts))
-        if not self._ends:
+        if not counts:
             raise InputError(f"{folder}: no shard is left that can be used; mend them")
+        self._ends = list(accumulate(counts))
+        self.total, self.unusable = self._ends[-1], len(files) - len(counts)
         self.clip_shape = tuple(first[0])  # [C, F, H, W]
         text = " ".join(f"{shard.name}:{count}" for shard, count in zip(self.shards, counts, strict=True))
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+        # The place of each clip among those of all shards.
+        self._places: Sequence[int] = range(self.total) if bad == "refuse" else self._usable()
+        if not self._places:
+            raise InputError(f"{folder}: no clip is left that can be used; mend the shards")
+        if len(self._places) < self.total:
+            self.fingerprint += f"-{hashlib.sha256(str(self._places).encode()).hexdigest()[:16]}"
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self._places)
 
     def __getitem__(self, number: int) -> Clips:
-        """Clip `number` as latents [1, C, F, H, W] and context [1, T, text_dim], float32."""
-        for at in range(number, number + len(self)):
-            place = bisect(self._ends, at % len(self))
-            row = at % len(self) - (self._ends[place - 1] if place else 0)
-            try:
-                return _read(self.shards[place], slice(row, row + 1))
-            except InputError as error:
-                self._complain(self.shards[place], error)
-        raise InputError(f"{self.folder}: no clip is left that can be used; mend the shards")
+        """Clip `number` as latents [1, C, F, H, W] and context [1, T, text_dim], float32.
+
+        Raises IndexError beyond the last one, and InputError when it cannot be read.
+        """
+        place = self._places[number]
+        at = bisect(self._ends, place)
+        row = place - (self._ends[at - 1] if at else 0)
+        return _read(self.shards[at], slice(row, row + 1))
+
+    def split(self, held: int) -> tuple[range, range]:
+        """The numbers of all clips but the folder's last `held` ones, and of those.
+
+        What is left out counts too, so the border is the same whichever clips are bad.
+        """
+        border = bisect_left(self._places, self.total - held)
+        return range(border), range(border, len(self))
 
     def some(self, numbers: Sequence[int]) -> Clips:
         """Several clips as one batch."""
         found = [self[number] for number in numbers]
         return Clips(torch.cat([clip.latents for clip in found]), torch.cat([clip.context for clip in found]))
 
-    def _complain(self, shard: Path, error: InputError) -> None:
+    def _complain(self, error: InputError, which: str = "") -> None:
+        """Raise `error`, or go on without that shard, or without those of its clips."""
         if self._bad == "refuse":
             raise error
-        if shard not in self._complained and self._on_bad is not None:
-            self._on_bad(f"skipped: {error}")
-        self._complained.add(shard)
+        if self._on_bad is not None:
+            self._on_bad(f"skipped: {error}{which}")
+
+    def _usable(self) -> list[int]:
+        """The places of the clips that can be read and are finite."""
+        found: list[int] = []
+        for shard, start, end in zip(self.shards, (0, *self._ends), self._ends, strict=False):
+            bad: dict[int, InputError] = {}
+            for row in range(end - start):
+                try:
+                    _read(shard, slice(row, row + 1))
+                    found.append(start + row)
+                except InputError as error:
+                    bad[row] = error
+            if bad:
+                named = [str(row) for row in bad][:_NAMED] + (["..."] if len(bad) > _NAMED else [])
+                which = f" ({len(bad)} of its {end - start} clips: {', '.join(named)}, counted from 0)"
+                self._complain(next(iter(bad.values())), which)
+        return found
 
 
 def load_null_context(folder: Path, config: WanConfig) -> Tensor | None:
@@ -165,7 +205,7 @@ def clip_files(folder: Path) -> list[Path]:
 def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last for a file that cannot be mapped
         raise InputError(f"{path}: not a readable safetensors file ({reason_of(error)}); make it again") from None
 
 
@@ -197,7 +237,7 @@ def _read(shard: Path, rows: slice) -> Clips:
     with _opened(shard) as file:
         try:
             latents, context = (file.get_slice(name)[rows].float() for name in ("latents", "context"))
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, RuntimeError) as error:
             raise InputError(f"{shard}: cannot be read ({reason_of(error)}); make it again") from None
     if not (latents.isfinite().all() and context.isfinite().all()):
         raise InputError(f"{shard}: has values that are not finite; mend or remove this shard")

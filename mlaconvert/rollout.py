@@ -33,6 +33,12 @@ def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     return torch.lerp(clean, noise, level)
 
 
+def same_length(*texts: Tensor) -> list[Tensor]:
+    """Text embeddings [B, T, text_dim], each of its own T, with zeros up to the longest T, as a model pads them."""
+    longest = max(text.shape[1] for text in texts)
+    return [F.pad(text, (0, 0, 0, longest - text.shape[1])) for text in texts]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
     """Noise levels of one chunk, from noise to data.
@@ -266,8 +272,7 @@ class _Stream:
         text = context[list(self.rows)]
         if self.copies == 2 and null_context is not None:
             empty = null_context.expand(max(len(null_context), self.rows.stop), -1, -1)[list(self.rows)]
-            longest = max(text.shape[1], empty.shape[1])
-            text = torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in (text, empty.to(text))])
+            text = torch.cat(same_length(text, empty.to(text)))
         self.text = text.to(self.cache.device, self.model.dtype)
 
     def velocity(self, x: Tensor, timestep: float, start: int) -> Tensor:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from mlaconvert.config import WanConfig
-from mlaconvert.data import NULL_CONTEXT, ClipFolder, load_clips, load_null_context
+from mlaconvert.data import NULL_CONTEXT, ClipFolder, Clips, load_clips, load_null_context
 from mlaconvert.errors import InputError
-from mlaconvert.heal.data import Stored
+from mlaconvert.heal import HealRecipe
+from mlaconvert.heal.data import Stored, open_source
 
 CONFIG = WanConfig(dim=24, num_heads=2, num_layers=1, ffn_dim=8, in_dim=5, out_dim=5, text_dim=7, patch_size=(1, 3, 2))
 
@@ -84,11 +88,103 @@ def test_values_that_are_not_finite_are_found_when_they_are_read(folder: Path) -
     assert float(strict[0].latents.max()) == 0
     with pytest.raises(InputError, match=r"b\.safetensors: has values that are not finite"):
         strict[3]
+    spoil_clip(folder / "c.safetensors", 2)
+    spoil_clip(folder / "c.safetensors", 0)
     said: list[str] = []
     clips = ClipFolder(folder, CONFIG, bad="skip", on_bad=said.append)
-    for _ in range(2):  # the same number, the same clip; one complaint
-        assert float(clips[3].latents.mean()) == 4
-    assert len(said) == 1
+    assert [numbers(clip) for clip in clips] == [[0], [1], [2], [5], [7]]  # it ends, and no clip stands for another
+    assert (len(clips), clips.total, clips.unusable) == (5, 8, 0)
+    assert numbers(clips.some([4, 3, -1])) == [7, 5, 7]
+    with pytest.raises(IndexError):
+        clips[5]
+    assert [line.partition("; ")[2] for line in said] == [
+        "mend or remove this shard (1 of its 1 clips: 0, counted from 0)",
+        "mend or remove this shard (2 of its 4 clips: 0, 2, counted from 0)",
+    ]
+    assert "b.safetensors" in said[0]
+    assert "c.safetensors" in said[1]
+
+
+def numbers(clips: Clips) -> list[int]:
+    """The numbers that clips of `shard` hold."""
+    assert torch.equal(clips.latents[:, 0, 0, 0, 0], clips.context[:, 0, 0])
+    return [int(number) for number in clips.context[:, 0, 0]]
+
+
+def spoil_clip(path: Path, row: int) -> None:
+    tensors = load_file(path)
+    tensors["latents"][row, 4, 1, 0, 2] = torch.nan
+    save_file(tensors, path)
+
+
+def test_iterating_a_folder_ends(folder: Path) -> None:
+    assert [numbers(clip) for clip in ClipFolder(folder, CONFIG)] == [[i] for i in range(8)]
+    for number in (8, -9):
+        with pytest.raises(IndexError):
+            ClipFolder(folder, CONFIG)[number]
+
+
+def test_a_shard_that_spoils_later_is_an_error_and_no_other_clip(folder: Path) -> None:
+    clips = ClipFolder(folder, CONFIG, bad="skip")
+    spoil_clip(folder / "b.safetensors", 0)
+    with pytest.raises(InputError, match=r"b\.safetensors: has values that are not finite"):
+        clips[3]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(
+    shards=st.lists(st.integers(1, 6), min_size=1, max_size=5),
+    bad=st.sets(st.integers(0, 29), max_size=12),
+    torn=st.sets(st.integers(0, 4), max_size=2),
+    most=st.integers(1, 9),
+)
+def test_training_and_validation_never_meet(
+    tmp_path_factory: pytest.TempPathFactory, shards: list[int], bad: set[int], torn: set[int], most: int
+) -> None:
+    """Whatever is bad: good clips alone, each on one side, and on the same side as when none of them is bad."""
+    folder, first, there = tmp_path_factory.mktemp("clips"), 0, []
+    for i, count in enumerate(shards):
+        shard(folder / f"{i}.safetensors", count, first)
+        rows = range(first, first + count)
+        for number in bad & set(rows):
+            spoil_clip(folder / f"{i}.safetensors", number - first)
+        if i in torn:
+            os.truncate(folder / f"{i}.safetensors", 50)
+        else:
+            there += rows
+        first += count
+    held = min(most, len(there) // 4)
+    trained, validated = ([n for n in part if n not in bad] for part in (there[: len(there) - held], there[-held:]))
+    if not held or not trained or not validated:
+        with pytest.raises(InputError):
+            open_stored(folder, most)
+        return
+    source = open_stored(folder, most)
+    assert numbers(source.validation(99)) == validated
+    assert numbers(source.validation(most)) == validated
+    for turn in range(3):
+        one = source.clips([turn * len(trained) + i for i in range(len(trained))])
+        assert sorted(numbers(one)) == trained
+
+
+def open_stored(folder: Path, most: int) -> Stored:
+    said: list[str] = []
+    made = HealRecipe(stage="distill", bad_shards="skip", validation_clips=most, seed=3)
+    found = open_source(made, folder, CONFIG, said.append, draws=False)
+    assert isinstance(found, Stored)
+    assert bool(said) == (found.folder.unusable > 0 or len(found.folder) < found.folder.total)
+    return found
+
+
+def test_a_fingerprint_tells_which_clips_are_left_out(folder: Path) -> None:
+    whole = ClipFolder(folder, CONFIG).fingerprint
+    assert ClipFolder(folder, CONFIG, bad="skip").fingerprint == whole
+    found = [whole]
+    for row in (1, 3):
+        spoil_clip(folder / "c.safetensors", row)
+        found.append(ClipFolder(folder, CONFIG, bad="skip").fingerprint)
+        assert ClipFolder(folder, CONFIG).fingerprint == whole == found[-1].partition("-")[0]
+    assert len(set(found)) == 3
 
 
 def test_a_folder_with_nothing_to_use(tmp_path: Path) -> None:
@@ -100,7 +196,7 @@ def test_a_folder_with_nothing_to_use(tmp_path: Path) -> None:
     latents = torch.full((2, 5, 2, 3, 4), torch.inf)
     save_file({"latents": latents, "context": torch.zeros(2, 6, 7)}, tmp_path / "a.safetensors")
     with pytest.raises(InputError, match="no clip is left"):
-        ClipFolder(tmp_path, CONFIG, bad="skip")[0]
+        ClipFolder(tmp_path, CONFIG, bad="skip")
 
 
 def test_the_empty_prompt(folder: Path) -> None:

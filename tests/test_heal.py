@@ -22,7 +22,7 @@ from mlaconvert.heal.distill import Distill, noise_levels
 from mlaconvert.heal.dmd import Critic, Generator
 from mlaconvert.heal.estimate import estimate, forward_flops
 from mlaconvert.heal.fewstep import FewStep, Steps, energy_distance, reference_features, stream
-from mlaconvert.heal.layout import forcing_layout, noisy_layout, velocity, views
+from mlaconvert.heal.layout import forcing_layout, guided, noisy_layout, velocity, views
 from mlaconvert.heal.objective import Uncast
 from mlaconvert.heal.recipe import STAGES, HealRecipe, heal_recipe_names, learning_rate, load_heal_recipe
 from mlaconvert.heal.state import choose_trained
@@ -78,6 +78,24 @@ def streamed(net: WanModel, past: list[Tensor], chunk: Tensor, timestep: Tensor,
         net(clean, torch.zeros(len(chunk)).double(), context, cache=cache, start_frame=start)
         start += clean.shape[2]
     return net(chunk, timestep, context, cache=cache, start_frame=start)
+
+
+def test_an_empty_prompt_of_another_length_is_padded_as_the_model_does() -> None:
+    """Three tokens beside the clips' four, or four beside their two: the same as with zeros written out."""
+    net, batch = model(TEACHER, 1), make_batch()
+    assert batch.null is not None
+    sigma = torch.full((3, 4), 700.0).double()
+    layout = noisy_layout(batch.view, STREAMING)
+
+    def predict(text: Tensor) -> Tensor:
+        return velocity(net, batch.latents, sigma, text, layout)
+
+    for context, null in ((batch.context, batch.null[:, :3]), (batch.context[:, :2], batch.null)):
+        padded = [torch.cat((t, torch.zeros(len(t), 4 - t.shape[1], t.shape[2]).double()), 1) for t in (context, null)]
+        without = predict(padded[1].expand(3, -1, -1))
+        expected = without + 2.5 * (predict(padded[0]) - without)
+        assert relative(guided(predict, context, null, 2.5), expected) < 1e-6
+    assert relative(expected, predict(padded[0])) > 1e-3
 
 
 # --- layouts ---------------------------------------------------------------------------------------------------------
@@ -153,6 +171,16 @@ def test_distill_matches_attention_on_the_teachers_inputs() -> None:
     assert loss.item() == pytest.approx(torch.stack(errors).sum().item() / 2, rel=1e-5)
     assert any((row == 0).any() for row in sigma)
     assert len(set(sigma[0].tolist())) == 2
+
+
+def test_distill_computes_the_teachers_attention_once() -> None:
+    teacher, student, batch = model(TEACHER, 1), model(STUDENT, 2), make_batch()
+    choose_trained(student, "attention")
+    calls: list[int] = []
+    for i, block in enumerate(teacher.blocks):
+        block.self_attn.register_forward_hook(lambda *_, i=i: calls.append(i))
+    Distill(student, teacher, recipe(steps=10, attention_steps=1), STREAMING)("loss", batch, 0)
+    assert calls == [0, 1]
 
 
 def test_distill_then_matches_velocities_where_frames_are_noisy() -> None:

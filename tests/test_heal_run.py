@@ -29,6 +29,7 @@ from mlaconvert.data import Clips
 from mlaconvert.errors import ConfigError, InputError, OutputError
 from mlaconvert.families import open_checkpoint
 from mlaconvert.heal import DivergedError, HealRecipe, fewstep, heal, plan
+from mlaconvert.heal import run as heal_run
 from mlaconvert.heal.distill import Distill
 from mlaconvert.heal.output import plot_curves
 from mlaconvert.heal.state import LAST, load, save
@@ -320,6 +321,60 @@ def test_a_lower_rate_may_go_on(home: Path, tmp_path: Path) -> None:
     assert report.curves.losses[2][2] == 1e-3
 
 
+def with_bad_clips(home: Path, folder: Path, *rows: int) -> Path:
+    """The clips of `home`, with an infinity in these rows of the second of the two shards, of 5 and 8 clips."""
+    shutil.copytree(home / "clips", folder)
+    clips = load_file(folder / "1.safetensors")
+    for row in rows:
+        clips["latents"][row, 1, 2, 3, 0] = torch.inf
+    save_file(clips, folder / "1.safetensors")
+    return folder
+
+
+def test_a_run_without_bad_clips_goes_on_bit_for_bit(home: Path, tmp_path: Path) -> None:
+    """Eleven good clips of thirteen, of which the last two were held back when there were three."""
+    clips = with_bad_clips(home, tmp_path / "clips", 2, 6)
+    recipe = settings("teacher-forcing", steps=6, bad_shards="skip")
+    lines: list[str] = []
+    straight = run(home, tmp_path / "straight", recipe, data=clips, say=lines.append)
+    assert lines[0].endswith("(2 of its 8 clips: 2, 6, counted from 0)")
+    assert "2 of 13 clips and 0 whole shards are left out; 9 clips are trained on, 2 validated on" in lines[1]
+    with pytest.raises(KeyboardInterrupt):
+        run(home, tmp_path / "out", recipe, data=clips, progress=stop_at(3))
+    assert run(home, tmp_path / "out", recipe, data=clips).curves == straight.curves
+    # Others that are left out make another run.
+    other = with_bad_clips(home, tmp_path / "other", 2)
+    with pytest.raises(ConfigError, match="holds a run with another data"):
+        run(home, tmp_path / "out", recipe, data=other, overwrite=True)
+    with pytest.raises(InputError, match="has values that are not finite"):
+        run(home, tmp_path / "out", dataclasses.replace(recipe, bad_shards="refuse"), data=clips, overwrite=True)
+
+
+def test_a_run_that_meets_a_bad_clip_goes_on_without_it(home: Path, tmp_path: Path) -> None:
+    """What it had done stays. With this seed the bad clip is the tenth that is drawn, two a step."""
+    clips = with_bad_clips(home, tmp_path / "clips", 2)
+    recipe = settings("teacher-forcing", steps=7, save_every=1)
+    with pytest.raises(InputError, match=r"1\.safetensors: has values that are not finite"):
+        run(home, tmp_path / "out", recipe, data=clips)
+    assert load(tmp_path / "out.state" / LAST)["step"] == 4
+    lines: list[str] = []
+    skipping = dataclasses.replace(recipe, bad_shards="skip")
+    report = run(home, tmp_path / "out", skipping, data=clips, say=lines.append)
+    assert f"going on from step 4, saved in {tmp_path / 'out.state'}" in lines
+    assert len(report.curves.losses) == 7
+    with pytest.raises(ConfigError, match="holds a run with another data"):
+        run(home, tmp_path / "out", skipping, data=with_bad_clips(home, tmp_path / "more", 2, 4), overwrite=True)
+
+
+def test_processes_that_see_different_clips_are_told(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heal_run, "gather_object", lambda mine: [*mine, "0123456789abcdef"])
+    with pytest.raises(InputError, match="processes see different clips there"):
+        run(home, tmp_path / "out", settings("distill"))
+    assert not (tmp_path / "out.state").exists()
+
+
 def test_a_torn_state_is_named(home: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(home, tmp_path / "out", settings("distill"), progress=stop_at(3))
@@ -444,8 +499,10 @@ def test_the_plot_draws_short_and_long_runs() -> None:
 
 
 def test_two_processes_train_as_one_and_resume(home: Path, tmp_path: Path) -> None:
-    """Through the launcher, as users start it; the second run goes on from the first one's state."""
-    flags = ["--data", str(home / "clips"), "--stage", "teacher-forcing", "--steps", "4", "--cpu", "--lr", "2e-3"]
+    """Through the launcher, as users start it, and without the bad clips, which both leave out."""
+    clips = with_bad_clips(home, tmp_path / "clips", 1, 7)
+    flags = ["--data", str(clips), "--bad-shards", "skip", "--stage", "teacher-forcing", "--steps", "4", "--cpu"]
+    flags += ["--lr", "2e-3"]
     flags += ["--save-every", "2", "--validate-every", "2", "--tracker", "none"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     output = tmp_path / "pair"
@@ -458,7 +515,7 @@ def test_two_processes_train_as_one_and_resume(home: Path, tmp_path: Path) -> No
         timeout=HANG,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("step 4/4") == 1  # only one process speaks
+    assert done.stderr.count("step 4/4") == done.stderr.count("are left out") == 1  # only one process speaks
     alone = CliRunner().invoke(
         app, ["heal", str(home / "student"), "-o", str(tmp_path / "alone"), *flags, "--batch", "4"]
     )

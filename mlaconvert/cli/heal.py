@@ -65,7 +65,7 @@ def heal(
         typer.Option(
             metavar="refuse|skip",
             autocompletion=among("refuse", "skip"),
-            help="A shard that cannot be used is an error, or left out. Default: refuse.",
+            help="A shard or clip that cannot be used is an error, or left out and named. Default: refuse.",
         ),
     ] = None,
     train: Annotated[

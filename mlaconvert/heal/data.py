@@ -122,10 +122,12 @@ class Stored:
     def __init__(self, folder: ClipFolder, null: Tensor | None, *, held: int, seed: int) -> None:
         self.folder, self.null, self.fingerprint = folder, null, folder.fingerprint
         self.clip_shape = folder.clip_shape
-        self.count = len(folder) - held
-        if self.count < 1:
+        trained, self._held = folder.split(held)
+        self.count = len(trained)
+        if not trained or not self._held:
             raise InputError(
-                f"{folder.folder} holds {len(folder)} clips, {held} of which are for validation; give more clips"
+                f"{folder.folder}: of its {folder.total} clips, {self.count} can be trained on and {len(self._held)} "
+                "can be validated on (the last quarter); give more clips, at least 4 that are good"
             )
 
         @lru_cache(maxsize=2)
@@ -140,7 +142,7 @@ class Stored:
 
     def validation(self, count: int) -> Clips:
         """The first of those that are held back."""
-        return self.folder.some(range(self.count, min(self.count + count, len(self.folder))))
+        return self.folder.some(self._held[:count])
 
 
 def open_source(
@@ -171,7 +173,13 @@ def open_source(
 def _stored(recipe: HealRecipe, folder: Path, config: WanConfig, say: Callable[[str], None]) -> Stored:
     clips = ClipFolder(folder, config, bad=recipe.bad_shards, on_bad=say)
     null = load_null_context(folder, config)
-    return Stored(clips, null, held=min(recipe.validation_clips, len(clips) // 4), seed=recipe.seed)
+    found = Stored(clips, null, held=min(recipe.validation_clips, clips.total // 4), seed=recipe.seed)
+    if clips.unusable or len(clips) < clips.total:
+        say(
+            f"{folder}: {clips.total - len(clips)} of {clips.total} clips and {clips.unusable} whole shards are left "
+            f"out; {found.count} clips are trained on, {len(clips) - found.count} validated on"
+        )
+    return found
 
 
 def generate_source(

@@ -20,6 +20,7 @@ from mlaconvert.cache import LatentCache, LayerCache
 from mlaconvert.calibrate import window_views
 from mlaconvert.config import StreamingConfig
 from mlaconvert.model import Prepared, WanModel, chunk_mask
+from mlaconvert.rollout import same_length
 from mlaconvert.rope import rotary
 
 
@@ -137,7 +138,8 @@ def guided(predict: Callable[[Tensor], Tensor], context: Tensor, null: Tensor | 
     """Classifier-free guidance (arXiv 2207.12598): unconditional + guidance * (conditional - unconditional)."""
     if guidance == 1 or null is None:
         return predict(context)
-    return torch.lerp(predict(null.to(context).expand_as(context)), predict(context), guidance)
+    context, empty = same_length(context, null.to(context))
+    return torch.lerp(predict(empty.expand_as(context)), predict(context), guidance)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataPara
 from torch import Tensor
 
 from mlaconvert.data import Clips
-from mlaconvert.errors import ConfigError, MLAConvertError
+from mlaconvert.errors import ConfigError, InputError, MLAConvertError
 from mlaconvert.heal.consistency import Consistency
 from mlaconvert.heal.data import Batches
 from mlaconvert.heal.dmd import Generator
@@ -207,6 +207,11 @@ class Run:
     def _validate(self, say: Callable[[str], None]) -> None:
         with torch.no_grad(), self.student.averaged():
             value = float(self.student.objective("validate", self.validation))
+        if not math.isfinite(value) and not self.step:
+            raise InputError(
+                f"before any step the validation is {value:.3g}: student or teacher overflows on these clips; check "
+                "the models, and that the clips are latents of their VAE"
+            )
         if not math.isfinite(value):
             self._diverged(f"validation {value:.3g}")
         self.curves.validation.append([self.step, value])
@@ -274,7 +279,10 @@ class Run:
         """Raise ConfigError when the saved state is another run's."""
         saved, ours = json.loads(state["recipe"]), json.loads(json.dumps(dataclasses.asdict(self.recipe)))
         changed = [name for name in ours if name not in CHANGEABLE and saved.get(name) != ours[name]]
-        changed += [name for name in self.identity if state["identity"].get(name) != self.identity[name]]
+        before, now = state["identity"], dict(self.identity)
+        if saved.get("bad_shards") == "refuse":  # it met no bad clip, so to leave some out from here on is no other run
+            now["data"] = now["data"].partition("-")[0]
+        changed += [name for name in now if before.get(name) != now[name]]
         if state["processes"] != self.accelerator.num_processes:
             changed.append("the number of processes")
         if changed:

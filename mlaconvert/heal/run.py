@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import gather_object
 
 from mlaconvert.checkpoint import CONVERSION_NAME, HEALING_NAME, experts
 from mlaconvert.config import StreamingConfig, WanConfig, default_video
@@ -93,6 +94,8 @@ def heal(
         if found is None:
             with accelerator.main_process_first():
                 found = generate_source(recipe, models.teacher, folder / "clips", tell, report, write=main)
+        if len(set(gather_object([found.fingerprint]))) > 1:
+            raise InputError(f"{data or folder}: processes see different clips there; give all of them the same files")
         batches = Batches(
             found,
             recipe,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from mlaconvert.config import StreamingConfig
@@ -11,7 +10,7 @@ from mlaconvert.heal.layout import clean_frames, forcing_layout
 from mlaconvert.heal.objective import Objective, draw_levels, draw_noise, per_frame, with_past
 from mlaconvert.heal.recipe import HealRecipe
 from mlaconvert.model import WanModel
-from mlaconvert.rollout import add_noise
+from mlaconvert.rollout import add_noise, same_length
 
 DROPPED = 0.1  # share of the captions that are emptied, so that guidance keeps working
 
@@ -33,8 +32,7 @@ class TeacherForcing(Objective):
         context = batch.context
         if batch.null is not None:
             dropped = (batch.rows.uniform(1, 1) < DROPPED).to(context.device)
-            longest = max(context.shape[1], batch.null.shape[1])
-            context, empty = (F.pad(t, (0, 0, 0, longest - t.shape[1])) for t in (context, batch.null.to(context)))
+            context, empty = same_length(context, batch.null.to(context))
             context = context.where(~dropped, empty)
         latents, timestep = with_past(batch, add_noise(batch.latents, noise, sigma), sigma)
         layout = forcing_layout(batch.view, self._streaming)
