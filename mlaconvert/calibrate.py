@@ -24,7 +24,7 @@ from typing import Any, cast, overload
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mlaconvert.attention import AttentionPlan, DenseAttention, LatentAttention, attend, inverse_rms
@@ -42,6 +42,7 @@ from mlaconvert.factorize import (
     narrower,
 )
 from mlaconvert.families import Checkpoint
+from mlaconvert.inputs import reason_of
 from mlaconvert.lapack import solve_positive
 from mlaconvert.model import Block, Prepared, WanModel, default_chunks
 from mlaconvert.rollout import Sampler, add_noise, warp
@@ -55,6 +56,9 @@ PIECE_SCALARS = 2**21  # of one matrix of a part of the work
 BUDGETS = (0.4, 0.55, 0.75, 1.0, 1.35, 1.8, 2.4)  # of the average, measured in every layer
 REFITTED = ("o.weight", "o.bias", "q_b_proj.weight")
 QUERIES = 1024  # on which a refit of queries is made
+# What moments on the disk were made by. Raise it with any change after which the same checkpoint and clips give other
+# moments or other generated clips: of `windows`, `Sweep`, `layer_moments`, or what `save_moments` writes.
+MOMENTS_VERSION = 1
 RIDGE = 1e-3  # of the mean squared feature: how strongly a refit holds on to what it starts from
 
 
@@ -389,45 +393,50 @@ class Sweep:
         for name, stream in self.streams.items():
             self.velocity_errors[name], self.losses[name] = self._judge(stream)
 
-    def resume(self, state: Path, finished: Callable[[int], bool]) -> None:
+    def resume(self, state: Path, finished: Callable[[int], bool], say: Callable[[str], None] | None = None) -> None:
         """Keep in the folder `state` how far the sweep is after each layer, and go on from what is kept there.
 
         Never beyond a layer that is not `finished`. Two states are kept: when a sweep goes on to the next layer, what
-        was made of the last one may not have reached the disk.
+        was made of the last one may not have reached the disk. Nothing of a damaged state is taken over: `say` is told,
+        and the sweep goes on from the state before it, or begins again.
         """
         self.state = state
         for file in sorted(state.glob("sweep-*.safetensors"), reverse=True):
-            start = int(file.stem.removeprefix("sweep-"))
-            with suppress(OSError, SafetensorError, KeyError):  # as if it were not there
-                if all(finished(index) for index in range(start)):
-                    kept = load_file(file)
-                    streams = {name.partition(" ")[2].rpartition(" ")[0] for name in kept} - {""}
-                    self.streams = {
-                        name: [
-                            self._keep(kept[f"stream {name} {i}"].to(self.device)) for i in range(len(self.followed))
-                        ]
-                        for name in sorted(streams)
-                    }
-                    for i, x in enumerate(self.hidden):
-                        x.copy_(kept[f"hidden {i}"])
-                    self.start = start
-                    return
+            number = file.stem.removeprefix("sweep-")
+            start = int(number) if number.isdecimal() else self.model.config.num_layers + 1
+            if start > self.model.config.num_layers or not all(finished(index) for index in range(start)):
+                continue
+            try:
+                kept = _read_exactly(file, self._kept_shapes, self.dtype)
+            except CheckpointError as error:
+                if say is not None:
+                    say(f"how far the calibration was cannot be taken from {file.name} ({error}); it is passed again")
+                continue
+            for name in sorted(_streams(kept)):
+                self.streams[name] = [
+                    self._keep(kept[f"stream {name} {i}"].to(self.device)) for i in range(len(self.followed))
+                ]
+            for i, x in enumerate(self.hidden):
+                x.copy_(kept[f"hidden {i}"])
+            self.start = start
+            return
+
+    def _kept_shapes(self, names: Collection[str]) -> dict[str, tuple[int, ...]]:
+        """What a state that has tensors of these `names` has to hold."""
+        shapes = {f"hidden {i}": tuple(x.shape) for i, x in enumerate(self.hidden)}
+        for name in _streams(names):
+            shapes |= {f"stream {name} {n}": tuple(self.hidden[i].shape) for n, i in enumerate(self.followed)}
+        return shapes
 
     def _save(self, state: Path, start: int) -> None:
         """Keep what the layers from `start` on need, whole or not at all."""
         tensors = {f"hidden {i}": x for i, x in enumerate(self.hidden)}
         for name, stream in self.streams.items():
             tensors |= {f"stream {name} {i}": x for i, x in enumerate(stream)}
-        path = state / f"sweep-{start:03d}.safetensors"
-        try:
-            save_file(
-                {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path.with_suffix(".partial")
-            )
-            path.with_suffix(".partial").replace(path)
+        _write_whole(state / f"sweep-{start:03d}.safetensors", tensors, "how far the calibration is")
+        with suppress(OSError):  # it only takes room
             for old in sorted(state.glob("sweep-*.safetensors"))[:-2]:
                 old.unlink()
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"{path}: how far the calibration is cannot be kept ({error}); make room there") from None
 
     def _carry(self, block: Block, followers: dict[int | str, LatentAttention]) -> None:
         """Take every followed model through this block, with its own attention where it has one."""
@@ -471,6 +480,11 @@ class Sweep:
             loss += float((found - self.targets[i][rows]).square().sum())
             values += found.numel()
         return error / power, loss / values
+
+
+def _streams(names: Collection[str]) -> set[str]:
+    """The followed models whose activations a state holds as "stream NAME NUMBER"."""
+    return {name.partition(" ")[2].rpartition(" ")[0] for name in names} - {""}
 
 
 @torch.no_grad()
@@ -922,14 +936,15 @@ def calibrate(
     buys the model's velocity.
     """
     counts = target.counts(budget)
-    budgets = sorted({max(3, round(budget * share)) for share in BUDGETS}) if adaptive else [budget]
+    least = min(3, budget)  # a cached rotary pair and one latent channel; fewer only where fewer are asked for
+    budgets = sorted({max(least, round(budget * share)) for share in BUDGETS}) if adaptive else [budget]
     largest = max(budget, checkpoint.config.dim)  # no latent is wider than the model
     budgets = [b for b in budgets if b <= largest]
     tables: dict[int, ErrorTable] = {}
     sweep = Sweep(checkpoint, clips, regime, device=device, probes=8 if adaptive else 0, scratch=folder)
     for layer in sweep:
         if layer.index in layers:
-            if not _moments_file(folder, layer.index).exists():
+            if not moments_file(folder, layer.index).exists():
                 save_moments(folder, layer.index, layer_moments(layer))
                 return_memory()
             moments = load_moments(folder, layer.index, checkpoint.config, device)
@@ -964,16 +979,17 @@ def refit_layers(
     device: torch.device | str = "cpu",
     state: Path | None = None,
     finished: Collection[int] = (),
+    say: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[int, dict[str, Tensor], dict[str, float]]]:
     """Second sweep: each layer's tensors, its queries and output refitted, with its attention error by stage.
 
     With `validation` clips, `losses` has the model's loss on them at the end, with all layers at each stage. In the
     folder `state`, the sweep keeps how far it is; called again, it goes on behind the `finished` layers, and whatever
-    it has to pass again comes out the same.
+    it has to pass again comes out the same. `say` is told of a state that is damaged and left alone.
     """
     sweep = Sweep(checkpoint, clips, regime, device=device, validation=validation, scratch=calibration.folder)
     if state is not None:
-        sweep.resume(state, lambda index: index in finished or index not in calibration.layers)
+        sweep.resume(state, lambda index: index in finished or index not in calibration.layers, say)
     for layer in sweep:
         if layer.index not in calibration.layers:
             continue
@@ -1024,7 +1040,10 @@ def _branch(student: LatentAttention) -> LatentAttention:
 
 
 def save_moments(folder: Path, index: int, moments: LayerMoments) -> None:
-    """Write one layer's moments, float64, as `layer-NNN.safetensors`: whole or not at all."""
+    """Write one layer's moments, float64, as `layer-NNN.safetensors`: whole or not at all.
+
+    Raises OutputError, and LinAlgError for moments that are not finite.
+    """
     tensors = {
         "mean": moments.mean,
         "covariance": moments.covariance,
@@ -1035,17 +1054,35 @@ def save_moments(folder: Path, index: int, moments: LayerMoments) -> None:
     if moments.sensitivity is not None:
         tensors["sensitivity"] = moments.sensitivity
         tensors["output_power"] = torch.tensor(moments.output_power, dtype=torch.float64)
-    path = _moments_file(folder, index)
+    path = moments_file(folder, index)
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise torch.linalg.LinAlgError(f"the moments of layer {index} are not finite")  # type: ignore[attr-defined]
+    _write_whole(path, tensors, "the moments")
+
+
+def _write_whole(path: Path, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Write a safetensors file by way of one beside it. Raises OutputError, which calls its contents `what`."""
     partial = path.with_suffix(".partial")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
-    partial.replace(path)
+    try:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{path}: {what} cannot be kept ({reason_of(error)}); make room there") from None
 
 
 def load_moments(folder: Path, index: int, config: WanConfig, device: torch.device | str = "cpu") -> LayerMoments:
     """Read what `save_moments` wrote for a model of geometry `config`. Raises CheckpointError for anything else."""
-    path = _moments_file(folder, index)
+    path = moments_file(folder, index)
+    dim, head = config.dim, config.head_dim
+
+    def shapes(names: Collection[str]) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {"mean": (dim,), "covariance": (dim, dim), "inverse_norm": ()}
+        found |= {"rho": (head // 2, 2), "query": (config.num_heads, head, head)}
+        return found | ({"sensitivity": (dim, dim), "output_power": ()} if "sensitivity" in names else {})
+
     try:
-        tensors = {name: tensor.to(device) for name, tensor in _read_moments(path, config).items()}
+        read = _read_exactly(path, shapes, torch.float64)
+        tensors = {name: tensor.to(device) for name, tensor in read.items()}
     except CheckpointError:
         raise CheckpointError(
             f"{path}: no moments of this model, or damaged; delete the file and run the command again"
@@ -1061,22 +1098,25 @@ def load_moments(folder: Path, index: int, config: WanConfig, device: torch.devi
     )
 
 
-def _read_moments(path: Path, config: WanConfig) -> dict[str, Tensor]:
-    dim, head = config.dim, config.head_dim
-    shapes = {"mean": (dim,), "covariance": (dim, dim), "inverse_norm": (), "rho": (head // 2, 2)}
-    shapes |= {"query": (config.num_heads, head, head)}
+def _read_exactly(
+    path: Path, shapes_of: Callable[[Collection[str]], Mapping[str, tuple[int, ...]]], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """All tensors of a file of ours: finite, of that dtype, and just those that its names call for (`shapes_of`).
+
+    Raises CheckpointError for any other file.
+    """
     with TensorStore(str(path), path, [path], None) as store:
-        if "sensitivity" in store.tensors:
-            shapes |= {"sensitivity": (dim, dim), "output_power": ()}
+        shapes = shapes_of(store.tensors)
         if {name: info.shape for name, info in store.tensors.items()} != shapes:
-            raise CheckpointError(f"{path}: other tensors than save_moments writes")
+            raise CheckpointError(f"{path}: it has other tensors than were kept")
         tensors = {name: store.read(name) for name in shapes}
     for name, tensor in tensors.items():
         check_finite(tensor, name, path)
-        if tensor.dtype != torch.float64:
-            raise CheckpointError(f"{path}: {name} is not float64")
+        if tensor.dtype != dtype:
+            raise CheckpointError(f"{path}: {name} is {tensor.dtype}, not {dtype}")
     return tensors
 
 
-def _moments_file(folder: Path, index: int) -> Path:
+def moments_file(folder: Path, index: int) -> Path:
+    """Where a layer's moments lie in their folder."""
     return folder / f"layer-{index:03d}.safetensors"

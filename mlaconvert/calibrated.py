@@ -5,18 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from scipy.linalg import LinAlgError
 
-from mlaconvert.calibrate import BATCH_TOKENS, Calibration, Target, calibrate, load_widened, refit_layers, scratch_bytes
-from mlaconvert.config import MLALayer, StreamingConfig, parse
-from mlaconvert.data import ClipFolder, Clips, clip_files, load_clips, save_shard
-from mlaconvert.errors import CheckpointError, ConfigError, OutputError
+from mlaconvert.calibrate import (
+    BATCH_TOKENS,
+    MOMENTS_VERSION,
+    Calibration,
+    Target,
+    calibrate,
+    load_widened,
+    moments_file,
+    refit_layers,
+    scratch_bytes,
+)
+from mlaconvert.config import MLALayer, StreamingConfig, WanConfig, parse
+from mlaconvert.data import ClipFolder, Clips, clip_files, load_clips, load_shard, save_shard
+from mlaconvert.errors import CheckpointError, ConfigError, InputError, OutputError
 from mlaconvert.factorize import Factors
 from mlaconvert.families import Checkpoint
 from mlaconvert.inputs import file_states, read_json, refuse_links
@@ -30,6 +40,16 @@ from mlaconvert.writer import write_whole
 
 MOMENTS_NAME = "calibration.json"
 CLIPS_NAME = "clips.safetensors"  # those that the teacher generated
+# What the record of moments says of them, in words.
+_ASPECTS = {
+    "version": "version of the method",
+    "regime": "window, noise or seed",
+    "clips": "number of clips",
+    "tokens": "size of frames",
+    "data": "folder of clips",
+    "source": "checkpoint",
+    "loras": "LoRA",
+}
 
 
 def from_clips(
@@ -42,11 +62,12 @@ def from_clips(
     *,
     state: Path,
     finished: Collection[int],
+    say: Callable[[str], None] | None = None,
 ) -> Generator[tuple[int, Factors, LayerReport], None, None]:
     """Layers converted in the metric of what the first `clips` bring, and refitted to it; `losses` on the others.
 
     `state` is a folder where an interrupted sweep finds its way back behind the `finished` layers, some of which come
-    again.
+    again; `say` is told of what cannot be used there. Raises CheckpointError for a layer that cannot be factorised.
     """
     state.mkdir(exist_ok=True)
     made = refit_layers(
@@ -60,10 +81,26 @@ def from_clips(
         device=device,
         state=state,
         finished=finished,
+        say=say,
     )
-    for layer, tensors, errors in made:
-        report = layer_report(checkpoint.attention(layer), plan, layer, errors, device)
-        yield layer, Factors(tensors={name: tensor.cpu() for name, tensor in tensors.items()}, errors=errors), report
+    with _factorised(checkpoint):
+        for layer, tensors, errors in made:
+            report = layer_report(checkpoint.attention(layer), plan, layer, errors, device)
+            factors = Factors(tensors={name: tensor.cpu() for name, tensor in tensors.items()}, errors=errors)
+            yield layer, factors, report
+
+
+@contextmanager
+def _factorised(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn what linear algebra raises on a degenerate layer into a CheckpointError."""
+    try:
+        yield
+    # Errors are relative to what the layers and the model give, which may be nothing.
+    except (torch.linalg.LinAlgError, LinAlgError, ZeroDivisionError):  # type: ignore[attr-defined]
+        raise CheckpointError(
+            f"{checkpoint.store.path}: a layer's self-attention is degenerate on these clips (zero or not finite) and "
+            "cannot be factorised; give more or other clips, or leave the layer dense with --layers"
+        ) from None
 
 
 def _target(plan: ConversionPlan) -> Target:
@@ -116,7 +153,7 @@ def choose_splits(
             "make room, take fewer --clips, or name a folder on another disk with --moments"
         )
     progress("calibrate", 0, plan.config.num_layers)
-    try:
+    with _factorised(checkpoint):
         return calibrate(
             checkpoint,
             clips,
@@ -129,11 +166,6 @@ def choose_splits(
             device=device,
             progress=lambda done, total: progress("calibrate", done, total),
         )
-    except (torch.linalg.LinAlgError, LinAlgError):  # type: ignore[attr-defined]
-        raise CheckpointError(
-            f"{checkpoint.store.path}: a layer's self-attention is degenerate on these clips and cannot be factorised; "
-            "give more or other clips, or leave the layer dense with --layers"
-        ) from None
 
 
 def splits_json(calibration: Calibration) -> dict[str, Any]:
@@ -143,17 +175,27 @@ def splits_json(calibration: Calibration) -> dict[str, Any]:
 
 def kept_splits(data: dict[str, Any] | None, folder: Path) -> Calibration | None:
     """The calibration that `splits_json` noted, if the moments of all its layers are still in `folder`."""
-    layers = {int(index): parse(MLALayer, layer, "splits") for index, layer in (data or {}).items()}
-    held = {int(path.stem.removeprefix("layer-")) for path in folder.glob("layer-*.safetensors")}
-    return Calibration(folder=folder, layers=layers) if layers and held.issuperset(layers) else None
+    try:
+        layers = {int(index): parse(MLALayer, layer, "splits") for index, layer in (data or {}).items()}
+    except (AttributeError, ConfigError, ValueError):  # none of ours
+        return None
+    held = all(moments_file(folder, index).is_file() for index in layers)
+    return Calibration(folder=folder, layers=layers) if layers and held else None
 
 
-def keep_moments(folder: Path, checkpoint: Checkpoint, plan: ConversionPlan, data: Path | None) -> None:
+def keep_moments(
+    folder: Path,
+    checkpoint: Checkpoint,
+    plan: ConversionPlan,
+    data: Path | None,
+    say: Callable[[str], None] | None = None,
+) -> None:
     """Make `folder` ready: what it holds stays if it belongs to this calibration, and is thrown away if not.
 
-    Raises OutputError when it is no folder of moments.
+    `say` is then told why. Raises OutputError when it is no folder of moments.
     """
     belongs: dict[str, Any] = {
+        "version": MOMENTS_VERSION,
         "regime": regime_of(plan.recipe).to_json(),
         "clips": plan.recipe.clips,
         "tokens": list(token_grid(plan.recipe, plan.source_config)),  # of a frame that the teacher generates
@@ -170,8 +212,14 @@ def keep_moments(folder: Path, checkpoint: Checkpoint, plan: ConversionPlan, dat
         folder.mkdir(exist_ok=True, parents=True)
         if not record.exists() and any(path.suffix != ".partial" for path in folder.iterdir()):
             raise OutputError(f"{folder} is not a folder of moments; move it away, or name another with --moments")
-        if not record.exists() or read_json(record) != belongs:
-            for file in (*folder.glob("layer-*"), folder / CLIPS_NAME):
+        before = read_json(record) if record.exists() else {}
+        if before != belongs:
+            files = [*folder.glob("layer-*"), *folder.glob(CLIPS_NAME)]
+            if files and say is not None:
+                names = [what for name, what in _ASPECTS.items() if before.get(name) != belongs.get(name)]
+                what = " and ".join(names) or "calibration"
+                say(f"{folder}: what was measured there is of another {what}; it is measured anew")
+            for file in files:
                 file.unlink(missing_ok=True)
             write_whole(record, (json.dumps(belongs, indent=2) + "\n").encode())
     except (OSError, ValueError) as error:
@@ -206,8 +254,8 @@ def calibration_clips(
         return load_clips(data, config, count)
     if checkpoint.is_tiny:
         return training_clips(count)
-    if kept is not None and kept.is_file():
-        return Clips(**load_file(kept))
+    if kept is not None and kept.exists():
+        return _kept_clips(kept, config, count)
     height, width = _latent_size(plan)
     streaming = recipe.streaming or StreamingConfig()
     model = load_widened(checkpoint, streaming, device)
@@ -235,6 +283,19 @@ def calibration_clips(
     )
     if kept is not None:
         save_shard(kept, clips._asdict())
+    return clips
+
+
+def _kept_clips(path: Path, config: WanConfig, count: int) -> Clips:
+    """What was generated before. Raises CheckpointError when it is damaged."""
+    try:
+        clips = load_shard(path, config)
+    except InputError:
+        clips = None
+    if clips is None or len(clips.latents) != count:
+        raise CheckpointError(
+            f"{path}: not the {count} clips that were generated, or damaged; delete the file and run the command again"
+        )
     return clips
 
 

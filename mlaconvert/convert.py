@@ -171,7 +171,8 @@ def convert(
     a layer sees what the ones before it do; they need the output's disk in common, and only rank 0 reports models.
     Bytes are those of one process with as many threads. Copying and hashing run in threads, which call `progress` too.
     `streaming` are single settings of `StreamingConfig`, in place of the recipe's or the source's. `say` is told when
-    a run goes on, and what is assumed of how the model sees time because neither the source nor the recipe states it.
+    a run goes on, of what was kept and cannot be used, and what is assumed of how the model sees time because neither
+    the source nor the recipe states it.
 
     Raises InputError for bad input, a recipe that does not fit, an output that exists (without `overwrite`) or a disk
     without room, and MLAConvertError when verification or another rank fails; a model that fails verification stays
@@ -302,7 +303,7 @@ class _Job:
             elif journal.finished() and say is not None:
                 say(f"going on after {journal.finished()} finished layers, kept in {staging.folder}")
             self.ranks.tell("begun", journal.identity)
-            models = {name: self._convert(name) for name in self.plans}
+            models = {name: self._convert(name, say) for name in self.plans}
             self._check_source()
             staging.publish()
         except BaseException as error:
@@ -346,14 +347,14 @@ class _Job:
                 f"{self.checkpoints[changed].store.path} was changed while it was converted; begin again with --restart"
             )
 
-    def _convert(self, name: str) -> ModelReport:
+    def _convert(self, name: str, say: Callable[[str], None] | None) -> ModelReport:
         """Convert one model into the staging folder."""
         checkpoint, plan, journal, clock = self.checkpoints[name], self.plans[name], self.journal, Clock()
         losses: dict[str, float] = {}
         calibrated = plan.recipe.init == "calibrated"
         if calibrated:
             with clock("calibrate"):
-                clips, calibration = self._calibration(name)
+                clips, calibration = self._calibration(name, say)
             plan = plan_conversion(checkpoint, plan.recipe, subfolder=plan.subfolder, measured=calibration.layers)
         files = self._files(name, plan)
         if not files.there():
@@ -363,7 +364,9 @@ class _Job:
         reports = journal.layers(name, list(plan.layers))
         if calibrated:
             state, done = journal.folder / f"{name or 'model'}-sweep", tuple(reports)
-            made = from_clips(checkpoint, plan, clips, calibration, losses, self.device, state=state, finished=done)
+            made = from_clips(
+                checkpoint, plan, clips, calibration, losses, self.device, state=state, finished=done, say=say
+            )
         else:
             left = [layer for layer in plan.layers if layer not in reports]
             self.ranks.tell(f"left/{name}", left)
@@ -430,18 +433,20 @@ class _Job:
             else:
                 self.ranks.check(0)
 
-    def _calibration(self, name: str) -> tuple[tuple[Clips, Clips | None], Calibration]:
+    def _calibration(
+        self, name: str, say: Callable[[str], None] | None
+    ) -> tuple[tuple[Clips, Clips | None], Calibration]:
         """Clips to fit to and to judge by, and each layer's split of its scalars, chosen now or by an earlier run."""
         checkpoint, plan, folder = self.checkpoints[name], self.plans[name], self.moments / name
         if self.data is None:
-            keep_moments(folder, checkpoint, plan, None)
+            keep_moments(folder, checkpoint, plan, None, say)
         clips = held_back(
             calibration_clips(
                 checkpoint, plan, self.data, device=self.device, progress=self.progress, kept=folder / CLIPS_NAME
             )
         )
         if self.data is not None:  # only now is it known to fit
-            keep_moments(folder, checkpoint, plan, self.data)
+            keep_moments(folder, checkpoint, plan, self.data, say)
         calibration = kept_splits(self.journal.recall(name, SPLITS), folder)
         if calibration is None:
             calibration = choose_splits(checkpoint, plan, clips[0], folder, self.device, self.progress)

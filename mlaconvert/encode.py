@@ -190,9 +190,13 @@ def _read_captions(path: Path) -> dict[str, str]:
     rows: list[tuple[int, Any]] = []
     if path.suffix.lower() == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""))
-        if not {"file", "caption"} <= set(reader.fieldnames or ()):
-            raise InputError(f"{path}: its first line must name the columns file and caption")
-        rows = [(reader.line_num, row) for row in reader]
+        try:
+            if not {"file", "caption"} <= set(reader.fieldnames or ()):
+                raise InputError(f"{path}: its first line must name the columns file and caption")
+            rows = [(reader.line_num, row) for row in reader]
+        except csv.Error as error:
+            reason = f"{path}, line {reader.line_num}: not readable as CSV ({reason_of(error)})"
+            raise InputError(f"{reason}; check the quotation marks before it") from None
     else:
         for number, line in enumerate(text.splitlines(), 1):
             if line.strip():

@@ -14,20 +14,24 @@ import torch
 from torch import Tensor
 
 from mlaconvert.errors import OutputError
+from mlaconvert.inputs import reason_of
 
 
 class Scratch:
     """Tensors in unnamed files in `folder` (default: the temporary folder), each gone when nothing refers to it.
 
     They are mapped: the system writes their pages to the disk and drops them when memory is wanted elsewhere. Not even
-    a killed process leaves anything.
+    a killed process leaves anything. Raises OutputError when there is no temporary folder.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or Path(tempfile.gettempdir())
+        try:
+            self.folder = folder or Path(tempfile.gettempdir())
+        except OSError as error:
+            raise OutputError(f"no temporary folder can be written to ({reason_of(error)}); set TMPDIR") from None
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A new tensor, of zeros. Raises OutputError when the disk is full."""
+        """A new tensor, of zeros. Raises OutputError when the disk is full, or its files cannot be mapped."""
         size = prod(shape)
         if not size:
             return torch.empty(*shape, dtype=dtype)
@@ -47,6 +51,11 @@ class Scratch:
             raise OutputError(
                 f"{self.folder}: no room for {size * dtype.itemsize / 1e9:.1f} GB of activations "
                 f"({error.strerror or error}); make room there, or take fewer clips"
+            ) from None
+        except RuntimeError as error:  # torch's word for a mapping that the system refuses
+            raise OutputError(
+                f"{self.folder}: {size * dtype.itemsize / 1e9:.1f} GB of activations cannot be mapped there "
+                f"({reason_of(error)}); take a folder on another disk, or fewer clips"
             ) from None
 
     def keep(self, tensor: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from mlaconvert.calibrate import MOMENTS_VERSION
 from mlaconvert.calibrated import CLIPS_NAME, calibration_clips
 from mlaconvert.config import ConvertRecipe, Init, parse
 from mlaconvert.convert import convert, open_models, resolve_device
@@ -211,6 +212,7 @@ def sweep(
     restart: bool = False,
     on_cell: Callable[[CellResult, int, int], None] | None = None,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> SweepReport:
     """Convert `source` once for every cell of `recipe` and measure each beside the dense model, in folder `output`.
 
@@ -219,10 +221,12 @@ def sweep(
     them for every cell; models are compared on the last `validation_clips` of `data`, which no calibration sees.
     Without `data` the dense model generates both, once; `tiny` draws them. Weights are deleted when a cell is measured,
     unless `keep`. A rerun takes the finished cells from `output` (`restart`: none) and adds new ones; it may have other
-    axes, but must be of the same model, clips and settings.
+    axes, but must be of the same model, clips and settings. `say` is told what `convert` has to say.
 
     Raises InputError for bad input, cells that do not fit the model, or a folder of another sweep.
     """
+    if validation_clips is not None and validation_clips < 1:
+        raise ConfigError(f"validation_clips is {validation_clips}: give 1 or more")
     folder, report, chosen_device = Path(output), progress or silent, resolve_device(str(device))
     opening: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "state_key": state_key}
     opening |= {"config": config, "loras": loras}
@@ -250,9 +254,8 @@ def sweep(
             if plan.recipe.init == "calibrated":
                 inputs = {"data": calibration, "moments": moments or folder / "moments"}
             model.parent.mkdir(exist_ok=True)
-            convert(
-                source, model, cell.recipe, **opening, **inputs, device=chosen_device, overwrite=True, progress=report
-            )
+            speaking: dict[str, Any] = {"progress": report, "say": say}
+            convert(source, model, cell.recipe, **opening, **inputs, **speaking, device=chosen_device, overwrite=True)
             seconds = time.monotonic() - started
             results.append(_measure(checkpoint, plan, cell, model, validation, seconds, chosen_device, report))
             _write(record, dataclasses.asdict(results[-1]))
@@ -384,6 +387,7 @@ def _belongs(
         "clips": clips,
         "validation_clips": validation_clips,
         "seed": seed,
+        "method": MOMENTS_VERSION,
     }
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
@@ -400,7 +404,7 @@ def _prepare(folder: Path, belongs: Mapping[str, Any], restart: bool) -> None:
             for name in ("cells", "models", "moments", "clips", "validation"):
                 shutil.rmtree(folder / name, ignore_errors=True)
         elif record.is_file():
-            before = read_json(record)
+            before = {"method": 1} | read_json(record)  # older records do not say
             changed = [name for name in belongs if before.get(name) != belongs[name]]
             if changed:
                 raise OutputError(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SaveFolder, randomize, relative
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mlaconvert import calibrate as calibrate_module
@@ -41,6 +42,7 @@ from mlaconvert.calibrate import (
 )
 from mlaconvert.config import KeyNorm, MLALayer, RopeMode, StreamingConfig, WanConfig
 from mlaconvert.data import Clips
+from mlaconvert.errors import OutputError
 from mlaconvert.factorize import AttentionWeights, LayerMoments, mean_rotation, modulation_moments
 from mlaconvert.families import Checkpoint, open_checkpoint
 from mlaconvert.model import WanModel, load_model, timestep_embedding
@@ -946,6 +948,72 @@ def test_a_sweep_goes_on_from_its_last_layers(folder: Path, tmp_path: Path) -> N
         sweep = make_sweep(checkpoint, make_clips(2))
         sweep.resume(tmp_path, lambda _: True)
         assert sweep.start == 2
+
+
+BAD_STATES: dict[str, Any] = {
+    "a hidden state is missing": lambda t: t.pop("hidden 5"),
+    "a hidden state of another shape": lambda t: t.update({"hidden 5": t["hidden 5"][:, :-1].clone()}),
+    "one clip instead of two": lambda t: t.update({"hidden 5": t["hidden 5"][:1].clone()}),
+    "of another dtype": lambda t: t.update({"hidden 5": t["hidden 5"].double()}),
+    "not finite": lambda t: t["hidden 5"][1, 2, 3].fill_(torch.nan),
+    "a stream cut short": lambda t: t.pop("stream low rank 1"),
+    "a stream of another shape": lambda t: t.update({"stream low rank 1": t["stream low rank 1"][:, 1:].clone()}),
+    "a stream too long": lambda t: t.update({"stream low rank 99": t["stream low rank 1"].clone()}),
+    "something else": lambda t: t.update(more=torch.zeros(1)),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STATES)
+def test_nothing_of_a_bad_state_is_taken_over(folder: Path, tmp_path: Path, case: str) -> None:
+    """The state before it serves; without one, the sweep begins as if there had been none."""
+    said: list[str] = []
+    with open_checkpoint(folder) as checkpoint:
+
+        def fresh() -> Sweep:
+            return Sweep(checkpoint, make_clips(2), FEW, validation=make_clips(1, seed=7))
+
+        first = fresh()
+        first.resume(tmp_path, lambda _: True)
+        student = None
+        for layer in first:
+            if student is None:
+                student = target().convert(layer, target().layer(13, SMALL), layer_moments(layer))
+                layer.follow("low rank", student)
+        newest = tmp_path / "sweep-003.safetensors"
+        tensors = load_file(newest)
+        assert {"hidden 5", "stream low rank 1"} <= tensors.keys()
+        BAD_STATES[case](tensors)
+        save_file(tensors, newest)
+        again = fresh()
+        again.resume(tmp_path, lambda _: True, said.append)
+        assert (again.start, list(again.streams)) == (2, ["low rank"])
+        assert len(said) == 1
+        assert "sweep-003.safetensors" in said[0]
+        assert [layer.index for layer in again] == [2]
+        assert again.losses == first.losses
+        save_file(tensors, newest)
+        (tmp_path / "sweep-002.safetensors").unlink()
+        for name in ("sweep-004", "sweep-x", "sweep-"):  # beyond the last layer, and none of ours
+            save_file(load_file(newest), tmp_path / f"{name}.safetensors")
+        alone, untouched = fresh(), fresh()
+        alone.resume(tmp_path, lambda _: True, said.append)
+    assert (alone.start, alone.streams) == (0, {})
+    assert all(torch.equal(a, b) for a, b in zip(alone.hidden, untouched.hidden, strict=True))
+
+
+def test_moments_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
+    layer = make_layer(5)
+    moments = layer_moments(layer)
+    for change in ({"rho": moments.rho * torch.nan}, {"output_power": math.inf}, {"inverse_norm": math.nan}):
+        with pytest.raises(torch.linalg.LinAlgError, match="layer 12 are not finite"):  # type: ignore[attr-defined]
+            save_moments(tmp_path, 12, dataclasses.replace(moments, **change))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_moments_on_a_full_disk(tmp_path: Path) -> None:
+    (tmp_path / "layer-012.partial").mkdir()  # nothing can be written there
+    with pytest.raises(OutputError, match=r"layer-012\.safetensors: the moments cannot be kept"):
+        save_moments(tmp_path, 12, layer_moments(make_layer(5)))
 
 
 def test_weights_of_another_dtype_are_widened_as_they_are_used(folder: Path, save_folder: SaveFolder) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mlaconvert import calibrated, layers, writer
 from mlaconvert.cache import LatentCache
-from mlaconvert.calibrate import Regime, windows
+from mlaconvert.calibrate import MOMENTS_VERSION, Regime, windows
 from mlaconvert.checkpoint import CONFIG_NAME, TINY, WEIGHTS_NAME
 from mlaconvert.config import ConvertRecipe, StreamingConfig, WanConfig, default_video, parse_layers
 from mlaconvert.convert import ConversionReport, convert, open_models
@@ -772,6 +772,45 @@ def test_without_data_the_teacher_supplies_the_clips(
     context = torch.zeros(1, 1, CONFIG.text_dim)
     chunks = rollout(model, context, frames=9, height=4, width=6, sampler=sampler, seed=5 + 2)
     torch.testing.assert_close(torch.cat(list(chunks), 2), together.latents[2:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda record: record.pop("version"), "another version of the method; it is measured anew"),
+        (lambda record: record.update(version=record["version"] + 1), "another version of the method; it is"),
+        (lambda record: record.update(clips=4), "another number of clips; it is measured anew"),
+        (lambda record: record.update(tokens=[9, 9], loras=[{}]), "another size of frames and LoRA; it is"),
+        (lambda record: record.update(more=1), "another calibration; it is measured anew"),
+        (lambda record: None, ""),
+    ],
+)
+def test_moments_of_another_version_are_measured_anew(
+    state: State, save_folder: SaveFolder, tmp_path: Path, change: Callable[[dict[str, Any]], Any], says: str
+) -> None:
+    """Whichever part of the record differs, one line says so; moments that were tampered with show what is reused."""
+    source, data = save_folder(state, NATIVE), tmp_path / "clips"
+    data.mkdir()
+    g = torch.Generator().manual_seed(3)
+    tensors = {"latents": torch.randn(3, CONFIG.out_dim, 2, 4, 6, generator=g)}
+    save_file(tensors | {"context": torch.randn(3, 2, CONFIG.text_dim, generator=g)}, data / "a.safetensors")
+    recipe = ConvertRecipe(kv_rank=9, clips=3, height=32, width=48, allocation="uniform")
+    lines: list[str] = []
+    convert(source, tmp_path / "out", recipe, data=data, say=lines.append)
+    assert lines == []
+    kept = tmp_path / "out.moments"
+    record, first = kept / "calibration.json", kept / "layer-000.safetensors"
+    measured = load_file(first)
+    save_file({name: tensor * 2 if name == "mean" else tensor for name, tensor in measured.items()}, first)
+    noted = json.loads(record.read_text())
+    assert noted["version"] == MOMENTS_VERSION
+    changed = json.loads(record.read_text())
+    change(changed)
+    record.write_text(json.dumps(changed))
+    convert(source, tmp_path / "again", recipe, data=data, moments=kept, say=lines.append)
+    assert lines == ([] if not says else [line for line in lines if line.startswith(f"{kept}: ") and says in line][:1])
+    assert torch.equal(load_file(first)["mean"], measured["mean"]) == bool(says)
+    assert json.loads(record.read_text()) == noted
 
 
 def test_moments_are_kept_and_reused(state: State, save_folder: SaveFolder, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,24 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypa
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OutputError, match="nowhere: no room"):
         Scratch(tmp_path / "nowhere").empty((3,), torch.float32)
+
+
+def test_files_that_cannot_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch says so by a RuntimeError."""
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise RuntimeError("unable to mmap 12 bytes from file </x>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(torch, "from_file", refused)
+    with pytest.raises(OutputError, match=r"0\.0 GB of activations cannot be mapped there \(unable to mmap 12 bytes"):
+        Scratch(tmp_path).empty((3,), torch.float32)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    with pytest.raises(OutputError, match="set TMPDIR"):
+        Scratch()

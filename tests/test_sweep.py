@@ -178,6 +178,23 @@ def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+def test_cells_of_another_version_of_the_method_are_not_mixed(
+    golden: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record that does not say is of the first version."""
+    recipe = SweepRecipe(inits=("svd",), kv_ranks=(9,))
+    made: dict[str, Any] = {"data": data, "validation_clips": 2}
+    sweep(golden, tmp_path / "out", recipe, **made)
+    record = tmp_path / "out" / "sweep.json"
+    noted = json.loads(record.read_text())
+    del noted["method"]
+    record.write_text(json.dumps(noted))
+    sweep(golden, tmp_path / "out", recipe, **made)
+    monkeypatch.setattr(module, "MOMENTS_VERSION", 2)
+    with pytest.raises(OutputError, match=r"a sweep with another method; .*--restart"):
+        sweep(golden, tmp_path / "out", recipe, **made)
+
+
 def test_the_command_draws_and_tables(golden: Path, data: Path, tmp_path: Path) -> None:
     arguments = (
         "sweep",

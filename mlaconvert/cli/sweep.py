@@ -168,6 +168,7 @@ def sweep(
             restart=restart,
             on_cell=say,
             progress=progress,
+            say=lambda line: err.print(line, markup=False, soft_wrap=True),
         )
     plot_sweep(report, output / "sweep.png")
     if as_json:

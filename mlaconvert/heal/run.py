@@ -36,7 +36,7 @@ from mlaconvert.inputs import refuse_links
 from mlaconvert.model import WanModel, load_model
 from mlaconvert.plan import public_name
 from mlaconvert.records import read_record
-from mlaconvert.writer import ModelWriter
+from mlaconvert.writer import ModelWriter, disk_errors
 
 Say = Callable[[str], None]
 
@@ -117,7 +117,8 @@ def heal(
         run = Run(objective, critic, batches, clips, recipe, folder, accelerator, identity)
         if recipe.tracker != "none" and not tracker_missing(recipe):
             accelerator.init_trackers("heal")
-        run.train(report, tell)
+        with disk_errors(folder, "what was saved last is kept"):
+            run.train(report, tell)
         best = load(folder / BEST, "weights", "step", "validation")
         weights = best["weights"]
         result = HealReport(
