@@ -62,7 +62,10 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
         real, imag = wide.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack((real * cos - imag * sin, real * sin + imag * cos), -1).flatten(-2).to(x.dtype)
-    turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous()) * torch.complex(cos, sin)
+    pairs = wide.unflatten(-1, (-1, 2)).contiguous()
+    if pairs.storage_offset() % 2:  # one token alone, behind a latent of odd width
+        pairs = pairs.clone()
+    turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 

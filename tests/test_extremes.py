@@ -90,6 +90,20 @@ def test_an_empty_prompt_of_another_length(tmp_path: Path, shelf: Shelf, stage: 
     assert code == 0, stderr
 
 
+@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("stage", ["distill", "teacher-forcing", "dmd"])
+def test_frames_of_one_token(tmp_path: Path, shelf: Shelf, stage: str, frames: int) -> None:
+    """The shelf's latent is 5 channels wide, so a rotary key that is alone begins at an odd place in memory."""
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    tensors = load_file(shelf.clips / "a.safetensors")
+    latents = tensors["latents"][:, :, :frames, :2, :2].clone()
+    save_file({"latents": latents, "context": tensors["context"]}, clips / "a.safetensors")
+    shutil.copy(shelf.clips / "null_context.safetensors", clips)
+    code, _, stderr = invoke(*heal(shelf, tmp_path / "out", clips, stage=stage))
+    assert code == 0, stderr
+
+
 # --- narrow latents --------------------------------------------------------------------------------------------------
 
 

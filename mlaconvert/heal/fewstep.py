@@ -146,7 +146,9 @@ def video_features(teacher: WanModel, video: Tensor, context: Tensor) -> Tensor:
     for block in list(teacher.blocks)[: (len(teacher.blocks) + 1) // 2]:
         x = block(x, p.modulation, p.text, p.image, p.plan, None)
     frames = x.double().unflatten(1, (p.grid[0], -1))  # [N, F, tokens, D]
-    return torch.cat((frames.mean(2), frames.std(2)), -1).flatten(1)
+    mean = frames.mean(2)
+    spread = frames.std(2) if frames.shape[2] > 1 else torch.zeros_like(mean)
+    return torch.cat((mean, spread), -1).flatten(1)
 
 
 def energy_distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
