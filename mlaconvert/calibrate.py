@@ -626,6 +626,11 @@ class Target:
     rope_selection: str = "energy"
     without: tuple[Part, ...] = ()
 
+    @property
+    def weighted(self) -> bool:
+        """Whether heads and channels count with what the output makes of their errors."""
+        return "weights" not in self.without
+
     def layer(self, budget: int, components: tuple[tuple[int, int], ...]) -> MLALayer:
         """`budget` cached scalars (the key norm aside): rotary keys where they are cached, the rest latent channels."""
         rope = 2 * sum(count for _, count in components)
@@ -670,7 +675,7 @@ class Target:
             key_norm=self.key_norm,
             q_lora_rank=self.q_lora_rank,
             rope=self.rope,
-            weighted="weights" not in self.without,
+            weighted=self.weighted,
         ).tensors
         module = self.module(layer, shape, tensors)
         del tensors
@@ -683,8 +688,14 @@ class Target:
         """The rotary components to keep, for each number of them: the highest pairs, or by what losing them costs."""
         if self.rope_selection == "highest":
             return [highest_pairs(self.config.rope_split, count) for count in counts]
-        moments, several = without(moments, self.without), "components" not in self.without
-        return choose_components(weights, moments, num_heads=self.config.num_heads, counts=counts, several=several)
+        return choose_components(
+            weights,
+            without(moments, self.without),
+            num_heads=self.config.num_heads,
+            counts=counts,
+            several="components" not in self.without,
+            weighted=self.weighted,
+        )
 
     def fit_output(self, layer: Layer, student: LatentAttention) -> None:
         """`refit_output`, unless refits are switched off."""

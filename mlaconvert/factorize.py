@@ -440,18 +440,24 @@ def narrower(tensors: Mapping[str, Tensor], rank: int, width: int) -> dict[str, 
 
 
 def choose_components(
-    weights: AttentionWeights, moments: LayerMoments, *, num_heads: int, counts: Sequence[int], several: bool = True
+    weights: AttentionWeights,
+    moments: LayerMoments,
+    *,
+    num_heads: int,
+    counts: Sequence[int],
+    several: bool = True,
+    weighted: bool = True,
 ) -> list[tuple[tuple[int, int], ...]]:
     """The best rotary components, for each number of them in `counts`: (pair, count) in ascending pair order.
 
-    Without `several`, no pair gets more than one.
+    Without `several`, no pair gets more than one. Not `weighted`, all heads and pairs count alike.
 
     A component (pair f, its r-th singular triple) buys sigma_r^2 (1 - |rho_f|^2): the energy whose rotation is lost
     without it, less what a constant mean rotation keeps.
     """
     if not any(counts):
         return [() for _ in counts]
-    dense, turned = _Dense.of(weights, moments, num_heads), 1 - moments.rho.abs().square()
+    dense, turned = _Dense.of(weights, moments, num_heads, weighted=weighted), 1 - moments.rho.abs().square()
     gains = []
     for pair in range(len(turned)):
         _, _, sigma = _components(dense, pair)

@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,10 @@ from mlaconvert.calibrate import (
     share_budget,
     windows,
 )
-from mlaconvert.config import KeyNorm, MLALayer, RopeMode, StreamingConfig, WanConfig
+from mlaconvert.config import KeyNorm, MLALayer, Part, RopeMode, StreamingConfig, WanConfig
 from mlaconvert.data import Clips
 from mlaconvert.errors import OutputError
-from mlaconvert.factorize import AttentionWeights, LayerMoments, mean_rotation, modulation_moments
+from mlaconvert.factorize import AttentionWeights, LayerMoments, choose_components, mean_rotation, modulation_moments
 from mlaconvert.families import Checkpoint, open_checkpoint
 from mlaconvert.model import WanModel, load_model, timestep_embedding
 from mlaconvert.rollout import Sampler
@@ -649,6 +650,19 @@ def test_refit_query_lowers_the_attention_error() -> None:
 
 
 # --- targets and budgets ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("off", ["weights", "components"])
+def test_components_are_chosen_without_the_part_that_is_switched_off(off: Part) -> None:
+    layer = make_layer(4)
+    moments = layer_moments(layer)
+    uneven = torch.logspace(-3, 3, HEADS, dtype=torch.float64)  # weighted, the last head's queries decide
+    moments = dataclasses.replace(moments, query=moments.query * uneven[:, None, None])
+    found = dataclasses.replace(target(), without=(off,)).components(layer.weights, moments, [5])
+    whole = {"several": True, "weighted": True}
+    part = {"weights": "weighted", "components": "several"}[off]
+    chosen = partial(choose_components, layer.weights, moments, num_heads=HEADS, counts=[5])
+    assert found == chosen(**whole | {part: False}) != chosen(**whole)
 
 
 def test_layer_arithmetic() -> None:

@@ -255,6 +255,29 @@ def test_components_are_chosen_by_what_losing_their_rotation_costs() -> None:
     assert whole == [tuple((pair, HEADS) for pair in range(WIDTH // 2))]
 
 
+def test_unweighted_components_are_those_of_the_keys_alone() -> None:
+    """Against float64 singular values of each pair's complex keys, longhand; queries and outputs do not count."""
+    weights = make_weights()
+    m = moments(weights)
+    uneven = torch.logspace(-3, 3, HEADS, dtype=torch.float64)  # heads' queries, which weights would follow
+    m = dataclasses.replace(m, query=m.query * uneven[:, None, None])
+    root = torch.linalg.cholesky(m.covariance)
+    w, b = weights.norm_k.double()[:, None] * weights.k_weight.double(), (weights.norm_k * weights.k_bias).double()
+    white = torch.cat((w @ root, (w @ m.mean + b)[:, None]), 1).unflatten(0, (HEADS, WIDTH))
+    gains = []
+    for pair in range(WIDTH // 2):
+        sigma = torch.linalg.svdvals(torch.complex(white[:, 2 * pair], white[:, 2 * pair + 1]))
+        gains += [(float(s**2 * (1 - m.rho[pair].abs() ** 2)), pair) for s in sigma]
+    best = [pair for _, pair in sorted(gains, reverse=True)]
+    for count in range(1, len(best)):
+        expected = tuple(sorted((pair, best[:count].count(pair)) for pair in set(best[:count])))
+        (chosen,) = choose_components(weights, m, num_heads=HEADS, counts=[count], weighted=False)
+        assert chosen == expected
+    assert choose_components(weights, m, num_heads=HEADS, counts=[10]) != [
+        tuple(sorted((pair, best[:10].count(pair)) for pair in set(best[:10])))
+    ]
+
+
 def test_allocation_against_every_possibility() -> None:
     """Greedy against brute force on convex curves, and the total is met exactly."""
     g = torch.Generator().manual_seed(4)
