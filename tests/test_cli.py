@@ -384,3 +384,89 @@ def test_the_module_runs(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+# --- a stdout that cannot be written to ------------------------------------------------------------------------------
+
+CUT = re.compile(r"error: stdout cannot be written to \((.+)\), so what it got is cut off; files .* stay")
+needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+
+
+def run(
+    *arguments: object, stdout: Any = None, buffered: bool = True, shell: str = 'exec "$@"'
+) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, with a stdout as Python has it by default, or unbuffered as in images."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
+    command = ["sh", "-c", shell, "sh", sys.executable, "-m", "mlaconvert", *map(str, arguments)]
+    return subprocess.run(
+        command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, env=environment, timeout=300
+    )
+
+
+@needs_full
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)])
+def test_a_full_disk_under_stdout_is_one_line_and_exit_code_one(arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = run(*arguments, stdout=full)
+    assert done.returncode == 1
+    assert CUT.fullmatch(done.stderr.strip()), done.stderr
+
+
+@needs_full
+@pytest.mark.parametrize("flags", [["--json"], []])
+def test_finished_work_outlives_a_full_stdout(golden: Path, tmp_path: Path, flags: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = run("convert", golden, "-o", tmp_path / "out", "--init", "svd", *flags, stdout=full)
+    assert done.returncode == 1
+    assert CUT.fullmatch(done.stderr.splitlines()[-1])
+    assert "Traceback" not in done.stderr
+    assert len(list(load_model(tmp_path / "out").parameters())) > 10
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_disk_that_takes_only_a_part(golden: Path, tmp_path: Path, buffered: bool) -> None:
+    """A file that may not grow takes the beginning of the one write, which is no error yet."""
+    path = tmp_path / "out.json"
+    with path.open("w") as file:
+        done = run("analyze", golden, "--json", stdout=file, buffered=buffered, shell='ulimit -f 1; exec "$@"')
+    assert path.stat().st_size in (512, 1024)  # a block, as the shell counts them
+    assert done.returncode == 1
+    assert CUT.fullmatch(done.stderr.splitlines()[-1])
+
+
+@needs_full
+def test_what_is_left_for_the_end_is_not_lost_in_silence() -> None:
+    code = "import sys; from mlaconvert.cli.stdout import checked_stdout\nwith checked_stdout(): sys.stdout.write('x')"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60
+        )
+    assert done.returncode == 1
+    assert CUT.fullmatch(done.stderr.strip())
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("arguments", [["--help"], ["analyze", "{golden}", "--json"], ["analyze", "{golden}"]])
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(
+    golden: Path, buffered: bool, arguments: list[str]
+) -> None:
+    """As `head` does to `cat`, which SIGPIPE ends without a word."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = run(*(part.format(golden=golden) for part in arguments), stdout=writer, buffered=buffered)
+    finally:
+        os.close(writer)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert "error" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_stdout_that_is_closed() -> None:
+    """And the next file that is opened does not become stdout."""
+    done = run("--version", shell='exec "$@" >&-')
+    assert done.returncode == 1
+    found = CUT.fullmatch(done.stderr.strip())
+    assert found
+    assert found[1] == "Bad file descriptor"

@@ -27,6 +27,7 @@ from mlaconvert.cli.evaluate import evaluate
 from mlaconvert.cli.generate import generate
 from mlaconvert.cli.heal import heal
 from mlaconvert.cli.push import push
+from mlaconvert.cli.stdout import checked_stdout
 from mlaconvert.cli.sweep import sweep
 from mlaconvert.errors import MLAConvertError
 
@@ -76,7 +77,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     # What is alive at the end is not searched for cycles once more: with torch, a quarter of a second of every command.
     atexit.register(gc.freeze)
-    app()
+    with checked_stdout():
+        app()
 
 
 def _show_version(wanted: bool) -> None:
