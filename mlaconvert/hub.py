@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -28,7 +29,7 @@ from mlaconvert.convert import README_NAME, open_models
 from mlaconvert.errors import CheckpointError, InputError, MLAConvertError, OutputError
 from mlaconvert.evaluate import EVALUATION_NAME
 from mlaconvert.families import Checkpoint
-from mlaconvert.inputs import is_file, read_json
+from mlaconvert.inputs import is_file, open_inside, read_json
 
 _RECORDS = (CONFIG_NAME, CONVERSION_NAME, HEALING_NAME, EVALUATION_NAME)
 _TEXTS = (README_NAME, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
@@ -36,6 +37,7 @@ _SHOWN = (".html", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp4")  # reports 
 _WEIGHTS = re.compile(r"diffusion_pytorch_model[^/]*\.safetensors(\.index\.json)?")
 # The client's own rule, which it only applies on the way to the Hub.
 _REPO_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(?=.{1,96}$)\w[\w.-]*(?<![.-])/\w[\w.-]*(?<![.-])", re.ASCII)
+_SMALL = 1 << 20  # bytes of a file that is handed to the client whole
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN, to a token that may write"
 
 # progress(stage, done, total) in bytes; stage is "hash".
@@ -117,12 +119,21 @@ class _Remote:
 
 @dataclass(frozen=True, kw_only=True)
 class _Folder:
-    """A model folder that opened: files by their path in the repository, and what its card says."""
+    """A model folder that opened: the paths in it of the files to send, those of others, and what its card says."""
 
     path: Path
-    files: Mapping[str, Path]
+    names: tuple[str, ...]
     left_out: tuple[str, ...]
     models: tuple[CardModel, ...]
+
+    def open(self, name: str) -> BinaryIO:
+        """Open one of its files, which may have become a link since the folder was read."""
+        return open_inside(self.path, name)
+
+    def size(self, name: str) -> int:
+        """Bytes of one of its files."""
+        with self.open(name) as stream:
+            return os.fstat(stream.fileno()).st_size
 
 
 def push(
@@ -151,8 +162,8 @@ def push(
 
     A `dry_run` changes nothing anywhere; without a login it does not ask the Hub. `api` is a client with its own
     endpoint or token. Raises CheckpointError or UnsupportedModelError for a folder that is no converted model,
-    InputError for a missing or refused login, OutputError for a repository that must not be changed, and
-    MLAConvertError when the Hub fails.
+    InputError for a link among what would be sent (nothing outside the folder is) and for a missing or refused login,
+    OutputError for a repository that must not be changed, and MLAConvertError when the Hub fails.
     """
     api = api or HfApi()
     for name in (repo, base_model) if base_model is not None else (repo,):
@@ -195,33 +206,30 @@ def push(
 
 
 def _read_folder(path: Path) -> _Folder:
-    """Open the models of a folder as strictly as any other command, and sort its files."""
+    """Open the models of a folder as strictly as any other command, and sort its files. Links are refused."""
     path = path.expanduser()
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such folder; give a model folder that convert or heal wrote")
-    files: dict[str, Path] = {}
-    models = []
-    folders = {path}
+    found: set[Path] = set()
     with open_models(path) as checkpoints:
+        homes = {subfolder: checkpoint.store.files[0].parent for subfolder, checkpoint in checkpoints.items()}
         for subfolder, checkpoint in checkpoints.items():
             if checkpoint.config.mla is None:
                 raise CheckpointError(f"{path / subfolder}: it is a dense model; convert it first")
-            home = checkpoint.store.files[0].parent
-            folders.add(home)
             sharded = checkpoint.store.path.is_dir()  # else the one weight file
-            for file in (*checkpoint.store.files, *(home.glob(f"*{INDEX_SUFFIX}") if sharded else ())):
-                files[file.relative_to(path).as_posix()] = file
-            models.append(_card_model(subfolder, checkpoint, home))
-    for file in sorted(path.rglob("*")):
-        belongs = file.name in (*_RECORDS, *_TEXTS) or file.suffix.lower() in _SHOWN
-        if file.is_file() and file.parent in folders and belongs and not file.name.startswith("."):
-            files[file.relative_to(path).as_posix()] = file
-    left_out = tuple(
-        relative
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and (relative := file.relative_to(path).as_posix()) not in files
-    )
-    return _Folder(path=path, files=dict(sorted(files.items())), left_out=left_out, models=tuple(models))
+            indexes = homes[subfolder].glob(f"*{INDEX_SUFFIX}") if sharded else ()
+            found |= {*checkpoint.store.files, *indexes}
+        for file in {file for home in (path, *homes.values()) for file in home.iterdir() if is_file(file)}:
+            belongs = file.name in (*_RECORDS, *_TEXTS) or file.suffix.lower() in _SHOWN
+            if belongs and not file.name.startswith("."):
+                found.add(file)
+        names = sorted(file.relative_to(path).as_posix() for file in found)
+        for name in names:
+            open_inside(path, name).close()
+        models = [_card_model(subfolder, each, homes[subfolder]) for subfolder, each in checkpoints.items()]
+    every = (file.relative_to(path).as_posix() for file in sorted(path.rglob("*")) if file.is_file())
+    left_out = tuple(name for name in every if name not in names)
+    return _Folder(path=path, names=tuple(names), left_out=left_out, models=tuple(models))
 
 
 def _card_model(subfolder: str, checkpoint: Checkpoint, home: Path) -> CardModel:
@@ -302,8 +310,9 @@ def _choose_card(
     api: HfApi, repo: str, local: _Folder, remote: _Remote | None, generated: str, notes: list[str]
 ) -> tuple[bytes, Literal["ours", "kept"]]:
     """README.md as it shall be: the folder's if edited by hand, else the Hub's if edited there, else the generated."""
-    if README_NAME in local.files:
-        mine = local.files[README_NAME].read_bytes()
+    if README_NAME in local.names:
+        with local.open(README_NAME) as stream:
+            mine = stream.read()
         if not is_generated(mine.decode("utf-8", "replace")):
             notes.append(f"the folder's {README_NAME} is yours and goes as it is; no card was generated")
             return mine, "ours"
@@ -321,8 +330,7 @@ def _compare(
 ) -> Iterator[FileChange]:
     """What becomes of every file, by the hashes that the Hub lists; only files of equal size are hashed."""
     there = remote.files if remote is not None else {}
-    contents: dict[str, bytes | Path] = {**local.files, README_NAME: card}
-    sizes = {path: len(data) if isinstance(data, bytes) else data.stat().st_size for path, data in contents.items()}
+    sizes = {name: local.size(name) for name in local.names} | {README_NAME: len(card)}
     alike = {path for path, size in sizes.items() if path in there and there[path].size == size}
     total, hashed = sum(sizes[path] for path in alike), 0
 
@@ -332,14 +340,15 @@ def _compare(
         if progress is not None:
             progress("hash", hashed, total)
 
-    for path, data in sorted(contents.items()):
+    for path, size in sorted(sizes.items()):
         state: Literal["new", "changed", "same", "kept"] = "changed" if path in there else "new"
         if path == README_NAME and card_state == "kept":
             state = "kept"
-        elif path in alike and _same(data, sizes[path], there[path], count):
-            state = "same"
-        yield FileChange(path=path, size=sizes[path], state=state)
-    for path in sorted(there.keys() - contents.keys()):
+        elif path in alike:
+            with io.BytesIO(card) if path == README_NAME else local.open(path) as stream:
+                state = "same" if _same(stream, size, there[path], count) else state
+        yield FileChange(path=path, size=size, state=state)
+    for path in sorted(there.keys() - sizes.keys()):
         if _is_stale(path, there):
             yield FileChange(path=path, size=there[path].size, state="deleted")
 
@@ -355,13 +364,12 @@ def _is_stale(path: str, there: Mapping[str, RepoFile]) -> bool:
     return ours and (name in _RECORDS or _WEIGHTS.fullmatch(name) is not None)
 
 
-def _same(data: bytes | Path, size: int, old: RepoFile, count: Callable[[int], None]) -> bool:
-    """Whether `data` is the Hub's file: large files are known by their SHA-256, others by git's hash."""
+def _same(stream: BinaryIO, size: int, old: RepoFile, count: Callable[[int], None]) -> bool:
+    """Whether `stream` has the Hub's file: large files are known by their SHA-256, others by git's hash."""
     digest = hashlib.sha256() if old.lfs is not None else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as stream:
-        while piece := stream.read(1 << 22):
-            digest.update(piece)
-            count(len(piece))
+    while piece := stream.read(1 << 22):
+        digest.update(piece)
+        count(len(piece))
     return digest.hexdigest() == (old.lfs.sha256 if old.lfs is not None else old.blob_id)
 
 
@@ -376,16 +384,17 @@ def _commit(api: HfApi, plan: PushPlan, local: _Folder, card: bytes, remote: _Re
             raise OutputError(f"{plan.repo} was changed by somebody else just now; look at it and run the push again")
         parent = fresh.sha
     operations: list[CommitOperationAdd | CommitOperationDelete] = []
-    for file in plan.changes:
-        if file.state == "deleted":
-            operations.append(CommitOperationDelete(path_in_repo=file.path))
-        else:
-            data = card if file.path == README_NAME else str(local.files[file.path])
-            operations.append(CommitOperationAdd(path_in_repo=file.path, path_or_fileobj=data))
-    with _hub_errors(plan.repo), _bars_closed():
-        info = api.create_commit(
-            plan.repo, operations, commit_message="Upload a model converted by mlaconvert", parent_commit=parent
-        )
+    with ExitStack() as opened:
+        for file in plan.changes:
+            if file.state == "deleted":
+                operations.append(CommitOperationDelete(path_in_repo=file.path))
+            else:
+                data = card if file.path == README_NAME else _content(local, file.path, opened)
+                operations.append(CommitOperationAdd(path_in_repo=file.path, path_or_fileobj=data))
+        with _hub_errors(plan.repo), _bars_closed():
+            info = api.create_commit(
+                plan.repo, operations, commit_message="Upload a model converted by mlaconvert", parent_commit=parent
+            )
     with _hub_errors(plan.repo):
         listed = {entry.path for entry in api.list_repo_tree(plan.repo, recursive=True, revision=info.oid)}
     missing = [file.path for file in plan.changes if file.state != "deleted" and file.path not in listed]
@@ -394,6 +403,19 @@ def _commit(api: HfApi, plan: PushPlan, local: _Folder, card: bytes, remote: _Re
             f"{plan.repo}: the Hub left out {missing[0]}; remove the .gitignore of the repository and push again"
         )
     return str(info.commit_url)
+
+
+def _content(local: _Folder, name: str, opened: ExitStack) -> bytes | str:
+    """A file for the client: its bytes, or of a large one a path, good while `opened` is.
+
+    The path is that of the open file where a system has such paths, so that nothing else can take its place.
+    """
+    stream = opened.enter_context(local.open(name))
+    if os.fstat(stream.fileno()).st_size <= _SMALL:
+        with stream:
+            return stream.read()
+    path = f"/proc/self/fd/{stream.fileno()}"
+    return path if is_file(Path(path)) else str(local.path / name)
 
 
 @contextmanager

@@ -6,12 +6,14 @@ place would block or never end.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import stat
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -57,6 +59,46 @@ def is_folder(path: Path) -> bool:
         return path.is_dir()
     except (OSError, ValueError):
         return False
+
+
+def open_inside(folder: Path, name: str, error: type[InputError] = InputError) -> BinaryIO:
+    """Open the regular file `name` ("/" between folders) of `folder`, through no link but one to the folder itself.
+
+    What is opened is what was looked at, whatever changes meanwhile. Raises `error` naming the link, or the file that
+    cannot be read.
+    """
+    path, parts = folder / name, PurePosixPath(name).parts
+    try:
+        stream = _open_at(folder, parts)
+    except OSError as failure:
+        link = next((at for at in [*reversed(path.parents), path][-len(parts) :] if at.is_symlink()), None)
+        if link is None:
+            raise error(f"{path}: it cannot be read ({reason_of(failure)}); check the path") from None
+        raise error(
+            f"{link} is a link, and only files of the folder itself are taken; put a copy of what it leads to in its "
+            "place (cp -L), or delete it"
+        ) from None
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise error(f"{path}: it is no regular file; delete it")
+    return stream
+
+
+def _open_at(folder: Path, parts: Sequence[str]) -> BinaryIO:
+    """Open `parts` below `folder` one after the other. Raises OSError for a link among them."""
+    if os.open not in os.supports_dir_fd:  # Windows
+        for count in range(1, len(parts) + 1):
+            if folder.joinpath(*parts[:count]).is_symlink():
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        return folder.joinpath(*parts).open("rb")
+    handle = os.open(folder, os.O_RDONLY)
+    for part in parts:
+        try:  # a pipe would block
+            inner = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=handle)
+        finally:
+            os.close(handle)
+        handle = inner
+    return os.fdopen(handle, "rb")
 
 
 def read_text(path: Path, error: type[InputError] = InputError, *, limit: int = MAX_TEXT) -> str:

@@ -139,6 +139,118 @@ def test_two_experts_go_together(hub: Hub, golden: Path, tmp_path: Path, layout:
     assert push(tmp_path / "out", REPO).plan.changes == ()
 
 
+# --- links -------------------------------------------------------------------------------------------------------
+
+
+SECRET = b"a key of mine"
+
+
+def outside(folder: Path, content: bytes = SECRET) -> Path:
+    """A file beside the folder that nobody means to publish."""
+    secret = folder.parent / "mine"
+    secret.write_bytes(content)
+    return secret
+
+
+def refused(hub: Hub, folder: Path, link: str) -> None:
+    """Neither sent nor shown, and the Hub is not even asked."""
+    pattern = re.escape(f"{folder / link} is a link, and only files of the folder itself are taken")
+    for options in ({}, {"dry_run": True}, {"update": True}):
+        with pytest.raises(InputError, match=pattern) as caught:
+            push(folder, REPO, **options)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["sample.png", "clip.MP4", "report.html", "LICENSE", "LICENSE.txt", "NOTICE", "README.md", "healing.json",
+     "evaluation.json", "conversion.json", "config.json", WEIGHTS_NAME],
+)  # fmt: skip
+def test_nothing_outside_the_folder_is_sent(hub: Hub, folder: Path, name: str) -> None:
+    """A link to a file of the user's, whatever it is called, to another link, and to a file inside that stays here."""
+    path = folder / name
+    content = path.read_bytes() if path.exists() else b"{}"
+    first = outside(folder, content)
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_bytes(content)
+    second = folder.parent / "second"
+    second.symlink_to(first)
+    for target in (first, Path("../mine"), second, Path(".git/config")):
+        path.unlink(missing_ok=True)
+        path.symlink_to(target)
+        refused(hub, folder, name)
+
+
+def test_a_linked_index_shard_and_expert(hub: Hub, golden: Path, tmp_path: Path) -> None:
+    for name in ("transformer", "transformer_2"):
+        shutil.copytree(golden, tmp_path / "pair" / name)
+    folder = tmp_path / "out"
+    convert(tmp_path / "pair", folder, ConvertRecipe(init="svd", kv_rank=5))
+    inner = folder / "transformer_2"
+    (inner / "sample.png").symlink_to(outside(folder))
+    refused(hub, folder, "transformer_2/sample.png")
+    (inner / "sample.png").unlink()
+    inner.rename(tmp_path / "elsewhere")
+    inner.symlink_to(tmp_path / "elsewhere")
+    refused(hub, folder, "transformer_2")
+
+
+def test_links_that_are_not_sent_and_the_folders_own(hub: Hub, folder: Path) -> None:
+    """What stays here may be a link, the folder may be given by one, and a hard link is a file like any other."""
+    secret = outside(folder)
+    for name in ("notes.txt", ".hidden.png"):
+        (folder / name).symlink_to(secret)
+    (folder / "nowhere.png").symlink_to(folder.parent / "none")
+    (folder / "logs").symlink_to(folder.parent)
+    os.link(folder.parent / "mine", folder / "hard.png")
+    given = folder.parent / "given"
+    given.symlink_to(folder)
+    push(given, REPO)
+    assert set(hub.repos[REPO].files) == ALL | {"hard.png"}
+    for name in (CONFIG_NAME, "conversion.json", WEIGHTS_NAME):
+        assert hub.repos[REPO].files[name].data == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["conversion.json", WEIGHTS_NAME])
+def test_a_file_that_becomes_a_link_meanwhile(hub: Hub, folder: Path, name: str) -> None:
+    """Once it is opened to be sent, what was opened is sent; before that, it is refused."""
+    content = (folder / name).read_bytes()
+    secret = outside(folder, bytes(len(content)))
+    (folder / "kept").write_bytes(content)
+
+    def swap(method: str, path: str) -> None:
+        if moment in path:
+            (folder / name).unlink()
+            (folder / name).symlink_to(secret)
+            hub.before = None
+
+    moment, hub.before = "repos/create", swap
+    with pytest.raises(InputError, match=f"{name} is a link"):
+        push(folder, REPO)
+    assert set(hub.repos[REPO].files) == {".gitattributes"}
+    (folder / name).unlink()
+    (folder / "kept").rename(folder / name)
+    moment, hub.before = "/preupload/", swap
+    push(folder, REPO)
+    assert (folder / name).is_symlink()
+    assert hub.repos[REPO].files[name].data == content
+
+
+def test_the_hubs_cache_is_read_through_its_links_but_not_published(hub: Hub, folder: Path) -> None:
+    push(folder, REPO)
+    with open_checkpoint(REPO) as found:
+        cached = found.store.files[0]
+        config = found.config
+    if not cached.is_symlink():
+        pytest.skip("the Hub's client makes no links here")
+    with open_checkpoint(cached.parent) as again:
+        assert again.config == config
+    hub.requests.clear()
+    refused(hub, cached.parent, CONFIG_NAME)
+
+
 # --- transfers that go wrong -------------------------------------------------------------------------------------
 
 
