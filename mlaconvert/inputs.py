@@ -197,6 +197,20 @@ def refuse_links(folder: Path) -> None:
         raise OutputError(f"{link} is a link, and nothing is written through links; delete it, or choose another path")
 
 
+def refuse_foreign_links(folder: Path, names: Sequence[str]) -> None:
+    """Raise InputError for a link among the files `names` of `folder`, whose text will be passed on.
+
+    In the Hub's cache every file is a link, to the repository's blobs; those are its own.
+    """
+    home = Path(os.path.realpath(folder))
+    blobs = next((parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots"), None)
+    for link in (folder / name for name in names):
+        if link.is_symlink() and Path(os.path.realpath(link)).parent != blobs:
+            raise InputError(
+                f"{link} is a link, and what it leads to would be copied; put a copy in its place (cp -L), or delete it"
+            )
+
+
 def reason_of(failure: BaseException) -> str:
     """What a library says about a failure, in a few words."""
     said = failure.strerror if isinstance(failure, OSError) and failure.strerror else str(failure)

@@ -33,6 +33,7 @@ from mlaconvert.heal import run as heal_run
 from mlaconvert.heal.distill import Distill
 from mlaconvert.heal.output import plot_curves
 from mlaconvert.heal.state import LAST, load, save
+from mlaconvert.inputs import refuse_foreign_links
 from mlaconvert.model import WanModel, load_model
 
 HANG = 600  # seconds after which a child process is given up
@@ -463,6 +464,31 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(home: Path, tmp_path: P
             call()
         assert "\n" not in str(raised.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["README.md", "conversion.json", "healing.json"])
+def test_what_a_link_leads_to_is_not_copied_into_the_output(home: Path, tmp_path: Path, name: str) -> None:
+    """Whoever made the folder would else have a file of the user's in a model that is published next."""
+    folder = shutil.copytree(home / "student", tmp_path / "student")
+    (tmp_path / "mine").write_text("{}")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(InputError, match=f"{name} is a link, and what it leads to would be copied"):
+        heal(folder, tmp_path / "out", settings("distill", steps=1), teacher=home / "teacher")
+    assert {path.name for path in tmp_path.iterdir()} == {"student", "mine"}
+    # In the Hub's cache, all files are links: those to its own blobs are read.
+    cache = tmp_path / "models--alice--student"
+    (cache / "blobs").mkdir(parents=True)
+    snapshot = cache / "snapshots" / "0123"
+    shutil.copytree(home / "student", snapshot)
+    shutil.copy(home / "student" / "README.md", cache / "blobs" / "1")
+    (snapshot / "README.md").unlink()
+    (snapshot / "README.md").symlink_to("../../blobs/1")
+    refuse_foreign_links(snapshot, ["README.md", "conversion.json"])
+    (cache / "blobs" / "1").unlink()
+    (cache / "blobs" / "1").symlink_to(tmp_path / "mine")
+    with pytest.raises(InputError, match=r"README\.md is a link"):
+        refuse_foreign_links(snapshot, ["README.md"])
 
 
 def test_a_bidirectional_teacher_distills_what_it_sees(home: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 
 from mlaconvert.checkpoint import CONVERSION_NAME, HEALING_NAME, experts
 from mlaconvert.config import StreamingConfig, WanConfig, default_video
+from mlaconvert.convert import README_NAME
 from mlaconvert.errors import ConfigError, InputError, OutputError
 from mlaconvert.evaluate import open_teacher
 from mlaconvert.families import Checkpoint, comes_from_tiny, open_checkpoint
@@ -32,7 +33,7 @@ from mlaconvert.heal.output import HealReport, occupancy, specs_of, with_weights
 from mlaconvert.heal.recipe import HealRecipe
 from mlaconvert.heal.state import BEST, LAST, choose_trained, load
 from mlaconvert.heal.teacher_forcing import TeacherForcing
-from mlaconvert.inputs import refuse_links
+from mlaconvert.inputs import refuse_foreign_links, refuse_links
 from mlaconvert.model import WanModel, load_model
 from mlaconvert.plan import public_name
 from mlaconvert.records import read_record
@@ -247,6 +248,7 @@ def _open(
     student = stack.enter_context(open_checkpoint(source, subfolder=subfolder))
     path = student.store.path
     folder = path if path.is_dir() else path.parent
+    refuse_foreign_links(folder, (README_NAME, CONVERSION_NAME, HEALING_NAME))  # the output's go on from them
     conversion = read_record(folder / CONVERSION_NAME)
     read_record(folder / HEALING_NAME)  # the output's will continue it
     named = None if teacher is None else str(teacher)
