@@ -42,7 +42,7 @@ from mlaconvert.families.causal import SETTINGS, assumption_line
 from mlaconvert.inputs import file_states, reason_of
 from mlaconvert.journal import COPIED, SPLITS, Journal, difference, identity
 from mlaconvert.layers import LayerReport, digits, from_weights
-from mlaconvert.lora import LoraFile, lora_files, merge_loras, merged
+from mlaconvert.lora import LoraFile, lora_files, merge_loras, merged, remarks
 from mlaconvert.plan import ConversionPlan, Progress, mla_of, plan_conversion, silent
 from mlaconvert.ranks import PATIENCE, RankError, Ranks, meet
 from mlaconvert.recipes import with_settings
@@ -172,7 +172,7 @@ def convert(
     Bytes are those of one process with as many threads. Copying and hashing run in threads, which call `progress` too.
     `streaming` are single settings of `StreamingConfig`, in place of the recipe's or the source's. `say` is told when
     a run goes on, of what was kept and cannot be used, and what is assumed of how the model sees time because neither
-    the source nor the recipe states it.
+    the source nor the recipe states it, nor a LoRA its alpha.
 
     Raises InputError for bad input, a recipe that does not fit, an output that exists (without `overwrite`) or a disk
     without room, and MLAConvertError when verification or another rank fails; a model that fails verification stays
@@ -244,7 +244,7 @@ def convert(
 def _notes(
     checkpoint: Checkpoint, plan: ConversionPlan, recipe: ConvertRecipe, settings: Mapping[str, Any]
 ) -> list[str]:
-    """What a user should know of how the model is taken to see time, a line each."""
+    """What LoRAs leave to be assumed, and how the model is taken to see time, a line each."""
     given = set(settings) | ({"few_step"} if recipe.few_step is not None else set())
     if recipe.streaming is not None or recipe.bidirectional:
         given |= {"streaming", *SETTINGS}
@@ -252,7 +252,8 @@ def _notes(
     assumed = assumption_line(
         checkpoint.timing, streaming=streaming, few_step=plan.config.few_step, given=given, how="convert"
     )
-    notes = [*(checkpoint.timing.remarks if streaming is not None else ()), *([] if assumed is None else [assumed])]
+    notes = [*remarks(checkpoint), *(checkpoint.timing.remarks if streaming is not None else ())]
+    notes += [] if assumed is None else [assumed]
     moves_away = streaming is not None and streaming.sink_frames and streaming.positions == "absolute"
     if recipe.init == "calibrated" and moves_away:
         notes.append("calibrated on windows whose positions count from the sink; the model counts from the start")

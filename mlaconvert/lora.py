@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from mlaconvert.adapter import PEFT_CONFIG, AdapterConfig, find_config
 from mlaconvert.checkpoint import TensorInfo, TensorStore, check_finite, open_store
 from mlaconvert.config import WanConfig
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, UnsupportedModelError
 from mlaconvert.families import Checkpoint, Layout
 from mlaconvert.families.wrappers import unwrap
-from mlaconvert.inputs import is_file, is_folder, parse_json, read_json
+from mlaconvert.inputs import is_file, is_folder
 
-PEFT_CONFIG = "adapter_config.json"
-_METADATA = "lora_adapter_metadata"  # where diffusers keeps the adapter's configuration in a safetensors header
 _STATE_KEY = "generator_lora"  # LongLive's; its file also holds the critic's
+_CRITIC = re.compile(r"critic|fake_score")
 _PREFIX = re.compile(r"(base_model\.model\.)?((transformer|transformer_2|model|diffusion_model)\.)*")
 _KOHYA = "lora_unet_"
 _LAYOUTS: tuple[Layout, ...] = ("native", "diffusers")
@@ -45,32 +44,38 @@ _SELF_ATTENTION = re.compile(r"blocks[._](\d+)[._](?:self_attn|attn1)[._]")
 
 @dataclass(frozen=True, kw_only=True)
 class LoraFile:
-    """A LoRA file to merge, and by how much."""
+    """A LoRA file to merge, and by how much.
+
+    `alpha` and `scaling` are those of a record (`Lora.record`) that merging it has to come to again.
+    """
 
     path: Path
     scale: float = 1.0
+    alpha: str | None = None
+    scaling: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Parts:
-    """What a file holds for one module: role -> tensor; `scaling` is alpha / r."""
+    """What a file holds for one module: role -> tensor; `scaling` is alpha / r, where `alpha` is from: "" for none."""
 
     tensors: Mapping[str, TensorInfo]
     scaling: float
+    alpha: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
     """An opened LoRA, checked against its model. `modules` are canonical names of what it changes.
 
-    `alpha` says where the scaling came from: "file" (a tensor of each module), "config" (adapter_config.json or
-    metadata), or "rank" when the file says nothing, which makes alpha / r one.
+    The scaling of a module is from the "file" (a tensor of its own), the "config" (adapter_config.json or metadata), or
+    "rank" when nothing says it, which makes alpha / r one.
     """
 
     store: TensorStore
     scale: float
     sha256: str
-    alpha: str
+    config: AdapterConfig
     modules: Mapping[str, _Parts]
 
     @property
@@ -78,15 +83,42 @@ class Lora:
         """The file's name, without its path."""
         return self.store.files[0].name
 
+    @property
+    def alpha(self) -> str:
+        """Where the scaling came from; "file+rank", for one, where modules differ."""
+        found = {parts.alpha for parts in self.modules.values()}
+        return "+".join(origin for origin in ("file", "config", "rank") if origin in found) or "rank"
+
+    @property
+    def scaling(self) -> tuple[float, ...]:
+        """Every alpha / r, ascending; none for a file without factors."""
+        return tuple(sorted({parts.scaling for parts in self.modules.values() if parts.alpha}))
+
     def record(self) -> dict[str, Any]:
-        """Plain data for conversion.json."""
-        return {
+        """Plain data for conversion.json; also the scaling, where another file than the LoRA's has it."""
+        found = {
             "name": self.name,
             "sha256": self.sha256,
             "scale": self.scale,
             "alpha": self.alpha,
             "modules": len(self.modules),
         }
+        return found | ({"scaling": list(self.scaling)} if self.config.file is not None else {})
+
+    def remarks(self) -> list[str]:
+        """What was assumed of its alpha, a line each."""
+        scaling = " and ".join(f"{value:g}" for value in self.scaling)
+        if self.config.file is not None and self.store.files[0].stem != "adapter_model":
+            return [f"LoRA {self.name}: alpha is that of the {PEFT_CONFIG} beside it, a factor of {scaling}"]
+        if "rank" not in self.alpha or not self.scaling:
+            return []
+        why = "nothing in it or beside it says its alpha"
+        if self.config.misfit is not None:
+            why = f"the {PEFT_CONFIG} beside it is another's ({self.config.misfit})"
+        return [
+            f"LoRA {self.name}: {why}, so alpha is taken for the rank, a factor of 1; if it was trained with another, "
+            "give --lora-scale ALPHA/RANK"
+        ]
 
     def merge(self, canonical: str, tensor: Tensor) -> Tensor:
         """`tensor` with this LoRA's change, in its own dtype; the sum is taken in float32 at least.
@@ -163,6 +195,18 @@ def merged(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     return [lora.record() for lora in checkpoint.loras] if isinstance(checkpoint, MergedCheckpoint) else []
 
 
+def remarks(checkpoint: Checkpoint) -> list[str]:
+    """What a user should know of the LoRAs that reading `checkpoint` merges or leaves out, a line each."""
+    loras = checkpoint.loras if isinstance(checkpoint, MergedCheckpoint) else ()
+    lines = [line for lora in loras for line in lora.remarks()]
+    file = checkpoint.store.files[0]
+    for key in _lora_keys(checkpoint.store) if not any(lora.store.files[0].samefile(file) for lora in loras) else ():
+        lines.append(
+            f"{file.name} also holds a LoRA, {key!r}, which is not applied; convert merges it with --lora {file}"
+        )
+    return lines
+
+
 def lora_files(checkpoint: Checkpoint) -> list[Path]:
     """The files of the LoRAs that reading `checkpoint` merges."""
     loras = checkpoint.loras if isinstance(checkpoint, MergedCheckpoint) else ()
@@ -198,19 +242,19 @@ def open_lora(file: LoraFile, checkpoint: Checkpoint) -> Lora:
         raise ConfigError(f"the scale of {file.path} is {file.scale}: give a finite number, such as 1")
     store = open_store(path)
     try:
-        config = _adapter_config(store)
-        parts = _sort(store, checkpoint, config)
-        alpha = "file" if any("alpha" in found for found in parts.values()) else "config" if config else "rank"
-        modules = {
-            module: _Parts(
-                tensors={role: info for role, (info, _) in found.items() if role != "alpha"},
-                scaling=_scaling(store, found, config),
+        parts = _sort(store, checkpoint)
+        config = _config(store, parts.values(), file.alpha)
+        modules = {module: _parts(store, found, config) for module, found in parts.items()}
+        for module, made in modules.items():
+            _check_shapes(store, checkpoint, module, made.tensors)
+        lora = Lora(store=store, scale=file.scale, sha256=_digest(store.files), config=config, modules=modules)
+        other = file.alpha not in (None, "file") and ("config" in file.alpha) != ("config" in lora.alpha)
+        if other or file.scaling not in (None, lora.scaling):
+            raise InputError(
+                f"{path}: its alpha is not the one it was merged with before the conversion; put the {PEFT_CONFIG} of "
+                "that time beside it, or name a merged teacher with --teacher"
             )
-            for module, found in parts.items()
-        }
-        for module, found in modules.items():
-            _check_shapes(store, checkpoint, module, found.tensors)
-        return Lora(store=store, scale=file.scale, sha256=_digest(store.files), alpha=alpha, modules=modules)
+        return lora
     except BaseException:
         store.close()
         raise
@@ -248,7 +292,15 @@ def find_recorded(records: Any, folders: Sequence[Path]) -> list[LoraFile]:
                 f"the LoRA {name} was merged before the conversion and is not here; put it beside the model, or name "
                 "a merged teacher with --teacher"
             )
-        found.append(LoraFile(path=path, scale=float(scale)))
+        alpha, scaling = fields.get("alpha"), fields.get("scaling")
+        found.append(
+            LoraFile(
+                path=path,
+                scale=float(scale),
+                alpha=alpha if isinstance(alpha, str) else None,
+                scaling=tuple(scaling) if isinstance(scaling, list) else None,
+            )
+        )
     return found
 
 
@@ -257,15 +309,13 @@ def find_recorded(records: Any, folders: Sequence[Path]) -> list[LoraFile]:
 _Found = dict[str, tuple[TensorInfo, str]]  # role -> (the tensor, the module's name in the file)
 
 
-def _sort(store: TensorStore, checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, _Found]:
+def _sort(store: TensorStore, checkpoint: Checkpoint) -> dict[str, _Found]:
     """Canonical module -> its parts. Raises CheckpointError naming a key that means nothing here."""
     keys = _chosen(store)
     if not any(pattern.search(clean) for clean in keys for role, pattern in _ROLES if role != "alpha"):
         raise CheckpointError(f"{store.path}: it holds no LoRA (keys such as ...q.lora_A.weight); found {min(keys)!r}")
-    if config.get("use_dora") or any("lora_magnitude" in key for key in keys):
-        raise CheckpointError(
-            f"{store.path}: it is a DoRA, whose norms cannot be merged here; merge it with PEFT first"
-        )
+    if any("lora_magnitude" in key for key in keys):
+        raise _dora(store)
     refuse_converted(keys, checkpoint.config, store.path)
     canonical = _names(checkpoint)
     modules: dict[str, _Found] = {}
@@ -295,8 +345,7 @@ def _sort(store: TensorStore, checkpoint: Checkpoint, config: Mapping[str, Any])
 
 def _chosen(store: TensorStore) -> dict[str, str]:
     """{cleaned name: name in the file} of the LoRA's tensors; of LongLive's two, the generator's."""
-    grouped = {name.rpartition("/")[0] for name in store.tensors}
-    state_key = next((key for key in sorted(grouped) if key.rpartition("/")[2] == _STATE_KEY), None)
+    state_key = next((key for key in _lora_keys(store) if key), None)
     try:
         _, cleaned = unwrap(store.tensors, state_key)
     except CheckpointError as error:
@@ -306,6 +355,14 @@ def _chosen(store: TensorStore) -> dict[str, str]:
             f"{store.path}: it holds LoRAs of two experts; split it, and convert each with --subfolder"
         )
     return {_PREFIX.sub("", clean, count=1): raw for clean, raw in cleaned.items()}
+
+
+def _lora_keys(store: TensorStore) -> list[str]:
+    """State keys of a pickle under which there is a LoRA of the model: the generator's first, a critic's not at all."""
+    factor = [pattern for role, pattern in _ROLES if role in ("down", "up")]
+    keys = {name.rpartition("/")[0] for name in store.tensors if any(p.search(name) for p in factor)}
+    found = [key for key in sorted(keys) if not _CRITIC.search(key.rpartition("/")[2])]
+    return sorted(found, key=lambda key: key.rpartition("/")[2] != _STATE_KEY)
 
 
 def _names(checkpoint: Checkpoint) -> Callable[[str], str | None]:
@@ -332,62 +389,40 @@ def _names(checkpoint: Checkpoint) -> Callable[[str], str | None]:
     return canonical
 
 
-def _adapter_config(store: TensorStore) -> dict[str, Any]:
-    """What the file's adapter_config.json or its metadata says; {} when there is neither.
-
-    Raises CheckpointError for a PEFT file without its configuration, which alone has its alpha.
-    """
-    file = store.files[0]
-    beside = file.parent / PEFT_CONFIG
-    if file.stem == "adapter_model":
-        if not is_file(beside):
-            raise CheckpointError(f"{file}: {PEFT_CONFIG} is missing beside it, which has its alpha; get that file too")
-        config = read_json(beside)
-        if "lora_alpha" not in config:
-            raise CheckpointError(f"{beside}: it has no lora_alpha; get the adapter's own file")
-        return config
-    if file.suffix != ".safetensors":
-        return {}
-    with safe_open(str(file), framework="pt") as opened:
-        text = (opened.metadata() or {}).get(_METADATA)
-    if text is None:
-        return {}
-    try:
-        data = parse_json(text)
-        return {name.removeprefix("transformer."): value for name, value in data.items()}
-    except (ValueError, AttributeError):
-        raise CheckpointError(f"{file}: its metadata {_METADATA} is not readable JSON; save the LoRA again") from None
+def _dora(store: TensorStore) -> CheckpointError:
+    return CheckpointError(f"{store.path}: it is a DoRA, whose norms cannot be merged here; merge it with PEFT first")
 
 
-def _scaling(store: TensorStore, found: _Found, config: Mapping[str, Any]) -> float:
-    """alpha / r of one module, alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
+def _config(store: TensorStore, parts: Iterable[_Found], recorded: str | None) -> AdapterConfig:
+    """The configuration for factors without an alpha of their own; none where a record says that none was used."""
+    without = [found["down"] for found in parts if "down" in found and "alpha" not in found]
+    if not without or recorded in ("rank", "file+rank"):
+        return AdapterConfig()
+    config = find_config(store.files[0], {named: info.shape[0] for info, named in without if info.shape})
+    if config.fields.get("use_dora"):
+        raise _dora(store)
+    return config
+
+
+def _parts(store: TensorStore, found: _Found, config: AdapterConfig) -> _Parts:
+    """One module's tensors and its scaling, alpha / r, or alpha / sqrt(r) where rsLoRA's configuration has alpha."""
+    tensors = {role: info for role, (info, _) in found.items() if role != "alpha"}
     if "down" not in found:
-        return 1.0
+        return _Parts(tensors=tensors, scaling=1.0, alpha="")
     info, named = found["down"]
     rank = info.shape[0] if info.shape else 0
     if rank < 1:
         raise CheckpointError(f"{store.path}: {info.name!r} has shape {list(info.shape)}; expected [r, in]")
+    alpha: Any = config.alpha(named)
+    origin, root = ("rank", False) if alpha is None else ("config", config.stabilised)
     if "alpha" in found:
         tensor = store.read(found["alpha"][0].name)
-        alpha: Any = tensor.double().item() if tensor.numel() == 1 else None
-    else:
-        alpha = next(
-            (value for key, value in _patterns(config) if named == key or named.endswith(f".{key}")),
-            config.get("lora_alpha", rank),
-        )
+        alpha, origin, root = tensor.double().item() if tensor.numel() == 1 else None, "file", False
+    elif alpha is None:
+        alpha = rank
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not abs(alpha) < float("inf"):
         raise CheckpointError(f"{store.path}: alpha of {info.name!r} is {alpha!r}; expected one finite number")
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") and "alpha" not in found else rank)
-
-
-def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """alpha_pattern of a PEFT configuration: modules with an alpha of their own, by the end of their names."""
-    patterns = config.get("alpha_pattern") or {}
-    for key, value in patterns.items() if isinstance(patterns, Mapping) else ():
-        plain = str(key).removeprefix("^").removesuffix("$").replace("\\.", ".")
-        if not re.fullmatch(r"[\w.]+", plain):
-            raise CheckpointError(f"{PEFT_CONFIG}: alpha_pattern {key!r} is no module name; merge the LoRA with PEFT")
-        yield plain.removeprefix("base_model.model."), value
+    return _Parts(tensors=tensors, scaling=float(alpha) / (rank**0.5 if root else rank), alpha=origin)
 
 
 def _check_shapes(store: TensorStore, checkpoint: Checkpoint, module: str, tensors: Mapping[str, TensorInfo]) -> None:

@@ -8,6 +8,7 @@ anywhere and go on.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 import statistics
@@ -221,13 +222,16 @@ def sweep(
     them for every cell; models are compared on the last `validation_clips` of `data`, which no calibration sees.
     Without `data` the dense model generates both, once; `tiny` draws them. Weights are deleted when a cell is measured,
     unless `keep`. A rerun takes the finished cells from `output` (`restart`: none) and adds new ones; it may have other
-    axes, but must be of the same model, clips and settings. `say` is told what `convert` has to say.
+    axes, but must be of the same model, clips and settings. `say` is told once what the
+    conversions have to say.
 
     Raises InputError for bad input, cells that do not fit the model, or a folder of another sweep.
     """
     if validation_clips is not None and validation_clips < 1:
         raise ConfigError(f"validation_clips is {validation_clips}: give 1 or more")
     folder, report, chosen_device = Path(output), progress or silent, resolve_device(str(device))
+    # Every cell's conversion has the same to say of the source.
+    say_once = functools.cache(say) if say is not None else None
     opening: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "state_key": state_key}
     opening |= {"config": config, "loras": loras}
     with open_models(source, **opening) as models:
@@ -254,7 +258,7 @@ def sweep(
             if plan.recipe.init == "calibrated":
                 inputs = {"data": calibration, "moments": moments or folder / "moments"}
             model.parent.mkdir(exist_ok=True)
-            speaking: dict[str, Any] = {"progress": report, "say": say}
+            speaking: dict[str, Any] = {"progress": report, "say": say_once}
             convert(source, model, cell.recipe, **opening, **inputs, **speaking, device=chosen_device, overwrite=True)
             seconds = time.monotonic() - started
             results.append(_measure(checkpoint, plan, cell, model, validation, seconds, chosen_device, report))

@@ -15,7 +15,7 @@ ORDER = (
     ("lapack", "scratch", "threads"),
     ("checkpoint", "rope", "factorize", "pictures", "footage"),
     ("writer",),
-    ("families", "spectrum", "cache", "data", "vbench"),
+    ("families", "spectrum", "cache", "data", "vbench", "adapter"),
     ("memory", "attention", "tiny", "lora"),
     ("model",),
     ("rollout",),

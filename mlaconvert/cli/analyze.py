@@ -83,6 +83,7 @@ def analyze(
     from mlaconvert.convert import open_models, resolve_device
     from mlaconvert.errors import ConfigError
     from mlaconvert.families.causal import assumption_line
+    from mlaconvert.lora import remarks
     from mlaconvert.memory import plan_memory
     from mlaconvert.plan import plan_conversion
     from mlaconvert.recipes import mla_config, regime_of, resolve_recipe
@@ -117,6 +118,8 @@ def analyze(
             assumed = assumption_line(model.timing, streaming=seen, few_step=model.config.few_step)
             for note in (*model.timing.remarks, *([] if assumed is None else [assumed])):
                 err.print(note, markup=False, soft_wrap=True)
+            for line in remarks(model):
+                err.print(line, markup=False, soft_wrap=True)
             memory = plan(model)
             inputs: dict[str, Any] = {}
             with progress_bar(err) as progress:
