@@ -47,7 +47,7 @@ def find_config(file: Path, ranks: Mapping[str, int]) -> AdapterConfig:
 
     A file named by PEFT (adapter_model) has its adapter_config.json beside it. In one of another name the metadata
     counts, then an adapter_config.json beside it that fits: of the same rank and modules. Raises CheckpointError for a
-    configuration that cannot be read, and for PEFT's own file without one, or with another's.
+    configuration whose patterns cannot be read, and for PEFT's own file without one, or with another's.
     """
     beside = file.parent / PEFT_CONFIG
     if file.stem == "adapter_model":
@@ -60,7 +60,10 @@ def find_config(file: Path, ranks: Mapping[str, int]) -> AdapterConfig:
     fields = _metadata(file) if file.suffix == ".safetensors" else {}
     if "lora_alpha" in fields or not is_file(beside):
         return AdapterConfig(fields=fields)
-    found = read_json(beside)
+    try:
+        found = read_json(beside)
+    except CheckpointError:
+        return AdapterConfig(fields=fields, misfit="it is not readable")
     reason = _misfit(found, ranks, own=False)
     return AdapterConfig(fields=fields, misfit=reason) if reason else AdapterConfig(fields=found, file=beside)
 

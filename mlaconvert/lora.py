@@ -345,7 +345,8 @@ def _sort(store: TensorStore, checkpoint: Checkpoint) -> dict[str, _Found]:
 
 def _chosen(store: TensorStore) -> dict[str, str]:
     """{cleaned name: name in the file} of the LoRA's tensors; of LongLive's two, the generator's."""
-    state_key = next((key for key in _lora_keys(store) if key), None)
+    keys = _lora_keys(store)
+    state_key = (keys[0] or None) if len(keys) == 1 else None
     try:
         _, cleaned = unwrap(store.tensors, state_key)
     except CheckpointError as error:
@@ -358,11 +359,11 @@ def _chosen(store: TensorStore) -> dict[str, str]:
 
 
 def _lora_keys(store: TensorStore) -> list[str]:
-    """State keys of a pickle under which there is a LoRA of the model: the generator's first, a critic's not at all."""
+    """State keys of a pickle under which there is a LoRA of the model: the generator's if it says so, no critic's."""
     factor = [pattern for role, pattern in _ROLES if role in ("down", "up")]
     keys = {name.rpartition("/")[0] for name in store.tensors if any(p.search(name) for p in factor)}
     found = [key for key in sorted(keys) if not _CRITIC.search(key.rpartition("/")[2])]
-    return sorted(found, key=lambda key: key.rpartition("/")[2] != _STATE_KEY)
+    return [key for key in found if key.rpartition("/")[2] == _STATE_KEY] or found
 
 
 def _names(checkpoint: Checkpoint) -> Callable[[str], str | None]:

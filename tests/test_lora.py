@@ -341,6 +341,9 @@ def test_alpha_that_nothing_says_is_said(golden: Path, tmp_path: Path, factors: 
     alpha, found, _ = scalings(golden, file)
     assert alpha == "file+config"
     assert found == pytest.approx(dict.fromkeys(MODULES, 4.0) | {"blocks.0.self_attn.q": 2.0}, rel=1e-3)
+    save_file(state, file)
+    (tmp_path / PEFT_CONFIG).write_text("{")
+    assert "another's (it is not readable)" in scalings(golden, file)[2][0]
     for whole in (write_comfy, write_kohya, write_peft):
         with merge_loras(open_checkpoint(golden), [LoraFile(path=whole(tmp_path, factors))]) as view:
             assert remarks(view) == []

@@ -45,8 +45,9 @@ class _Checked(io.FileIO):
 def checked_stdout() -> Iterator[None]:
     """Within it, sys.stdout ends the command when it cannot be written to, or flushed at the end.
 
-    Python alone ends well when a full disk takes a part of the last line, and an unbuffered stdout drops what does not
-    fit. A terminal, or what somebody put in the place of stdout, stays as it is.
+    Left to itself, Python drops what does not fit when stdout is unbuffered (PYTHONUNBUFFERED) and a full disk takes a
+    part, and exits with 0; otherwise it shows a traceback. A terminal, and what somebody put in the place of stdout,
+    stay as they are.
     """
     stream: TextIO | None = sys.stdout
     is_ours = stream is sys.__stdout__
