@@ -222,8 +222,8 @@ def sweep(
     them for every cell; models are compared on the last `validation_clips` of `data`, which no calibration sees.
     Without `data` the dense model generates both, once; `tiny` draws them. Weights are deleted when a cell is measured,
     unless `keep`. A rerun takes the finished cells from `output` (`restart`: none) and adds new ones; it may have other
-    axes, but must be of the same model, clips and settings. `say` is told once what the
-    conversions have to say.
+    axes, but must be of the same model, clips and settings. `say` is told once what the conversions have
+    to say.
 
     Raises InputError for bad input, cells that do not fit the model, or a folder of another sweep.
     """
