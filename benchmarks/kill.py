@@ -36,7 +36,7 @@ import torch
 from safetensors.torch import save_file
 from tables import put_between
 
-from mlaconvert import writer
+from mlaconvert import staging, writer
 from mlaconvert.checkpoint import CONFIG_NAME
 from mlaconvert.config import ConvertRecipe, WanConfig
 from mlaconvert.convert import convert
@@ -388,12 +388,12 @@ def full_file_systems(source: Path, folder: Path, expected: Snapshot) -> Counter
 
 @contextmanager
 def _enough_space() -> Iterator[None]:
-    check = writer.Staging.check
+    check = staging.Staging.check
     try:
-        writer.Staging.check = lambda *_, **__: None  # type: ignore[method-assign]
+        staging.Staging.check = lambda *_, **__: None  # type: ignore[method-assign]
         yield
     finally:
-        writer.Staging.check = check  # type: ignore[method-assign]
+        staging.Staging.check = check  # type: ignore[method-assign]
 
 
 # --- the table ---------------------------------------------------------------------------------------------------

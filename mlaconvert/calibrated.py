@@ -35,8 +35,8 @@ from mlaconvert.lora import merged
 from mlaconvert.plan import ConversionPlan, Progress, mla_of
 from mlaconvert.recipes import CALIBRATION_FRAMES, regime_of, token_grid
 from mlaconvert.rollout import Sampler, own_clips, passes
+from mlaconvert.staging import write_whole
 from mlaconvert.tiny.clips import training_clips
-from mlaconvert.writer import write_whole
 
 MOMENTS_NAME = "calibration.json"
 CLIPS_NAME = "clips.safetensors"  # those that the teacher generated

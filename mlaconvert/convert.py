@@ -46,8 +46,9 @@ from mlaconvert.lora import LoraFile, lora_files, merge_loras, merged, remarks
 from mlaconvert.plan import ConversionPlan, Progress, mla_of, plan_conversion, silent
 from mlaconvert.ranks import PATIENCE, RankError, Ranks, meet
 from mlaconvert.recipes import with_settings
+from mlaconvert.staging import Staging, disk_errors, write_whole
 from mlaconvert.verify import Verification, verify_conversion
-from mlaconvert.writer import ModelFiles, Staging, disk_errors, write_whole
+from mlaconvert.writer import ModelFiles, is_model
 
 README_NAME = "README.md"
 
@@ -204,7 +205,7 @@ def convert(
         }
         for checkpoint in checkpoints.values() if recipe.init == "calibrated" else ():
             check_clips(checkpoint, data)
-        staging = None if folder is None else Staging(folder, overwrite=overwrite)
+        staging = None if folder is None else Staging(folder, "convert", overwrite=overwrite)
         if staging is not None and ranks.speaks:
             _check_output(staging, checkpoints, plans)
         for plan in plans.values():
@@ -266,7 +267,8 @@ def _check_output(staging: Staging, checkpoints: Mapping[str, Checkpoint], plans
         for file in (*checkpoint.store.files, *lora_files(checkpoint)):
             if staging.target in (file.resolve(), *file.resolve().parents):
                 raise OutputError(f"{staging.path} holds the source; choose another path")
-    staging.check(sum(plan.output_bytes for plan in plans.values()), pair="" not in plans)
+    needed, pair = sum(plan.output_bytes for plan in plans.values()), "" not in plans
+    staging.check(needed, kind="model", replaceable=partial(is_model, pair=pair))
 
 
 # --- the work ----------------------------------------------------------------------------------------------------
@@ -496,7 +498,7 @@ class _Job:
 
     def _files(self, name: str, plan: ConversionPlan) -> ModelFiles:
         specs = [operation.spec for operation in plan.operations]
-        return ModelFiles(self.staging.model / name, specs, metadata={"format": "pt"}, where=self.staging.path)
+        return ModelFiles(self.staging.content / name, specs, metadata={"format": "pt"}, where=self.staging.path)
 
 
 def _output_config(checkpoint: Checkpoint, plan: ConversionPlan) -> dict[str, Any]:

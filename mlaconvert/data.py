@@ -24,7 +24,7 @@ from mlaconvert.checkpoint import check_floats, read_header, read_tensors
 from mlaconvert.config import WanConfig
 from mlaconvert.errors import InputError, OutputError
 from mlaconvert.inputs import reason_of
-from mlaconvert.writer import write_whole
+from mlaconvert.staging import write_whole
 
 NULL_CONTEXT = "null_context.safetensors"
 _NAMED = 20  # clips of a shard that a message names

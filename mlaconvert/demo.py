@@ -59,19 +59,26 @@ class Demo:
         }
 
 
-def run_demo(output: Path, progress: Progress) -> Demo:
-    """Convert the tiny model into `output`/tiny-mla and compare; the figures are those of this run.
-
-    Raises OutputError when that folder exists, or `output` cannot be one.
-    """
+def make_folder(output: Path) -> None:
+    """Make the folder of a demo. Raises OutputError."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{output}: cannot be made a folder ({error.strerror}); choose another with -o DIR") from None
+
+
+def run_demo(output: Path, progress: Progress, *, overwrite: bool = False) -> Demo:
+    """Convert the tiny model into `output`/tiny-mla and compare; the figures are those of this run.
+
+    Raises OutputError when that folder exists (without `overwrite`), or `output` cannot be one.
+    """
+    make_folder(output)
+    if (output / "tiny-mla").exists() and not overwrite:
+        raise OutputError(f"{output / 'tiny-mla'} exists; choose another folder with -o DIR, or delete it")
     with open_checkpoint("tiny") as checkpoint:
         analysis = analyze(checkpoint, progress=lambda done, total: progress("analyze", done, total))
     path = output / "tiny-mla"
-    report = convert("tiny", path, load_recipe("tiny"), progress=progress)
+    report = convert("tiny", path, load_recipe("tiny"), overwrite=overwrite, progress=progress)
     teacher, student = load_model("tiny"), load_model(path)
     conditions = dataclasses.replace(
         tiny_conditions(teacher.config.streaming, clips=CLIPS), rollout=rollout_plan(teacher)

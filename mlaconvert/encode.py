@@ -1,6 +1,7 @@
 """Videos and captions to clips that models are calibrated, healed and evaluated on (`mlaconvert.data`).
 
-A clip is a shard of its own. What is there already is not made again, so an interrupted run goes on.
+A clip is a shard of its own. What is there already is not made again, so an interrupted run goes on. Of a video that
+was changed, or turns out to be bad, no older shard stays.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,9 +32,9 @@ from mlaconvert.errors import ConfigError, InputError, OutputError
 from mlaconvert.footage import ENDINGS, Footage, to_pixels
 from mlaconvert.inputs import parse_json, read_json, read_text, reason_of
 from mlaconvert.plan import public_name
+from mlaconvert.staging import claim, disk_errors, visible, write_whole
 from mlaconvert.text import TEXT_LEN, embed_texts
 from mlaconvert.vae import Vae
-from mlaconvert.writer import write_whole
 
 SETTINGS_NAME = "encoding.json"
 BadVideos = Literal["refuse", "skip"]
@@ -128,15 +130,36 @@ def encode(
     `context` [1, 512, text_dim] in bfloat16; `null_context.safetensors` holds the empty prompt's. Shards appear whole;
     those whose video, caption and settings are unchanged are kept, so an interrupted run goes on. A video that cannot
     be decoded, or is too short for one clip, raises InputError naming it, or is left out with `bad` "skip", which
-    tells `on_bad`. Raises OutputError for a folder that holds something else or clips of other settings.
+    tells `on_bad` and deletes what shards there are of it. Raises OutputError for a folder that holds something else or
+    clips of other settings, or that another run has.
     """
     require("imageio_ffmpeg", "diffusers", "transformers", "ftfy")
     wanted, folder, report = wanted or Encoding(), Path(output), progress or (lambda *_: None)
-    _check_folder(folder, _settings(base, wanted))
     for name in (device, text_device or device):
         resolve_device(name, torch.float32)
-    kept = {video.name: _kept(folder, video, wanted) for video in videos}
+    with claim(folder, "encode"):
+        _check_folder(folder, _settings(base, wanted))
+        return _encode(videos, folder, base, wanted, device, text_device or device, bad, on_bad, report)
+
+
+def _encode(
+    videos: Sequence[Video],
+    folder: Path,
+    base: Base,
+    wanted: Encoding,
+    device: str,
+    text_device: str,
+    bad: BadVideos,
+    on_bad: Callable[[str], None] | None,
+    report: Progress,
+) -> EncodingReport:
+    """`encode` in a folder that nobody else writes to."""
+    shards, kept, stale = _shards(folder), {}, {}
+    for video in videos:
+        kept[video.name], stale[video.name] = _kept(video, shards.get(_stem(video), {}), wanted)
     left = [video for video in videos if not _is_done(kept[video.name], wanted)]
+    for name in stale.keys() - {video.name for video in left}:
+        _delete(stale[name])
     made, skipped = 0, []
     if left:
         vae = Vae.load(base).to(device)
@@ -144,20 +167,25 @@ def encode(
             if value % (2 * vae.stride):
                 raise ConfigError(f"{name} is {value} pixels: give a multiple of {2 * vae.stride}")
         _prepare(folder, _settings(base, wanted))
-        _embed(folder, base, left, text_device or device, report)
+        _embed(folder, base, left, text_device, report)
     for number, video in enumerate(left):
 
         def show(part: float, number: int = number) -> None:
             report("video", round(_PARTS * (number + min(part, 1))), _PARTS * len(left), f"{number + 1}/{len(left)}")
 
         show(0)
+        clips = {header["clip"] for header in kept[video.name]}
         try:
-            made += _encode_video(folder, video, vae, wanted, {header["clip"] for header in kept[video.name]}, show)
+            _delete(stale[video.name])  # first, so that what a killed run left is never of two states of a video
+            made += _encode_video(folder, video, vae, wanted, clips, show)
         except OutputError:
             raise
         except InputError as error:
+            there = _shards(folder).get(_stem(video), {})
+            _delete(path for clip, path in there.items() if bad == "skip" or clip not in clips)
             if bad == "refuse":
                 raise InputError(f"{error}; mend or remove it, or pass --bad-videos skip") from None
+            kept[video.name] = []
             skipped.append(str(error))
             if on_bad is not None:
                 on_bad(f"skipped: {error}")
@@ -239,30 +267,47 @@ def _settings(base: Base, wanted: Encoding) -> dict[str, Any]:
 
 
 def _check_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder that holds anything but clips of the same settings."""
+    """Refuse a folder that holds anything but clips of the same settings; delete what a killed run half wrote there."""
     note = folder / SETTINGS_NAME
     if note.is_file():
         if read_json(note).get("settings") != settings:
             raise OutputError(f"{folder} holds clips of other settings ({SETTINGS_NAME}); choose another folder")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        _delete(folder.glob("*.safetensors.partial"))
+    elif folder.exists() and (not folder.is_dir() or visible(folder)):
         raise OutputError(f"{folder} exists and holds no encoded clips; choose another folder")
-    elif not folder.absolute().parent.is_dir():
-        raise OutputError(f"{folder}: its parent folder does not exist; create it first")
 
 
 def _prepare(folder: Path, settings: dict[str, Any]) -> None:
     """Make the folder, with a note of what its clips share."""
-    try:
+    with disk_errors(folder):
         (folder / _TEXTS).mkdir(parents=True, exist_ok=True)
         write_whole(folder / SETTINGS_NAME, (json.dumps({"settings": settings}, indent=2) + "\n").encode())
-    except OSError as error:
-        raise OutputError(f"{folder}: writing failed ({reason_of(error)})") from None
+
+
+def _stem(video: Video) -> str:
+    """What the names of a video's shards begin with: readable, and another one for every video."""
+    plain = re.sub(r"[^A-Za-z0-9_]+", "-", str(Path(video.name).with_suffix(""))).strip("-")[:80]
+    return f"{plain}-{hashlib.sha256(video.name.encode()).hexdigest()[:8]}"
 
 
 def _shard(folder: Path, video: Video, clip: int) -> Path:
-    """The file of one clip: readable, and another one for every name."""
-    plain = re.sub(r"[^A-Za-z0-9_]+", "-", str(Path(video.name).with_suffix(""))).strip("-")[:80]
-    return folder / f"{plain}-{hashlib.sha256(video.name.encode()).hexdigest()[:8]}-{clip:04d}.safetensors"
+    """The file of one clip."""
+    return folder / f"{_stem(video)}-{clip:04d}.safetensors"
+
+
+def _shards(folder: Path) -> dict[str, dict[int, Path]]:
+    """The shards that are there, by the stem of their video and the number of the clip."""
+    found: dict[str, dict[int, Path]] = {}
+    for path in folder.glob("*.safetensors"):
+        if name := re.fullmatch(r"(.+)-(\d{4,})\.safetensors", path.name):
+            found.setdefault(name[1], {})[int(name[2])] = path
+    return found
+
+
+def _delete(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with disk_errors(path, "delete it"):
+            path.unlink(missing_ok=True)
 
 
 def _key(video: Video, clip: int) -> dict[str, Any]:
@@ -270,23 +315,23 @@ def _key(video: Video, clip: int) -> dict[str, Any]:
     return {"file": video.name, "bytes": video.path.stat().st_size, "caption": video.caption, "clip": clip}
 
 
-def _kept(folder: Path, video: Video, wanted: Encoding) -> list[dict[str, Any]]:
-    """What the headers of a video's clips say that are there and up to date."""
-    found = []
-    for clip in range(wanted.clips):
-        try:
-            with safe_open(_shard(folder, video, clip), framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
-        except (OSError, SafetensorError, ValueError):
-            continue
-        if isinstance(header, dict) and _key(video, clip).items() <= header.items():
+def _kept(video: Video, shards: Mapping[int, Path], wanted: Encoding) -> tuple[list[dict[str, Any]], list[Path]]:
+    """What the headers of a video's wanted clips say, of those of its `shards` that are up to date; and the others."""
+    found, stale = [], []
+    for clip, path in sorted(shards.items()):
+        header: Any = None
+        with suppress(OSError, SafetensorError, ValueError), safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+        if not isinstance(header, dict) or not _key(video, clip).items() <= header.items():
+            stale.append(path)
+        elif clip < wanted.clips:
             found.append(header)
-    return found
+    return found, stale
 
 
 def _is_done(found: Sequence[Mapping[str, Any]], wanted: Encoding) -> bool:
     """Whether these are all clips of a video that are wanted, or all that it has."""
-    return len(found) == wanted.clips or any(header["last"] for header in found)
+    return len(found) == wanted.clips or any(header["last"] and header["clip"] + 1 == len(found) for header in found)
 
 
 # --- encoding ------------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Video from a model folder: chunk by chunk through the sliding-window cache, onto the disk as it comes.
 
 The latents go into a file that is laid out beforehand, so a long video never lies in memory. What an interrupted run
-finished stays in `.<output>.partial`; the same call takes it up from there. Prompts are embedded first, by the text
-encoder of the model's base repository, and the latents are decoded last, by its VAE: of the three models, only one of
-the large ones is loaded at a time.
+finished stays in `.<output>.partial` (`mlaconvert.staging`); the same call takes it up from there. Prompts are embedded
+first, by the text encoder of the model's base repository, and the latents are decoded last, by its VAE: of the three
+models, only one of the large ones is loaded at a time.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ import json
 import math
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -37,14 +35,16 @@ from mlaconvert.errors import ConfigError, InputError, OutputError, is_plain
 from mlaconvert.evaluate import TINY_GUIDANCE, TINY_STEPS
 from mlaconvert.families import Checkpoint, open_checkpoint
 from mlaconvert.families.causal import SETTINGS, assumption_line
-from mlaconvert.inputs import is_file, read_json, refuse_links
+from mlaconvert.inputs import is_file, read_json
+from mlaconvert.marks import MARK, digests, read_mark
 from mlaconvert.model import WanModel, load_model
-from mlaconvert.pictures import can_write_mp4, contact_sheet, save_movie
+from mlaconvert.pictures import SCALE, can_write_mp4, contact_sheet, remove_unfinished, save_movie
+from mlaconvert.plan import public_name
 from mlaconvert.rollout import Images, Sampler, passes, rollout
+from mlaconvert.staging import Staging, claim, disk_errors, write_whole
 from mlaconvert.text import embed_texts, free_memory
 from mlaconvert.tiny.clips import CAPTION, CAPTION_LEN, VOCABULARY, embed_captions, null_context
 from mlaconvert.vae import Vae
-from mlaconvert.writer import swap_folders
 
 LATENTS_NAME = "latents.safetensors"
 REPORT_NAME = "generation.json"
@@ -54,6 +54,10 @@ FPS = 16  # of Wan2.1 and the tiny model
 WAN_STEPS, WAN_GUIDANCE = 50, 5.0
 VBENCH_SAMPLES = 5
 _LONGEST_NAME = 255  # bytes of a file name
+_NOTE = "progress.json"
+_SAMPLES = 16  # values of a matrix that stand for it
+_OF_ONE = {"seed", "conditioning", "prompt", "prompts_begin"}  # settings in which the videos of a folder may differ
+_KEPT = "finished frames are kept: the same command goes on from them"
 
 Movie = Literal["auto", "gif", "mp4", "none"]
 MOVIES = (".mp4", ".gif")  # endings that make an output a single file
@@ -173,6 +177,11 @@ class Runtime:
             slice_size=slice_size,
         )
 
+    def chosen_dtype(self) -> torch.dtype | None:
+        """The dtype to run in, None for the file's own. Raises ConfigError for a device that is not there."""
+        on_cpu = resolve_device(self.device, torch.float32).type == "cpu"
+        return self.dtype or (None if on_cpu else torch.bfloat16)
+
     def load(
         self,
         source: str | Path,
@@ -183,8 +192,7 @@ class Runtime:
         config: Path | None = None,
     ) -> WanModel:
         """The model, ready to run. Raises ConfigError for a device that is not there, and what `load_model` raises."""
-        device = resolve_device(self.device, torch.float32)
-        dtype = self.dtype or (None if device.type == "cpu" else torch.bfloat16)
+        device, dtype = resolve_device(self.device, torch.float32), self.chosen_dtype()
         with open_checkpoint(
             source, revision=revision, subfolder=subfolder, state_key=state_key, config=config
         ) as checkpoint:
@@ -221,6 +229,23 @@ class Plan:
     images: Images
     has_pixels: bool  # the latents are RGB pixels
     words: Mapping[str, Any] | None  # what the contexts were embedded from
+
+    def sample(self, number: int) -> Plan:
+        """The plan of one of the samples alone."""
+
+        def one(tensor: Tensor) -> Tensor:
+            return tensor if len(tensor) == 1 else tensor[number : number + 1]
+
+        latents, features = self.images.latents, self.images.features
+        return dataclasses.replace(
+            self,
+            seeds=self.seeds[number : number + 1],
+            schedule=tuple((start, one(context)) for start, context in self.schedule),
+            prefix=None if self.prefix is None else one(self.prefix),
+            images=Images(
+                latents=None if latents is None else one(latents), features=None if features is None else one(features)
+            ),
+        )
 
     def settings(self) -> dict[str, Any]:
         """What the video depends on besides the model, as plain data."""
@@ -390,7 +415,8 @@ def generate(
     and what `plan_generation`, `open_checkpoint`, `find_base` and `rollout` raise.
     """
     wanted, runtime, target = wanted or Generation(), runtime or Runtime(), Path(output)
-    movie = _check_target(target, wanted, movie, overwrite)
+    staging = Staging(target, "generate", overwrite=overwrite, inside="video")
+    movie = _check_target(staging, wanted, movie)
     place: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "state_key": state_key}
     with open_checkpoint(source, **place, config=config) as checkpoint:
         geometry, notes = checkpoint.config, _notes(checkpoint, wanted)
@@ -407,35 +433,34 @@ def generate(
     plan = plan_generation(wanted, model.config, text=text)
     settings = {"source": str(source), **place, "weights": _fingerprint(model), "dtype": str(model.dtype)}
     settings |= plan.settings()
-    staging = target.absolute().parent / f".{target.name}.partial"
-    store = _ChunkFile.open(staging, plan, model.config, settings, overwrite)
-    resumed, started = store.done, time.monotonic()
-    with store:
+    with _ChunkFile.open(staging, plan, model.config, settings) as store:
+        resumed, started = store.done, time.monotonic()
         cache_bytes = _run(model, plan, runtime, store, progress)
-    elapsed = time.monotonic() - started
-    del model
-    free_memory()
-    files = [LATENTS_NAME]
-    if vae is not None:
-        files += _decode(store.latents, staging, plan, vae.to(runtime.device), progress)
-    elif plan.has_pixels and movie != "none":
-        files += _pictures(store.latents, staging, plan.seeds, _ending(movie))
-    report = GenerationReport(
-        output=target,
-        files=(target.name,) if target.suffix in MOVIES else (*files, REPORT_NAME),
-        frames=plan.frames,
-        resumed_frames=resumed,
-        video_seconds=plan.frames * plan.stride / plan.fps,
-        elapsed=elapsed,
-        video_fps=len(plan.seeds) * (plan.frames - resumed) * plan.stride / elapsed,
-        cache_bytes=cache_bytes,
-        settings=settings,
-    )
-    if target.suffix in MOVIES:
-        _publish_movie(staging, files[1], target)
-    else:
-        (staging / REPORT_NAME).write_text(json.dumps(report.to_json(), indent=2) + "\n")
-        _publish(staging, target)
+        elapsed = time.monotonic() - started
+        del model
+        free_memory()
+        files = [LATENTS_NAME]
+        if vae is not None:
+            files += _decode(store.latents, staging.content, plan, vae.to(runtime.device), progress)
+        elif plan.has_pixels and movie != "none":
+            files += _pictures(store.latents, staging.content, plan.seeds, _ending(movie))
+        report = GenerationReport(
+            output=target,
+            files=(target.name,) if target.suffix in MOVIES else (*files, REPORT_NAME),
+            frames=plan.frames,
+            resumed_frames=resumed,
+            video_seconds=plan.frames * plan.stride / plan.fps,
+            elapsed=elapsed,
+            video_fps=len(plan.seeds) * (plan.frames - resumed) * plan.stride / elapsed,
+            cache_bytes=cache_bytes,
+            settings=settings,
+        )
+        with disk_errors(target, _KEPT):
+            for path in staging.content.iterdir():  # of a run that was killed, or wanted other movies
+                if path.name not in files:
+                    path.unlink()
+            _write_json(staging.content / REPORT_NAME, report.to_json())
+            staging.publish(files[1] if target.suffix in MOVIES else None)
     return report
 
 
@@ -450,17 +475,21 @@ def generate_for_vbench(
     subfolder: str | None = None,
     state_key: str | None = None,
     config: Path | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> list[Path]:
     """One video for every prompt and sample in the folder `output`, named "{prompt}-{index}.mp4".
 
     That is how VBench and VBench-Long look for a prompt's videos; both score five a prompt, index 0 to 4. Each file
-    appears whole, and those that are there already are left alone, so an interrupted run continues. The prompts are
-    embedded by the base's text encoder, or are the rows of `wanted.embeddings`, in order; then, without `wanted.base`,
-    models that do not work on RGB pixels leave "{prompt}-{index}.safetensors" with `latents` [1, C, F, H, W].
+    appears whole and holds a mark of the settings that made it. Files that are there already, made with these settings,
+    are left alone, so an interrupted run continues; with `overwrite` others are made again. Files of earlier versions
+    have no mark and are left alone, which `say` is told. The prompts are embedded by the base's text encoder, or are
+    the rows of `wanted.embeddings`, in order; then, without `wanted.base`, models that do not work on RGB pixels leave
+    "{prompt}-{index}.safetensors" with `latents` [1, C, F, H, W].
 
-    Returns all files. Raises InputError for a prompt that cannot be a file name, and what `generate` raises.
+    Returns all files. Raises InputError for a prompt that cannot be a file name, OutputError for files of another model
+    or other settings, and what `generate` raises.
     """
     wanted, runtime, folder = wanted or Generation(samples=VBENCH_SAMPLES), runtime or Runtime(), Path(output)
     if wanted.prompts:
@@ -470,6 +499,8 @@ def generate_for_vbench(
     place: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "state_key": state_key, "config": config}
     with open_checkpoint(source, **place) as checkpoint:
         geometry, notes = checkpoint.config, _notes(checkpoint, wanted)
+        dtype = runtime.chosen_dtype() or checkpoint.info("patch_embedding.weight").dtype
+        shared: dict[str, Any] = {"model": _fingerprint_of(checkpoint), "dtype": str(dtype)}
     if say is not None:
         for note in notes:
             say(note)
@@ -477,35 +508,99 @@ def generate_for_vbench(
     if geometry.out_dim == 3 and not can_write_mp4():
         raise InputError("VBench's file names end in .mp4, which needs an encoder: pip install 'mlaconvert[video]'")
     vae = None if base is None else _vae(base, geometry, "mp4")
+    embedded = base if wanted.embeddings is None else None
+    if base is not None:
+        shared["base"] = public_name(base.source)
+    plans = [_prompt_plan(wanted, geometry, prompts, number, embedded) for number in range(len(prompts))]
     ending = ".safetensors" if geometry.out_dim != 3 and vae is None else ".mp4"
     files = [[folder / f"{prompt}-{i}{ending}" for i in range(wanted.samples)] for prompt in prompts]
-    missing = [i for i, paths in enumerate(files) if not all(path.is_file() for path in paths)]
-    text = None
-    if base is not None and wanted.embeddings is None:
-        if not missing:
-            return [path for paths in files for path in paths]
-        chosen = dataclasses.replace(wanted, prompts=tuple(prompts[i] for i in missing))
-        text = _embed(base, chosen, geometry, runtime, progress, one_each=True)
-    if text is None:
-        checked = [_prompt_plan(wanted, geometry, prompt, i, len(prompts)) for i, prompt in enumerate(prompts)]
-        plans = {i: checked[i] for i in missing}
-    else:
-        plans = {i: plan_generation(wanted, geometry, row=row, text=text) for row, i in enumerate(missing)}
-    with _as_output_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    model = runtime.load(source, **place)
-    count = _Counter(sum(_passes(plan, runtime) for plan in plans.values()), progress)
-    for i, plan in plans.items():
-        chunks = list(_chunks(model, plan, runtime, plan.prefix, count))
-        videos = torch.cat([chunk.cpu() for chunk in chunks], 2)
-        for video, path in zip(videos, files[i], strict=True):
-            if vae is not None:
-                save_movie(vae.to(runtime.device).decode(video.unbind(1)), path, fps=plan.fps, scale=1)
-            elif plan.has_pixels:
-                save_movie(video.unbind(1), path, fps=plan.fps)
-            else:
-                save_shard(path, {"latents": video[None]})
+    marks = {
+        path: digests(shared | _own_settings(plan.sample(i)))
+        for plan, paths in zip(plans, files, strict=True)
+        for i, path in enumerate(paths)
+    }
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with claim(folder, "generate"):
+        left = _not_made(folder, ending, marks, overwrite, say or (lambda _: None))
+        missing = [number for number, paths in enumerate(files) if not left.isdisjoint(paths)]
+        if missing and embedded is not None:
+            chosen = dataclasses.replace(wanted, prompts=tuple(prompts[number] for number in missing))
+            text = _embed(embedded, chosen, geometry, runtime, progress, one_each=True)
+            for row, number in enumerate(missing):
+                plans[number] = plan_generation(wanted, geometry, row=row, text=text)
+        if missing:
+            with disk_errors(folder):
+                folder.mkdir(exist_ok=True)
+            model = runtime.load(source, **place)
+        count = _Counter(sum(_passes(plans[number], runtime) for number in missing), progress)
+        for number in missing:
+            plan = plans[number]
+            chunks = list(_chunks(model, plan, runtime, plan.prefix, count))
+            videos = torch.cat([chunk.cpu() for chunk in chunks], 2)
+            for video, path in zip(videos, files[number], strict=True):
+                if path in left:
+                    with disk_errors(folder, "whole videos are kept: the same command goes on from them"):
+                        _write_marked(video, path, plan, vae and vae.to(runtime.device), json.dumps(marks[path]))
     return [path for paths in files for path in paths]
+
+
+def _write_marked(video: Tensor, path: Path, plan: Plan, vae: Vae | None, mark: str) -> None:
+    """Write one video [C, F, H, W] as a movie, or as latents, with what it was made with. Raises OSError."""
+    if vae is None and not plan.has_pixels:
+        save_shard(path, {"latents": video[None]}, {MARK: mark})
+    else:
+        frames = video.unbind(1) if vae is None else vae.decode(video.unbind(1))
+        scale = SCALE if vae is None else 1
+        save_movie(frames, path, fps=plan.fps, scale=scale, comment=f"{MARK} {mark}")
+
+
+def _own_settings(plan: Plan) -> dict[str, Any]:
+    """What one video depends on besides the model and its base, by a name for the user."""
+    settings = plan.settings()
+    words = settings.pop("text", {})
+    return settings | {
+        "seed": settings.pop("seeds"),
+        "conditioning": settings.pop("inputs"),
+        "prompt": words.get("prompts"),
+        "negative prompt": words.get("negative"),
+    }
+
+
+def _not_made(
+    folder: Path, ending: str, marks: Mapping[Path, Mapping[str, str]], overwrite: bool, say: Callable[[str], None]
+) -> set[Path]:
+    """The files of `marks` that are to be made: not there, or with `overwrite` made with other settings.
+
+    Raises OutputError for a file in the folder that was made with other settings, of whatever prompt.
+    """
+    left = {path for path in marks if not path.is_file()}
+    unknown, ours = 0, next(iter(marks.values()), {})
+    if folder.is_dir():
+        remove_unfinished(folder)
+    for path in sorted(folder.glob(f"*{ending}")):
+        mark = read_mark(path)
+        if path not in marks:  # another prompt's: only what all prompts share is compared
+            expected = {name: ours[name] for name in ours if name not in _OF_ONE}
+            changed = [] if mark is None else [name for name in expected if mark.get(name) != expected[name]]
+            if changed:
+                raise OutputError(f"{path} was made with another {changed[0]}; delete it, or choose another folder")
+        elif mark is None:
+            unknown += 1
+            left |= {path} if overwrite else set()
+        elif changed := sorted(name for name in mark.keys() | marks[path] if mark.get(name) != marks[path].get(name)):
+            if not overwrite:
+                raise OutputError(
+                    f"{path} was made with another {changed[0]}; choose another folder, or pass --overwrite to make "
+                    "such videos again"
+                )
+            left.add(path)
+    if unknown and not overwrite:
+        say(
+            f"{unknown} videos in {folder} do not say what made them, as earlier versions left them: they are kept; "
+            "--overwrite makes them again"
+        )
+    return left
 
 
 # --- inputs --------------------------------------------------------------------------------------------------------
@@ -578,10 +673,8 @@ def _embed(
     """Embed the prompts, and with guidance the negative one; everything else is checked before."""
     device = str(resolve_device(runtime.text_device or runtime.device, torch.float32))
     resolve_device(runtime.device, torch.float32)
-    blank = torch.zeros(1, 1, config.text_dim)
-    words = {"base": base.source, "prompts": list(wanted.prompts)}
-    text = Text(contexts=(blank,) * len(wanted.prompts), negative=blank, words=words)
-    guided = plan_generation(wanted, config, row=0 if one_each else None, text=text).sampler.guidance != 1
+    text = _unembedded(base, wanted, config, one_each=one_each)
+    guided = text.negative is not None
     texts = [*wanted.prompts, *([wanted.negative] if guided else [])]
     found: list[Tensor] = []
     for embedding in embed_texts(base, texts, device=device, max_tokens=config.text_len):
@@ -593,9 +686,18 @@ def _embed(
         found.append(embedding[None].float())
         if progress is not None:
             progress("text", len(found), len(texts), "")
-    if guided:
-        words["negative"] = wanted.negative
-    return Text(contexts=tuple(found[: len(wanted.prompts)]), negative=found[-1] if guided else None, words=words)
+    contexts, negative = found[: len(wanted.prompts)], found[-1] if guided else None
+    return dataclasses.replace(text, contexts=tuple(contexts), negative=negative)
+
+
+def _unembedded(base: Base, wanted: Generation, config: WanConfig, *, one_each: bool = False) -> Text:
+    """The words, with zeros for their embeddings: enough to plan, and to check everything else."""
+    blank = torch.zeros(1, 1, config.text_dim)
+    words = {"base": base.source, "prompts": list(wanted.prompts)}
+    text = Text(contexts=(blank,) * len(wanted.prompts), negative=blank, words=words)
+    if plan_generation(wanted, config, row=0 if one_each else None, text=text).sampler.guidance == 1:
+        return dataclasses.replace(text, negative=None)
+    return dataclasses.replace(text, words=words | {"negative": wanted.negative})
 
 
 def _starts(wanted: Generation, prompts: int, frames: int, rate: float) -> list[int]:
@@ -653,14 +755,18 @@ def _check_prompt_name(prompt: str, number: int, prompts: Sequence[str]) -> None
         raise InputError(f"prompt {number} is there twice: {prompt[:60]!r}")
 
 
-def _prompt_plan(wanted: Generation, config: WanConfig, prompt: str, index: int, count: int) -> Plan:
-    """The plan of one prompt of a list."""
+def _prompt_plan(
+    wanted: Generation, config: WanConfig, prompts: Sequence[str], number: int, embedded: Base | None
+) -> Plan:
+    """The plan of one prompt of a list; with `embedded`, the base of the text encoder, before it is embedded."""
     if wanted.embeddings is None:
-        return plan_generation(dataclasses.replace(wanted, prompts=(prompt,)), config)
+        alone = dataclasses.replace(wanted, prompts=(prompts[number],))
+        text = None if embedded is None else _unembedded(embedded, alone, config)
+        return plan_generation(alone, config, text=text)
     rows = len(_contexts(wanted, config)[0])
-    if rows != count:
-        raise InputError(f"{wanted.embeddings}: context has {rows} rows for {count} prompts; give one a prompt")
-    return plan_generation(wanted, config, row=index)
+    if rows != len(prompts):
+        raise InputError(f"{wanted.embeddings}: context has {rows} rows for {len(prompts)} prompts; give one a prompt")
+    return plan_generation(wanted, config, row=number)
 
 
 # --- running -------------------------------------------------------------------------------------------------------
@@ -743,71 +849,110 @@ def _run(model: WanModel, plan: Plan, runtime: Runtime, store: _ChunkFile, progr
 class _ChunkFile:
     """A safetensors file that is laid out at once and filled chunk by chunk, with a note of how far it is.
 
-    Both lie in a staging folder that outlives an interrupted run.
+    Both lie in a staging folder that outlives an interrupted run. As a context manager, it leaves that folder as the
+    next run wants it.
     """
 
-    def __init__(self, staging: Path, shape: tuple[int, ...], offset: int, settings: dict[str, Any], done: int) -> None:
-        self._note, self._settings, self.done = staging / "progress.json", settings, done
-        self._map = np.memmap(staging / LATENTS_NAME, dtype="<f4", mode="r+", offset=offset, shape=shape)
+    def __init__(self, staging: Staging, shape: tuple[int, ...], offset: int, settings: dict[str, Any], done: int):
+        self._staging, self._settings, self.done = staging, settings, done
+        self._map = np.memmap(staging.content / LATENTS_NAME, dtype="<f4", mode="r+", offset=offset, shape=shape)
         self.latents = torch.from_numpy(self._map)
 
     @classmethod
-    def open(
-        cls, staging: Path, plan: Plan, config: WanConfig, settings: dict[str, Any], overwrite: bool
-    ) -> _ChunkFile:
-        """Take up what an interrupted run with the same settings left, or begin."""
+    def open(cls, staging: Staging, plan: Plan, config: WanConfig, settings: dict[str, Any]) -> _ChunkFile:
+        """Take up what an interrupted run with the same settings left, or begin.
+
+        Raises OutputError for one with other settings, unless the staging may overwrite; then it goes.
+        """
         shape = (len(plan.seeds), config.out_dim, plan.frames, *plan.size)
         context = plan.schedule[0][1] if len(plan.schedule) == 1 else None
         header = _header(shape, None if context is None else tuple(context.shape))
-        settings = json.loads(json.dumps(settings))
-        with _as_output_errors(staging):
-            refuse_links(staging)
-            if staging.exists() and not overwrite:
-                left = _read_note(staging / "progress.json")
-                if left is None or left["settings"] != settings:
-                    raise OutputError(
-                        f"{staging} is an unfinished video with other settings; delete it, repeat its settings, "
-                        "or pass --overwrite"
-                    )
-                _check_left(staging / LATENTS_NAME, header, shape, left["frames"])
-                return cls(staging, shape, len(header), settings, left["frames"])
-            shutil.rmtree(staging, ignore_errors=True)
-            needed = 4 * math.prod(shape)
-            free = shutil.disk_usage(staging.parent).free
-            if needed > free:
-                raise OutputError(
-                    f"{staging.parent}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; "
-                    "make room or choose another disk"
-                )
-            staging.mkdir()
-            with (staging / LATENTS_NAME).open("wb") as file:
-                file.write(header)
-                file.seek(needed, os.SEEK_CUR)
-                file.write(b"" if context is None else _raw(context))
-                file.truncate(max(file.tell(), len(header) + needed))
-            made = cls(staging, shape, len(header), settings, 0)
-            made._write_note()
-            return made
+        settings, needed = json.loads(json.dumps(settings)), 4 * math.prod(shape)
+        try:
+            done = _frames_left(staging, header, shape, settings)
+        except OutputError:
+            if not staging.overwrite:
+                raise
+            done = None
+        _check_staging(staging, needed if done is None else 0)
+        with disk_errors(staging.path):
+            staging.open()
+            try:
+                if done is not None:
+                    _move_earlier(staging, {"frames": done, "settings": settings})
+                    return cls(staging, shape, len(header), settings, done)
+                staging.clear()
+                staging.content.mkdir()
+                with (staging.content / LATENTS_NAME).open("wb") as file:
+                    file.write(header)
+                    file.seek(needed, os.SEEK_CUR)
+                    file.write(b"" if context is None else _raw(context))
+                    file.truncate(max(file.tell(), len(header) + needed))
+                made = cls(staging, shape, len(header), settings, 0)
+                made._write_note()
+                return made
+            except BaseException:
+                staging.close() if done else staging.remove()
+                raise
 
     def write(self, start: int, chunk: Tensor) -> None:
         """Put a chunk [N, C, f, H, W] at frame `start` and note it once it is on the disk."""
-        with _as_output_errors(self._note.parent):
+        with disk_errors(self._staging.path, _KEPT):
             self.latents[:, :, start : start + chunk.shape[2]] = chunk.float().cpu()
             self._map.flush()
             self.done = start + chunk.shape[2]
             self._write_note()
 
     def _write_note(self) -> None:
-        staged = self._note.with_suffix(".partial")
-        staged.write_text(json.dumps({"frames": self.done, "settings": self._settings}))
-        staged.replace(self._note)
+        _write_json(self._staging.folder / _NOTE, {"frames": self.done, "settings": self._settings})
 
     def __enter__(self) -> _ChunkFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and self.done == 0:  # nothing to take up
-            shutil.rmtree(self._note.parent, ignore_errors=True)
+        if kind is not None and self.done:
+            self._staging.close()
+        else:  # nothing to take up
+            self._staging.remove()
+
+
+def _frames_left(staging: Staging, header: bytes, shape: Sequence[int], settings: dict[str, Any]) -> int | None:
+    """How many frames of this video an interrupted run left, None when there is nothing to go on from.
+
+    Raises OutputError for frames of another video, or damaged ones.
+    """
+    left = staging.left()
+    note = _read_note(staging.folder / _NOTE) if _NOTE in left else None
+    if not left - {_NOTE} or (_NOTE not in left and staging.content.is_dir()):
+        return None  # killed before it began, or when all was in place
+    if _NOTE not in left:  # earlier versions took the note away before they put a finished video in place
+        report = _read_note(staging.folder / REPORT_NAME)
+        note = None if report is None else {"frames": shape[2], "settings": report["settings"]}
+    if note is None or note["settings"] != settings:
+        raise OutputError(
+            f"{staging.folder} is an unfinished video with other settings; delete it, repeat its settings, "
+            "or pass --overwrite"
+        )
+    places = [folder / LATENTS_NAME for folder in (staging.folder, staging.content)]
+    path, frames = next((path for path in places if is_file(path)), None), note["frames"]
+    if path is None or path.stat().st_size < len(header) + 4 * math.prod(shape):
+        frames = None
+    elif path is not None:
+        with path.open("rb") as file:
+            frames = frames if file.read(len(header)) == header else None
+    if type(frames) is not int or not 0 <= frames <= shape[2]:
+        raise OutputError(f"{staging.folder} is a damaged unfinished video; delete it, or pass --overwrite")
+    return frames
+
+
+def _move_earlier(staging: Staging, note: Mapping[str, Any]) -> None:
+    """Move what earlier versions kept beside the note to where it belongs now, the latents last. Raises OSError."""
+    left = sorted(staging.left() - {_NOTE, staging.content.name}, key=lambda name: name == LATENTS_NAME)
+    if left:
+        _write_json(staging.folder / _NOTE, note)
+        staging.content.mkdir(exist_ok=True)
+        for name in left:
+            (staging.folder / name).replace(staging.content / name)
 
 
 def _header(latents: tuple[int, ...], context: tuple[int, ...] | None) -> bytes:
@@ -826,6 +971,16 @@ def _raw(tensor: Tensor) -> bytes:
     return tensor.detach().float().cpu().contiguous().numpy().tobytes()
 
 
+def _fingerprint_of(checkpoint: Checkpoint) -> str:
+    """Tells weights apart without reading all: whole biases and norms, and a few values of every larger tensor."""
+    found = hashlib.sha256()
+    for name in sorted(checkpoint.names):
+        tensor = checkpoint.read(name).reshape(-1)
+        step = 1 if len(checkpoint.info(name).shape) < 2 else max(1, len(tensor) // _SAMPLES)
+        found.update(f"{name} {list(checkpoint.info(name).shape)} ".encode() + _raw(tensor[::step]))
+    return found.hexdigest()
+
+
 def _fingerprint(model: WanModel) -> str:
     """Tells weights apart by their biases and norms, which every training and conversion changes."""
     return hashlib.sha256(b"".join(_raw(p) for p in model.parameters() if p.ndim == 1)).hexdigest()
@@ -839,14 +994,8 @@ def _read_note(path: Path) -> dict[str, Any] | None:
     return note if {"frames", "settings"} <= note.keys() else None
 
 
-def _check_left(path: Path, header: bytes, shape: Sequence[int], frames: Any) -> None:
-    """Raise OutputError unless an interrupted run's file has room for `shape`, `frames` of which are there."""
-    whole = is_file(path) and path.stat().st_size >= len(header) + 4 * math.prod(shape)
-    if whole and type(frames) is int and 0 <= frames <= shape[2]:
-        with path.open("rb") as file:
-            if file.read(len(header)) == header:
-                return
-    raise OutputError(f"{path.parent} is a damaged unfinished video; delete it, or pass --overwrite")
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    write_whole(path, (json.dumps(data, indent=2) + "\n").encode())
 
 
 def _pictures(latents: Tensor, folder: Path, seeds: Sequence[int], ending: str) -> list[str]:
@@ -871,7 +1020,7 @@ def _decode(latents: Tensor, folder: Path, plan: Plan, vae: Vae, progress: Progr
 
     for number, name in enumerate(names):
         if not (folder / name).exists():
-            with _as_output_errors(folder):
+            with disk_errors(folder, _KEPT):
                 save_movie(vae.decode(counted(number)), folder / name, fps=plan.fps, scale=1)
         if progress is not None:
             progress("decode", (number + 1) * plan.frames, total, "")
@@ -882,62 +1031,32 @@ def _ending(movie: Movie) -> str:
     return ".mp4" if movie == "mp4" or (movie == "auto" and can_write_mp4()) else ".gif"
 
 
-def _check_target(target: Path, wanted: Generation, movie: Movie, overwrite: bool) -> Movie:
+def _check_target(staging: Staging, wanted: Generation, movie: Movie) -> Movie:
     """Refuse an output that cannot be written; the kind of movie, which a file's ending decides."""
-    if target.suffix not in MOVIES:
-        _check_folder(target, overwrite)
-    else:
+    target = staging.path
+    if target.suffix in MOVIES:
         ending = cast(Movie, target.suffix[1:])
         if movie not in ("auto", ending):
             raise ConfigError(f"{target} says {ending}, and --format {movie}; leave one of them out")
         if wanted.samples > 1:
             raise ConfigError(f"{target} is one movie, and {wanted.samples} samples are several; give a folder")
-        _check_file(target, overwrite)
         movie = ending
+    _check_staging(staging, 0)
     if movie == "mp4" and not can_write_mp4():
         raise InputError("MP4 needs an encoder: pip install 'mlaconvert[video]', or take --format gif")
     return movie
 
 
-def _check_file(target: Path, overwrite: bool) -> None:
-    if not target.absolute().parent.is_dir():
-        raise OutputError(f"{target}: its parent folder {target.parent} does not exist; create it first")
-    if target.exists() and (not overwrite or not target.is_file()):
-        raise OutputError(f"{target} exists; choose another path, or pass --overwrite to replace a file")
+def _check_staging(staging: Staging, needed: int) -> None:
+    """Raise OutputError when the output cannot be written, or has no room for `needed` bytes."""
+    if staging.path.suffix in MOVIES:
+        if staging.target.is_dir():
+            raise OutputError(f"{staging.path} exists and is a folder; choose another path for a movie")
+        staging.check(needed, kind="video", replaceable=Path.is_file)
+    else:
+        staging.check(needed, kind="video", replaceable=_is_video)
 
 
-def _check_folder(folder: Path, overwrite: bool) -> None:
-    if not folder.parent.is_dir():
-        raise OutputError(f"{folder}: its parent folder {folder.parent} does not exist; create it first")
-    if folder.exists():
-        if not overwrite:
-            raise OutputError(f"{folder} exists; choose another path, or pass --overwrite to replace it")
-        if not (folder / REPORT_NAME).is_file():
-            raise OutputError(f"{folder} holds no generated video, so it is not replaced; choose another path")
-
-
-def _publish(staging: Path, folder: Path) -> None:
-    """Put the finished folder in place of an older one."""
-    aside = folder.parent / f".{folder.name}.replaced"
-    with _as_output_errors(folder):
-        (staging / "progress.json").unlink()
-        if folder.exists():
-            swap_folders(staging, folder, aside)
-        else:
-            staging.rename(folder)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _publish_movie(staging: Path, name: str, target: Path) -> None:
-    """Put the movie in its place; the latents go."""
-    with _as_output_errors(target):
-        (staging / name).replace(target)
-    shutil.rmtree(staging, ignore_errors=True)
-
-
-@contextmanager
-def _as_output_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{path}: writing failed ({error.strerror or error})") from None
+def _is_video(folder: Path) -> bool:
+    """Whether a folder may be overwritten as a generated video."""
+    return (folder / REPORT_NAME).is_file()

@@ -19,7 +19,7 @@ from mlaconvert.inputs import file_states, parse_json
 from mlaconvert.layers import LayerReport
 from mlaconvert.lora import merged
 from mlaconvert.plan import ConversionPlan
-from mlaconvert.writer import Staging, write_whole
+from mlaconvert.staging import Staging, write_whole
 
 COPIED = "copied"  # the note that all tensors that pass through are on the disk
 SPLITS = "splits"  # how a calibration divides each layer's scalars
@@ -59,7 +59,7 @@ class Journal:
     """
 
     def __init__(self, staging: Staging, identity: Mapping[str, Any]) -> None:
-        self.folder, self._model, self.identity = staging.folder, staging.model, identity
+        self.folder, self._model, self.identity = staging.folder, staging.content, identity
 
     def check(self) -> None:
         """Raise ConfigError when finished layers of another run lie in the folder."""

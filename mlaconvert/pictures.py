@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
@@ -44,10 +45,10 @@ def side_by_side(videos: list[Tensor]) -> Iterator[Tensor]:
         yield torch.cat([torch.cat(list(video[:, :, i].unbind(0)), 1) for video in videos], 2)
 
 
-def save_movie(frames: Iterable[Tensor], path: Path, *, fps: int = FPS, scale: int = SCALE) -> None:
+def save_movie(frames: Iterable[Tensor], path: Path, *, fps: int = FPS, scale: int = SCALE, comment: str = "") -> None:
     """Write frames [3, H, W] as a GIF or MP4, by the path's ending; the file appears whole or not at all.
 
-    An MP4 is written frame by frame, a GIF lies in memory.
+    An MP4 is written frame by frame, with a `comment` that players can show; a GIF lies in memory and has none.
 
     GIF counts hundredths of a second, so its rate is the nearest that this allows. Raises InputError for another
     ending, and for MP4 without its encoder.
@@ -55,12 +56,23 @@ def save_movie(frames: Iterable[Tensor], path: Path, *, fps: int = FPS, scale: i
     if path.suffix not in (".gif", ".mp4"):
         raise InputError(f"{path}: a movie ends in .gif or .mp4")
     staged = path.with_name(f".{os.getpid()}.partial{path.suffix}")
+    images = (to_image(frame, scale) for frame in frames)
     try:
-        (_save_gif if path.suffix == ".gif" else _save_mp4)((to_image(frame, scale) for frame in frames), staged, fps)
+        if path.suffix == ".gif":
+            _save_gif(images, staged, fps)
+        else:
+            _save_mp4(images, staged, fps, comment)
         staged.replace(path)
     finally:
         with suppress(FileNotFoundError):
             staged.unlink()
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete the movies that killed runs left half written in a folder that nobody else writes to. Raises OSError."""
+    for path in folder.glob(".*.partial.*"):
+        if re.fullmatch(r"\.\d+\.partial\.(gif|mp4)", path.name):
+            path.unlink()
 
 
 def _save_gif(images: Iterator[Image.Image], path: Path, fps: int) -> None:
@@ -68,7 +80,7 @@ def _save_gif(images: Iterator[Image.Image], path: Path, fps: int) -> None:
     first.save(path, save_all=True, append_images=images, duration=round(100 / fps) * 10, loop=0)
 
 
-def _save_mp4(images: Iterator[Image.Image], path: Path, fps: int) -> None:
+def _save_mp4(images: Iterator[Image.Image], path: Path, fps: int, comment: str) -> None:
     if not can_write_mp4():
         raise InputError("MP4 needs an encoder: pip install 'mlaconvert[video]', or write a GIF")
     import imageio_ffmpeg
@@ -76,7 +88,14 @@ def _save_mp4(images: Iterator[Image.Image], path: Path, fps: int) -> None:
     first = next(images)
     # H.264 halves the resolution of colours, so sides must be even; tiny videos are enlarged by an even number.
     writer = imageio_ffmpeg.write_frames(
-        str(path), first.size, fps=fps, codec="libx264", quality=8, macro_block_size=2, ffmpeg_log_level="error"
+        str(path),
+        first.size,
+        fps=fps,
+        codec="libx264",
+        quality=8,
+        macro_block_size=2,
+        ffmpeg_log_level="error",
+        output_params=["-metadata", f"comment={comment}"] if comment else [],
     )
     writer.send(None)
     try:

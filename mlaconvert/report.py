@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from mlaconvert import writer
+from mlaconvert import staging
 from mlaconvert.analyze import Analysis, DenseSpectra, LatentSpectrum
 from mlaconvert.convert import ModelReport
 from mlaconvert.drift import STATISTICS
@@ -247,7 +247,7 @@ def _bound(count: int | None, unit: str = "") -> str:
 def write_whole(path: Path, data: bytes, what: str) -> None:
     """Replace `path` by `data`, at once and only when all is on the disk. Raises OutputError, which says `what`."""
     try:
-        writer.write_whole(path, data)
+        staging.write_whole(path, data)
     except OSError as error:
         raise OutputError(f"{path}: cannot write {what} ({error.strerror}); choose another path") from error
 

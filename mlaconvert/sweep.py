@@ -14,6 +14,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,8 +36,8 @@ from mlaconvert.plan import ConversionPlan, Progress, plan_conversion, public_na
 from mlaconvert.recipes import load_recipe, read_recipe, with_init
 from mlaconvert.rollout import Sampler
 from mlaconvert.shipped import recipe_folder, recipe_names
+from mlaconvert.staging import claim, visible, write_whole
 from mlaconvert.tiny.clips import held_back
-from mlaconvert.writer import write_whole
 
 RECORD_NAME = "sweep.json"
 VALIDATION_CLIPS, TINY_CLIPS, GENERATED_CLIPS = 16, 64, 8  # of a folder (at most a quarter of it), of `tiny`, else
@@ -234,7 +235,8 @@ def sweep(
     say_once = functools.cache(say) if say is not None else None
     opening: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "state_key": state_key}
     opening |= {"config": config, "loras": loras}
-    with open_models(source, **opening) as models:
+    with ExitStack() as stack:
+        models = stack.enter_context(open_models(source, **opening))
         if "" not in models:
             raise ConfigError(
                 f"{source} holds two experts; sweep one with --subfolder {' or --subfolder '.join(models)}"
@@ -242,6 +244,7 @@ def sweep(
         checkpoint = models[""]
         planned = cells(recipe, checkpoint, clips=clips, seed=seed)
         belongs = _belongs(checkpoint, recipe.convert, data, clips, validation_clips, seed)
+        stack.enter_context(claim(folder, "sweep"))
         _prepare(folder, belongs, restart)
         calibration, validation, clips_from = _clips(
             checkpoint, planned, folder, data, validation_clips, seed, chosen_device, report
@@ -275,9 +278,9 @@ def sweep(
             results=tuple(results),
             output=folder,
         )
-    _write(folder / "results.json", found.to_json())
-    if not keep:
-        shutil.rmtree(folder / "models", ignore_errors=True)
+        _write(folder / "results.json", found.to_json())
+        if not keep:
+            shutil.rmtree(folder / "models", ignore_errors=True)
     return found
 
 
@@ -402,7 +405,7 @@ def _prepare(folder: Path, belongs: Mapping[str, Any], restart: bool) -> None:
     record = folder / RECORD_NAME
     try:
         folder.mkdir(exist_ok=True)
-        if any(folder.iterdir()) and not record.is_file():
+        if visible(folder) and not record.is_file():
             raise OutputError(f"{folder} is not a folder of a sweep; choose another path with -o")
         if record.is_file() and restart:
             for name in ("cells", "models", "moments", "clips", "validation"):
@@ -416,8 +419,6 @@ def _prepare(folder: Path, belongs: Mapping[str, Any], restart: bool) -> None:
                     "--restart to begin again in this one"
                 )
         (folder / "cells").mkdir(exist_ok=True)
-    except FileNotFoundError:
-        raise OutputError(f"{folder.parent} does not exist; create it first") from None
     except OSError as error:
         raise OutputError(f"{folder}: the sweep cannot be kept there ({error}); choose another path with -o") from None
     _write(record, belongs)

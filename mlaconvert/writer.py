@@ -1,4 +1,4 @@
-"""Write a model folder that appears whole or not at all: built in a hidden folder, put in place in one step.
+"""Write a model folder that appears whole or not at all (`mlaconvert.staging`).
 
 Like `mlaconvert.checkpoint`, this module knows files and tensors only.
 """
@@ -9,8 +9,6 @@ import ctypes
 import errno
 import json
 import os
-import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,10 +22,9 @@ import torch
 
 from mlaconvert.checkpoint import CONFIG_NAME, DTYPE_NAMES, INDEX_SUFFIX, WEIGHTS_NAME, experts
 from mlaconvert.errors import OutputError
-from mlaconvert.inputs import refuse_links
+from mlaconvert.staging import Staging, disk_errors, sync_folder, write_whole
 
 MAX_SHARD_BYTES = 5_000_000_000
-_LOCK, _MODEL = "lock", "model"
 
 
 @dataclass(frozen=True)
@@ -44,157 +41,11 @@ class TensorSpec:
         return prod(self.shape) * self.dtype.itemsize
 
 
-# --- the hidden folder -------------------------------------------------------------------------------------------
-
-
-class Staging:
-    """The hidden folder `.NAME.partial` in which the model folder `path` is built: `publish` puts it in place.
-
-    `model` is what will be put in place; its owner may keep other things in `folder`. A lock, which the system lets go
-    of when its process dies, tells a run that works there from one that was killed.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        self.path = Path(path)
-        self.overwrite = overwrite
-        self.target = Path(path).expanduser().resolve()
-        self.folder = self.target.with_name(f".{self.target.name}.partial")
-        self.model = self.folder / _MODEL
-        self._aside = self.target.with_name(f".{self.target.name}.replaced")
-        self._lock: int | None = None
-
-    def check(self, needed: int, *, pair: bool = False) -> None:
-        """Raise OutputError when `path` may not be written, or `needed` bytes have no room; changes nothing.
-
-        With `pair`, a folder of two experts may be overwritten too.
-        """
-        target = self.target
-        if not target.parent.is_dir():
-            raise OutputError(f"{self.path}: its parent folder {target.parent} does not exist; create it first")
-        if not os.access(target.parent, os.W_OK | os.X_OK):
-            raise OutputError(f"{self.path}: the folder {target.parent} is not writable")
-        if target.exists():
-            if not self.overwrite:
-                raise OutputError(f"{self.path} exists; choose another path, or pass --overwrite to replace it")
-            # Overwriting deletes: never a folder that holds something other than a model.
-            if not target.is_dir() or not _replaceable(target, pair):
-                raise OutputError(f"{self.path} is not a model folder, so it is not replaced; choose another path")
-        elif self._aside.exists() and not self.overwrite:
-            raise OutputError(
-                f"{self._aside} is the model that an interrupted run was replacing: go on with --overwrite, "
-                "or rename it back"
-            )
-        if self.folder.exists():
-            self._check_folder()
-        free = shutil.disk_usage(target.parent).free
-        missing = needed - _allocated(self.model)
-        if missing > free:
-            raise OutputError(
-                f"{self.path}: {missing / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free on its disk; "
-                "make room or choose another disk"
-            )
-
-    def _check_folder(self) -> None:
-        lock = self.folder / _LOCK
-        ours = self.folder.is_dir() and not self.folder.is_symlink()
-        if not ours or (any(self.folder.iterdir()) and not lock.is_file()):
-            raise OutputError(f"{self.folder} is in the way: delete it, or choose another path than {self.path}")
-        for folder in (self.folder, self.model, *self.model.glob("*/")):
-            refuse_links(folder)
-        if lock.is_file() and self._lock is None:
-            self._acquire(shared=True)  # several processes may look at once
-            self.close()
-
-    def open(self) -> None:
-        """Take the folder, with what a killed run left. Raises OutputError when another run has it, or OSError."""
-        self.folder.mkdir(exist_ok=True)
-        self._check_folder()
-        (self.folder / _LOCK).touch()
-        self._acquire()
-        if self._aside.exists():  # a run was killed while it replaced the old model, or just after
-            if self.target.exists():
-                shutil.rmtree(self._aside)
-            else:
-                self._aside.rename(self.target)
-
-    def clear(self) -> None:
-        """Throw away what the folder holds. Raises OSError."""
-        for path in self.folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != _LOCK:
-                path.unlink()
-
-    def publish(self) -> None:
-        """Put `model`, whose files are on the disk, in the place of `path` and remove the hidden folder.
-
-        Raises OSError; all is then as it was.
-        """
-        for folder in (*(path for path in self.model.iterdir() if path.is_dir()), self.model):
-            _sync_folder(folder)
-        if self.target.exists() and self.overwrite:
-            swap_folders(self.model, self.target, self._aside)
-        else:
-            self.model.rename(self.target)
-        with suppress(OSError):  # it is in place; some network disks cannot sync a folder
-            _sync_folder(self.target.parent)
-        shutil.rmtree(self._aside, ignore_errors=True)
-        self.remove()
-
-    def remove(self) -> None:
-        """Throw the folder away and let go of it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the folder and leave it as it is."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def _acquire(self, *, shared: bool = False) -> None:
-        if sys.platform == "win32":
-            return
-        import fcntl
-
-        handle = os.open(self.folder / _LOCK, os.O_RDWR)
-        try:
-            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise OutputError(f"{self.folder} is there: another run is writing {self.path}; wait for it") from None
-        except OSError:
-            pass  # a network disk without locks
-        self._lock = handle
-
-
-@contextmanager
-def disk_errors(path: Path, fate: str = "nothing was left there") -> Iterator[None]:
-    """Turn an OSError into an OutputError about `path` that says what became of the work."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{path}: writing failed ({error.strerror or error}); {fate}") from None
-
-
-def _replaceable(folder: Path, pair: bool) -> bool:
+def is_model(folder: Path, *, pair: bool = False) -> bool:
+    """Whether a folder may be overwritten as a model: it holds one, with `pair` perhaps two experts, or nothing."""
+    if not folder.is_dir():
+        return False
     return not any(folder.iterdir()) or (folder / CONFIG_NAME).is_file() or (pair and bool(experts(folder)))
-
-
-def _allocated(folder: Path) -> int:
-    """Bytes that the files below a folder take on the disk already; holes in them take none."""
-    files = folder.rglob("*.safetensors") if folder.is_dir() else ()
-    return sum(512 * getattr(file.stat(), "st_blocks", 0) for file in files)
-
-
-def swap_folders(staging: Path, target: Path, aside: Path) -> None:
-    """Put `staging` in the place of `target`, which becomes `aside`; when that fails, all is as it was."""
-    target.rename(aside)
-    try:
-        staging.rename(target)
-    except BaseException:
-        aside.rename(target)
-        raise
 
 
 def reserve(handle: int, size: int) -> None:
@@ -210,31 +61,6 @@ def reserve(handle: int, size: int) -> None:
         number = ctypes.get_errno()
         if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EINTR, errno.EPERM):
             raise OSError(number, os.strerror(number))
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, even when the machine stops. Raises OSError."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 # --- the files of a model ----------------------------------------------------------------------------------------
@@ -319,7 +145,7 @@ class ModelFiles:
             }
             text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
             write_whole(self.folder / WEIGHTS_NAME.replace(".safetensors", INDEX_SUFFIX), text.encode())
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor at its place."""
@@ -376,8 +202,9 @@ class ModelWriter:
     """Writes a model folder that appears whole or not at all.
 
     Everything goes to a hidden folder beside it (`Staging`), which `commit` puts in place; leaving the context without
-    a commit removes it, and so does the next run after a kill. Tensors come in any order and nothing is held. The same
-    input gives the same bytes. `on_bytes` is told the size of each tensor written.
+    a commit removes it, and so does the next run after a kill. That folder is `command`'s, or `staging`, which the
+    caller has opened already. Tensors come in any order and nothing is held. The same input gives the same bytes.
+    `on_bytes` is told the size of each tensor written.
 
     Raises OutputError: `path` exists (without `overwrite`), its parent is missing or not writable, the disk is full.
     """
@@ -391,25 +218,28 @@ class ModelWriter:
         max_shard_bytes: int | None = None,
         overwrite: bool = False,
         on_bytes: Callable[[int], None] | None = None,
+        command: str = "save_pretrained",
+        staging: Staging | None = None,
     ) -> None:
         self.path = Path(path)
-        self._staging = Staging(path, overwrite=overwrite)
+        self._staging, self._opened = staging or Staging(path, command, overwrite=overwrite), staging is not None
         self._files = ModelFiles(
-            self._staging.model, specs, metadata=metadata, where=self.path, max_shard_bytes=max_shard_bytes
+            self._staging.content, specs, metadata=metadata, where=self.path, max_shard_bytes=max_shard_bytes
         )
         self._on_bytes = on_bytes
         self._written: set[str] = set()
         self._open = False
-        self._staging.check(sum(spec.nbytes for spec in specs))
+        self._staging.check(sum(spec.nbytes for spec in specs), kind="model", replaceable=is_model)
 
     def __enter__(self) -> ModelWriter:
-        with disk_errors(self.path):
-            self._staging.open()
+        if not self._opened:
+            with disk_errors(self.path):
+                self._staging.open()
         self._open = True
         try:
             with disk_errors(self.path):
                 self._staging.clear()
-                self._staging.model.mkdir()
+                self._staging.content.mkdir()
                 self._files.create()
         except BaseException:
             self._abandon()
@@ -440,7 +270,7 @@ class ModelWriter:
     def write_bytes(self, filename: str, data: bytes) -> None:
         """Write a small file beside the weights, such as a picture."""
         self._require_open()
-        path = self._staging.model / filename
+        path = self._staging.content / filename
         if path.name != filename or path.exists():
             raise OutputError(f"{self.path}: {filename!r} is not a new file's name")
         with disk_errors(self.path):

@@ -28,6 +28,7 @@ from mlaconvert.generate import Generation, Runtime, caption_tokens, generate, g
 from mlaconvert.model import load_model
 from mlaconvert.pictures import can_write_mp4, contact_sheet, save_movie, side_by_side
 from mlaconvert.rollout import Sampler, rollout
+from mlaconvert.staging import Staging
 from mlaconvert.tiny.clips import embed_captions, null_context, sample_scenes
 
 CAPTIONS = ("large red disc right, sky", "small white ring up, stripes")
@@ -193,7 +194,7 @@ def test_other_settings_do_not_continue(tmp_path: Path, stop_after: Any) -> None
 
 def test_all_frames_done_but_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(generation, "_publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(Staging, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             generate("tiny", tmp_path / "out", SHORT, movie="none")
     report = generate("tiny", tmp_path / "out", SHORT, movie="none")
@@ -483,7 +484,7 @@ def test_wrong_inputs_are_named(golden: Path, tmp_path: Path) -> None:
 def test_only_its_own_folder_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
-    for overwrite, message in ((False, "out exists"), (True, "holds no generated video")):
+    for overwrite, message in ((False, "out exists"), (True, "is not a video folder")):
         with pytest.raises(OutputError, match=message):
             generate("tiny", tmp_path / "out", SHORT, overwrite=overwrite)
     with pytest.raises(OutputError, match="create it first"):

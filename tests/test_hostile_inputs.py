@@ -793,7 +793,10 @@ def note(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
 
 
 VIDEOS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no note": (lambda f: (f / "progress.json").unlink(), "an unfinished video with other settings"),
+    "no notes": (
+        lambda f: [(f / name).unlink() for name in ("progress.json", "generation.json")],
+        "an unfinished video with other settings",
+    ),
     "a note cut": (lambda f: (f / "progress.json").write_text("{"), "an unfinished video with other settings"),
     "a note that is a list": (lambda f: (f / "progress.json").write_text("[]"), "with other settings"),
     "a note that is a pipe": (lambda f: special(f / "progress.json", "pipe"), "with other settings"),

@@ -19,15 +19,18 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Do the whole job on the small trained model that ships: analyze, convert, compare, show frames. Takes minutes."""
-    from mlaconvert.demo import run_demo
+    from mlaconvert.demo import make_folder, run_demo
     from mlaconvert.page import save
     from mlaconvert.report import analysis_table, evaluation_table, layer_table
+    from mlaconvert.staging import claim
 
     out, err = console(), console(stderr=True)
     started = time.monotonic()
-    with progress_bar(err) as progress:
-        found = run_demo(output, progress)
-    page = save(found.evaluation, found.model)
+    make_folder(output)
+    with claim(output, "demo") as interrupted:
+        with progress_bar(err) as progress:
+            found = run_demo(output, progress, overwrite=interrupted)
+        page = save(found.evaluation, found.model)
     if as_json:
         print_json(found.to_json())
     else:

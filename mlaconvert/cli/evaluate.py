@@ -81,6 +81,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure converted models beside their teacher: fidelity, drift, cache and speed."""
+    from contextlib import ExitStack
+
     import torch
 
     from mlaconvert.convert import resolve_device
@@ -89,6 +91,7 @@ def evaluate(
     from mlaconvert.page import save as save_evaluation
     from mlaconvert.page import write_page
     from mlaconvert.report import error_table, evaluation_table
+    from mlaconvert.staging import claim
     from mlaconvert.vbench import load_vbench
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
@@ -120,7 +123,10 @@ def evaluate(
 
     scores = [load_vbench(path) for path in vbench or ()]
     teacher_scores = load_vbench(vbench_teacher) if vbench_teacher is not None else None
-    with progress_bar(err) as progress:
+    with ExitStack() as stack:
+        for folder in dict.fromkeys(Path(source).resolve() for source in models) if save else ():
+            stack.enter_context(claim(folder, "evaluate"))
+        progress = stack.enter_context(progress_bar(err))
         report = evaluate_models(
             models,
             request,

@@ -139,7 +139,8 @@ def generate(
         typer.Option(
             "--vbench-names",
             help='A video for every line of --prompts and sample, named "{prompt}-{index}.mp4" as VBench and '
-            "VBench-Long read them. Rows of --embeddings, if given, go with the lines. Files that exist are kept.",
+            "VBench-Long read them. Rows of --embeddings, if given, go with the lines. Files that exist are kept when "
+            "they were made with the same model and settings, and refused otherwise.",
         ),
     ] = False,
     movie: Annotated[
@@ -169,7 +170,8 @@ def generate(
     state_key: StateKey = None,
     config: ConfigFile = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the video in DIR, and drop an unfinished one.")
+        bool,
+        typer.Option("--overwrite", help="Replace the video in DIR, and drop another, unfinished one."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -221,7 +223,15 @@ def generate(
     with progress_bar(err) as progress:
         if prompts is not None:
             files = generation.generate_for_vbench(
-                model, output, _lines(prompts), wanted, runtime, **cast(Any, place), progress=progress, say=say
+                model,
+                output,
+                _lines(prompts),
+                wanted,
+                runtime,
+                **cast(Any, place),
+                overwrite=overwrite,
+                progress=progress,
+                say=say,
             )
         else:
             found = generation.generate(

@@ -22,6 +22,7 @@ from mlaconvert.families import Checkpoint, converted_config
 from mlaconvert.heal.loop import Curves
 from mlaconvert.heal.recipe import FEW_STEP_STAGES, HealRecipe
 from mlaconvert.records import read_record
+from mlaconvert.staging import Staging
 from mlaconvert.writer import ModelWriter, TensorSpec
 
 CURVES_NAME = "healing.png"
@@ -84,11 +85,14 @@ def with_weights(student: Checkpoint, weights: Mapping[str, Tensor]) -> Checkpoi
     return dataclasses.replace(student, store=cast(TensorStore, store))
 
 
-def write_model(student: Checkpoint, report: HealReport, weights: Mapping[str, Tensor], *, overwrite: bool) -> None:
-    """Write the healed model folder, whole or not at all. Raises OutputError, or CheckpointError for a NaN."""
+def write_model(student: Checkpoint, report: HealReport, weights: Mapping[str, Tensor], staging: Staging) -> None:
+    """Write the healed model folder, whole or not at all, in the open `staging`.
+
+    Raises OutputError, or CheckpointError for a NaN.
+    """
     healed, folder = with_weights(student, weights), student.store.path
     folder = folder if folder.is_dir() else folder.parent
-    writer = ModelWriter(report.output, specs_of(student), metadata={"format": "pt"}, overwrite=overwrite)
+    writer = ModelWriter(report.output, specs_of(student), metadata={"format": "pt"}, staging=staging)
     few_step = {"few_step": True} if report.recipe.stage in FEW_STEP_STAGES else {}
     with writer:
         for canonical in student.names:

@@ -37,7 +37,8 @@ from mlaconvert.inputs import refuse_foreign_links, refuse_links
 from mlaconvert.model import WanModel, load_model
 from mlaconvert.plan import public_name
 from mlaconvert.records import read_record
-from mlaconvert.writer import ModelWriter, disk_errors
+from mlaconvert.staging import Staging, claim, disk_errors
+from mlaconvert.writer import is_model
 
 Say = Callable[[str], None]
 
@@ -77,7 +78,8 @@ def heal(
         streaming = _regime(recipe, student_file.config, teacher_file.config)
         found = open_source(recipe, data, student_file.config, tell, draws=draws)
         _check_guidance(recipe, found)
-        ModelWriter(output, specs_of(student_file), metadata={}, overwrite=overwrite)  # checks, and writes nothing
+        staging = Staging(output, "heal", overwrite=overwrite)
+        staging.check(sum(spec.nbytes for spec in specs_of(student_file)), kind="model", replaceable=is_model)
         accelerator = make_accelerator(recipe, None if tracker_missing(recipe) else folder / "logs", cpu=cpu)
         stack.callback(_forget)
         main = accelerator.is_main_process
@@ -89,6 +91,8 @@ def heal(
             tell(f"TensorBoard is not installed (pip install tensorboard); the log is {folder / 'log.jsonl'}")
         models = _Models(recipe, student_file, teacher_file, accelerator)  # reads all weights, so may refuse them
         if main:
+            stack.enter_context(staging.held())
+            stack.enter_context(claim(folder, "heal"))  # which another run may have as well, whatever its output
             stack.enter_context(_left_only_by_work(folder))
         with accelerator.main_process_first():
             _make_folder(folder, restart=restart and main)
@@ -134,7 +138,7 @@ def heal(
             },
         )
         if main:
-            write_model(student_file, result, weights, overwrite=overwrite)
+            write_model(student_file, result, weights, staging)
         accelerator.wait_for_everyone()
         for tracker in accelerator.trackers:
             tracker.finish()
