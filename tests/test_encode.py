@@ -245,6 +245,70 @@ def test_bad_videos_are_refused_or_skipped(folder: Path, base: Path, tmp_path: P
     assert len(ClipFolder(tmp_path / "out", CONFIG)) == 3
 
 
+def clips_of(folder: Path, name: str) -> list[int]:
+    """Numbers of the clips that are there of a video."""
+    return sorted(int(path.stem.rsplit("-", 1)[1]) for path in folder.glob(f"{name}-*.safetensors"))
+
+
+def test_no_shard_of_a_skipped_video_stays(folder: Path, base: Path, tmp_path: Path) -> None:
+    """One that is damaged after its first clips, and one that was fine in an earlier run."""
+    wanted = Encoding(height=32, width=48, frames=3, clips=5)
+    long = movie(folder / "long.mp4", 200, seed=7)
+    long.with_suffix(".txt").write_text("a dog")
+    scramble(long, 0.8, 0.99)
+    with Footage(long, height=32, width=48, fps=16) as footage:  # its first clips can be decoded
+        assert len([frame for frame, _ in zip(footage, range(18), strict=False)]) == 18
+    arguments = (tmp_path / "out", open_base(str(base)))
+    with pytest.raises(InputError, match=r"long\.mp4: .*--bad-videos skip"):
+        encode(find_videos([long]), *arguments, Encoding(height=32, width=48, frames=3, clips=30))
+    assert clips_of(tmp_path / "out", "long") == []
+    encode(find_videos([folder / "a.mp4", long]), *arguments, SMALL)  # one clip of each is fine
+    assert (clips_of(tmp_path / "out", "a"), clips_of(tmp_path / "out", "long")) == ([0], [0])
+    many = Encoding(height=32, width=48, frames=3, clips=30)
+    with pytest.raises(InputError, match=r"long\.mp4: "):
+        encode(find_videos([folder / "a.mp4", long]), *arguments, many)
+    assert clips_of(tmp_path / "out", "long") == [0]  # from before, and still what its file shows
+    report = encode(find_videos([folder / "a.mp4", long]), *arguments, many, bad="skip")
+    assert clips_of(tmp_path / "out", "long") == []
+    assert clips_of(tmp_path / "out", "a") == [0, 1, 2]
+    assert (len(report.skipped), report.kept) == (1, 3)
+    (folder / "a.mp4").write_text("no video")
+    long.unlink()
+    report = encode(find_videos([folder]), *arguments, wanted, bad="skip")
+    assert [report.made, report.kept, len(report.skipped)] == [3, 0, 1]
+    assert clips_of(tmp_path / "out", "a") == []
+    assert len(ClipFolder(tmp_path / "out", CONFIG)) == 3
+
+
+def test_no_clip_of_an_older_state_of_a_video_stays(folder: Path, base: Path, tmp_path: Path) -> None:
+    """It has become shorter, or fewer of its clips are wanted now."""
+    arguments = (tmp_path / "out", open_base(str(base)))
+    many = Encoding(height=32, width=48, frames=3, clips=5)
+    encode(find_videos([folder]), *arguments, many)
+    assert clips_of(tmp_path / "out", "a") == [0, 1, 2]
+    encode(find_videos([folder]), *arguments, SMALL)
+    assert clips_of(tmp_path / "out", "a") == [0, 1, 2]  # fewer are asked for, and these are still true
+    movie(folder / "a.mp4", 20, seed=5)
+    assert encode(find_videos([folder]), *arguments, SMALL).made == 1
+    assert clips_of(tmp_path / "out", "a") == [0]
+    encode(find_videos([folder]), *arguments, many)
+    movie(folder / "a.mp4", 11, seed=6)
+    assert encode(find_videos([folder]), *arguments, many).made == 1
+    assert clips_of(tmp_path / "out", "a") == [0]
+
+
+def test_a_clip_that_is_missing_before_the_last_is_made(folder: Path, base: Path, tmp_path: Path) -> None:
+    arguments = (tmp_path / "out", open_base(str(base)), Encoding(height=32, width=48, frames=3, clips=5))
+    encode(find_videos([folder]), *arguments)
+    (path,) = (tmp_path / "out").glob("a-*-0001.safetensors")
+    before = path.read_bytes()
+    path.unlink()
+    path.with_name(f"{path.name}.partial").write_bytes(before[:99])  # of a run that was killed
+    assert encode(find_videos([folder]), *arguments).made == 1
+    assert path.read_bytes() == before
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
 def test_a_full_disk_is_not_a_bad_video(
     folder: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
