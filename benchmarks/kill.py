@@ -1,23 +1,26 @@
 """Kills and failing disks: does a run lose work, or leave half an output? Prints a Markdown table. Linux only.
 
-    python benchmarks/kill.py [--kills 100] [--heal-kills 10] [--write BENCHMARKS.md]
+    python benchmarks/kill.py [--kills 40] [--write BENCHMARKS.md]
 
-A small model in the published layout is converted (--init svd, one thread). Kills: SIGKILL at moments drawn evenly over
-a run, again and again until a run comes to its end; then from the start. After every kill the output's path must be
-free, or hold all of it; in the end its bytes must be those of an uninterrupted run. Failing disks: an error at every
-write, fsync, rename and the like that a run makes, one run each, then the same call again; a limit on the size of
-files; and a full file system in memory, where one may be mounted. Exits with 1 when anything is lost.
+Small models in the published layouts, one thread. Kills: SIGKILL at moments drawn evenly over a run of each command,
+again and again until a run comes to its end; then from the start. What a command puts in place at its end must after
+every kill be there whole, or not at all, or as it was before (--overwrite); of what it writes file by file (encode,
+sweep), every file that is there must be as an uninterrupted run leaves it. In the end the bytes must be those of an
+uninterrupted run, but for the times that a few records hold. Failing disks: an error at every write, fsync, rename and
+the like that a conversion makes, one run each, then the same call again; a limit on the size of files; and a full file
+system in memory, where one may be mounted. Exits with 1 when anything is lost.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import json
 import os
 import random
-import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,6 +45,7 @@ from mlaconvert.config import ConvertRecipe, WanConfig
 from mlaconvert.convert import convert
 from mlaconvert.errors import OutputError
 from mlaconvert.families import WanFamily
+from mlaconvert.pictures import save_movie
 from mlaconvert.writer import ModelWriter, TensorSpec
 
 Operation = tuple[str, str, int]  # kind, file name, how many of that kind and name came before it
@@ -50,6 +54,7 @@ Snapshot = dict[str, bytes]
 LARGE = WanConfig(
     dim=384, num_heads=3, num_layers=10, ffn_dim=1024, freq_dim=32, text_dim=64, in_dim=4, out_dim=4
 )  # a run takes a few seconds
+MIDDLE = WanConfig(dim=96, num_heads=3, num_layers=5, ffn_dim=64, freq_dim=16, text_dim=8, in_dim=2, out_dim=2)
 SMALL = WanConfig(dim=24, num_heads=2, num_layers=2, ffn_dim=16, freq_dim=6, text_dim=8, in_dim=2, out_dim=2)
 SVD = ConvertRecipe(init="svd")
 HEAL = [
@@ -70,11 +75,15 @@ HEAL = [
     "--lr",
     "0.001",
 ]
+CONVERT_CLIPS = 3  # that the default conversion is calibrated on
 MAIN = "from mlaconvert.cli import main; main()"
 LIMITED = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); {MAIN}"
 FORKER = """
 import json, os, sys
-import torch, mlaconvert.cli, mlaconvert.convert, mlaconvert.heal
+import torch, mlaconvert.cli, mlaconvert.convert, mlaconvert.encode, mlaconvert.generate, mlaconvert.heal
+import imageio_ffmpeg, matplotlib.figure, mlaconvert.plots, mlaconvert.sweep
+from diffusers import AutoencoderKLWan
+from transformers import AutoTokenizer, UMT5EncoderModel
 torch.set_num_threads(1)
 for line in sys.stdin:
     pid = os.fork()
@@ -263,6 +272,55 @@ def _delete(folder: Path) -> None:
 # --- processes that are killed -----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A command to be killed. `finished` counts what a killed run left to go on from; `plain` leaves out of a file's
+    bytes what tells a time. With `whole`, all of the output appears at once, in the place of `before` if there is one.
+    """
+
+    what: str
+    command: list[str]
+    output: Path
+    finished: Callable[[], int]
+    kills: int
+    whole: bool = True
+    before: Snapshot = field(default_factory=dict)
+    plain: Callable[[str, bytes], bytes] = lambda _, data: data
+
+    def look(self) -> Snapshot:
+        """The files of the output, without those that only a killed run leaves, and a sweep's models."""
+        if self.output.is_file():
+            return {"": self.output.read_bytes()}
+        found = snapshot(self.output) if self.output.is_dir() else {}
+        if not self.whole:
+            found = {
+                name: data
+                for name, data in found.items()
+                if not any(part[0] == "." or part == "models" or part.endswith(".partial") for part in Path(name).parts)
+            }
+        return {name: self.plain(name, data) for name, data in found.items()}
+
+    def begin(self) -> None:
+        """Delete all that a run leaves, and put back what it replaces."""
+        hidden = self.output.parent.glob(f".{self.output.name}.*")
+        for path in (self.output, *self.output.parent.glob(f"{self.output.name}.*"), *hidden):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for name, data in self.before.items():
+            path = self.output / name if name else self.output
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(data)
+
+    def is_sound(self, found: Snapshot, expected: Snapshot) -> bool:
+        """Whether a kill may have left this."""
+        if not self.whole:
+            return all(expected.get(name) == data for name, data in found.items() if name not in _NOTES)
+        aside = self.output.with_name(f".{self.output.name}.replaced")
+        return found in (self.before, expected) or (not found and aside.is_dir() and snapshot(aside) == self.before)
+
+
+_NOTES = {"sweep.json", "results.json"}  # a sweep's, that exist before it is at its end, or tell of a part
+
+
 @dataclass
 class Killed:
     """What became of a series of kills."""
@@ -270,8 +328,7 @@ class Killed:
     kills: int = 0
     completed: int = 0
     lost: int = 0
-    resumed: int = 0  # runs that went on from something finished
-    kept: list[int] = field(default_factory=list)  # layers or steps that were
+    resumed: int = 0  # runs that found something finished to go on from
 
 
 class Runner:
@@ -306,35 +363,144 @@ class Runner:
         self._parent.wait()
 
 
-def kill_at_random(
-    runner: Runner, command: list[str], output: Path, kills: int, clear: Callable[[], None], seed: int = 0
-) -> Killed:
-    """Kill `command`, which writes `output`, `kills` times in all; the module's head says when. `clear` deletes all."""
+def kill_at_random(runner: Runner, job: Job, seed: int = 0) -> Killed:
+    """Kill a job as often as it says; the module's head tells when."""
     random_moment, found = random.Random(seed), Killed()
-    clear()
-    ended, seconds, said = runner.run(command, None)
-    if not output.exists():
+    job.begin()
+    ended, seconds, said = runner.run(job.command, None)
+    expected = job.look()
+    if not expected or expected == job.before:
         sys.exit(f"it failed: {said}")
-    expected = snapshot(output)
-    clear()
-    while found.kills < kills or not output.exists():
-        moment = random_moment.uniform(0, seconds) if found.kills < kills else None
-        ended, _, said = runner.run(command, moment)
-        if match := re.search(r"going on (?:after|from step) (\d+)", said):
-            found.resumed += 1
-            found.kept.append(int(match[1]))
+    job.begin()
+    done = False
+    while found.kills < job.kills or not done:
+        found.resumed += job.finished() > 0
+        moment = random_moment.uniform(0, seconds) if found.kills < job.kills else None
+        ended, _, said = runner.run(job.command, moment)
         found.kills += not ended
-        if output.exists():
-            found.completed += 1
-            if snapshot(output) != expected:
-                found.lost += 1
-                print(f"LOST after kill {found.kills}", file=sys.stderr)
-            if found.kills < kills:
-                clear()
-        elif ended:
-            sys.exit(f"it failed: {said}")
-        print(found, file=sys.stderr, flush=True)
+        between = job.look()
+        done = ended or (job.whole and between == expected)
+        found.completed += done
+        if between != expected if done else not job.is_sound(between, expected):
+            found.lost += 1
+            print(f"LOST after kill {found.kills} of {job.what}: {said}", file=sys.stderr)
+        if done:
+            job.begin()
+    print(f"{job.what}, {seconds:.1f} s a run: {found}", file=sys.stderr, flush=True)
     return found
+
+
+# --- what is killed ----------------------------------------------------------------------------------------------
+
+
+def make_jobs(folder: Path, kills: int) -> list[Job]:
+    """A job for each command, on inputs that are made in `folder`; `kills` of the quickest, fewer of the slow ones."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    wan_base = importlib.import_module("wan_base")
+    small, middle, large = folder / "small", folder / "middle", folder / "large"
+    write_model(middle, MIDDLE)
+    write_model(large, LARGE)
+    write_clips(folder / "clips", SMALL)
+    write_clips(folder / "middle-clips", MIDDLE)
+    convert(small, folder / "student", SVD)
+    wan_base.save_base(folder / "base")
+    write_videos(folder / "videos")
+    output, fewer = folder / "out", -(-kills // 4)
+    hidden = folder / ".out.partial"
+    data, quick = ["--data", str(folder / "middle-clips")], ["--frames", "15", "--steps", "2"]
+
+    def layers() -> int:
+        return len([*hidden.glob("model-*.json"), *folder.glob("out.moments/layer-*.safetensors")])
+
+    def frames(name: str) -> Callable[[], int]:
+        def count() -> int:
+            note = folder / f".{name}.partial" / "progress.json"
+            return int(json.loads(note.read_bytes())["frames"]) if note.is_file() else 0
+
+        return count
+
+    old_video = {"generation.json": b"{}", "old": b"1"}
+    svd = ["convert", str(large), "-o", str(output), "--init", "svd"]
+    default = ["convert", str(middle), "-o", str(output), *data, "--clips", str(CONVERT_CLIPS)]
+    old_model = {"config.json": b"{}", "old": b"1"}
+    return [
+        Job(what="`convert`", command=default, output=output, finished=layers, kills=kills),
+        Job(
+            what="`convert --overwrite`",
+            command=[*default, "--overwrite"],
+            output=output,
+            finished=layers,
+            kills=fewer,
+            before=old_model,
+        ),
+        Job(what="`convert --init svd`", command=svd, output=output, finished=layers, kills=kills),
+        Job(
+            what="`heal`",
+            command=[*HEAL, str(folder / "student"), "--teacher", str(small), "--data", str(folder / "clips"), "-o",
+                     str(output)],
+            output=output,
+            finished=lambda: int((folder / "out.state" / "last.pt").is_file()),
+            kills=kills,
+        ),
+        Job(
+            what="`generate --overwrite`, a folder",
+            command=["generate", "tiny", "-o", str(output), *quick, "--format", "mp4", "--overwrite"],
+            output=output,
+            finished=frames("out"),
+            kills=kills,
+            before=old_video,
+            plain=without_times,
+        ),
+        Job(
+            what="`generate --overwrite`, a movie",
+            command=["generate", "tiny", "-o", str(folder / "out.mp4"), *quick, "--overwrite"],
+            output=folder / "out.mp4",
+            finished=frames("out.mp4"),
+            kills=fewer,
+            before={"": b"old"},
+        ),
+        Job(
+            what="`encode`",
+            command=["encode", str(folder / "videos"), "-o", str(output), "--base", str(folder / "base"), "--height",
+                     "32", "--width", "48", "--frames", "3", "--clips", "4"],
+            output=output,
+            finished=lambda: len(list(output.glob("*-0*.safetensors"))),
+            kills=kills,
+            whole=False,
+        ),
+        Job(
+            what="`sweep`",
+            command=["sweep", str(middle), "-o", str(output), "--init", "calibrated,svd", "--kv-ranks", "8,16", *data,
+                     "--clips", str(CONVERT_CLIPS), "--validation-clips", "2"],
+            output=output,
+            finished=lambda: len(list((output / "cells").glob("*.json"))),
+            kills=kills,
+            whole=False,
+            plain=without_times,
+        ),
+    ]  # fmt: skip
+
+
+def write_videos(folder: Path) -> None:
+    """A few films of smooth noise, with captions."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for number, frames in enumerate((20, 38, 11)):
+        coarse = torch.rand(frames, 3, 3, 5, generator=generator) * 2 - 1
+        film = torch.nn.functional.interpolate(coarse, size=(36, 60), mode="bilinear")
+        save_movie(film, folder / f"{number}.mp4", scale=1)
+        (folder / f"{number}.txt").write_text("a cat in the snow")
+
+
+def without_times(name: str, data: bytes) -> bytes:
+    """A file's bytes without what tells how long something took, or what a run found there."""
+    if name not in ("generation.json", "results.json") and not name.startswith("cells/"):
+        return data
+    found = json.loads(data)
+    for part in (found, *found.get("cells", ())):
+        for timed in ("elapsed", "video_fps", "resumed_frames", "seconds"):
+            part.pop(timed, None)
+    return json.dumps(found, sort_keys=True).encode()
 
 
 # --- disks that are full -----------------------------------------------------------------------------------------
@@ -401,13 +567,14 @@ def _enough_space() -> Iterator[None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=int, default=100, help="kills of convert (default 100)")
-    parser.add_argument("--heal-kills", type=int, default=10, help="kills of heal (default 10)")
+    parser.add_argument(
+        "--kills", type=int, default=40, help="kills of a command, a quarter while replacing (default 40)"
+    )
     parser.add_argument("--write", type=Path, help="put the table between the markers of this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="mlaconvert-") as name:
-        rows = measure(Path(name), arguments.kills, arguments.heal_kills)
+        rows = measure(Path(name), arguments.kills)
     lines = ["| what was done | times | outputs lost or partial | |", "|---|---|---|---|"]
     lines += [f"| {what} | {times} | {lost} | {note} |" for what, times, lost, note in rows]
     text = "\n".join(lines)
@@ -417,12 +584,11 @@ def main() -> None:
     sys.exit(any(lost for _, _, lost, _ in rows))
 
 
-def measure(folder: Path, kills: int, heal_kills: int) -> list[tuple[str, int, int, str]]:
+def measure(folder: Path, kills: int) -> list[tuple[str, int, int, str]]:
     """Rows: what, times, lost, a note."""
     rows = []
-    small, large = folder / "small", folder / "large"
+    small = folder / "small"
     write_model(small, SMALL)
-    write_model(large, LARGE)
     convert(small, folder / "reference", SVD)
     expected = snapshot(folder / "reference")
     for overwrite, what in (
@@ -438,27 +604,14 @@ def measure(folder: Path, kills: int, heal_kills: int) -> list[tuple[str, int, i
     rows.append(("files may not grow beyond a limit", limited["tried"], limited["lost"], ""))
     full = full_file_systems(small, folder, expected)
     rows.append(("a full file system", *((full["tried"], full["lost"], "") if full else (0, 0, "not permitted here"))))
-    output = folder / "out"
-    command = ["convert", str(large), "-o", str(output), "--init", "svd"]
-
-    def clear() -> None:
-        for path in (output, folder / ".out.partial", folder / "out.state"):
-            if path.exists():
-                _delete(path)
-
-    convert(small, folder / "student", SVD)
-    write_clips(folder / "clips", SMALL)
-    heal = [*HEAL, str(folder / "student"), "--teacher", str(small), "--data", str(folder / "clips"), "-o", str(output)]
+    if not kills:
+        return rows
     runner = Runner(folder)
-    for count, what, arguments in (
-        (kills, "SIGKILL of `convert`", command),
-        (heal_kills, "SIGKILL of `heal`", heal),
-    ):
-        if count:
-            found = kill_at_random(runner, arguments, output, count, clear)
-            kept = f"{found.completed} completed; {found.resumed} runs went on from finished work"
-            rows.append((what, found.kills, found.lost, kept))
-            clear()
+    for job in make_jobs(folder, kills):
+        found = kill_at_random(runner, job)
+        kept = f"{found.completed} completed; {found.resumed} runs went on from finished work"
+        rows.append((f"SIGKILL of {job.what}", found.kills, found.lost, kept))
+        job.begin()
     runner.close()
     return rows
 
