@@ -443,11 +443,13 @@ class _Job:
         checkpoint, plan, folder = self.checkpoints[name], self.plans[name], self.moments / name
         if self.data is None:
             keep_moments(folder, checkpoint, plan, None, say)
-        clips = held_back(
-            calibration_clips(
-                checkpoint, plan, self.data, device=self.device, progress=self.progress, kept=folder / CLIPS_NAME
-            )
+        found = calibration_clips(
+            checkpoint, plan, self.data, device=self.device, progress=self.progress, kept=folder / CLIPS_NAME
         )
+        count, asked = len(found.latents), plan.recipe.clips or 1
+        if count < asked and say is not None:
+            say(f"{self.data} has {count} clips, fewer than the {asked} of the recipe (--clips); all of them are used")
+        clips = held_back(found)
         if self.data is not None:  # only now is it known to fit
             keep_moments(folder, checkpoint, plan, self.data, say)
         calibration = kept_splits(self.journal.recall(name, SPLITS), folder)

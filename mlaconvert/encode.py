@@ -340,7 +340,7 @@ def _is_done(found: Sequence[Mapping[str, Any]], wanted: Encoding) -> bool:
 def _embed(folder: Path, base: Base, videos: Sequence[Video], device: str, report: Progress) -> None:
     """Embed the empty prompt and the captions that are not on the disk yet; the encoder is gone afterwards."""
     places = {_text_file(folder, caption): caption for caption in ("", *(video.caption for video in videos))}
-    missing = [path for path in places if not path.is_file()]
+    missing = [path for path in places if _read_text(path) is None]
     found = embed_texts(base, [places[path] for path in missing], device=device)
     if missing:
         report("text", 0, len(missing), "")
@@ -354,10 +354,20 @@ def _text_file(folder: Path, caption: str) -> Path:
     return folder / _TEXTS / f"{hashlib.sha256(caption.encode()).hexdigest()}.safetensors"
 
 
+def _read_text(path: Path) -> Tensor | None:
+    """A caption's embedding [T, text_dim], or None where none is kept, or a damaged one."""
+    with suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
+        text: Tensor = file.get_tensor("text")
+        return text if text.ndim == 2 and len(text) <= TEXT_LEN else None
+    return None
+
+
 def _context(folder: Path, caption: str) -> Tensor:
     """[1, 512, text_dim] of a caption that was embedded, with zeros after its tokens."""
-    with safe_open(_text_file(folder, caption), framework="pt") as file:
-        text: Tensor = file.get_tensor("text")
+    path = _text_file(folder, caption)
+    text = _read_text(path)
+    if text is None:
+        raise InputError(f"{path}: the caption's embedding was damaged meanwhile; run the same command again")
     return F.pad(text, (0, 0, 0, TEXT_LEN - len(text)))[None]
 
 

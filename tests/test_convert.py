@@ -774,6 +774,17 @@ def test_without_data_the_teacher_supplies_the_clips(
     torch.testing.assert_close(torch.cat(list(chunks), 2), together.latents[2:], rtol=1e-4, atol=1e-4)
 
 
+def test_fewer_clips_than_asked_are_said(state: State, save_folder: SaveFolder, tmp_path: Path) -> None:
+    source, data, lines = save_folder(state, NATIVE), tmp_path / "clips", []
+    data.mkdir()
+    g = torch.Generator().manual_seed(3)
+    tensors = {"latents": torch.randn(3, CONFIG.out_dim, 2, 4, 6, generator=g)}
+    save_file(tensors | {"context": torch.randn(3, 2, CONFIG.text_dim, generator=g)}, data / "a.safetensors")
+    recipe = ConvertRecipe(kv_rank=9, clips=5, height=32, width=48, allocation="uniform", layers="0")
+    convert(source, tmp_path / "out", recipe, data=data, say=lines.append)
+    assert lines == [f"{data} has 3 clips, fewer than the 5 of the recipe (--clips); all of them are used"]
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -224,6 +224,24 @@ def test_an_interrupted_run_goes_on(folder: Path, base: Path, tmp_path: Path, mo
     assert whole.made == 3
 
 
+def test_an_embedding_that_was_torn_is_made_again(
+    folder: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    videos, arguments = find_videos([folder]), (tmp_path / "out", open_base(str(base)), SMALL)
+    with monkeypatch.context() as patched:
+        patched.setattr(Vae, "encode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            encode(videos, *arguments)
+    texts = list((tmp_path / "out" / ".text").iterdir())
+    assert texts
+    for text in texts:
+        text.write_bytes(text.read_bytes()[:40])
+    encode(videos, *arguments)
+    encode(videos, tmp_path / "whole", *arguments[1:])
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
 # --- bad videos ------------------------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ from mlaconvert.config import MLAConfig, StreamingConfig, WanConfig, parse
 from mlaconvert.errors import ConfigError, InputError, OutputError, UnsupportedModelError
 from mlaconvert.families import Layout, WanFamily, converted_config, open_checkpoint
 from mlaconvert.families.classes import block_frames, skyreels_fields
+from mlaconvert.inputs import refuse_foreign_links
 from mlaconvert.integrations.diffusers_attention import (
     ChunkCausalProcessor,
     ChunkRope,
@@ -202,6 +203,7 @@ class LatentTransformer(ModelMixin):  # type: ignore[misc]
             model.layout, model.source_config = checkpoint.layout, checkpoint.raw_config
             model.tensor_order = tuple(checkpoint.names)
             folder = checkpoint.store.path if checkpoint.store.path.is_dir() else checkpoint.store.path.parent
+            refuse_foreign_links(folder, _RECORDS)  # save_pretrained writes them on
             found = [name for name in _RECORDS if read_record(folder / name) is not None]
             model.records = {name: (folder / name).read_bytes() for name in found}
         model.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
