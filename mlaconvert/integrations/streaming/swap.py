@@ -113,12 +113,10 @@ def _codebase(causal: nn.Module, checkpoint: Checkpoint, wanted: Positions | Non
 
 def _adapters(causal: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     """PEFT's layers: (what holds one, its name there, what it was before)."""
-    return [
-        (parent, name, layer.get_base_layer())
-        for parent in causal.modules()
-        for name, layer in parent.named_children()
-        if hasattr(layer, "get_base_layer")
+    found: list[tuple[nn.Module, str, Any]] = [
+        (parent, name, layer) for parent in causal.modules() for name, layer in parent.named_children()
     ]
+    return [(parent, name, layer.get_base_layer()) for parent, name, layer in found if hasattr(layer, "get_base_layer")]
 
 
 def _check_adapters(checkpoint: Checkpoint, source: str | Path, name: str) -> None:

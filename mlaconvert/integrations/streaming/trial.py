@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from math import inf
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,14 @@ class _Window:
         return iter(range(0, self.size - self.chunk + 1 + more, self.chunk))
 
 
+class _Difference(NamedTuple):
+    """The first pass in which theirs and ours are not the same; the greater, the closer they came."""
+
+    number: int
+    closeness: float
+    what: str
+
+
 class CannotRunError(Exception):
     """Their attention raised an error before anything could be compared."""
 
@@ -101,7 +110,7 @@ class Trial:
         """
         self.dense.to(device, dtype)
         freqs = freqs if freqs is None else freqs.to(device)
-        worst: tuple[int, str] = (-1, "")
+        closest = _Difference(-1, 0.0, "")
         for (height, width), window in zip(_FRAMES, self.windows, strict=True):
             found = {}
             for positions in _POSITIONS:
@@ -112,9 +121,10 @@ class Trial:
                 self.codebase.positions = same if self.codebase.positions is None else self.codebase.positions & same
                 self.codebase.frame_tokens = height * width if (height, width) != _FRAMES[0] else None
                 return
-            worst = max(worst, *(difference for difference in found.values() if difference is not None))
+            if (height, width) == _FRAMES[0]:
+                closest = max(difference for difference in found.values() if difference is not None)
         raise UnsupportedModelError(
-            f"{self.codebase.name} computes something else than latent attention would in its place: {worst[1]}; "
+            f"{self.codebase.name} computes something else than latent attention would in its place: {closest.what}; "
             f"{self._advice()}keep its dense attention, or run the converted model with mlaconvert generate"
         )
 
@@ -125,7 +135,7 @@ class Trial:
 
     def _differs(
         self, window: _Window, grid: Grid, positions: Positions, inputs: list[tuple[int, Tensor]], freqs: Tensor | None
-    ) -> tuple[int, str] | None:
+    ) -> _Difference | None:
         """The first pass in which both differ, and what it is; None where they are the same."""
         tokens = grid[1] * grid[2]
         limits = {"local_attn_size": window.local, "sink_size": window.sink}
@@ -146,13 +156,13 @@ class Trial:
                 reason = f"{type(error).__name__}: {error}"
                 if number == 0:
                     raise CannotRunError(reason) from None
-                return number, f"it raises {reason} {when}"
+                return _Difference(number, -inf, f"it raises {reason} {when}")
             if not expected.isfinite().all():
-                return number, f"{when}, its own output is not finite"
+                return _Difference(number, -inf, f"{when}, its own output is not finite")
             try:
                 out = self.dense(x, *given, kv_cache=caches[1], current_start=start * tokens)
             except InputError as error:
-                return number, f"{when}, {error}"
+                return _Difference(number, -inf, f"{when}, {error}")
             if isinstance(out, tuple):
                 out, (seen, end, change) = out
                 if not change["is_recompute"]:
@@ -160,17 +170,19 @@ class Trial:
                     caches[1]["local_end_index"].fill_(end)
             difference = ((out.float() - expected.float()).norm() / expected.float().norm()).item()
             if not difference < _TOLERANCE.get(x.dtype, _NARROW_TOLERANCE):
-                return number, f"{when}, the two differ by {difference:.2g}"
-        return self._cache_differs(*caches, len(inputs))
+                return _Difference(number, -difference, f"{when}, the two differ by {difference:.2g}")
+        return self._cache_differs(caches[0], caches[1], len(inputs))
 
-    def _cache_differs(self, theirs: dict[str, Any], ours: dict[str, Any], number: int) -> tuple[int, str] | None:
+    def _cache_differs(self, theirs: dict[str, Any], ours: dict[str, Any], number: int) -> _Difference | None:
         """Values lie unrotated in both, so theirs are ours to the last bit, unless frames are mixed or chosen."""
         values = ours["k"][..., self.config.dim :]
         if theirs["v"].shape[:2] != values.shape[:2] or not torch.equal(theirs["v"].flatten(2), values):
-            return number, "its cache holds other values than were written, or elsewhere, as when frames are blended"
+            what = "its cache holds other values than were written, or elsewhere, as when frames are blended"
+            return _Difference(number, 0.0, what)
         for name in theirs.keys() - {"k", "v"}:
             if int(theirs[name]) != int(ours[name]):
-                return number, f"its cache ends with {name} {int(theirs[name])}, ours with {int(ours[name])}"
+                what = f"its cache ends with {name} {int(theirs[name])}, ours with {int(ours[name])}"
+                return _Difference(number, 0.0, what)
         return None
 
     def _their_pass(self, x: Tensor, given: tuple[Any, ...], call: dict[str, Any]) -> Tensor:
@@ -215,18 +227,23 @@ def on_first_chunk(
     """What the first chunk runs before it: the trials that could not run at the swap, and what follows from them."""
 
     def compare(freqs: Tensor | None, x: Tensor) -> None:
-        for trial in trials:
-            try:
+        codebase.compare = None  # ours runs in the trials too
+        try:
+            for trial in trials:
                 trial.run(freqs, x.device, x.dtype)
-            except CannotRunError as error:
-                raise UnsupportedModelError(
-                    f"{codebase.name} could not be run to compare it with latent attention ({error}); put the model on "
-                    "the device and in the dtype of its kernels before the first chunk"
-                ) from None
-        codebase.admit(wanted, folder)
-        codebase.compare = None
+            codebase.admit(wanted, folder)
+        except CannotRunError as error:
+            codebase.compare = late
+            raise UnsupportedModelError(
+                f"{codebase.name} could not be run to compare it with latent attention ({error}); put the model on the "
+                "device and in the dtype of its kernels before the first chunk"
+            ) from None
+        except InputError:
+            codebase.compare = late
+            raise
 
-    return torch.compiler.disable(compare)
+    late: Callable[[Tensor | None, Tensor], None] = torch.compiler.disable(compare)
+    return late
 
 
 def _drawn(config: WanConfig) -> _Dense:

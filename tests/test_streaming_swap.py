@@ -1,0 +1,473 @@
+"""What a swap refuses, what it looks through, and that one that fails leaves everything as it was."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import streaming_fixtures
+import torch
+from conftest import randomize, relative
+from streaming_codebases import (
+    BlendingAttention,
+    CausVidAttention,
+    InfinityAttention,
+    LongLiveAttention,
+    TheirAttention,
+    TheirPipeline,
+)
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from mlaconvert.convert import convert
+from mlaconvert.errors import CheckpointError, ConfigError, InputError, UnsupportedModelError
+from mlaconvert.families import Checkpoint
+from mlaconvert.integrations.streaming import StreamingLatentAttention, swap_attention
+from mlaconvert.lora import LoraFile
+
+vectors, folders, make = (getattr(streaming_fixtures, name) for name in ("vectors", "folders", "make"))
+MLA_NAME = "kv_a_proj_with_mqa"
+
+
+def attentions(pipe: TheirPipeline) -> list[nn.Module]:
+    return [block.self_attn for block in pipe.generator.model.blocks]  # type: ignore
+
+
+@contextmanager
+def unchanged(pipe: TheirPipeline) -> Iterator[None]:
+    """Every module, weight and method of a pipeline is the same one afterwards."""
+
+    def seen() -> dict[str, Any]:
+        return {
+            "modules": dict(pipe.named_modules()),
+            "tensors": {name: id(tensor) for name, tensor in pipe.state_dict(keep_vars=True).items()},
+            "own": {
+                name: dict(vars(part)) for name, part in pipe.named_modules() if "_initialize_kv_cache" in vars(part)
+            },
+        }
+
+    before, weights = seen(), {name: tensor.clone() for name, tensor in pipe.state_dict().items()}
+    yield
+    assert seen() == before
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in pipe.state_dict().items())
+
+
+# --- what is refused by what it means -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "folder", "theirs"),
+    [(TheirAttention, "lossless", "absolute"), (LongLiveAttention, "lossless", "absolute"),
+     (InfinityAttention, "absolute", "window")],
+)  # fmt: skip
+def test_other_positions_are_refused_unless_they_are_asked_for(
+    make: Any, folders: dict[str, Path], kind: Any, folder: str, theirs: str
+) -> None:
+    """With a sink the two ways to count differ; without one they are the same."""
+    pipe = make(kind=kind)
+    own = "window" if theirs == "absolute" else "absolute"
+    with (
+        unchanged(pipe),
+        pytest.raises(
+            InputError, match=f"positions '{theirs}', the converted folder says '{own}'.*positions='{theirs}'"
+        ),
+    ):
+        swap_attention(pipe, folders[folder])
+    for positions in (theirs, own):
+        swap_attention(pipe, folders[folder], positions=positions)
+        assert all(attention.turns.positions == positions for attention in attentions(pipe))
+    with pytest.raises(InputError, match=f"positions='{theirs}'"):  # a second swap knows what the first one saw
+        swap_attention(pipe, folders[folder])
+    if kind is not InfinityAttention:
+        swap_attention(make(kind=kind, sink=0), folders[folder])
+
+
+class Reward(TheirAttention):
+    compression_alpha = 0.999
+
+    def incremental_update(self) -> None:
+        raise NotImplementedError
+
+
+class Rolling(TheirAttention):
+    def forward(self, x: Any, seq_lens: Any, grid_sizes: Any, freqs: Any, block_mask: Any, kv_cache: Any = None,
+                current_start: int = 0, cache_start: Any = None, updating_cache: bool = False) -> Any:  # fmt: skip
+        raise NotImplementedError
+
+
+class MemFlow(TheirAttention):
+    def forward(self, x: Any, seq_lens: Any, grid_sizes: Any, freqs: Any, block_mask: Any, kv_cache: Any = None,
+                current_start: int = 0, cache_start: Any = None, kv_bank: Any = None, update_bank: Any = None,
+                is_recache: Any = None) -> Any:  # fmt: skip
+        raise NotImplementedError
+
+
+class LongLive2(TheirAttention):
+    def forward(self, x: Any, seq_lens: Any, grid_sizes: Any, freqs: Any, block_mask: Any, kv_cache: Any = None,
+                current_start: int = 0, cache_start: Any = None, t_scale: float = 1.0) -> Any:  # fmt: skip
+        raise NotImplementedError
+
+
+class SkyReels(TheirAttention):
+    def forward(self, x: Any, grid_sizes: Any, freqs: Any, block_mask: Any) -> Any:  # type: ignore[override]
+        raise NotImplementedError
+
+
+class Sliding(TheirAttention):
+    """Its sink is seen for as long as it is among the last tokens, then evicted with the others."""
+
+    def evict(self, kv_cache: Any, over: int, kept: int, sink: int) -> None:
+        super().evict(kv_cache, over, kept, 0)
+
+
+class Nearest(TheirAttention):
+    """One frame fewer than the window holds."""
+
+    def seen(self, q: Tensor, turn: Any, kv_cache: Any, end: int, grid: Any, sink: int) -> tuple[Tensor, ...]:
+        first = max(0, end - self.max_attention_size + grid[1] * grid[2])
+        q, keys, values = super().seen(q, turn, kv_cache, end, grid, sink)
+        return q, keys[:, first:], values[:, first:]
+
+
+class Unrotated(TheirAttention):
+    """Height and width in each other's place."""
+
+    def turn(self, frames: Tensor, grid: Any) -> Any:
+        turns = super().turn(frames, (grid[0], grid[2], grid[1]))
+        return turns._replace(cos=turns.cos.roll(1, 1))
+
+
+class Sinkless(InfinityAttention):
+    """Infinity-RoPE as it is without a sink: what then comes first keeps the turn of frame 0, which it never had."""
+
+    def seen(self, q: Tensor, turn: Any, kv_cache: Any, end: int, grid: Any, sink: int) -> tuple[Tensor, ...]:
+        q, keys, values = super().seen(q, turn, kv_cache, end, grid, sink)
+        tokens = grid[1] * grid[2]
+        if self.frame * tokens < self.max_attention_size:
+            return q, keys, values
+        return q, torch.cat((kv_cache["k"][:, :tokens], keys[:, tokens:]), 1), values
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        (Reward, "Reward is Reward-Forcing's .*incremental_update.*keep its dense attention"),
+        (Rolling, "Rolling Forcing's .*updating_cache.*mlaconvert generate"),
+        (MemFlow, "MemFlow's .*kv_bank.*second cache"),
+        (LongLive2, "LongLive 2's .*t_scale"),
+        (SkyReels, "takes nothing after block_mask.*mlaconvert generate"),
+        (BlendingAttention, "other values than were written"),
+        (Sliding, "on a chunk once the window is full .*, sink 1.*keep its dense attention"),
+        (Nearest, "on a chunk (run again )?(once|before) the window is full"),
+        (Unrotated, "on the first chunk, the two differ"),
+        (Sinkless, "once the window is full.*needs sink_size 1"),
+    ],
+)
+def test_another_meaning_is_refused_by_name(make: Any, folders: dict[str, Path], kind: Any, match: str) -> None:
+    """A blended sink too, whatever it is called and however little is mixed in."""
+    pipe = make(kind=kind, sink=0 if kind is Sinkless else 1)
+    for positions in (None, "absolute", "window"):
+        with unchanged(pipe), pytest.raises(UnsupportedModelError, match=match):
+            swap_attention(pipe, folders["absolute"], positions=positions)
+
+
+def test_other_models_are_refused(make: Any, folders: dict[str, Path], golden: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="0 models"):
+        swap_attention(nn.Linear(2, 2), folders["paper"])
+    with pytest.raises(UnsupportedModelError, match="2 models"):
+        swap_attention(nn.ModuleList((make(), make())), folders["paper"])
+    with pytest.raises(ConfigError, match="not converted"):
+        swap_attention(make(), golden)
+    mixed = make(kind=LongLiveAttention)
+    mixed.generator.model.blocks[1].self_attn = attentions(make(kind=CausVidAttention))[1]
+    with pytest.raises(UnsupportedModelError, match="two codebases"):
+        swap_attention(mixed, folders["absolute"])
+
+
+def test_windows_that_are_none(make: Any, folders: dict[str, Path]) -> None:
+    pipe = make(window=3)
+    with unchanged(pipe), pytest.raises(InputError, match=r"local_attn_size 3.*at least 4"):
+        swap_attention(pipe, folders["absolute"])
+    attentions(pipe)[2].local_attn_size = [12, 9]  # type: ignore[assignment]
+    with pytest.raises(InputError, match="at least 4"):
+        swap_attention(pipe, folders["absolute"])
+    for attention in attentions(pipe):
+        attention.local_attn_size = [12, 9]  # type: ignore[assignment]
+    with pytest.raises(UnsupportedModelError, match=r"\[12, 9\].*one number"):
+        swap_attention(pipe, folders["absolute"])
+
+
+def test_weights_that_ours_would_leave_out(make: Any, folders: dict[str, Path]) -> None:
+    pipe = make()
+    attentions(pipe)[1].gate = nn.Linear(96, 4)
+    with unchanged(pipe), pytest.raises(UnsupportedModelError, match=r"has blocks\.1\.self_attn\.gate\.weight beside"):
+        swap_attention(pipe, folders["absolute"])
+
+
+class OnlyThere(TheirAttention):
+    """A kernel that runs on the device alone that the model is not on yet."""
+
+    ready = False
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        if not OnlyThere.ready:
+            raise RuntimeError("flash attention needs a GPU")
+        return super().forward(*arguments, **options)
+
+    forward.__signature__ = __import__("inspect").signature(TheirAttention.forward)  # type: ignore[attr-defined]
+
+
+def test_what_cannot_run_yet_is_compared_on_the_first_chunk(
+    make: Any, folders: dict[str, Path], vectors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = make(kind=OnlyThere)
+    swap_attention(pipe, folders["absolute"])
+    with pytest.raises(UnsupportedModelError, match=r"could not be run.*flash attention needs a GPU"):
+        pipe.twice(vectors["x_long"], vectors)
+    monkeypatch.setattr(OnlyThere, "ready", True)
+    assert relative(pipe.twice(vectors["x_long"], vectors), vectors["sf.window6_sink1.out"]) < 1e-4
+    monkeypatch.setattr(OnlyThere, "ready", False)
+    pipe = make(kind=OnlyThere)
+    swap_attention(pipe, folders["lossless"])
+    asked = make(kind=OnlyThere)
+    swap_attention(asked, folders["lossless"], positions="absolute")
+    monkeypatch.setattr(OnlyThere, "ready", True)
+    with pytest.raises(InputError, match="positions='absolute'"):
+        pipe.twice(vectors["x_long"], vectors)
+    assert relative(asked.twice(vectors["x_long"], vectors), vectors["sf.window6_sink1.out"]) < 1e-4
+
+
+# --- a swap that fails ----------------------------------------------------------------------------------------------
+
+
+def test_another_geometry_changes_nothing(make: Any, folders: dict[str, Path]) -> None:
+    pipe = make()
+    pipe.generator.model.blocks[1].ffn[0] = nn.Linear(96, 161)
+    with unchanged(pipe), pytest.raises(InputError, match=r"blocks\.1\.ffn\.0\.(bias|weight).*161.*160"):
+        swap_attention(pipe, folders["absolute"])
+    del pipe.generator.model.blocks[2]
+    with unchanged(pipe), pytest.raises(InputError, match=r"blocks\.1\.ffn|blocks\.2"):
+        swap_attention(pipe, folders["absolute"])
+
+
+def quantised(weight: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("where", ["self_attn.q", "ffn.2"])
+def test_a_quantised_model_is_left_as_it_was(
+    make: Any, folders: dict[str, Path], dtype: torch.dtype, where: str
+) -> None:
+    """Only the last block's weights, so that an eager swap would have replaced two layers by then."""
+    pipe = make()
+    linear = pipe.generator.model.blocks[2].get_submodule(where)
+    linear.weight = quantised(linear.weight, dtype)
+    with unchanged(pipe), pytest.raises(UnsupportedModelError, match="before the model is quantised"):
+        swap_attention(pipe, folders["absolute"])
+
+
+def test_a_model_without_weights_is_left_as_it_was(make: Any, folders: dict[str, Path]) -> None:
+    pipe = make()
+    pipe.generator.model.head.to("meta")
+    with pytest.raises(UnsupportedModelError, match=r"'head.*meta device; load its weights"):
+        swap_attention(pipe, folders["absolute"])
+    assert not any(isinstance(attention, StreamingLatentAttention) for attention in attentions(pipe))
+
+
+@pytest.mark.parametrize("name", ["blocks.2.self_attn.o.weight", "blocks.2.ffn.0.bias"])
+def test_a_file_that_breaks_off_changes_nothing(
+    make: Any, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Weights differ everywhere, so that all would be written."""
+    read = Checkpoint.read
+
+    def breaks(self: Checkpoint, canonical: str) -> Tensor:
+        if canonical == name:
+            raise CheckpointError("cut short")
+        return read(self, canonical)
+
+    pipe = make()
+    randomize(pipe)
+    monkeypatch.setattr(Checkpoint, "read", breaks)
+    with unchanged(pipe), pytest.raises(CheckpointError, match="cut short"):
+        swap_attention(pipe, folders["absolute"])
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_that_refuses_a_part_gets_all_back(
+    make: Any, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, wrapped: bool
+) -> None:
+    """The last layer cannot be set, or the pipeline's allocation, after everything else has been."""
+    pipe = make()
+    randomize(pipe)
+    if wrapped:
+        monkeypatch.setattr(TheirPipeline, "__setattr__", refuses("_initialize_kv_cache"), raising=False)
+    else:
+        monkeypatch.setattr(type(pipe.generator.model.blocks[2]), "__setattr__", refuses("self_attn", after=2))
+    with unchanged(pipe), pytest.raises(RuntimeError, match="read only"):
+        swap_attention(pipe, folders["absolute"])
+
+
+def refuses(name: str, after: int = 0) -> Callable[[Any, str, Any], None]:
+    count = iter(range(1000))
+
+    def set_or_not(self: Any, key: str, value: Any) -> None:
+        if key == name and next(count) == after:
+            raise RuntimeError("read only")
+        nn.Module.__setattr__(self, key, value)
+
+    return set_or_not
+
+
+# --- what is looked through -----------------------------------------------------------------------------------------
+
+
+def compiled(pipe: TheirPipeline) -> None:
+    pipe.generator.model = torch.compile(pipe.generator.model, backend="eager")  # type: ignore[assignment]
+
+
+def compiled_in_place(pipe: TheirPipeline) -> None:
+    pipe.generator.model.compile(backend="eager")  # type: ignore[union-attr]
+
+
+def parallel(pipe: TheirPipeline) -> None:
+    pipe.generator.model = nn.DataParallel(pipe.generator.model)  # type: ignore[arg-type]
+
+
+def by_block(pipe: TheirPipeline) -> None:
+    blocks = pipe.generator.model.blocks  # type: ignore[union-attr]
+    for i, wrap in enumerate((checkpoint_wrapper, lambda block: torch.compile(block, backend="eager"))):
+        blocks[i] = wrap(blocks[i])  # type: ignore[operator]
+    blocks[2].self_attn = torch.compile(blocks[2].self_attn, backend="eager")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("wrap", [compiled, compiled_in_place, parallel, by_block])
+@pytest.mark.parametrize("used", [False, True])
+def test_wrapped_models(make: Any, folders: dict[str, Path], vectors: dict[str, Tensor], wrap: Any, used: bool) -> None:
+    """Before the first run, and after one has been compiled for dense attention."""
+    pipe = make()
+    model = pipe.generator.model
+    if wrap is parallel:
+        pipe.generator.local_attn_size = 6
+    wrap(pipe)
+    if wrap in (compiled, parallel):  # the stand-in's pipeline asks its model for these
+        pipe._initialize_kv_cache = lambda **options: allocate(pipe, model, **options)
+    if used:
+        assert relative(pipe.twice(vectors["x_long"], vectors), vectors["sf.window6_sink1.out"]) < 1e-4
+    swap_attention(pipe, folders["absolute"])
+    assert relative(pipe.twice(vectors["x_long"], vectors), vectors["sf.window6_sink1.out"]) < 1e-4
+    assert sum(isinstance(part, StreamingLatentAttention) for part in pipe.modules()) == 3
+    assert all(cache["v"].numel() == 0 for cache in pipe.kv_cache1)
+
+
+def allocate(pipe: TheirPipeline, model: nn.Module, device: Any, **options: Any) -> None:
+    outer, pipe.generator.model = pipe.generator.model, model
+    try:
+        TheirPipeline._initialize_kv_cache(pipe, device=device, **options)
+    finally:
+        pipe.generator.model = outer
+
+
+class FullyShardedDataParallel(nn.Module):
+    """Named as torch's, whose shards need processes."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self._fsdp_wrapped_module = inside
+
+
+def test_sharded_models_are_refused(make: Any, folders: dict[str, Path]) -> None:
+    pipe = make()
+    blocks = pipe.generator.model.blocks
+    blocks[1] = FullyShardedDataParallel(blocks[1])
+    with unchanged(pipe), pytest.raises(UnsupportedModelError, match="before FSDP wraps"):
+        swap_attention(pipe, folders["absolute"])
+
+
+# --- LongLive's base and LoRA ---------------------------------------------------------------------------------------
+
+RANK = 4
+
+
+def lora_on(pipe: TheirPipeline) -> None:
+    """As LongLive's inference.py: every linear layer of the blocks, wrapped by PEFT and loaded from a file."""
+    model = pipe.generator.model
+    targets = [
+        name for name, part in model.named_modules() if name.startswith("blocks.") and isinstance(part, nn.Linear)
+    ]
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets)
+    pipe.generator.model = peft.get_peft_model(model, config)  # type: ignore[arg-type]
+    draw = torch.Generator().manual_seed(8)
+    for name, weight in pipe.generator.model.named_parameters():
+        if "lora_" in name:
+            weight.data = torch.randn(weight.shape, generator=draw) * 0.1
+
+
+@pytest.fixture(scope="module")
+def with_lora(golden: Path, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden model with that LoRA, converted without loss."""
+    root = tmp_path_factory.mktemp("lora")
+    pipe = streaming_fixtures.pipeline_of(golden)
+    lora_on(pipe)
+    state = peft.get_peft_model_state_dict(pipe.generator.model)  # type: ignore[arg-type]
+    torch.save({"generator_lora": state, "critic_lora": {}}, root / "lora.pt")
+    convert(golden, root / "mla", streaming_fixtures.RECIPES["absolute"], loras=[LoraFile(path=root / "lora.pt")])
+    return root / "mla"
+
+
+def test_a_lora_counts_once(
+    make: Any, with_lora: Path, folders: dict[str, Path], vectors: dict[str, Tensor], golden: Path
+) -> None:
+    """On the model when the swap comes: it is taken out, because the folder's weights have it."""
+    dense = make()
+    lora_on(dense)
+    expected = dense.twice(vectors["x_long"], vectors)
+    assert relative(expected, vectors["sf.window6_sink1.out"]) > 0.05
+    pipe = make()
+    lora_on(pipe)
+    with pytest.warns(UserWarning, match="LoRA layers taken out"):
+        swap_attention(pipe, with_lora)
+    assert relative(pipe.twice(vectors["x_long"], vectors), expected) < 1e-4
+    assert not any("lora" in name for name in pipe.state_dict())
+    without = make()  # what the page says: leave the script's LoRA part out
+    swap_attention(without, with_lora)
+    assert relative(without.twice(vectors["x_long"], vectors), expected) < 1e-4
+
+
+def test_a_lora_that_is_not_in_the_folder_is_not_lost(make: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    pipe = make()
+    lora_on(pipe)
+    with unchanged(pipe), pytest.raises(InputError, match=r"was not converted with one.*--lora FILE.*unload\(\)"):
+        swap_attention(pipe, folders["absolute"])
+    shutil.copytree(folders["absolute"], tmp_path / "bare")
+    (tmp_path / "bare" / "conversion.json").unlink()
+    with unchanged(pipe), pytest.raises(InputError, match="not converted with one"):
+        swap_attention(pipe, tmp_path / "bare")
+
+
+def test_a_lora_after_the_swap_is_refused(make: Any, with_lora: Path, vectors: dict[str, Tensor]) -> None:
+    """In its place in the script it would count twice, in what the swap left alone."""
+    pipe = make()
+    swap_attention(pipe, with_lora)
+    lora_on(pipe)
+    pipe.begin()
+    with pytest.raises(InputError, match=r"after swap_attention.*count twice.*--lora"):
+        pipe.chunk(vectors["x"][:, :, :3], vectors["t"].expand(1, 3), vectors["context"], 0)
+
+
+def test_a_failed_swap_leaves_the_lora_in_place(
+    make: Any, with_lora: Path, monkeypatch: pytest.MonkeyPatch, vectors: dict[str, Tensor]
+) -> None:
+    pipe = make()
+    lora_on(pipe)
+    monkeypatch.setattr(
+        type(pipe.generator.model.base_model.model.blocks[2]), "__setattr__", refuses("self_attn", after=2)
+    )
+    with unchanged(pipe), pytest.raises(RuntimeError, match="read only"):
+        swap_attention(pipe, with_lora)
