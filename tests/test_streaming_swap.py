@@ -13,6 +13,7 @@ import pytest
 import streaming_fixtures
 import torch
 from conftest import randomize, relative
+from documents import blocks
 from streaming_codebases import (
     BlendingAttention,
     CausVidAttention,
@@ -417,8 +418,10 @@ def with_lora(golden: Path, folders: dict[str, Path], tmp_path_factory: pytest.T
     lora_on(pipe)
     state = peft.get_peft_model_state_dict(pipe.generator.model)  # type: ignore[arg-type]
     torch.save({"generator_lora": state, "critic_lora": {}}, root / "lora.pt")
-    convert(golden, root / "mla", streaming_fixtures.RECIPES["absolute"], loras=[LoraFile(path=root / "lora.pt")])
-    return root / "mla"
+    convert(
+        golden, root / "longlive-mla", streaming_fixtures.RECIPES["absolute"], loras=[LoraFile(path=root / "lora.pt")]
+    )
+    return root / "longlive-mla"
 
 
 def test_a_lora_counts_once(
@@ -438,6 +441,21 @@ def test_a_lora_counts_once(
     without = make()  # what the page says: leave the script's LoRA part out
     swap_attention(without, with_lora)
     assert relative(without.twice(vectors["x_long"], vectors), expected) < 1e-4
+
+
+def test_the_pages_lines_for_longlive_run(
+    make: Any, with_lora: Path, vectors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the page puts them, behind the script's own part about the LoRA."""
+    dense, scope = make(kind=LongLiveAttention), {"pipeline": make(kind=LongLiveAttention)}
+    for pipe in (dense, scope["pipeline"]):
+        lora_on(pipe)
+    monkeypatch.chdir(with_lora.parent)
+    (snippet,) = blocks((Path(__file__).parent.parent / "examples" / "codebases.md").read_text(), "python")
+    with pytest.warns(UserWarning, match="LoRA layers taken out"):
+        exec(compile(snippet, "codebases.md", "exec"), scope)
+    expected = dense.twice(vectors["x_long"], vectors)
+    assert relative(scope["pipeline"].twice(vectors["x_long"], vectors), expected) < 1e-4
 
 
 def test_a_lora_that_is_not_in_the_folder_is_not_lost(make: Any, folders: dict[str, Path], tmp_path: Path) -> None:

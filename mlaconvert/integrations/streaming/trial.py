@@ -23,7 +23,7 @@ from mlaconvert.integrations.streaming.codebase import DENSE, Codebase, Position
 
 _SPREAD = 1.8  # of queries and keys: scores that pick out a few keys, so that a wrong one shows
 _TOLERANCE = {torch.float32: 1e-3}  # relative
-_NARROW_TOLERANCE = 0.05  # bfloat16 kernels differ by 0.01, another position of the sink by 0.2
+_NARROW_TOLERANCE = 0.05  # bfloat16 kernels differ by 0.005, another position of the sink by 0.3
 _POSITIONS: tuple[Positions, ...] = ("window", "absolute")
 _HOOKED = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")  # what others put on one attention
 _FRAMES = ((2, 3), (30, 52))  # height and width in tokens; krea counts every frame as that of 480 x 832 pixels
