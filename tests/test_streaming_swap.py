@@ -241,6 +241,8 @@ def test_what_cannot_run_yet_is_compared_on_the_first_chunk(
     with pytest.raises(InputError, match="positions='absolute'"):
         pipe.twice(vectors["x_long"], vectors)
     assert relative(asked.twice(vectors["x_long"], vectors), vectors["sf.window6_sink1.out"]) < 1e-4
+    swap_attention(pipe, folders["lossless"], positions="absolute")  # a second swap before the first chunk asks anew
+    assert relative(pipe.twice(vectors["x_long"], vectors), vectors["sf.window6_sink1.out"]) < 1e-4
 
 
 # --- a swap that fails ----------------------------------------------------------------------------------------------

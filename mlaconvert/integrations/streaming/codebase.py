@@ -34,11 +34,11 @@ _FUSED = "to_qkv"  # krea's
 
 @dataclass
 class Codebase:
-    """How their self-attention is called, and what a trial has shown of it.
+    """How their self-attention is called, and what trials have shown of it.
 
     `positions` are those of ours with which it computes the same; None before a trial could run. `frame_tokens` is the
-    one number of tokens a frame that it counts rightly, None where it takes any. `compare` is the trial that is still
-    to run, on the first chunk.
+    one number of tokens a frame that it counts rightly, None where it takes any. `waiting` are trials that could not
+    run before the first chunk, which runs them by `compare`.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Codebase:
     masks_beside_cache: bool = False
     positions: frozenset[Positions] | None = None
     frame_tokens: int | None = None
+    waiting: tuple[Callable[..., tuple[frozenset[Positions], int | None]], ...] = ()
     compare: Callable[[Tensor | None, Tensor], None] | None = None
 
     @classmethod
@@ -84,6 +85,15 @@ class Codebase:
         """Whether its queries stand where Infinity-RoPE puts them: as in the video, at most at the window's end."""
         return self.arguments == _INFINITY_ROPE
 
+    def note(self, positions: frozenset[Positions], frame_tokens: int | None) -> None:
+        """Take in what one trial found. Raises UnsupportedModelError when its layers count in different ways."""
+        self.positions = positions if self.positions is None else self.positions & positions
+        self.frame_tokens = frame_tokens or self.frame_tokens
+        if not self.positions:
+            raise UnsupportedModelError(
+                f"layers of {self.name} count frames in different ways; keep its dense attention"
+            )
+
     def admit(self, wanted: Positions | None, folder: Positions) -> Positions:
         """The positions to count by: those that were asked for, or else the folder's.
 
@@ -102,9 +112,9 @@ class Codebase:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """What torch.compile, DataParallel and activation checkpointing wrapped."""
-    while len(module._modules) == 1 and (inner := next(iter(module._modules.items())))[0] in _WRAPPED and inner[1]:
-        module = inner[1]
-    return module
+    names = list(module._modules)
+    inner = module._modules[names[0]] if len(names) == 1 and names[0] in _WRAPPED else None
+    return module if inner is None else unwrapped(inner)
 
 
 def self_attentions(model: nn.Module) -> list[nn.Module]:
@@ -131,7 +141,9 @@ def causal_model(model: nn.Module) -> nn.Module:
 
 
 def check_parts(attention: nn.Module, path: str) -> None:
-    """Raise UnsupportedModelError when a dense self-attention has weights that ours would leave out."""
+    """Raise UnsupportedModelError when a dense self-attention has no weights, or some that ours would leave out."""
+    if next(attention.parameters(), None) is None:
+        raise UnsupportedModelError(f"{path} has no plain weights; call swap_attention before the model is quantised")
     for name in attention.state_dict():
         if name.split(".")[0] not in (*DENSE, _FUSED):
             raise UnsupportedModelError(

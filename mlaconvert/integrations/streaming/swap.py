@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +103,13 @@ def _codebase(causal: nn.Module, checkpoint: Checkpoint, wanted: Positions | Non
     attentions = self_attentions(causal)
     known = next((a.turns.codebase for a in attentions if isinstance(a, Streaming)), None)
     if known is not None:
-        return known
-    for i, attention in enumerate(attentions):
-        check_parts(attention, f"blocks.{i}.self_attn")
-    codebase, waiting = watch(causal, attentions, checkpoint.config)
-    if waiting:
-        codebase.compare = on_first_chunk(codebase, waiting, wanted, folder)
+        codebase = replace(known, compare=None)
+    else:
+        for i, attention in enumerate(attentions):
+            check_parts(attention, f"blocks.{i}.self_attn")
+        codebase = watch(causal, attentions, checkpoint.config)
+    if codebase.waiting:
+        codebase.compare = on_first_chunk(codebase, wanted, folder)
     return codebase
 
 

@@ -88,11 +88,12 @@ class CannotRunError(Exception):
 class Trial:
     """One attention of theirs, `attention` of a block of `causal`, to be compared with ours.
 
-    Raises InputError for a window that holds no chunk, UnsupportedModelError for one that is not a number.
+    `codebase` is what its call says; a trial changes nothing in it. Raises InputError for a window that holds no
+    chunk, UnsupportedModelError for one that is not a number.
     """
 
     def __init__(self, codebase: Codebase, attention: nn.Module, causal: nn.Module, config: WanConfig) -> None:
-        self.codebase, self.attention = codebase, attention
+        self.codebase = codebase
         self.config = replace(config, dim=config.head_dim, num_heads=1, num_layers=1, mla=None)
         chunk = getattr(causal, "num_frame_per_block", 1)
         if not isinstance(chunk, int) or chunk < 2:
@@ -103,10 +104,13 @@ class Trial:
         self.apply: Callable[..., None] | None = getattr(causal, "_apply_cache_updates", None)
 
     @torch.no_grad()
-    def run(self, freqs: Tensor | None, device: torch.device, dtype: torch.dtype) -> None:
-        """Note in the codebase with which positions both are the same; `freqs` are theirs, for their rotations.
+    def run(
+        self, freqs: Tensor | None, device: torch.device, dtype: torch.dtype
+    ) -> tuple[frozenset[Positions], int | None]:
+        """With which positions both are the same, and the tokens of a frame if they are for one number alone.
 
-        Raises UnsupportedModelError when they are with none, CannotRunError when theirs raises an error at once.
+        `freqs` are theirs, for their rotations. Raises UnsupportedModelError when they are with none,
+        CannotRunError when theirs raises an error at once.
         """
         self.dense.to(device, dtype)
         freqs = freqs if freqs is None else freqs.to(device)
@@ -118,9 +122,7 @@ class Trial:
                 found[positions] = self._differs(window, (window.chunk, height, width), positions, inputs, freqs)
             same = frozenset(positions for positions in _POSITIONS if found[positions] is None)
             if same:
-                self.codebase.positions = same if self.codebase.positions is None else self.codebase.positions & same
-                self.codebase.frame_tokens = height * width if (height, width) != _FRAMES[0] else None
-                return
+                return same, height * width if (height, width) != _FRAMES[0] else None
             if (height, width) == _FRAMES[0]:
                 closest = max(difference for difference in found.values() if difference is not None)
         raise UnsupportedModelError(
@@ -196,54 +198,50 @@ class Trial:
         return out
 
 
-def watch(causal: nn.Module, attentions: list[nn.Module], config: WanConfig) -> tuple[Codebase, list[Trial]]:
-    """Whose code the dense `attentions` of `causal` are, and the trials that cannot run before the first chunk.
+def watch(causal: nn.Module, attentions: list[nn.Module], config: WanConfig) -> Codebase:
+    """Whose code the dense `attentions` of `causal` are, as far as they can run: a kernel may want a GPU first.
 
-    A kernel for GPUs cannot before the model is on one. Raises UnsupportedModelError for what ours does not compute,
-    InputError for a window that holds no chunk.
+    Raises UnsupportedModelError for what ours does not compute, InputError for a window that holds no chunk.
     """
     codebase = Codebase.of(attentions[0])
     kinds: dict[Any, nn.Module] = {}
     for attention in attentions:
         limits = (getattr(attention, name, None) for name in ("local_attn_size", "sink_size"))
         kinds.setdefault((type(attention), *map(str, limits)), attention)
-    waiting = []
     for attention in kinds.values():
-        if Codebase.of(attention).arguments != codebase.arguments:
+        own = Codebase.of(attention)
+        if own.arguments != codebase.arguments:
             raise UnsupportedModelError(f"{type(causal).__name__} has blocks of two codebases; give it those of one")
-        trial = Trial(codebase, attention, causal, config)
+        trial = Trial(own, attention, causal, config)
         like = next(attention.parameters())
         wide = like.is_floating_point() and like.dtype.itemsize > 1
         try:
-            trial.run(getattr(causal, "freqs", None), like.device, like.dtype if wide else torch.bfloat16)
+            codebase.note(
+                *trial.run(getattr(causal, "freqs", None), like.device, like.dtype if wide else torch.bfloat16)
+            )
         except CannotRunError:
-            waiting.append(trial)
-    return codebase, waiting
+            codebase.waiting += (trial.run,)
+    return codebase
 
 
 def on_first_chunk(
-    codebase: Codebase, trials: list[Trial], wanted: Positions | None, folder: Positions
+    codebase: Codebase, wanted: Positions | None, folder: Positions
 ) -> Callable[[Tensor | None, Tensor], None]:
     """What the first chunk runs before it: the trials that could not run at the swap, and what follows from them."""
 
     def compare(freqs: Tensor | None, x: Tensor) -> None:
-        codebase.compare = None  # ours runs in the trials too
-        try:
-            for trial in trials:
-                trial.run(freqs, x.device, x.dtype)
-            codebase.admit(wanted, folder)
-        except CannotRunError as error:
-            codebase.compare = late
-            raise UnsupportedModelError(
-                f"{codebase.name} could not be run to compare it with latent attention ({error}); put the model on the "
-                "device and in the dtype of its kernels before the first chunk"
-            ) from None
-        except InputError:
-            codebase.compare = late
-            raise
+        for run in codebase.waiting:
+            try:
+                codebase.note(*run(freqs, x.device, x.dtype))
+            except CannotRunError as error:
+                raise UnsupportedModelError(
+                    f"{codebase.name} could not be run to compare it with latent attention ({error}); put the model on "
+                    "the device and in the dtype of its kernels before the first chunk"
+                ) from None
+        codebase.admit(wanted, folder)
+        codebase.compare, codebase.waiting = None, ()
 
-    late: Callable[[Tensor | None, Tensor], None] = torch.compiler.disable(compare)
-    return late
+    return torch.compiler.disable(compare)
 
 
 def _drawn(config: WanConfig) -> _Dense:
