@@ -58,7 +58,7 @@ class Codebase:
             if sign in parameters or hasattr(attention, sign):
                 raise UnsupportedModelError(
                     f"{made.__name__} is {whose}'s (it has {sign}): {why}; keep its dense attention, "
-                    "or run the converted model with mlaconvert generate"
+                    "or run the converted model with mlaconvert generate, whose sink and window are plain"
                 )
         if parameters[6:] not in _CALLS:
             shown = ", ".join(parameters[6:]) or "nothing"

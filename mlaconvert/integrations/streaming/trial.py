@@ -127,7 +127,8 @@ class Trial:
                 closest = max(difference for difference in found.values() if difference is not None)
         raise UnsupportedModelError(
             f"{self.codebase.name} computes something else than latent attention would in its place: {closest.what}; "
-            f"{self._advice()}keep its dense attention, or run the converted model with mlaconvert generate"
+            f"{self._advice()}keep its dense attention, or run the converted model with mlaconvert "
+            "generate, whose sink and window are plain"
         )
 
     def _advice(self) -> str:
