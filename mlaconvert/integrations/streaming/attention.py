@@ -130,7 +130,7 @@ class Streaming(nn.Module):
         self.widths, self.turns = layer_widths(config, index), turns
         self.local_attn_size, self.sink_size, self.max_attention_size = -1, 0, 2**62
 
-    def attend(self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None) -> Tensor:
+    def attended(self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None) -> Tensor:
         """[B, N, D] -> [B, N, D], output projection included."""
         raise NotImplementedError
 
@@ -164,7 +164,7 @@ class Streaming(nn.Module):
         frames, height, width = (int(size) for size in grid_sizes[0].tolist())
         grid, codebase = (frames, height, width), self.turns.codebase
         if kv_cache is None:
-            return self.attend(x, self.turns.clip(x.shape[1], grid, block_mask, x.device), None)
+            return self.attended(x, self.turns.clip(x.shape[1], grid, block_mask, x.device), None)
         if x.shape[1] != prod(grid):
             raise InputError(f"a chunk has {x.shape[1]} tokens, its grid_sizes say {frames} x {height} x {width}")
         if codebase.compare is not None:
@@ -181,7 +181,7 @@ class Streaming(nn.Module):
         elif current_start == 0:
             kv_cache.pop(_SINK, None)
         place = replace(place, sink_frame=kv_cache.get(_SINK, 0))
-        out = self.attend(x, self.turns.chunk(place, x.device), _Packed(buffer, self.widths, place))
+        out = self.attended(x, self.turns.chunk(place, x.device), _Packed(buffer, self.widths, place))
         return (out, (*ends, {"action": "written", "is_recompute": again})) if codebase.hands_back else out
 
     def fuse_projections(self) -> None:
@@ -195,7 +195,7 @@ class Streaming(nn.Module):
         plan = replace(plan, window=_written(0, tokens, x.device))
         _set_indices(kv_cache, tokens, tokens)
         place = _Place(0, 0, 0, 0, tokens, 0, 0, 0, grid)
-        return self.attend(x, plan, _Packed(buffer, self.widths, place))
+        return self.attended(x, plan, _Packed(buffer, self.widths, place))
 
     def _check(self, kv_cache: KvCache, current_start: int, tokens: int) -> None:
         """Raise InputError for what their cache shows and latent attention does not do."""
@@ -287,7 +287,7 @@ class StreamingLatentAttention(Streaming, LatentAttention):  # type: ignore[misc
         super().__init__(config, mla, layer)
         self.join(config, index, turns)
 
-    def attend(self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None) -> Tensor:
+    def attended(self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None) -> Tensor:
         if cache is not None and not torch.is_grad_enabled():
             self.refresh()
         return self.o(self.heads(x, plan, cache))

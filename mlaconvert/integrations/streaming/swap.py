@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlaconvert.checkpoint import CONVERSION_NAME
 from mlaconvert.config import MLAConfig, MLALayer, StreamingConfig
-from mlaconvert.convert import CONVERSION_NAME
 from mlaconvert.errors import ConfigError, InputError, UnsupportedModelError
 from mlaconvert.families import Checkpoint, open_checkpoint
 from mlaconvert.families.wrappers import unwrap

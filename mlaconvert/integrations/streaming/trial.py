@@ -32,7 +32,7 @@ _FRAMES = ((2, 3), (30, 52))  # height and width in tokens; krea counts every fr
 class _Dense(Streaming, DenseAttention):  # type: ignore[misc]
     """Wan's attention with our slots and positions."""
 
-    def attend(self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None) -> Tensor:
+    def attended(self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None) -> Tensor:
         return DenseAttention.forward(self, x, plan, cache)
 
 
