@@ -189,6 +189,7 @@ def command(name: str, shelf: Path, output: Path) -> list[object]:
                  "--tracker", "none", "--overwrite", "--restart"],
         "sweep": ["sweep", "tiny", "-o", output, "--init", "svd", "--kv-ranks", 4, "--restart"],
         "evaluate": ["evaluate", output, "--frames", 0, "--clips", 1, "--save"],
+        "demo": ["demo", "-o", output],
     }[name]  # fmt: skip
 
 
@@ -197,7 +198,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None for path in paths}
 
 
-COMMANDS = ("convert", "generate", "vbench", "heal", "sweep", "evaluate")
+COMMANDS = ("convert", "generate", "vbench", "heal", "sweep", "evaluate", "demo")
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def demo(
 
     out, err = console(), console(stderr=True)
     started = time.monotonic()
-    make_folder(output)
+    make_folder(output.parent)  # the folder itself only once no other command has it
     with claim(output, "demo") as interrupted:
         with progress_bar(err) as progress:
             found = run_demo(output, progress, overwrite=interrupted)
