@@ -277,10 +277,23 @@ def test_a_codebases_yaml_tells_the_window(
     assert f"{ASSUMED}positions counted from the start; to set it: --positions, or a recipe\n" in stderr
     with open_checkpoint(tmp_path / "out") as opened:
         assert (opened.config.streaming, opened.config.few_step) == (sees(3, 12, 3), True)
+    settings.write_text("num_frame_per_block: 1\n")  # a framewise model's
+    with open_checkpoint(source, config=settings) as opened:
+        assert (opened.config.streaming, opened.config.few_step) == (sees(1, 21, 0), False)
     settings.write_text("local_attn_size: many\n")
     refused(tmp_path, "convert", source, "-o", tmp_path / "no", "--config", settings, says="local_attn_size is 'many'")
     settings.write_text("- 3\n")
     refused(tmp_path, "convert", source, "-o", tmp_path / "no", "--config", settings, says="a mapping of fields")
+
+
+@pytest.mark.parametrize("name", ["WanARModel", "MatrixGameWanModel", "StreamDiffusionV2", "WanTransformer3DModelV2"])
+def test_a_class_that_nobody_knows_states_nothing(name: str) -> None:
+    """Not even that it sees whole clips."""
+    found = read_timing({"_class_name": name})
+    assert found.streaming is None
+    assert found.assumed == EVERYTHING
+    for known in ("WanModel", "WanTransformer3DModel", "Wan2_2Transformer3DModel"):
+        assert read_timing({"_class_name": known}).assumed == set()
 
 
 # --- what is said, and how it is set -----------------------------------------------------------------------------

@@ -255,7 +255,7 @@ def _timing(store: TensorStore, raw: dict[str, Any] | None, key: str | None, set
     student = (key or "").split("/")[0] in STREAMING_KEYS
     if settings is not None:
         own = {name: value for name, value in (raw or {}).items() if name in ("_class_name", "few_step")}
-        return read_timing(own | settings, student=student, where="the YAML file of --config")
+        return read_timing(own | settings, student=student, script=True, where="the YAML file of --config")
     index = find_beside(store, "model_index.json", above=EXPERT_FOLDERS[1]) if is_causal_class(raw) else None
     pipeline = ""
     with suppress(InputError):  # it is a hint only

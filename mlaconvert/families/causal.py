@@ -50,6 +50,7 @@ _CAUSAL_CLASS = re.compile(
 _ROLLING_CLASS = re.compile(r"rolling_?forcing", re.IGNORECASE)
 _RELATIVE_CLASS = re.compile(r"rolling_?forcing|infinity", re.IGNORECASE)
 _SKYREELS_CLASS = re.compile(r"skyreels", re.IGNORECASE)
+_WHOLE_CLASS = re.compile(r"Wan(2_[12])?(Model|Transformer3DModel)")  # Wan's own, diffusers', VideoX-Fun's
 _FEW_STEP_PIPELINE = re.compile(r"dmd|(self|causal|rolling)_?forcing", re.IGNORECASE)
 
 
@@ -73,11 +74,17 @@ def is_causal_class(raw: Mapping[str, Any] | None) -> bool:
 
 
 def read_timing(
-    raw: Mapping[str, Any] | None, *, student: bool = False, pipeline: str = "", where: str = "config.json"
+    raw: Mapping[str, Any] | None,
+    *,
+    student: bool = False,
+    script: bool = False,
+    pipeline: str = "",
+    where: str = "config.json",
 ) -> Timing:
     """What a config.json (None without one) says of time: in our own section, else in the fields of a codebase.
 
-    `student` tells that the weights lie under a streaming codebase's key, `pipeline` is the class in model_index.json.
+    `student` tells that the weights lie under a streaming codebase's key, `script` that the fields are those of such a
+    codebase's scripts, `pipeline` is the class in model_index.json.
     Raises ConfigError naming `where` and the field for an impossible value, and for two that contradict each other.
     """
     raw = raw or {}
@@ -88,14 +95,15 @@ def read_timing(
     found, name = _gather(raw, where), _class_name(raw)
     few_step, stated = _steps(raw, found, name, pipeline, student=student)
     steps = frozenset[str]() if stated else frozenset(("few_step",))
-    if _is_causal(found, name, where, student=student):
+    if _is_causal(found, name, where, student=student or (script and not found.keys().isdisjoint(_CHUNK))):
         streaming, assumed = _streaming(found, name, where)
         return Timing(
             streaming=streaming, few_step=few_step, assumed=assumed | steps, remarks=tuple(_remarks(found, name))
         )
     denied = any(found.get(flag) is False for flag in _CAUSAL)
-    # A class of no streaming codebase sees whole clips and takes many steps; fields of time beside it are odd.
-    told = denied or bool(name and (_SKYREELS_CLASS.search(name) or not found.keys() & _NUMBERS.keys()))
+    # Wan's own class sees whole clips and takes many steps; fields of time beside it are odd.
+    whole = _WHOLE_CLASS.fullmatch(name) and not found.keys() & _NUMBERS.keys()
+    told = bool(denied or _SKYREELS_CLASS.search(name) or whole)
     return Timing(few_step=few_step, assumed=frozenset() if told else EVERYTHING - {"few_step"} | steps)
 
 
