@@ -50,6 +50,8 @@ def find_config(file: Path, ranks: Mapping[str, int]) -> AdapterConfig:
     configuration whose patterns cannot be read, and for PEFT's own file without one, or with another's.
     """
     beside = file.parent / PEFT_CONFIG
+    if not is_file(beside):  # a link is a name like any other: its own folder first, then the file's
+        beside = file.resolve().parent / PEFT_CONFIG
     if file.stem == "adapter_model":
         if not is_file(beside):
             raise CheckpointError(f"{file}: {PEFT_CONFIG} is missing beside it, which has its alpha; get that file too")

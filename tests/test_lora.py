@@ -300,6 +300,15 @@ def test_a_configuration_beside_a_renamed_file_counts(
     )
 
 
+def test_a_link_to_a_renamed_file_keeps_its_configuration(golden: Path, tmp_path: Path, factors: Any) -> None:
+    link = tmp_path / "linked.safetensors"
+    (tmp_path / "elsewhere").mkdir()
+    file = renamed(tmp_path / "elsewhere", factors)
+    link.symlink_to(file)
+    assert scalings(golden, link)[:2] == scalings(golden, file)[:2]
+    assert scalings(golden, link)[0] == "config"
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
