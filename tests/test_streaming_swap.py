@@ -66,6 +66,7 @@ def unchanged(pipe: TheirPipeline) -> Iterator[None]:
     [(TheirAttention, "lossless", "absolute"), (LongLiveAttention, "lossless", "absolute"),
      (InfinityAttention, "absolute", "window")],
 )  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*was converted for a window")  # windows of many sizes, one folder
 def test_other_positions_are_refused_unless_they_are_asked_for(
     make: Any, folders: dict[str, Path], kind: Any, folder: str, theirs: str
 ) -> None:
@@ -86,6 +87,16 @@ def test_other_positions_are_refused_unless_they_are_asked_for(
         swap_attention(pipe, folders[folder])
     if kind is not InfinityAttention:
         swap_attention(make(kind=kind, sink=0), folders[folder])
+
+
+@pytest.mark.parametrize(("window", "sink"), [(9, 1), (6, 2)])
+def test_another_window_than_the_folders_is_said(make: Any, folders: dict[str, Path], window: int, sink: int) -> None:
+    """The model's own runs, as it would without a swap; the folder was converted for six frames and a sink of one."""
+    said = rf"window of 6 latent frames with a sink of 1; the model's own, {window} and {sink},"
+    with pytest.warns(UserWarning, match=said):
+        swap_attention(make(window=window, sink=sink), folders["absolute"])
+    swap_attention(make(window=6, sink=1), folders["absolute"])
+    swap_attention(make(window=-1, sink=0), folders["absolute"])
 
 
 class Reward(TheirAttention):

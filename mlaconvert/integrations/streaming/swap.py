@@ -54,7 +54,8 @@ def swap_attention(
     First their attention runs a few chunks of noise beside ours (on the first chunk, where it cannot yet): what it does
     with its window, sink and positions must be the same. Raises UnsupportedModelError for a model whose attention does
     or is called otherwise, ConfigError for a source that is not converted, InputError when the two are not of one
-    geometry, or count frames differently and `positions` is not given. On any error the model is as it was.
+    geometry, or count frames differently and `positions` is not given. On any error the model is as it was. Warns where
+    the model's window or sink is not the one that `source` was converted for: the model's own is what runs.
     """
     pipeline, causal = unwrapped(model), causal_model(model)
     with open_checkpoint(source, revision=revision, subfolder=subfolder) as checkpoint, ExitStack() as undo:
@@ -86,11 +87,26 @@ def swap_attention(
                 tensor.copy_(value)
         _allocate_latents(pipeline, causal)
         undo.pop_all()
+    other_window = _other_window(next(iter(ours.values())), config.streaming)
+    if other_window:
+        warnings.warn(f"{source} {other_window}", stacklevel=2)
     if adapters:
         warnings.warn(
             f"{len(adapters)} LoRA layers taken out of {type(causal).__name__}; {source} was converted with a LoRA",
             stacklevel=2,
         )
+
+
+def _other_window(attention: Streaming, streaming: StreamingConfig | None) -> str:
+    """What to say where the codebase's window or sink is another than the folder's; "" where they are the same."""
+    window, sink = attention.local_attn_size, attention.sink_size
+    if streaming is None or window == -1 or (window, sink) == (streaming.window_frames, streaming.sink_frames):
+        return ""
+    return (
+        f"was converted for a window of {streaming.window_frames} latent frames "
+        f"with a sink of {streaming.sink_frames}; "
+        f"the model's own, {window} and {sink}, runs: set local_attn_size and sink_size, or convert it for them"
+    )
 
 
 def _put(tensor: Tensor, value: Tensor) -> None:
