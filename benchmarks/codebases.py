@@ -34,9 +34,9 @@ from self_forcing import SIZES, SMALL, TOLERANCE, attention, commit, convert_sma
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
-from mlaconvert.bench import random_model
-from mlaconvert.config import StreamingConfig
+from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import MLAConvertError
+from mlaconvert.evaluation.bench.setting import random_model
 from mlaconvert.integrations.streaming import swap_attention
 
 

@@ -23,15 +23,21 @@ from pathlib import Path
 import torch
 from tables import put_between
 
-from mlaconvert.calibrate import Layer, Regime, Sweep, layer_moments
-from mlaconvert.config import ConvertRecipe, MLALayer
-from mlaconvert.convert import convert
-from mlaconvert.evaluate import validation_loss
-from mlaconvert.factorize import LayerMoments, affine
-from mlaconvert.families import open_checkpoint
-from mlaconvert.model import WanModel, load_model
-from mlaconvert.recipes import load_recipe
-from mlaconvert.tiny.clips import held_back, training_clips
+from mlaconvert.clips.tiny.clips import held_back, training_clips
+from mlaconvert.config.mla import MLALayer
+from mlaconvert.conversion.calibration.layer import Layer
+from mlaconvert.conversion.calibration.measure import layer_moments
+from mlaconvert.conversion.calibration.walk import Sweep
+from mlaconvert.conversion.calibration.windows import Regime
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.conversion.recipes import load_recipe
+from mlaconvert.conversion.run import convert
+from mlaconvert.evaluation.losses import validation_loss
+from mlaconvert.families.open import open_checkpoint
+from mlaconvert.latent.matrices import affine
+from mlaconvert.latent.moments import LayerMoments
+from mlaconvert.model.load import load_model
+from mlaconvert.model.wan import WanModel
 
 CLIPS = 64
 TINY = load_recipe("tiny")

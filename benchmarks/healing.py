@@ -39,27 +39,31 @@ from typing import Any
 import torch
 from tables import put_between
 
-from mlaconvert.checkpoint import TINY
-from mlaconvert.config import ConvertRecipe, StreamingConfig, WanConfig, parse
-from mlaconvert.convert import convert
-from mlaconvert.data import Clips
-from mlaconvert.evaluate import validation_loss
-from mlaconvert.families import open_checkpoint
-from mlaconvert.heal import HealRecipe, distill, heal, load_heal_recipe
-from mlaconvert.heal.consistency import Consistency
-from mlaconvert.heal.data import Batch, Batches, Drawn, Rows, mix
-from mlaconvert.heal.dmd import Critic, Generator
-from mlaconvert.heal.estimate import estimate
-from mlaconvert.heal.fewstep import FewStep, energy_distance, reference_features
-from mlaconvert.heal.layout import views
-from mlaconvert.heal.objective import Objective, Uncast
-from mlaconvert.heal.recipe import STAGES
-from mlaconvert.heal.run import trainable
-from mlaconvert.heal.state import choose_trained, make_optimizer
-from mlaconvert.heal.teacher_forcing import TeacherForcing
-from mlaconvert.model import WanModel, load_model
-from mlaconvert.recipes import load_recipe, mla_config, resolve_recipe
-from mlaconvert.tiny.clips import held_back
+from mlaconvert.clips.folder import Clips
+from mlaconvert.clips.tiny.clips import held_back
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.parsing import parse
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.conversion.recipes import load_recipe, mla_config, resolve_recipe
+from mlaconvert.conversion.run import convert
+from mlaconvert.evaluation.losses import validation_loss
+from mlaconvert.families.open import open_checkpoint
+from mlaconvert.files.shipped import TINY
+from mlaconvert.healing.batches import Batch, Batches, Drawn, Rows, mix
+from mlaconvert.healing.estimate import estimate
+from mlaconvert.healing.frames import views
+from mlaconvert.healing.objective import Objective, Uncast
+from mlaconvert.healing.recipe import STAGES, HealRecipe, load_heal_recipe
+from mlaconvert.healing.run import heal, trainable
+from mlaconvert.healing.stages import distill
+from mlaconvert.healing.stages.consistency import Consistency
+from mlaconvert.healing.stages.dmd import Critic, Generator
+from mlaconvert.healing.stages.few_step import FewStep, energy_distance, reference_features
+from mlaconvert.healing.stages.teacher_forcing import TeacherForcing
+from mlaconvert.healing.state import choose_trained, make_optimizer
+from mlaconvert.model.load import load_model
+from mlaconvert.model.wan import WanModel
 
 # Held-back clips that losses are measured on, prompts that are generated from; what every run has in common.
 SIZES: dict[str, int] = {"clips": 256, "prompts": 64}

@@ -39,14 +39,15 @@ import torch
 from safetensors.torch import save_file
 from tables import put_between
 
-from mlaconvert import staging, writer
-from mlaconvert.checkpoint import CONFIG_NAME
-from mlaconvert.config import ConvertRecipe, WanConfig
-from mlaconvert.convert import convert
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.conversion.run import convert
 from mlaconvert.errors import OutputError
-from mlaconvert.families import WanFamily
-from mlaconvert.pictures import save_movie
-from mlaconvert.writer import ModelWriter, TensorSpec
+from mlaconvert.families.wan import WanFamily
+from mlaconvert.files import staging, writer
+from mlaconvert.files.names import CONFIG_NAME
+from mlaconvert.files.writer import ModelWriter, TensorSpec
+from mlaconvert.generation.movies import save_movie
 
 Operation = tuple[str, str, int]  # kind, file name, how many of that kind and name came before it
 Snapshot = dict[str, bytes]

@@ -27,10 +27,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mlaconvert.checkpoint import CONFIG_NAME
-from mlaconvert.config import WanConfig
-from mlaconvert.families import WanFamily
-from mlaconvert.writer import ModelWriter, TensorSpec
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.families.wan import WanFamily
+from mlaconvert.files.names import CONFIG_NAME
+from mlaconvert.files.writer import ModelWriter, TensorSpec
 
 WAN = WanConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960)
 PUBLISHED_CONFIG = {

@@ -37,10 +37,10 @@ from safetensors.torch import save_file
 from scipy.linalg import eigh
 from tables import put_between
 
-from mlaconvert.checkpoint import CONFIG_NAME, WEIGHTS_NAME
-from mlaconvert.config import WanConfig
-from mlaconvert.families import WanFamily
-from mlaconvert.writer import ModelWriter, TensorSpec
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.families.wan import WanFamily
+from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
+from mlaconvert.files.writer import ModelWriter, TensorSpec
 
 WIDE = WanConfig(dim=5120, num_heads=40, num_layers=1, ffn_dim=13824)
 BOUNDS = {1536: 1_000_000_000, 5120: 3_000_000_000}

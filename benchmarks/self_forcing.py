@@ -46,19 +46,23 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mlaconvert.attention import attend
-from mlaconvert.bench import BenchSetting, base_geometry, random_model, side_configs
-from mlaconvert.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from mlaconvert.cli.show import progress_bar
-from mlaconvert.config import SHIFT, ConvertRecipe, Init, StreamingConfig, WanConfig, default_video
-from mlaconvert.convert import convert
+from mlaconvert.config.geometry import WanConfig, default_video
+from mlaconvert.config.streaming import SHIFT, StreamingConfig
+from mlaconvert.conversion.recipe import ConvertRecipe, Init
+from mlaconvert.conversion.run import convert
 from mlaconvert.errors import ConfigError, InputError, MLAConvertError
-from mlaconvert.families import WanFamily
-from mlaconvert.generate import Runtime
+from mlaconvert.evaluation.bench.setting import BenchSetting, base_geometry, random_model, side_configs
+from mlaconvert.families.wan import WanFamily
+from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
+from mlaconvert.generation.request import Runtime
 from mlaconvert.integrations.streaming import swap_attention
-from mlaconvert.memory import plan_memory
-from mlaconvert.model import WanModel, load_model
-from mlaconvert.rollout import Sampler, chunk_noise, rollout
+from mlaconvert.model.attention.kernel import attend
+from mlaconvert.model.load import load_model
+from mlaconvert.model.memory import plan_memory
+from mlaconvert.model.rollout import chunk_noise, rollout
+from mlaconvert.model.schedule import Sampler
+from mlaconvert.model.wan import WanModel
 
 URL = "https://github.com/guandeh17/Self-Forcing"
 THEIRS = "published Self-Forcing"

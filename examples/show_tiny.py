@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from mlaconvert import tiny
+from mlaconvert.clips import tiny
+from mlaconvert.clips.tiny.clips import HEIGHT, HELD_BACK, WIDTH, embed_captions, null_context, sample_scenes
 from mlaconvert.demo import CAPTIONS, FRAMES, GUIDANCE, STEPS, generate
-from mlaconvert.model import load_model
-from mlaconvert.pictures import contact_sheet
-from mlaconvert.rollout import Sampler, rollout
-from mlaconvert.tiny.clips import HEIGHT, HELD_BACK, WIDTH, embed_captions, null_context, sample_scenes
+from mlaconvert.generation.movies import contact_sheet
+from mlaconvert.model.load import load_model
+from mlaconvert.model.rollout import rollout
+from mlaconvert.model.schedule import Sampler
 
 
 def main() -> None:

@@ -2,14 +2,13 @@
 
     python examples/train_tiny.py runs/tiny           # about 70 minutes on two CPU cores; start again to resume
 
-Flow matching on clips drawn on the fly (mlaconvert/tiny/clips.py). A batch is six frames in two chunks, or a sink frame
-from the past and two chunks, which is what a rolling window shows the model. Behind a sink, the past is mostly clean or
-slightly perturbed, as in a rollout; other chunks have a noise level of their own. Later, half of most batches lie
-behind a past that the model generated itself, with the true next chunk as the target, so that a rollout's errors are
-mended instead of growing. Muon (Jordan et al. 2024; torch 2.9 has it) trains the blocks' matrices, AdamW the rest; the
-rate is constant, and falls to zero in the last third. Writes the model in float32 with an averaged copy of the weights,
-the caption embeddings, and the loss curve (training.json).
-"""
+Flow matching on clips drawn on the fly (mlaconvert/clips/tiny/clips.py). A batch is six frames in two chunks, or a sink
+frame from the past and two chunks, which is what a rolling window shows the model. Behind a sink, the past is mostly
+clean or slightly perturbed, as in a rollout; other chunks have a noise level of their own. Later, half of most batches
+lie behind a past that the model generated itself, with the true next chunk as the target, so that a rollout's errors
+are mended instead of growing. Muon (Jordan et al. 2024; torch 2.9 has it) trains the blocks' matrices, AdamW the rest;
+the rate is constant, and falls to zero in the last third. Writes the model in float32 with an averaged copy of the
+weights, the caption embeddings, and the loss curve (training.json)."""
 
 from __future__ import annotations
 
@@ -26,17 +25,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mlaconvert.config import StreamingConfig, WanConfig
-from mlaconvert.model import Block, WanModel
-from mlaconvert.rollout import Sampler, add_noise, rollout, warp
-from mlaconvert.tiny.clips import (
-    CAPTION_LEN,
-    HEIGHT,
-    VOCABULARY,
-    WIDTH,
-    embed_captions,
-    sample_scenes,
-)
+from mlaconvert.clips.tiny.clips import CAPTION_LEN, HEIGHT, VOCABULARY, WIDTH, embed_captions, sample_scenes
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.model.blocks import Block
+from mlaconvert.model.rollout import rollout
+from mlaconvert.model.schedule import Sampler, add_noise, warp
+from mlaconvert.model.wan import WanModel
 
 BATCH, STEPS, WARM_UP, DECAY = 16, 9000, 200, 5500  # steps; the rate falls from DECAY on
 MUON_RATE, ADAMW_RATE = 0.02, 3e-3

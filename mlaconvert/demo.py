@@ -11,20 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlaconvert.analyze import Analysis, analyze
-from mlaconvert.checkpoint import CONVERSION_NAME
-from mlaconvert.config import StreamingConfig
-from mlaconvert.convert import ConversionReport, convert
-from mlaconvert.drift import RolloutPlan
+from mlaconvert.clips.tiny.clips import HEIGHT, HELD_BACK, WIDTH, embed_captions, null_context, sample_scenes
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.analyze import analyze
+from mlaconvert.conversion.recipes import load_recipe
+from mlaconvert.conversion.report import ConversionReport
+from mlaconvert.conversion.run import convert
+from mlaconvert.conversion.spectra import Analysis
 from mlaconvert.errors import OutputError
-from mlaconvert.evaluate import TINY_GUIDANCE, TINY_STEPS, Report, compare, make_report, tiny_conditions
-from mlaconvert.families import open_checkpoint
-from mlaconvert.inputs import read_json
-from mlaconvert.model import WanModel, load_model
-from mlaconvert.pictures import contact_sheet, save_movie, side_by_side
-from mlaconvert.recipes import load_recipe
-from mlaconvert.rollout import Sampler
-from mlaconvert.tiny.clips import HEIGHT, HELD_BACK, WIDTH, embed_captions, null_context, sample_scenes
+from mlaconvert.evaluation.compare import compare
+from mlaconvert.evaluation.conditions import TINY_GUIDANCE, TINY_STEPS, tiny_conditions
+from mlaconvert.evaluation.drift import RolloutPlan
+from mlaconvert.evaluation.report import Report, make_report
+from mlaconvert.families.open import open_checkpoint
+from mlaconvert.files.inputs import read_json
+from mlaconvert.files.names import CONVERSION_NAME
+from mlaconvert.generation.movies import contact_sheet, save_movie, side_by_side
+from mlaconvert.model.load import load_model
+from mlaconvert.model.schedule import Sampler
+from mlaconvert.model.wan import WanModel
 
 FRAMES = 60
 CAPTIONS = 3

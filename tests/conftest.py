@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mlaconvert.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
 
 SaveFolder = Callable[..., Path]
 

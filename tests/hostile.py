@@ -17,10 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.main import get_command
 
-from mlaconvert.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from mlaconvert.cli import app
-from mlaconvert.config import ConvertRecipe, MLAConfig, MLALayer, StreamingConfig, WanConfig
-from mlaconvert.families import WanFamily
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.mla import MLAConfig, MLALayer
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.families.wan import WanFamily
+from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
 
 GEOMETRY = WanConfig(
     dim=24, num_heads=2, num_layers=2, ffn_dim=20, in_dim=4, out_dim=4, freq_dim=8, text_dim=10, text_len=6

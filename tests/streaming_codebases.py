@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlaconvert.attention import DenseAttention, attend
-from mlaconvert.model import WanModel
-from mlaconvert.rollout import Sampler, chunk_noise
-from mlaconvert.rope import rotary, rotate
+from mlaconvert.model.attention.dense import DenseAttention
+from mlaconvert.model.attention.kernel import attend
+from mlaconvert.model.rollout import chunk_noise
+from mlaconvert.model.rope import rotary, rotate
+from mlaconvert.model.schedule import Sampler
+from mlaconvert.model.wan import WanModel
 
 LATENTS = (6, 10)
 TOKENS = 15  # of a latent frame

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from streaming_codebases import TheirAttention, TheirModel, TheirPipeline
 from torch import Tensor
 
-from mlaconvert.config import ConvertRecipe, StreamingConfig
-from mlaconvert.convert import convert
-from mlaconvert.model import load_model
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.conversion.run import convert
+from mlaconvert.model.load import load_model
 
 WINDOW = StreamingConfig(window_frames=6)
 ABSOLUTE = StreamingConfig(window_frames=6, positions="absolute")

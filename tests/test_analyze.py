@@ -19,18 +19,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from mlaconvert import families
-from mlaconvert.analyze import Analysis, analyze, read_ahead
-from mlaconvert.calibrate import Regime, Sweep, layer_moments
 from mlaconvert.cli import app
-from mlaconvert.config import MLAConfig, MLALayer, StreamingConfig, WanConfig
-from mlaconvert.data import Clips
+from mlaconvert.clips.folder import Clips
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.mla import MLAConfig, MLALayer
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.analyze import analyze, read_ahead
+from mlaconvert.conversion.calibration.measure import layer_moments
+from mlaconvert.conversion.calibration.walk import Sweep
+from mlaconvert.conversion.calibration.windows import Regime
+from mlaconvert.conversion.spectra import Analysis
 from mlaconvert.errors import CheckpointError, ConfigError, OutputError, UnsupportedModelError
-from mlaconvert.factorize import AttentionWeights, LayerMoments, factorize_layer
-from mlaconvert.model import WanModel
-from mlaconvert.plots import plot_analysis
-from mlaconvert.report import analysis_table, budget_table
-from mlaconvert.spectrum import random_rank_baseline
+from mlaconvert.families import open as families
+from mlaconvert.families import protocol, wan
+from mlaconvert.latent.factorize import factorize_layer
+from mlaconvert.latent.moments import LayerMoments
+from mlaconvert.latent.spectrum import random_rank_baseline
+from mlaconvert.latent.weights import AttentionWeights
+from mlaconvert.model.wan import WanModel
+from mlaconvert.reports.plots import plot_analysis
+from mlaconvert.reports.tables import analysis_table, budget_table
 
 CONFIG = WanConfig(dim=48, num_heads=4, num_layers=3, ffn_dim=52, freq_dim=10, text_dim=14)
 LATENT = MLALayer(kv_lora_rank=7, qk_nope_head_dim=9, v_head_dim=11, rope_components=((0, 2), (3, 1)))
@@ -294,9 +302,9 @@ def test_plot_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path, monkeyp
     assert list(tmp_path.iterdir()) == [path]
 
 
-def save_model(folder: Path, config: WanConfig, layout: families.Layout) -> dict[str, Tensor]:
+def save_model(folder: Path, config: WanConfig, layout: protocol.Layout) -> dict[str, Tensor]:
     """A random model on disk; returns its tensors by native name."""
-    family = families.WanFamily()
+    family = wan.WanFamily()
     generator = torch.Generator().manual_seed(0)
     shapes = {name: p.shape for name, p in WanModel(config).named_parameters()}
     state = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
@@ -308,7 +316,7 @@ def save_model(folder: Path, config: WanConfig, layout: families.Layout) -> dict
 
 
 @pytest.mark.parametrize("layout", ["native", "diffusers"])
-def test_a_real_checkpoint_from_file(layout: families.Layout, tmp_path: Path) -> None:
+def test_a_real_checkpoint_from_file(layout: protocol.Layout, tmp_path: Path) -> None:
     config = mixed_weights().config
     state = save_model(tmp_path, config, layout)
 
@@ -376,7 +384,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     model = WanModel(config)
     randomize(model)
     save_file(model.state_dict(), folder / "diffusion_pytorch_model.safetensors")
-    raw = families.WanFamily().raw_config(config) | {"streaming": dataclasses.asdict(STREAMING)}
+    raw = wan.WanFamily().raw_config(config) | {"streaming": dataclasses.asdict(STREAMING)}
     (folder / "config.json").write_text(json.dumps(raw))
     calls: list[tuple[int, int]] = []
     with families.open_checkpoint(folder) as checkpoint:

@@ -19,10 +19,10 @@ from conftest import relative
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mlaconvert.base import NATIVE_TEXT, NATIVE_TOKENIZER, NATIVE_VAE, find_base, open_base
+from mlaconvert.base.repository import NATIVE_TEXT, NATIVE_TOKENIZER, NATIVE_VAE, find_base, open_base
+from mlaconvert.base.text import clean, embed_texts
+from mlaconvert.base.vae import Vae
 from mlaconvert.errors import CheckpointError, InputError
-from mlaconvert.text import clean, embed_texts
-from mlaconvert.vae import Vae
 
 WAN22 = {
     "z_dim": 48,
@@ -93,7 +93,7 @@ def test_cleaning_is_the_pipelines() -> None:
 
 
 def test_the_encoder_is_gone_after_its_last_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlaconvert import text
+    from mlaconvert.base import text
 
     alive: list[Any] = []
     load = text._load_encoder

@@ -11,20 +11,13 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from mlaconvert.bench import (
-    BenchReport,
-    BenchSetting,
-    _largest,
-    _Runner,
-    bench,
-    forward_flops,
-    random_model,
-    side_configs,
-)
 from mlaconvert.cli import app
-from mlaconvert.config import StreamingConfig
+from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError
-from mlaconvert.memory import plan_memory
+from mlaconvert.evaluation.bench.flops import forward_flops
+from mlaconvert.evaluation.bench.run import _largest, _Runner, bench
+from mlaconvert.evaluation.bench.setting import BenchReport, BenchSetting, random_model, side_configs
+from mlaconvert.model.memory import plan_memory
 
 
 def invoke(*arguments: object) -> Result:
@@ -224,6 +217,8 @@ def test_wrong_usage(arguments: list[str], message: str) -> None:
 
 def test_image_to_video_geometries_are_refused(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = side_configs(BenchSetting(geometry=str(golden)))["dense"]
-    monkeypatch.setattr("mlaconvert.bench.base_geometry", lambda _: dataclasses.replace(config, in_dim=36))
+    monkeypatch.setattr(
+        "mlaconvert.evaluation.bench.setting.base_geometry", lambda _: dataclasses.replace(config, in_dim=36)
+    )
     with pytest.raises(ConfigError, match="image-to-video geometry"):
         bench(BenchSetting(geometry="x"))

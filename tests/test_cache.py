@@ -13,13 +13,16 @@ from conftest import randomize, relative
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mlaconvert.attention import AttentionPlan
-from mlaconvert.cache import LatentCache, LayerCache
-from mlaconvert.config import KeyNorm, MLAConfig, MLALayer, RopeMode, StreamingConfig, WanConfig
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.mla import KeyNorm, MLAConfig, MLALayer, RopeMode
+from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError, InputError
-from mlaconvert.model import WanModel
-from mlaconvert.rollout import Sampler, rollout
-from mlaconvert.rope import Rotary, angles
+from mlaconvert.model.attention.kernel import AttentionPlan
+from mlaconvert.model.cache import LatentCache, LayerCache
+from mlaconvert.model.rollout import rollout
+from mlaconvert.model.rope import Rotary, angles
+from mlaconvert.model.schedule import Sampler
+from mlaconvert.model.wan import WanModel
 
 H, W = 4, 6  # latent pixels, 6 tokens a frame
 BASE = WanConfig(dim=60, num_heads=5, num_layers=3, ffn_dim=20, freq_dim=8, text_dim=9, text_len=4, in_dim=3, out_dim=3)

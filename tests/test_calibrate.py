@@ -17,39 +17,35 @@ from conftest import SaveFolder, randomize, relative
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mlaconvert import calibrate as calibrate_module
-from mlaconvert.attention import AttentionPlan, DenseAttention, LatentAttention
-from mlaconvert.calibrate import (
-    BATCH,
-    Calibration,
-    ErrorTable,
-    Inputs,
-    Layer,
-    Regime,
-    Sweep,
-    Target,
-    attention_error,
-    calibrate,
-    layer_moments,
-    load_moments,
-    load_widened,
-    refit_layers,
-    refit_output,
-    refit_query,
-    save_moments,
-    scratch_bytes,
-    share_budget,
-    windows,
-)
-from mlaconvert.config import KeyNorm, MLALayer, Part, RopeMode, StreamingConfig, WanConfig
-from mlaconvert.data import Clips
+from mlaconvert.clips.folder import Clips
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.mla import KeyNorm, MLALayer, RopeMode
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.calibration import pieces
+from mlaconvert.conversion.calibration.layer import Inputs, Layer
+from mlaconvert.conversion.calibration.measure import layer_moments
+from mlaconvert.conversion.calibration.refit import attention_error, refit_output, refit_query
+from mlaconvert.conversion.calibration.run import Calibration, calibrate, refit_layers
+from mlaconvert.conversion.calibration.store import load_moments, save_moments
+from mlaconvert.conversion.calibration.target import ErrorTable, Target, share_budget
+from mlaconvert.conversion.calibration.walk import Sweep
+from mlaconvert.conversion.calibration.windows import BATCH, Regime, scratch_bytes, windows
+from mlaconvert.conversion.recipe import Part
 from mlaconvert.errors import OutputError
-from mlaconvert.factorize import AttentionWeights, LayerMoments, choose_components, mean_rotation, modulation_moments
-from mlaconvert.families import Checkpoint, open_checkpoint
-from mlaconvert.model import WanModel, load_model, timestep_embedding
-from mlaconvert.rollout import Sampler
-from mlaconvert.rope import angles, rotary
-from mlaconvert.scratch import Scratch
+from mlaconvert.families.checkpoint import Checkpoint
+from mlaconvert.families.open import open_checkpoint
+from mlaconvert.files.scratch import Scratch
+from mlaconvert.latent.components import choose_components
+from mlaconvert.latent.moments import LayerMoments, modulation_moments
+from mlaconvert.latent.pairs import mean_rotation
+from mlaconvert.latent.weights import AttentionWeights
+from mlaconvert.model.attention.dense import DenseAttention
+from mlaconvert.model.attention.kernel import AttentionPlan
+from mlaconvert.model.attention.latent import LatentAttention
+from mlaconvert.model.load import load_model, load_widened
+from mlaconvert.model.rope import angles, rotary
+from mlaconvert.model.schedule import Sampler
+from mlaconvert.model.wan import WanModel, timestep_embedding
 
 # Heads of 14 are 7 rotary pairs, split (3, 2, 2). Clips of 4 x 6 latent pixels have 2 x 3 tokens a frame.
 STREAMING = StreamingConfig(chunk_frames=2, window_frames=5, sink_frames=1)
@@ -1067,8 +1063,10 @@ def test_a_widened_model_is_the_model_in_float32(folder: Path, save_folder: Save
 
 def test_work_in_small_parts_is_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    for size in (calibrate_module.PIECE_SCALARS, 64):
-        monkeypatch.setattr(calibrate_module, "PIECE_SCALARS", size)
+    for size in (pieces.PIECE_SCALARS, 64):
+        monkeypatch.setattr("mlaconvert.conversion.calibration.measure.PIECE_SCALARS", size)
+        monkeypatch.setattr("mlaconvert.conversion.calibration.pieces.PIECE_SCALARS", size)
+        monkeypatch.setattr("mlaconvert.conversion.calibration.walk.PIECE_SCALARS", size)
         with open_checkpoint(folder) as checkpoint:
             sweep = make_sweep(checkpoint, make_clips(2))
             for layer in sweep:
@@ -1095,7 +1093,8 @@ def test_the_disk_that_activations_take_is_known_beforehand(
         return made
 
     monkeypatch.setattr(Scratch, "empty", counted)
-    monkeypatch.setattr(calibrate_module, "QUERIES", 1)
+    monkeypatch.setattr("mlaconvert.conversion.calibration.refit.QUERIES", 1)
+    monkeypatch.setattr("mlaconvert.conversion.calibration.windows.QUERIES", 1)
     regime, clips, made = dataclasses.replace(FEW, streaming=streaming), make_clips(6), target("token")
     with open_checkpoint(folder if streaming else both_ways) as checkpoint:
         for layer in Sweep(checkpoint, clips, regime, probes=9, scratch=tmp_path):

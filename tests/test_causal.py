@@ -14,16 +14,17 @@ from hostile import invoke, refused
 from hub_server import Blob, Hub
 from safetensors.torch import save, save_file
 
-from mlaconvert.calibrate import window_views
-from mlaconvert.checkpoint import CONFIG_NAME, WEIGHTS_NAME
-from mlaconvert.config import ConvertRecipe, StreamingConfig
-from mlaconvert.convert import convert
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.provenance import open_teacher
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.conversion.run import convert
 from mlaconvert.errors import ConfigError
-from mlaconvert.evaluate import open_teacher
-from mlaconvert.families import open_checkpoint
 from mlaconvert.families.causal import EVERYTHING, STUDENT, read_timing
-from mlaconvert.heal import heal
-from mlaconvert.heal.recipe import HealRecipe
+from mlaconvert.families.open import open_checkpoint
+from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
+from mlaconvert.healing.recipe import HealRecipe
+from mlaconvert.healing.run import heal
+from mlaconvert.model.window import window_views
 
 State = dict[str, torch.Tensor]
 SaveFolder = Callable[..., Path]
@@ -302,8 +303,8 @@ def test_a_class_that_nobody_knows_states_nothing(name: str) -> None:
 @pytest.fixture
 def bare(golden_state: State, tmp_path: Path) -> Path:
     """A streaming student as it is passed on: weights of heads of 128 under a prefix, and no config.json."""
-    from mlaconvert.config import WanConfig
-    from mlaconvert.families import WanFamily
+    from mlaconvert.config.geometry import WanConfig
+    from mlaconvert.families.wan import WanFamily
 
     generator = torch.Generator().manual_seed(0)
     config = WanConfig(dim=256, num_heads=2, num_layers=1, ffn_dim=40, freq_dim=16, text_dim=24)

@@ -21,9 +21,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import mlaconvert.checkpoint as checkpoint_module
-from mlaconvert.checkpoint import WEIGHTS_NAME, check_finite, experts, open_store
 from mlaconvert.errors import CheckpointError
+from mlaconvert.files import select
+from mlaconvert.files.find import experts, open_store
+from mlaconvert.files.names import WEIGHTS_NAME
+from mlaconvert.files.store import check_finite
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1.5, -2.0], dtype=torch.bfloat16)}
 INDEX = f"{WEIGHTS_NAME}.index.json"
@@ -128,7 +130,7 @@ def test_experts(tmp_path: Path, pair: tuple[str, str]) -> None:
 
 def test_tiny_is_built_in_but_a_local_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_shards(tmp_path / "shipped")
-    monkeypatch.setattr(checkpoint_module, "TINY", tmp_path / "shipped")
+    monkeypatch.setattr(select, "TINY", tmp_path / "shipped")
     monkeypatch.chdir(tmp_path)
     assert_state(read_all("tiny"))
     save_file({"mine": torch.ones(1)}, tmp_path / "tiny")

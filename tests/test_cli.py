@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from mlaconvert import __version__
-from mlaconvert.checkpoint import WEIGHTS_NAME
 from mlaconvert.cli import app
 from mlaconvert.errors import MLAConvertError
-from mlaconvert.model import load_model
+from mlaconvert.files.names import WEIGHTS_NAME
+from mlaconvert.model.load import load_model
 
 SaveFolder = Callable[..., Path]
 
@@ -335,7 +335,7 @@ def test_exceptions_become_one_line(
     def fail(*arguments: object) -> None:
         raise raised
 
-    monkeypatch.setattr("mlaconvert.layers.convert_layer", fail)
+    monkeypatch.setattr("mlaconvert.conversion.from_weights.convert_layer", fail)
     result = invoke("convert", golden, "-o", tmp_path / "out", "--init", "svd")
     assert result.exit_code == code
     assert result.stderr.splitlines()[-1] == message

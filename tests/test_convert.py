@@ -21,25 +21,36 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mlaconvert import calibrated, layers, writer
-from mlaconvert.cache import LatentCache
-from mlaconvert.calibrate import MOMENTS_VERSION, Regime, windows
-from mlaconvert.checkpoint import CONFIG_NAME, TINY, WEIGHTS_NAME
-from mlaconvert.config import ConvertRecipe, StreamingConfig, WanConfig, default_video, parse_layers
-from mlaconvert.convert import ConversionReport, convert, open_models
-from mlaconvert.data import Clips
+from mlaconvert.clips.folder import Clips
+from mlaconvert.clips.tiny.clips import training_clips
+from mlaconvert.config.geometry import WanConfig, default_video
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion import from_clips as calibrated
+from mlaconvert.conversion import from_weights as layers
+from mlaconvert.conversion.calibration.store import MOMENTS_VERSION
+from mlaconvert.conversion.calibration.windows import Regime, windows
+from mlaconvert.conversion.from_weights import layer_modulation, time_modulation
+from mlaconvert.conversion.plan import plan_conversion
+from mlaconvert.conversion.recipe import ConvertRecipe, parse_layers
+from mlaconvert.conversion.recipes import _format_layers, load_recipe
+from mlaconvert.conversion.report import ConversionReport
+from mlaconvert.conversion.run import convert
+from mlaconvert.conversion.source import open_models
+from mlaconvert.conversion.verify import verify_conversion
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, MLAConvertError, OutputError
-from mlaconvert.evaluate import evaluate
-from mlaconvert.families import WanFamily, open_checkpoint
+from mlaconvert.evaluation.losses import evaluate
 from mlaconvert.families.causal import STUDENT
-from mlaconvert.layers import layer_modulation, time_modulation
-from mlaconvert.model import load_model
-from mlaconvert.plan import plan_conversion
-from mlaconvert.recipes import _format_layers, load_recipe
-from mlaconvert.rollout import Sampler, rollout
-from mlaconvert.tiny.clips import training_clips
-from mlaconvert.verify import verify_conversion
-from mlaconvert.writer import ModelWriter, TensorSpec
+from mlaconvert.families.open import open_checkpoint
+from mlaconvert.families.wan import WanFamily
+from mlaconvert.files import writer
+from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
+from mlaconvert.files.shipped import TINY
+from mlaconvert.files.writer import ModelWriter, TensorSpec
+from mlaconvert.latent import pairs
+from mlaconvert.model.cache import LatentCache
+from mlaconvert.model.load import load_model
+from mlaconvert.model.rollout import rollout
+from mlaconvert.model.schedule import Sampler
 
 State = dict[str, Tensor]
 SaveFolder = Callable[..., Path]
@@ -305,7 +316,7 @@ def test_modulation_is_what_the_blocks_apply(source: Path) -> None:
 
 def test_the_regime_decides_the_mean_rotation(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Mapping[str, Any]] = []
-    original = layers.mean_rotation
+    original = pairs.mean_rotation
 
     def remember(split: tuple[int, int, int], **arguments: Any) -> Tensor:
         seen.append({"split": split, **arguments})

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mlaconvert.config import WanConfig
-from mlaconvert.data import NULL_CONTEXT, ClipFolder, Clips, load_clips, load_null_context
+from mlaconvert.clips.folder import NULL_CONTEXT, ClipFolder, Clips, load_clips, load_null_context
+from mlaconvert.config.geometry import WanConfig
 from mlaconvert.errors import InputError
-from mlaconvert.heal import HealRecipe
-from mlaconvert.heal.data import Stored, open_source
+from mlaconvert.healing.batches import Stored, open_source
+from mlaconvert.healing.recipe import HealRecipe
 
 CONFIG = WanConfig(dim=24, num_heads=2, num_layers=1, ffn_dim=8, in_dim=5, out_dim=5, text_dim=7, patch_size=(1, 3, 2))
 

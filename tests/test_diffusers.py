@@ -22,13 +22,17 @@ from torch import Tensor
 from torch.nn import functional
 from typer.testing import CliRunner
 
-from mlaconvert.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from mlaconvert.cli import app
-from mlaconvert.config import ConvertRecipe, StreamingConfig, WanConfig
-from mlaconvert.convert import convert
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.conversion.run import convert
 from mlaconvert.errors import ConfigError, InputError, OutputError, UnsupportedModelError
-from mlaconvert.families import WanFamily, open_checkpoint
-from mlaconvert.model import WanModel, load_model
+from mlaconvert.families.open import open_checkpoint
+from mlaconvert.families.wan import WanFamily
+from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
+from mlaconvert.model.load import load_model
+from mlaconvert.model.wan import WanModel
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -88,7 +92,7 @@ def test_the_config_of_a_layout_is_read_back(image_dim: int | None, text_len: in
 
 
 def _info(name: str, shape: tuple[int, ...]) -> Any:
-    from mlaconvert.checkpoint import TensorInfo
+    from mlaconvert.files.headers import TensorInfo
 
     return TensorInfo(name, shape, torch.float32, 0)
 

@@ -12,8 +12,8 @@ import torch
 from conftest import relative
 from torch import Tensor
 
-from mlaconvert.config import ConvertRecipe
-from mlaconvert.convert import convert
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.conversion.run import convert
 from mlaconvert.errors import ConfigError, UnsupportedModelError
 
 diffusers = pytest.importorskip("diffusers")
@@ -23,7 +23,10 @@ from diffusers.hooks import smoothed_energy_guidance_utils as energy  # noqa: E4
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor  # noqa: E402
 from wan_diffusers import inputs, reference  # noqa: E402
 
-from mlaconvert.integrations.diffusers import LatentSelfAttention, WanMLATransformer3DModel  # noqa: E402
+from mlaconvert.integrations.diffusers import (  # noqa: E402
+    LatentSelfAttention,
+    WanMLATransformer3DModel,
+)
 
 STEPS = (900.0, 700.0, 500.0, 400.0, 300.0, 200.0, 100.0)
 NOW = [0.0]  # the timestep that the caches ask for

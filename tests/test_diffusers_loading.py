@@ -17,13 +17,15 @@ from conftest import SaveFolder, relative
 from hub_server import Blob, Hub
 from typer.testing import CliRunner
 
-from mlaconvert.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from mlaconvert.cli import app
-from mlaconvert.config import ConvertRecipe, StreamingConfig
-from mlaconvert.convert import convert
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.conversion.run import convert
 from mlaconvert.errors import CheckpointError
-from mlaconvert.families import converted_config, open_checkpoint
-from mlaconvert.model import load_model
+from mlaconvert.families.classes import converted_config
+from mlaconvert.families.open import open_checkpoint
+from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
+from mlaconvert.model.load import load_model
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -11,13 +11,14 @@ import torch
 from conftest import relative
 from torch import Tensor
 
-from mlaconvert.checkpoint import CONFIG_NAME
-from mlaconvert.config import ConvertRecipe, StreamingConfig
-from mlaconvert.convert import convert
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.conversion.run import convert
 from mlaconvert.errors import ConfigError, UnsupportedModelError
-from mlaconvert.families import open_checkpoint
 from mlaconvert.families.classes import block_frames
-from mlaconvert.model import load_model
+from mlaconvert.families.open import open_checkpoint
+from mlaconvert.files.names import CONFIG_NAME
+from mlaconvert.model.load import load_model
 
 diffusers = pytest.importorskip("diffusers")
 

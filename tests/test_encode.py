@@ -17,17 +17,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from mlaconvert import encode as encoding
-from mlaconvert.base import open_base
+from mlaconvert.base.repository import open_base
+from mlaconvert.base.text import embed_texts
+from mlaconvert.base.vae import Vae
 from mlaconvert.cli import app
-from mlaconvert.config import WanConfig
-from mlaconvert.data import ClipFolder, load_clips, load_null_context
-from mlaconvert.encode import Encoding, encode, find_videos
+from mlaconvert.clips import encode as encoding
+from mlaconvert.clips import videos as videos_module
+from mlaconvert.clips.encode import Encoding, encode
+from mlaconvert.clips.folder import ClipFolder, load_clips, load_null_context
+from mlaconvert.clips.footage import Footage, to_pixels
+from mlaconvert.clips.videos import find_videos
+from mlaconvert.config.geometry import WanConfig
 from mlaconvert.errors import ConfigError, InputError, OutputError
-from mlaconvert.footage import Footage, to_pixels
-from mlaconvert.pictures import save_movie
-from mlaconvert.text import embed_texts
-from mlaconvert.vae import Vae
+from mlaconvert.generation.movies import save_movie
 
 SMALL = Encoding(height=32, width=48, frames=3)  # 9 video frames a clip
 CONFIG = WanConfig(dim=24, num_heads=2, num_layers=1, ffn_dim=8, text_dim=wan_base.TEXT_DIM)
@@ -211,7 +213,7 @@ def test_an_interrupted_run_goes_on(folder: Path, base: Path, tmp_path: Path, mo
     assert not list((tmp_path / "out").rglob("*.partial"))
     seen: list[tuple[str, int, int, str]] = []
     with monkeypatch.context() as patched:  # captions were embedded before
-        patched.setattr("mlaconvert.text._load_encoder", lambda *_: pytest.fail("no text is left"))
+        patched.setattr("mlaconvert.base.text._load_encoder", lambda *_: pytest.fail("no text is left"))
         report = encode(videos, *arguments, progress=lambda *state: seen.append(state))
     assert (report.made, report.kept) == (2, 1)
     parts = [done / total for stage, done, total, _ in seen if stage == "video"]
@@ -442,7 +444,7 @@ def test_wrong_usage_is_one_sentence(folder: Path, tmp_path: Path, arguments: li
 
 def test_names_make_files_of_their_own(tmp_path: Path) -> None:
     names = ["a/b.mp4", "a-b.mp4", "a b.mp4", "a.b.mp4", "a-b.mov", "é.mp4", "x" * 300 + ".mp4"]
-    videos = [encoding.Video(name=name, path=tmp_path, caption="") for name in names]
+    videos = [videos_module.Video(name=name, path=tmp_path, caption="") for name in names]
     paths = {encoding._shard(tmp_path, video, clip) for video in videos for clip in (0, 1)}
     assert len(paths) == 2 * len(names)
     assert all(len(path.name) < 120 and path.name.isascii() for path in paths)

@@ -17,20 +17,29 @@ from hub_server import Blob, Hub
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
-from mlaconvert import drift
-from mlaconvert import evaluate as evaluation
-from mlaconvert.cache import LatentCache
-from mlaconvert.checkpoint import CONFIG_NAME, TINY, WEIGHTS_NAME
 from mlaconvert.cli import app
-from mlaconvert.config import ConvertRecipe, StreamingConfig
-from mlaconvert.convert import convert
-from mlaconvert.data import Clips
-from mlaconvert.drift import RolloutPlan, compare_videos, frame_statistics, paired_rollouts
+from mlaconvert.clips.folder import Clips
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.provenance import open_teacher
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.conversion.run import convert
 from mlaconvert.errors import ConfigError, InputError
-from mlaconvert.evaluate import Request, evaluate, evaluate_models, open_teacher, velocity_by_timestep
-from mlaconvert.families import open_checkpoint
-from mlaconvert.model import Block, WanModel, load_model
-from mlaconvert.rollout import Sampler, rollout
+from mlaconvert.evaluation import drift
+from mlaconvert.evaluation import losses as losses_module
+from mlaconvert.evaluation.drift import RolloutPlan, compare_videos, frame_statistics, paired_rollouts
+from mlaconvert.evaluation.losses import evaluate
+from mlaconvert.evaluation.request import Request
+from mlaconvert.evaluation.run import evaluate_models
+from mlaconvert.evaluation.timesteps import velocity_by_timestep
+from mlaconvert.families.open import open_checkpoint
+from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
+from mlaconvert.files.shipped import TINY
+from mlaconvert.model.blocks import Block
+from mlaconvert.model.cache import LatentCache
+from mlaconvert.model.load import load_model
+from mlaconvert.model.rollout import rollout
+from mlaconvert.model.schedule import Sampler
+from mlaconvert.model.wan import WanModel
 
 SaveFolder = Callable[..., Path]
 STREAMING = StreamingConfig(chunk_frames=2, window_frames=5, sink_frames=1)
@@ -100,7 +109,7 @@ def test_losses_and_errors_are_those_of_each_model_alone(teacher: WanModel, stud
     losses = torch.zeros(2, dtype=torch.float64)
     both: list[list[torch.Tensor]] = [[], []]
     with torch.no_grad():
-        for batch in evaluation.noisy_batches(teacher, clips, seed=4):
+        for batch in losses_module.noisy_batches(teacher, clips, seed=4):
             for k, model in enumerate((teacher, student)):
                 velocity = model(batch.noisy, batch.timestep, batch.context)
                 losses[k] += (velocity - batch.target).double().square().sum()
@@ -132,7 +141,7 @@ def test_the_teachers_attention_is_computed_once(teacher: WanModel, student: Wan
     found = evaluate(teacher, student, clips, seed=4)
     for hook in hooks:
         hook.remove()
-    batches = evaluation.noisy_batches(teacher, clips, seed=4)
+    batches = losses_module.noisy_batches(teacher, clips, seed=4)
     assert calls[0] == len(batches) * len(teacher.blocks)
     sums = torch.zeros(2, len(teacher.blocks), dtype=torch.float64)
     losses = torch.zeros((), dtype=torch.float64)
@@ -157,9 +166,10 @@ def test_clips_of_many_tokens_go_in_smaller_batches(
     teacher: WanModel, student: WanModel, clips: Clips, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evaluate(teacher, student, clips)
-    assert len(evaluation.noisy_batches(teacher, clips)) == 1
-    monkeypatch.setattr(evaluation, "BATCH_TOKENS", 2 * 6 * 8)
-    batches = evaluation.noisy_batches(teacher, clips)
+    assert len(losses_module.noisy_batches(teacher, clips)) == 1
+    monkeypatch.setattr("mlaconvert.evaluation.losses.BATCH_TOKENS", 2 * 6 * 8)
+    monkeypatch.setattr("mlaconvert.evaluation.conditions.BATCH_TOKENS", 2 * 6 * 8)
+    batches = losses_module.noisy_batches(teacher, clips)
     assert [len(batch.noisy) for batch in batches] == [2, 2, 1]
     seen: list[tuple[int, int]] = []
     parts = evaluate(teacher, student, clips, progress=lambda done, total: seen.append((done, total)))
@@ -375,8 +385,9 @@ def test_generated_clips_are_not_those_of_a_calibration(made: Path, monkeypatch:
         seeds.append(options["seed"])
         return rollout(*arguments, **options)
 
-    monkeypatch.setattr("mlaconvert.rollout.rollout", spy)
-    monkeypatch.setattr(evaluation, "BATCH_TOKENS", 2 * 5 * 8)
+    monkeypatch.setattr("mlaconvert.clips.teacher_made.rollout", spy)
+    monkeypatch.setattr("mlaconvert.evaluation.losses.BATCH_TOKENS", 2 * 5 * 8)
+    monkeypatch.setattr("mlaconvert.evaluation.conditions.BATCH_TOKENS", 2 * 5 * 8)
     evaluate_models([str(made / "small")], dataclasses.replace(QUICK, frames=0), progress=silent)
     first = min(seeds)
     assert first > 10**9

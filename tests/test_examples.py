@@ -31,12 +31,12 @@ from hub_server import Blob, Hub
 from safetensors.torch import save
 from typer.testing import CliRunner
 
-from mlaconvert.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from mlaconvert.cli import app
-from mlaconvert.config import WanConfig
-from mlaconvert.families import WanFamily
-from mlaconvert.model import WanModel
-from mlaconvert.shipped import recipe_folder
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.families.wan import WanFamily
+from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
+from mlaconvert.files.shipped import recipe_folder
+from mlaconvert.model.wan import WanModel
 
 # The client's own way of sending files.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")]

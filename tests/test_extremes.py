@@ -15,9 +15,9 @@ import torch
 from hostile import Shelf, Spoil, arguments, change_state, invoke, make_shelf, refused, special
 from safetensors.torch import load_file, save_file
 
-from mlaconvert import calibrate
-from mlaconvert.calibrated import kept_splits
-from mlaconvert.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from mlaconvert.conversion.calibration import run
+from mlaconvert.conversion.from_clips import kept_splits
+from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -167,7 +167,7 @@ def test_linear_algebra_that_fails_in_the_second_sweep(
     def fail(*_: Any) -> None:
         raise torch.linalg.LinAlgError("singular")  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(calibrate, "refit_query", fail)
+    monkeypatch.setattr(run, "refit_query", fail)
     command = ["convert", shelf.dense, "-o", tmp_path / "out", "--data", shelf.clips, "--clips", "5"]
     code, _, stderr = invoke(*command)
     assert code == 2, stderr

@@ -14,31 +14,22 @@ import torch
 from conftest import relative
 from torch import Tensor
 
-from mlaconvert.attention import AttentionPlan, LatentAttention
-from mlaconvert.config import KeyNorm, MLAConfig, MLALayer, RopeMode, StreamingConfig, WanConfig
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.mla import KeyNorm, MLAConfig, MLALayer, RopeMode
+from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import InputError
-from mlaconvert.factorize import (
-    AttentionWeights,
-    DiagonalRoot,
-    Factors,
-    LayerMoments,
-    Root,
-    TriangularRoot,
-    add_gram,
-    affine,
-    allocate,
-    cholesky,
-    choose_components,
-    factorize_layer,
-    highest_pairs,
-    leading_directions,
-    mean_rotation,
-    mirror,
-    modulation_moments,
-    narrower,
-    random_layer,
-)
-from mlaconvert.rope import angles, rotary
+from mlaconvert.latent.allocate import allocate
+from mlaconvert.latent.components import choose_components
+from mlaconvert.latent.factorize import Factors, factorize_layer, narrower
+from mlaconvert.latent.matrices import add_gram, affine, leading_directions, mirror
+from mlaconvert.latent.moments import LayerMoments, modulation_moments
+from mlaconvert.latent.pairs import highest_pairs, mean_rotation
+from mlaconvert.latent.random_start import random_layer
+from mlaconvert.latent.roots import DiagonalRoot, Root, TriangularRoot, cholesky
+from mlaconvert.latent.weights import AttentionWeights
+from mlaconvert.model.attention.kernel import AttentionPlan
+from mlaconvert.model.attention.latent import LatentAttention
+from mlaconvert.model.rope import angles, rotary
 
 HEADS, WIDTH, EPS = 5, 12, 1e-6
 DIM = HEADS * WIDTH

@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from mlaconvert.checkpoint import TensorInfo
-from mlaconvert.config import MLAConfig, MLALayer, StreamingConfig, WanConfig
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.mla import MLAConfig, MLALayer
+from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, UnsupportedModelError
-from mlaconvert.families import WanFamily, open_checkpoint
 from mlaconvert.families.causal import STUDENT
+from mlaconvert.families.open import open_checkpoint
+from mlaconvert.families.wan import WanFamily
 from mlaconvert.families.wrappers import unwrap
+from mlaconvert.files.headers import TensorInfo
 
 State = dict[str, torch.Tensor]
 SaveFolder = Callable[..., Path]

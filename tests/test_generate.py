@@ -20,18 +20,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from mlaconvert import generate as generation
-from mlaconvert.checkpoint import WEIGHTS_NAME
 from mlaconvert.cli import app
-from mlaconvert.config import StreamingConfig
-from mlaconvert.data import load_clips
+from mlaconvert.clips.folder import load_clips
+from mlaconvert.clips.tiny import clips as clips_module
+from mlaconvert.clips.tiny.clips import embed_captions, null_context, sample_scenes
+from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError, InputError, OutputError
-from mlaconvert.generate import Generation, Runtime, caption_tokens, generate, generate_for_vbench, plan_generation
-from mlaconvert.model import load_model
-from mlaconvert.pictures import can_write_mp4, contact_sheet, save_movie, side_by_side
-from mlaconvert.rollout import Sampler, rollout
-from mlaconvert.staging import Staging
-from mlaconvert.tiny.clips import embed_captions, null_context, sample_scenes
+from mlaconvert.files.names import WEIGHTS_NAME
+from mlaconvert.files.staging import Staging
+from mlaconvert.generation import chunks as chunks_module
+from mlaconvert.generation import passes
+from mlaconvert.generation.movies import can_write_mp4, contact_sheet, save_movie, side_by_side
+from mlaconvert.generation.plan import caption_tokens, plan_generation
+from mlaconvert.generation.request import Generation, Runtime
+from mlaconvert.generation.run import generate
+from mlaconvert.generation.vbench_names import generate_for_vbench
+from mlaconvert.model.load import load_model
+from mlaconvert.model.rollout import rollout
+from mlaconvert.model.schedule import Sampler
 
 CAPTIONS = ("large red disc right, sky", "small white ring up, stripes")
 SHORT = Generation(frames=8, steps=2, prompts=CAPTIONS[:1])
@@ -146,7 +152,7 @@ def test_given_frames_are_continued(tmp_path: Path) -> None:
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> Any:
     """stop_after(n) interrupts the next run once n chunks are on the disk."""
-    original = generation._ChunkFile.write
+    original = chunks_module.ChunkFile.write
 
     def stop(chunks: int) -> None:
         left = [chunks]
@@ -155,10 +161,10 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Any:
             original(self, start, chunk)
             left[0] -= 1
             if left[0] == 0:
-                monkeypatch.setattr(generation._ChunkFile, "write", original)
+                monkeypatch.setattr(chunks_module.ChunkFile, "write", original)
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(generation._ChunkFile, "write", write)
+        monkeypatch.setattr(chunks_module.ChunkFile, "write", write)
 
     return stop
 
@@ -210,7 +216,7 @@ def test_nothing_is_left_when_nothing_was_made(tmp_path: Path, monkeypatch: pyte
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no")
 
-    monkeypatch.setattr(generation, "rollout", fail)
+    monkeypatch.setattr(passes, "rollout", fail)
     with pytest.raises(RuntimeError, match="no"):
         generate("tiny", tmp_path / "out", SHORT)
     assert list(tmp_path.iterdir()) == []
@@ -243,7 +249,7 @@ def test_a_killed_process_keeps_its_chunks(tmp_path: Path) -> None:
 def test_captions_are_those_of_the_drawn_clips() -> None:
     scenes = sample_scenes(20, 9)
     for tokens in scenes.tokens():
-        words = generation.VOCABULARY
+        words = clips_module.VOCABULARY
         size, color, shape, heading, background = (words[int(token)] for token in tokens)
         caption = f"{size}  {color} {shape.upper()} {heading},{background}"
         assert torch.equal(caption_tokens(caption)[0], tokens)

@@ -12,23 +12,25 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mlaconvert.cache import LatentCache
-from mlaconvert.config import MLAConfig, MLALayer, StreamingConfig, WanConfig
-from mlaconvert.data import Clips
+from mlaconvert.clips.folder import Clips
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.mla import MLAConfig, MLALayer
+from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError
-from mlaconvert.heal.consistency import Consistency
-from mlaconvert.heal.data import Batch, Batches, Drawn, Rows, mix
-from mlaconvert.heal.distill import Distill, noise_levels
-from mlaconvert.heal.dmd import Critic, Generator
-from mlaconvert.heal.estimate import estimate, forward_flops
-from mlaconvert.heal.fewstep import FewStep, Steps, energy_distance, reference_features, stream
-from mlaconvert.heal.layout import forcing_layout, guided, noisy_layout, velocity, views
-from mlaconvert.heal.objective import Uncast
-from mlaconvert.heal.recipe import STAGES, HealRecipe, heal_recipe_names, learning_rate, load_heal_recipe
-from mlaconvert.heal.state import choose_trained
-from mlaconvert.heal.teacher_forcing import TeacherForcing
-from mlaconvert.model import WanModel
-from mlaconvert.rollout import Sampler
+from mlaconvert.healing.batches import Batch, Batches, Drawn, Rows, mix
+from mlaconvert.healing.estimate import estimate, forward_flops
+from mlaconvert.healing.frames import forcing_layout, guided, noisy_layout, velocity, views
+from mlaconvert.healing.objective import Uncast
+from mlaconvert.healing.recipe import STAGES, HealRecipe, heal_recipe_names, learning_rate, load_heal_recipe
+from mlaconvert.healing.stages.consistency import Consistency
+from mlaconvert.healing.stages.distill import Distill, noise_levels
+from mlaconvert.healing.stages.dmd import Critic, Generator
+from mlaconvert.healing.stages.few_step import FewStep, Steps, energy_distance, reference_features, stream
+from mlaconvert.healing.stages.teacher_forcing import TeacherForcing
+from mlaconvert.healing.state import choose_trained
+from mlaconvert.model.cache import LatentCache
+from mlaconvert.model.schedule import Sampler
+from mlaconvert.model.wan import WanModel
 
 STREAMING = StreamingConfig(chunk_frames=2, window_frames=5, sink_frames=1)
 TEACHER = WanConfig(

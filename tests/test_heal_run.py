@@ -21,20 +21,24 @@ from safetensors.torch import load_file, save_file
 from test_heal import STREAMING, TEACHER
 from typer.testing import CliRunner, Result
 
-from mlaconvert.checkpoint import WEIGHTS_NAME
 from mlaconvert.cli import app
-from mlaconvert.config import ConvertRecipe
-from mlaconvert.convert import convert
-from mlaconvert.data import Clips
+from mlaconvert.clips.folder import Clips
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.conversion.run import convert
 from mlaconvert.errors import ConfigError, InputError, OutputError
-from mlaconvert.families import open_checkpoint
-from mlaconvert.heal import DivergedError, HealRecipe, fewstep, heal, plan
-from mlaconvert.heal import run as heal_run
-from mlaconvert.heal.distill import Distill
-from mlaconvert.heal.output import plot_curves
-from mlaconvert.heal.state import LAST, load, save
-from mlaconvert.inputs import refuse_foreign_links
-from mlaconvert.model import WanModel, load_model
+from mlaconvert.families.open import open_checkpoint
+from mlaconvert.files.inputs import refuse_foreign_links
+from mlaconvert.files.names import WEIGHTS_NAME
+from mlaconvert.healing import run as heal_run
+from mlaconvert.healing.loop import DivergedError
+from mlaconvert.healing.output import plot_curves
+from mlaconvert.healing.recipe import HealRecipe
+from mlaconvert.healing.run import heal, plan
+from mlaconvert.healing.stages import few_step as fewstep
+from mlaconvert.healing.stages.distill import Distill
+from mlaconvert.healing.state import LAST, load, save
+from mlaconvert.model.load import load_model
+from mlaconvert.model.wan import WanModel
 
 HANG = 600  # seconds after which a child process is given up
 FILES = ["README.md", "config.json", "conversion.json", WEIGHTS_NAME, "healing.json", "healing.png"]
@@ -414,7 +418,7 @@ def test_an_interruption_of_a_save_is_no_full_disk(
 def test_a_run_that_explodes_stops_with_its_last_good_state(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlaconvert.heal.teacher_forcing import TeacherForcing
+    from mlaconvert.healing.stages.teacher_forcing import TeacherForcing
 
     whole = TeacherForcing.loss
     for factor, what in ((float("nan"), "loss nan"), (1e4, "the running median is")):
@@ -514,7 +518,7 @@ def test_saved_moments_are_those_of_what_is_trained(home: Path, tmp_path: Path) 
 
 
 def test_the_plot_draws_short_and_long_runs() -> None:
-    from mlaconvert.heal.loop import Curves
+    from mlaconvert.healing.loop import Curves
 
     for steps in (1, 50):
         curves = Curves(losses=[[i + 1, 1.0, 0.1, 1.0] for i in range(steps)], validation=[[0, 1.0], [steps, 0.5]])
@@ -556,11 +560,11 @@ def sharded(home: Path, folder: Path) -> None:
     from test_heal import STREAMING
     from torch.distributed.fsdp import fully_shard
 
-    from mlaconvert.data import ClipFolder
-    from mlaconvert.heal.data import Batches, Stored
-    from mlaconvert.heal.distill import Distill
-    from mlaconvert.heal.run import trainable
-    from mlaconvert.heal.state import Trained, choose_trained, make_optimizer, save
+    from mlaconvert.clips.folder import ClipFolder
+    from mlaconvert.healing.batches import Batches, Stored
+    from mlaconvert.healing.run import trainable
+    from mlaconvert.healing.stages.distill import Distill
+    from mlaconvert.healing.state import Trained, choose_trained, make_optimizer, save
 
     together = torch.distributed.is_initialized()
     world, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if together else (1, 0)

@@ -41,7 +41,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mlaconvert.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
 
 pytestmark = pytest.mark.timeout(60)
 

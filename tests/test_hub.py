@@ -25,15 +25,20 @@ from huggingface_hub import HfApi, ModelCard, constants
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from mlaconvert.card import CardFacts, CardModel, is_generated, write_card
-from mlaconvert.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from mlaconvert.cli import app
-from mlaconvert.config import ConvertRecipe, MLAConfig, MLALayer, WanConfig
-from mlaconvert.convert import convert
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.mla import MLAConfig, MLALayer
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.conversion.run import convert
 from mlaconvert.errors import CheckpointError, InputError, MLAConvertError, OutputError
-from mlaconvert.families import open_checkpoint
-from mlaconvert.hub import HEALING_NAME, PushReport, push
-from mlaconvert.model import WanModel, load_model
+from mlaconvert.families.open import open_checkpoint
+from mlaconvert.files import names
+from mlaconvert.files.names import CONFIG_NAME, HEALING_NAME, WEIGHTS_NAME
+from mlaconvert.model.load import load_model
+from mlaconvert.model.wan import WanModel
+from mlaconvert.publishing.hub import push
+from mlaconvert.publishing.plan import PushReport
+from mlaconvert.reports.card import CardFacts, CardModel, is_generated, write_card
 
 # The client's own way of sending files.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -732,9 +737,9 @@ def test_every_stub_of_convert_counts_as_generated(golden: Path, tmp_path: Path,
 
 
 def test_what_heal_adds_to_the_stub_counts_as_generated(folder: Path, tmp_path: Path) -> None:
-    from mlaconvert.heal import output
-    from mlaconvert.heal.loop import Curves
-    from mlaconvert.heal.recipe import HealRecipe
+    from mlaconvert.healing import output
+    from mlaconvert.healing.loop import Curves
+    from mlaconvert.healing.recipe import HealRecipe
 
     report = output.HealReport(
         output=tmp_path / "healed",
@@ -748,7 +753,7 @@ def test_what_heal_adds_to_the_stub_counts_as_generated(folder: Path, tmp_path: 
         (folder / "README.md").write_text(output._readme(folder, report))
         assert is_generated((folder / "README.md").read_text())
     assert (folder / "README.md").read_text().count("Healed by") == 2
-    assert output.HEALING_NAME == HEALING_NAME
+    assert names.HEALING_NAME == HEALING_NAME
 
 
 @pytest.mark.parametrize(("few_step", "sampler"), [(False, "many_step(20)"), (True, "few_step()")])

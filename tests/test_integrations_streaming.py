@@ -24,12 +24,13 @@ from streaming_codebases import (
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 
-from mlaconvert.config import StreamingConfig
+from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import InputError
 from mlaconvert.integrations.streaming import StreamingLatentAttention, swap_attention
-from mlaconvert.model import load_model
-from mlaconvert.rollout import Sampler, rollout
-from mlaconvert.rope import rotary
+from mlaconvert.model.load import load_model
+from mlaconvert.model.rollout import rollout
+from mlaconvert.model.rope import rotary
+from mlaconvert.model.schedule import Sampler
 
 GOLDEN_TOLERANCE = 1e-4
 vectors, folders, make = (getattr(streaming_fixtures, name) for name in ("vectors", "folders", "make"))
@@ -320,7 +321,7 @@ def test_without_a_cache_the_mask_is_theirs(make: Any, folders: dict[str, Path],
     dense = torch.tensor([[bool(seen(0, 0, torch.tensor(q), torch.tensor(k))) for k in range(0, copies * count, 15)]
                           for q in range(0, copies * count, 15)])  # fmt: skip
     turn = rotary(torch.arange(6).repeat(copies), 3, 5, (4, 4, 4))
-    from mlaconvert.attention import AttentionPlan
+    from mlaconvert.model.attention.kernel import AttentionPlan
 
     visible = dense.repeat_interleave(15, 0).repeat_interleave(15, 1)
     plan = AttentionPlan(query_rotary=turn, key_rotary=turn, mask=visible)

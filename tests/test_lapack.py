@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from mlaconvert import lapack
-from mlaconvert.lapack import LinAlgError, add_gram, eigenvalues, leading_eigenvectors, solve_positive
+from mlaconvert.latent import lapack
+from mlaconvert.latent.lapack import LinAlgError, add_gram, eigenvalues, leading_eigenvectors, solve_positive
 
 
 def symmetric(size: int, condition: float = 1e3) -> torch.Tensor:

@@ -16,25 +16,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from mlaconvert.adapter import PEFT_CONFIG
-from mlaconvert.checkpoint import WEIGHTS_NAME
 from mlaconvert.cli import app
-from mlaconvert.config import ConvertRecipe
-from mlaconvert.convert import convert
+from mlaconvert.conversion.provenance import open_teacher
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.conversion.run import convert
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, UnsupportedModelError
-from mlaconvert.evaluate import open_teacher
-from mlaconvert.families import WanFamily, open_checkpoint
-from mlaconvert.lora import (
-    LoraFile,
-    MergedCheckpoint,
-    find_recorded,
-    merge_loras,
-    merged,
-    open_lora,
-    pair,
-    refuse_converted,
-    remarks,
-)
+from mlaconvert.families.adapter import PEFT_CONFIG
+from mlaconvert.families.lora import LoraFile, open_lora, pair, refuse_converted
+from mlaconvert.families.merged import MergedCheckpoint, find_recorded, merge_loras, merged, remarks
+from mlaconvert.families.open import open_checkpoint
+from mlaconvert.families.wan import WanFamily
+from mlaconvert.files.names import WEIGHTS_NAME
 
 RANK, DIM, FFN = 3, 96, 160  # the golden model's
 # Canonical module -> (outputs, inputs) of those that the test's LoRA changes.
@@ -230,8 +222,8 @@ def test_conversion_is_that_of_merged_weights(
 
 
 def test_moments_belong_to_the_merged_model(golden: Path, tmp_path: Path, factors: Any) -> None:
-    from mlaconvert.calibrated import keep_moments
-    from mlaconvert.plan import plan_conversion
+    from mlaconvert.conversion.from_clips import keep_moments
+    from mlaconvert.conversion.plan import plan_conversion
 
     file, folder = write_default(tmp_path, factors), tmp_path / "moments"
     kept = []

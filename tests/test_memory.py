@@ -7,11 +7,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from mlaconvert.config import MLAConfig, MLALayer, WanConfig, default_budget
+from mlaconvert.config.budget import default_budget
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.mla import MLAConfig, MLALayer
 from mlaconvert.errors import ConfigError
-from mlaconvert.memory import MemoryPlan, parameter_count, plan_memory
-from mlaconvert.model import WanModel
-from mlaconvert.report import format_bytes, memory_table
+from mlaconvert.model.memory import MemoryPlan, parameter_count, plan_memory
+from mlaconvert.model.wan import WanModel
+from mlaconvert.reports.tables import format_bytes, memory_table
 
 WAN_1_3B = WanConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960)
 WAN_14B = WanConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)

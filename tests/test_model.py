@@ -17,14 +17,19 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mlaconvert.attention import attend, cheaper_mode, latent_cost
-from mlaconvert.bench import forward_flops
-from mlaconvert.cache import LatentCache
-from mlaconvert.config import MLAConfig, MLALayer, StreamingConfig, WanConfig
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.mla import MLAConfig, MLALayer
+from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError, InputError, MLAConvertError
-from mlaconvert.families import WanFamily
-from mlaconvert.model import WanModel, chunk_mask, load_model
-from mlaconvert.rope import rotary, rotate
+from mlaconvert.evaluation.bench.flops import forward_flops
+from mlaconvert.families.wan import WanFamily
+from mlaconvert.model.attention.cost import cheaper_mode, latent_cost
+from mlaconvert.model.attention.kernel import attend
+from mlaconvert.model.cache import LatentCache
+from mlaconvert.model.load import load_model
+from mlaconvert.model.rope import rotary, rotate
+from mlaconvert.model.wan import WanModel
+from mlaconvert.model.window import chunk_mask
 
 TOLERANCE = 1e-5  # the differences that these vectors discriminate are 3e-2 and more
 
@@ -367,7 +372,7 @@ def test_auto_takes_the_cheaper_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.attention_mode == "auto"
     outputs = {}
     for chosen in ("expanded", "absorbed"):
-        monkeypatch.setattr("mlaconvert.attention.cheaper_mode", lambda *_, chosen=chosen, **__: chosen)
+        monkeypatch.setattr("mlaconvert.model.attention.latent.cheaper_mode", lambda *_, chosen=chosen, **__: chosen)
         automatic = model(x, t, context)
         model.attention_mode = chosen  # type: ignore[assignment]
         assert torch.equal(model(x, t, context), automatic)

@@ -16,11 +16,16 @@ import pytest
 import torch
 from PIL import Image
 
-from mlaconvert.drift import Speed, compare_videos
 from mlaconvert.errors import OutputError
-from mlaconvert.evaluate import Evaluation, ModelEvaluation, Report, TimestepError
-from mlaconvert.page import Series, chart, previews, render, ticks, write_page
-from mlaconvert.vbench import VBenchScores
+from mlaconvert.evaluation.compare import ModelEvaluation
+from mlaconvert.evaluation.drift import Speed, compare_videos
+from mlaconvert.evaluation.losses import Evaluation
+from mlaconvert.evaluation.report import Report
+from mlaconvert.evaluation.timesteps import TimestepError
+from mlaconvert.evaluation.vbench import VBenchScores
+from mlaconvert.reports.page.pictures import previews
+from mlaconvert.reports.page.sections import render, write_page
+from mlaconvert.reports.page.svg import Series, chart, ticks
 
 VOID = {"meta", "img", "line", "circle", "rect", "polyline", "br"}
 

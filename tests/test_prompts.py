@@ -15,16 +15,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from mlaconvert import generate as generation
-from mlaconvert.base import open_base
+from mlaconvert.base.repository import open_base
+from mlaconvert.base.text import embed_texts
+from mlaconvert.base.vae import Vae
 from mlaconvert.cli import app
+from mlaconvert.clips.footage import Footage, to_pixels
 from mlaconvert.errors import ConfigError, InputError, OutputError
-from mlaconvert.footage import Footage, to_pixels
-from mlaconvert.generate import Generation, Runtime, generate, generate_for_vbench, plan_generation
-from mlaconvert.model import load_model
-from mlaconvert.rollout import Sampler, rollout
-from mlaconvert.text import embed_texts
-from mlaconvert.vae import Vae
+from mlaconvert.generation import movies, output
+from mlaconvert.generation import run as generation
+from mlaconvert.generation import text as text_module
+from mlaconvert.generation.plan import plan_generation
+from mlaconvert.generation.request import Generation, Runtime
+from mlaconvert.generation.run import generate
+from mlaconvert.generation.vbench_names import generate_for_vbench
+from mlaconvert.model.load import load_model
+from mlaconvert.model.rollout import rollout
+from mlaconvert.model.schedule import Sampler
 
 PROMPTS = ("a cat in the snow", "the red sea at night")
 
@@ -133,7 +139,7 @@ def test_embeddings_need_no_encoder(golden: Path, base: Path, tmp_path: Path, mo
     (context,) = embedded(base, PROMPTS[0])
     save_file({"context": context}, tmp_path / "text.safetensors")
     generate(golden, tmp_path / "words.mp4", wanted(base))
-    monkeypatch.setattr("mlaconvert.text._load_encoder", lambda *_: pytest.fail("not needed"))
+    monkeypatch.setattr("mlaconvert.base.text._load_encoder", lambda *_: pytest.fail("not needed"))
     rows = wanted(base, prompts=(), embeddings=tmp_path / "text.safetensors")
     generate(golden, tmp_path / "rows", rows)
     assert torch.equal(read_movie(tmp_path / "rows" / "video-0.mp4"), read_movie(tmp_path / "words.mp4"))
@@ -144,7 +150,7 @@ def test_the_models_are_loaded_one_after_the_other(
 ) -> None:
     import weakref
 
-    from mlaconvert import text
+    from mlaconvert.base import text
 
     alive: dict[str, Any] = {}
     load_encoder, load, decode = text._load_encoder, Runtime.load, Vae.decode
@@ -175,7 +181,7 @@ def test_the_models_are_loaded_one_after_the_other(
 def test_an_interruption_while_decoding_keeps_the_latents(
     golden: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = generation.save_movie
+    original = movies.save_movie
     left = [2]
 
     def stop(frames: Any, path: Path, **options: Any) -> None:
@@ -186,14 +192,14 @@ def test_an_interruption_while_decoding_keeps_the_latents(
         original(frames, path, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(generation, "save_movie", stop)
+        patched.setattr(output, "save_movie", stop)
         with pytest.raises(KeyboardInterrupt):
             generate(golden, tmp_path / "out", wanted(base, samples=2))
     first = tmp_path / ".out.partial" / "video" / "video-0.mp4"
     before = first.stat().st_mtime_ns
     seen: list[tuple[str, int, int, str]] = []
     # Embeddings need not come out the same to the last bit.
-    monkeypatch.setattr(generation, "embed_texts", lambda *a, **o: (text * 1.01 for text in embed_texts(*a, **o)))
+    monkeypatch.setattr(text_module, "embed_texts", lambda *a, **o: (text * 1.01 for text in embed_texts(*a, **o)))
     report = generate(golden, tmp_path / "out", wanted(base, samples=2), progress=lambda *state: seen.append(state))
     assert report.resumed_frames == 6
     assert (tmp_path / "out" / "video-0.mp4").stat().st_mtime_ns == before
@@ -206,7 +212,7 @@ def test_an_interruption_while_decoding_keeps_the_latents(
 
 def test_other_words_do_not_continue(golden: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(generation, "_decode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(generation, "decode_movies", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             generate(golden, tmp_path / "out", wanted(base))
     with pytest.raises(OutputError, match="unfinished video with other settings"):
@@ -257,7 +263,7 @@ def test_vbench_prompts_are_embedded_and_decoded(golden: Path, base: Path, tmp_p
 def test_wrong_requests_are_named_before_anything_is_loaded(
     golden: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlaconvert.text._load_encoder", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("mlaconvert.base.text._load_encoder", lambda *_: pytest.fail("too late"))
     monkeypatch.setattr(Runtime, "load", lambda *_, **__: pytest.fail("too late"))
     cases: list[tuple[Generation, dict[str, Any], str]] = [
         (wanted(base, height=40), {}, "height is 40 pixels"),

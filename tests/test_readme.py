@@ -14,10 +14,11 @@ from documents import blocks, shell_lines
 from typer.testing import CliRunner, Result
 
 from mlaconvert.cli import app
-from mlaconvert.config import MLAConfig, MLALayer, WanConfig
-from mlaconvert.families import WanFamily
-from mlaconvert.recipes import load_recipe
-from mlaconvert.shipped import recipe_names
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.mla import MLAConfig, MLALayer
+from mlaconvert.conversion.recipes import load_recipe
+from mlaconvert.families.wan import WanFamily
+from mlaconvert.files.shipped import recipe_names
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

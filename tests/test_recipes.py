@@ -13,15 +13,20 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mlaconvert import shipped
-from mlaconvert.checkpoint import TensorInfo, TensorStore
 from mlaconvert.cli import app
-from mlaconvert.config import ConvertRecipe, MLAConfig, StreamingConfig, WanConfig
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.mla import MLAConfig
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.plan import plan_conversion
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.conversion.recipes import load_recipe, resolve_recipe, with_init
 from mlaconvert.errors import ConfigError
-from mlaconvert.families import Checkpoint, WanFamily
-from mlaconvert.plan import plan_conversion
-from mlaconvert.recipes import load_recipe, resolve_recipe, with_init
-from mlaconvert.shipped import recipe_names
+from mlaconvert.families.checkpoint import Checkpoint
+from mlaconvert.families.wan import WanFamily
+from mlaconvert.files import shipped
+from mlaconvert.files.headers import TensorInfo
+from mlaconvert.files.shipped import recipe_names
+from mlaconvert.files.store import TensorStore
 
 WAN_1B = WanConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960)
 WAN_14B = WanConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)

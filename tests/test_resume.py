@@ -18,13 +18,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mlaconvert import calibrated, layers, ranks
-from mlaconvert import convert as module
-from mlaconvert.checkpoint import WEIGHTS_NAME
-from mlaconvert.config import ConvertRecipe, WanConfig
-from mlaconvert.convert import convert
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.conversion import from_clips as calibrated
+from mlaconvert.conversion import from_weights, job, ranks
+from mlaconvert.conversion import from_weights as layers
+from mlaconvert.conversion import run as module
+from mlaconvert.conversion.ranks import RankError, Ranks
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.conversion.run import convert
 from mlaconvert.errors import CheckpointError, ConfigError, MLAConvertError, OutputError
-from mlaconvert.ranks import RankError, Ranks
+from mlaconvert.files.names import WEIGHTS_NAME
 
 ROOT = Path(__file__).parents[1]
 SVD = ConvertRecipe(init="svd")
@@ -248,9 +251,9 @@ def test_a_calibration_is_not_repeated(source: Path, tmp_path: Path, monkeypatch
     options = {"data": tmp_path / "clips"}
     convert(source, tmp_path / "whole", recipe, **options)  # type: ignore[arg-type]
     assert interrupted(source, tmp_path / "out", 0, recipe, **options).startswith("finished layers (0) are kept")
-    monkeypatch.setattr(module, "choose_splits", None)
+    monkeypatch.setattr(job, "choose_splits", None)
     interrupted(source, tmp_path / "out", 3, recipe, **options)
-    refitted, plain = [], calibrated.layer_report
+    refitted, plain = [], from_weights.layer_report
     monkeypatch.setattr(calibrated, "layer_report", lambda *given: refitted.append(given[2]) or plain(*given))
     convert(source, tmp_path / "out", recipe, **options)  # type: ignore[arg-type]
     assert refitted in ([1, 2, 3], [2, 3])  # what was finished, and the state behind it, may be a layer apart
@@ -392,7 +395,7 @@ def test_layers_that_another_rank_wrote_elsewhere_are_missed(
     store = Store()
     store.set("done/", "[1, 3]")
     monkeypatch.setattr(module, "meet", lambda: Ranks(0, 2, store))
-    monkeypatch.setattr(module, "PATIENCE", 0.2)
+    monkeypatch.setattr(job, "PATIENCE", 0.2)
     with pytest.raises(RankError, match="layer 1, made by another rank, does not appear there"):
         convert(source, tmp_path / "out", SVD)
     assert not (tmp_path / "out").exists()

@@ -9,11 +9,14 @@ import torch
 from conftest import randomize, relative
 from torch import Tensor
 
-from mlaconvert.cache import LatentCache
-from mlaconvert.config import MLAConfig, MLALayer, StreamingConfig, WanConfig
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.mla import MLAConfig, MLALayer
+from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError, InputError
-from mlaconvert.model import WanModel
-from mlaconvert.rollout import Images, Sampler, chunk_noise, passes, rollout
+from mlaconvert.model.cache import LatentCache
+from mlaconvert.model.rollout import Images, chunk_noise, passes, rollout
+from mlaconvert.model.schedule import Sampler
+from mlaconvert.model.wan import WanModel
 
 H, W = 4, 6
 LAYER = MLALayer(kv_lora_rank=7, qk_nope_head_dim=8, v_head_dim=11, rope_components=((0, 1), (2, 2)))

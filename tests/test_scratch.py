@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mlaconvert.errors import OutputError
-from mlaconvert.scratch import Scratch, return_memory
+from mlaconvert.files.scratch import Scratch, return_memory
 
 
 def anonymous() -> int:

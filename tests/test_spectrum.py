@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from mlaconvert import spectrum
 from mlaconvert.errors import ConfigError
+from mlaconvert.latent import spectrum
 
 SPECTRA = {
     "flat": torch.ones,

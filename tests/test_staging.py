@@ -17,15 +17,18 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from mlaconvert import generate as generation
-from mlaconvert import staging as module
 from mlaconvert.cli import app
-from mlaconvert.config import ConvertRecipe
-from mlaconvert.convert import convert
-from mlaconvert.encode import encode
+from mlaconvert.clips.encode import encode
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.conversion.run import convert
 from mlaconvert.errors import OutputError
-from mlaconvert.generate import Generation, generate
-from mlaconvert.staging import Staging, claim
+from mlaconvert.files import staging as module
+from mlaconvert.files.staging import Staging, claim
+from mlaconvert.generation import chunks as chunks_module
+from mlaconvert.generation import passes
+from mlaconvert.generation import run as generation
+from mlaconvert.generation.request import Generation
+from mlaconvert.generation.run import generate
 
 # Forks a run for each operation that it asks of the disk, kills it there, and lets the next one go to its end.
 KILLED_ANYWHERE = """
@@ -371,7 +374,7 @@ WANTED = Generation(frames=7, steps=1, seed=2)
 
 def earlier_video(folder: Path, monkeypatch: pytest.MonkeyPatch, *, chunks: int) -> Path:
     """An unfinished video as earlier versions kept it: everything beside the note, no lock, no owner."""
-    left, original = [chunks], generation._ChunkFile.write
+    left, original = [chunks], chunks_module.ChunkFile.write
 
     def write(self: Any, start: int, chunk: torch.Tensor) -> None:
         original(self, start, chunk)
@@ -380,7 +383,7 @@ def earlier_video(folder: Path, monkeypatch: pytest.MonkeyPatch, *, chunks: int)
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(generation._ChunkFile, "write", write)
+        patched.setattr(chunks_module.ChunkFile, "write", write)
         with pytest.raises(KeyboardInterrupt):
             generate("tiny", folder / "out", WANTED, movie="none")
     hidden = folder / ".out.partial"
@@ -421,7 +424,7 @@ def test_an_earlier_finished_video_is_put_in_place(
         (tmp_path / ".out.replaced" / "generation.json").write_text("{}")
         with pytest.raises(OutputError, match=r"\.out\.replaced is the video that an interrupted run was replacing"):
             generate("tiny", tmp_path / "out", WANTED, movie="none")
-    monkeypatch.setattr(generation, "rollout", lambda *_, **__: pytest.fail("it is finished"))
+    monkeypatch.setattr(passes, "rollout", lambda *_, **__: pytest.fail("it is finished"))
     report = generate("tiny", tmp_path / "out", WANTED, movie="none", overwrite=replaced)
     assert report.resumed_frames == 7
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -460,13 +463,13 @@ def test_what_another_kind_of_movie_left_is_not_published(tmp_path: Path, monkey
 
 def test_a_video_that_has_appeared_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the check and the end; the work is kept too."""
-    original: Callable[..., Any] = generation._run
+    original: Callable[..., Any] = passes.run_passes
 
     def run(*given: Any) -> Any:
         (tmp_path / "out.gif").write_text("mine")
         return original(*given)
 
-    monkeypatch.setattr(generation, "_run", run)
+    monkeypatch.setattr(generation, "run_passes", run)
     with pytest.raises(OutputError, match=r"writing failed \(File exists\); finished frames are kept"):
         generate("tiny", tmp_path / "out.gif", WANTED)
     assert (tmp_path / "out.gif").read_text() == "mine"

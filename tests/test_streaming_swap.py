@@ -25,11 +25,11 @@ from streaming_codebases import (
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from mlaconvert.convert import convert
+from mlaconvert.conversion.run import convert
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, UnsupportedModelError
-from mlaconvert.families import Checkpoint
+from mlaconvert.families.checkpoint import Checkpoint
+from mlaconvert.families.lora import LoraFile
 from mlaconvert.integrations.streaming import StreamingLatentAttention, swap_attention
-from mlaconvert.lora import LoraFile
 
 vectors, folders, make = (getattr(streaming_fixtures, name) for name in ("vectors", "folders", "make"))
 MLA_NAME = "kv_a_proj_with_mqa"

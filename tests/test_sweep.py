@@ -14,16 +14,18 @@ from safetensors.torch import save_file
 from test_recipes import TINY, WAN_1B, shapes_only
 from typer.testing import CliRunner, Result
 
-from mlaconvert import sweep as module
 from mlaconvert.cli import app
-from mlaconvert.config import ConvertRecipe
-from mlaconvert.convert import convert
-from mlaconvert.data import ClipFolder
+from mlaconvert.clips import folder as folder_module
+from mlaconvert.clips.folder import ClipFolder
+from mlaconvert.conversion import run
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.conversion.run import convert
 from mlaconvert.errors import ConfigError, InputError, OutputError
-from mlaconvert.evaluate import evaluate
-from mlaconvert.lora import LoraFile
-from mlaconvert.model import load_model
-from mlaconvert.sweep import CellResult, SweepRecipe, cells, load_sweep_recipe, sweep, sweep_recipe_names
+from mlaconvert.evaluation import sweep as module
+from mlaconvert.evaluation.losses import evaluate
+from mlaconvert.evaluation.sweep import CellResult, SweepRecipe, cells, load_sweep_recipe, sweep, sweep_recipe_names
+from mlaconvert.families.lora import LoraFile
+from mlaconvert.model.load import load_model
 
 
 @pytest.fixture
@@ -88,7 +90,7 @@ def test_moments_are_measured_once_and_validation_clips_stay_unseen(
     golden: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
-    original = module.convert
+    original = run.convert
 
     def spy(*arguments: Any, **options: Any) -> Any:
         calls.append(options)
@@ -126,7 +128,7 @@ def test_without_data_clips_are_generated_once(golden: Path, tmp_path: Path, mon
         made.append(name)
         generator = torch.Generator().manual_seed(len(made))
         latents = torch.randn(count, 16, 3, 4, 6, generator=generator)
-        return module.Clips(latents, torch.randn(count, 5, 40, generator=generator))
+        return folder_module.Clips(latents, torch.randn(count, 5, 40, generator=generator))
 
     monkeypatch.setattr(module, "calibration_clips", lambda *a, **k: clips(6, "calibration"))
     monkeypatch.setattr(module, "generated_clips", lambda *a, **k: clips(2, "validation"))

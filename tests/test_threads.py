@@ -6,7 +6,7 @@ import threading
 
 import torch
 
-from mlaconvert.threads import SideBySide
+from mlaconvert.latent.threads import SideBySide
 
 
 def test_workers_compute_with_one_thread_each_and_leave_the_others_alone() -> None:

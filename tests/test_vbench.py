@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from mlaconvert.cli import app
 from mlaconvert.errors import InputError
-from mlaconvert.vbench import SIX, load_vbench
+from mlaconvert.evaluation.vbench import SIX, load_vbench
 
 
 def write(folder: Path, name: str, data: Any) -> Path:

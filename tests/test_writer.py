@@ -15,9 +15,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mlaconvert.checkpoint import WEIGHTS_NAME, open_store
 from mlaconvert.errors import OutputError
-from mlaconvert.writer import ModelFiles, ModelWriter, TensorSpec, reserve
+from mlaconvert.files.find import open_store
+from mlaconvert.files.names import WEIGHTS_NAME
+from mlaconvert.files.writer import ModelFiles, ModelWriter, TensorSpec, reserve
 
 # Odd counts of narrow elements before wide ones: a writer that ignores alignment breaks here.
 STATE = {

@@ -12,8 +12,8 @@ from mlaconvert.cli.options import ConfigFile, Device, Json, KvRank, Layers, Rev
 from mlaconvert.cli.show import console, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from mlaconvert.families import Checkpoint
-    from mlaconvert.memory import MemoryPlan
+    from mlaconvert.families.checkpoint import Checkpoint
+    from mlaconvert.model.memory import MemoryPlan
 
 
 def analyze(
@@ -77,17 +77,21 @@ def analyze(
     as_json: Json = False,
 ) -> None:
     """Show how compressible the attention weights are, and what their cache takes in memory."""
-    from mlaconvert import analyze as analysis
-    from mlaconvert.calibrated import calibration_clips
-    from mlaconvert.config import ConvertRecipe, StreamingConfig, default_video, parse, parse_layers
-    from mlaconvert.convert import open_models, resolve_device
+    from mlaconvert.config.geometry import default_video
+    from mlaconvert.config.parsing import parse
+    from mlaconvert.config.streaming import StreamingConfig
+    from mlaconvert.conversion import analyze as analysis
+    from mlaconvert.conversion.from_clips import calibration_clips
+    from mlaconvert.conversion.plan import plan_conversion
+    from mlaconvert.conversion.recipe import ConvertRecipe, parse_layers
+    from mlaconvert.conversion.recipes import mla_config, regime_of, resolve_recipe
+    from mlaconvert.conversion.source import open_models
     from mlaconvert.errors import ConfigError
     from mlaconvert.families.causal import assumption_line
-    from mlaconvert.lora import remarks
-    from mlaconvert.memory import plan_memory
-    from mlaconvert.plan import plan_conversion
-    from mlaconvert.recipes import mla_config, regime_of, resolve_recipe
-    from mlaconvert.report import analysis_table, budget_table, memory_table, titled
+    from mlaconvert.families.merged import remarks
+    from mlaconvert.model.device import resolve_device
+    from mlaconvert.model.memory import plan_memory
+    from mlaconvert.reports.tables import analysis_table, budget_table, memory_table, titled
 
     if not calibrated and (data is not None or clips is not None):
         raise ConfigError("--data and --clips are only read with --calibrated; add it, or leave them out")
@@ -137,7 +141,7 @@ def analyze(
                     progress=partial(progress, "analyze"),
                 )
             if plot is not None:
-                from mlaconvert.plots import plot_analysis
+                from mlaconvert.reports.plots import plot_analysis
 
                 path = plot.with_stem(f"{plot.stem}-{name}") if name else plot
                 plot_analysis(found, path)

@@ -23,7 +23,7 @@ from mlaconvert.cli.show import console, print_json, progress_bar
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mlaconvert.bench import BenchReport, Side
+    from mlaconvert.evaluation.bench.setting import BenchReport, Side
 
 
 def bench(
@@ -111,10 +111,10 @@ def bench(
     """Measure dense against latent attention in one run: speed, latency, memory, and where the time goes."""
     import dataclasses
 
-    from mlaconvert.bench import BenchSetting, base_geometry
-    from mlaconvert.bench import bench as measure
-    from mlaconvert.config import StreamingConfig
-    from mlaconvert.generate import Runtime
+    from mlaconvert.config.streaming import StreamingConfig
+    from mlaconvert.evaluation.bench.run import bench as measure
+    from mlaconvert.evaluation.bench.setting import BenchSetting, base_geometry
+    from mlaconvert.generation.request import Runtime
 
     runtime = Runtime.of(device=device, dtype=dtype, attention=attention, compile=compiled, slice_size=slice_size)
     given = {"window_frames": window_frames, "sink_frames": sink_frames, "chunk_frames": chunk_frames}
@@ -173,7 +173,7 @@ def _heads(nope: tuple[int, ...], value: tuple[int, ...]) -> tuple[tuple[int | N
 def _speed_table(report: BenchReport) -> Table:
     from rich.table import Table
 
-    from mlaconvert.report import format_bytes
+    from mlaconvert.reports.tables import format_bytes
 
     setting, dense = report.setting, report.sides[0]
     pixels = "x".join(map(str, setting["pixels"]))

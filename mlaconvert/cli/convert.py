@@ -33,9 +33,9 @@ from mlaconvert.cli.show import console, print_json, progress_bar
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mlaconvert.config import ConvertRecipe
-    from mlaconvert.convert import ConversionReport
-    from mlaconvert.plan import ConversionPlan
+    from mlaconvert.conversion.plan import ConversionPlan
+    from mlaconvert.conversion.recipe import ConvertRecipe
+    from mlaconvert.conversion.report import ConversionReport
 
 
 def convert(
@@ -210,9 +210,9 @@ def convert(
     Under torchrun or accelerate launch (-m mlaconvert convert ...), processes with a shared disk divide the layers;
     not those of --init calibrated, where a layer sees what the layers before it do.
     """
-    from mlaconvert import convert as conversion
-    from mlaconvert.lora import pair
-    from mlaconvert.report import layer_table, loss_table
+    from mlaconvert.conversion import run as conversion
+    from mlaconvert.families.lora import pair
+    from mlaconvert.reports.tables import layer_table, loss_table
 
     options = {
         "init": init,
@@ -289,8 +289,9 @@ def _override(recipe: str | None, options: dict[str, Any]) -> ConvertRecipe:
     """The recipe of that name (or the defaults) with the given options on top."""
     from typing import get_args
 
-    from mlaconvert.config import ConvertRecipe, Init, parse
-    from mlaconvert.recipes import load_recipe, with_init
+    from mlaconvert.config.parsing import parse
+    from mlaconvert.conversion.recipe import ConvertRecipe, Init
+    from mlaconvert.conversion.recipes import load_recipe, with_init
 
     base = load_recipe(recipe) if recipe is not None else ConvertRecipe()
     if options.get("init") in get_args(Init):
@@ -302,8 +303,8 @@ def _override(recipe: str | None, options: dict[str, Any]) -> ConvertRecipe:
 
 def _print_plan(console: Console, plan: ConversionPlan, data: Path | None, *, details: bool) -> None:
     """What will be done; with details, every new tensor of a converted layer."""
-    from mlaconvert.calibrated import room_needed
-    from mlaconvert.report import format_bytes, tensor_table, titled
+    from mlaconvert.conversion.from_clips import room_needed
+    from mlaconvert.reports.tables import format_bytes, tensor_table, titled
 
     recipe, less = plan.recipe, 100 * (1 - plan.mla_scalars / plan.dense_scalars)
     layer = next(iter(plan.layers.values()))

@@ -20,9 +20,9 @@ def demo(
 ) -> None:
     """Do the whole job on the small trained model that ships: analyze, convert, compare, show frames. Takes minutes."""
     from mlaconvert.demo import make_folder, run_demo
-    from mlaconvert.page import save
-    from mlaconvert.report import analysis_table, evaluation_table, layer_table
-    from mlaconvert.staging import claim
+    from mlaconvert.files.staging import claim
+    from mlaconvert.reports.page.sections import save
+    from mlaconvert.reports.tables import analysis_table, evaluation_table, layer_table
 
     out, err = console(), console(stderr=True)
     started = time.monotonic()

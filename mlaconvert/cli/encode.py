@@ -9,6 +9,7 @@ import typer
 
 from mlaconvert.cli.options import Json, RunDevice, TextDevice, among
 from mlaconvert.cli.show import console, print_json, progress_bar
+from mlaconvert.clips import videos as videos_module
 
 
 def encode(
@@ -59,14 +60,14 @@ def encode(
     as_json: Json = False,
 ) -> None:
     """Make clips for --data of other commands from videos and captions; interrupted, the same command goes on."""
-    from mlaconvert import encode as encoding
-    from mlaconvert.base import open_base
+    from mlaconvert.base.repository import open_base
+    from mlaconvert.clips import encode as encoding
     from mlaconvert.errors import ConfigError
 
     if bad_videos not in ("refuse", "skip"):
         raise ConfigError(f"--bad-videos is {bad_videos!r}: give refuse or skip")
     wanted = encoding.Encoding(height=height, width=width, frames=frames, fps=fps, clips=clips)
-    found = encoding.find_videos(videos, captions)
+    found = videos_module.find_videos(videos, captions)
     err = console(stderr=True)
     with progress_bar(err) as report:
         made = encoding.encode(

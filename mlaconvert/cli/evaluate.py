@@ -11,7 +11,7 @@ from mlaconvert.cli.options import Json, Revision, RunDevice
 from mlaconvert.cli.show import console, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from mlaconvert.evaluate import Report
+    from mlaconvert.evaluation.report import Report
 
 
 def evaluate(
@@ -85,14 +85,15 @@ def evaluate(
 
     import torch
 
-    from mlaconvert.convert import resolve_device
     from mlaconvert.errors import ConfigError, OutputError
-    from mlaconvert.evaluate import Request, evaluate_models
-    from mlaconvert.page import save as save_evaluation
-    from mlaconvert.page import write_page
-    from mlaconvert.report import error_table, evaluation_table
-    from mlaconvert.staging import claim
-    from mlaconvert.vbench import load_vbench
+    from mlaconvert.evaluation.request import Request
+    from mlaconvert.evaluation.run import evaluate_models
+    from mlaconvert.evaluation.vbench import load_vbench
+    from mlaconvert.files.staging import claim
+    from mlaconvert.model.device import resolve_device
+    from mlaconvert.reports.page.sections import save as save_evaluation
+    from mlaconvert.reports.page.sections import write_page
+    from mlaconvert.reports.tables import error_table, evaluation_table
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ConfigError(f"dtype is {dtype!r}: give float32, bfloat16 or float16")

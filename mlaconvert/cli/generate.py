@@ -29,9 +29,11 @@ from mlaconvert.cli.options import (
     among,
 )
 from mlaconvert.cli.show import console, print_json, progress_bar
+from mlaconvert.generation import request
+from mlaconvert.generation import vbench_names as vbench_names_module
 
 if TYPE_CHECKING:
-    from mlaconvert.generate import GenerationReport, Movie
+    from mlaconvert.generation.request import GenerationReport, Movie
 
 
 def generate(
@@ -176,10 +178,10 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Generate video chunk by chunk, with constant memory; interrupted, the same command goes on."""
-    from mlaconvert import generate as generation
     from mlaconvert.errors import ConfigError
+    from mlaconvert.generation import run as generation
 
-    wanted = generation.Generation(
+    wanted = request.Generation(
         frames=frames,
         seconds=seconds,
         prompts=(*(text or ()), *(prompt or ())),
@@ -187,7 +189,7 @@ def generate(
         negative=negative,
         embeddings=embeddings,
         switch=None if switch is None else _numbers("switch", switch),
-        samples=samples if samples is not None else generation.VBENCH_SAMPLES if vbench_names else 1,
+        samples=samples if samples is not None else vbench_names_module.VBENCH_SAMPLES if vbench_names else 1,
         seed=seed,
         timesteps=None if timesteps is None else _numbers("timesteps", timesteps),
         steps=steps,
@@ -206,7 +208,7 @@ def generate(
         raise ConfigError(f"--format is {movie!r}: give auto, mp4, gif or none")
     if vbench_names != (prompts is not None):
         raise ConfigError("--vbench-names and --prompts FILE go together; give both, or --prompt TEXT for one video")
-    runtime = generation.Runtime.of(
+    runtime = request.Runtime.of(
         device=device,
         text_device=text_device,
         dtype=dtype,
@@ -222,7 +224,7 @@ def generate(
 
     with progress_bar(err) as progress:
         if prompts is not None:
-            files = generation.generate_for_vbench(
+            files = vbench_names_module.generate_for_vbench(
                 model,
                 output,
                 _lines(prompts),
@@ -256,7 +258,7 @@ def generate(
 
 
 def _summary(found: GenerationReport) -> str:
-    from mlaconvert.report import format_bytes
+    from mlaconvert.reports.tables import format_bytes
 
     resumed = f", {found.resumed_frames} of them from before" if found.resumed_frames else ""
     return (
@@ -277,7 +279,7 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
 
 def _lines(path: Path) -> list[str]:
     from mlaconvert.errors import InputError
-    from mlaconvert.inputs import read_text
+    from mlaconvert.files.inputs import read_text
 
     lines = [line.strip() for line in read_text(path).splitlines()]
     found = [line for line in lines if line]

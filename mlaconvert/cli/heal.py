@@ -14,8 +14,8 @@ from mlaconvert.cli.options import Json, Output, among, recipes
 from mlaconvert.cli.show import console, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from mlaconvert.heal import HealRecipe
-    from mlaconvert.heal.estimate import Estimate
+    from mlaconvert.healing.estimate import Estimate
+    from mlaconvert.healing.recipe import HealRecipe
 
 
 def heal(
@@ -138,8 +138,9 @@ def heal(
 ) -> None:
     """Train a converted model for one stage. Interrupted, the same command goes on where it was."""
     from mlaconvert.errors import ConfigError
-    from mlaconvert.heal import heal as run
-    from mlaconvert.heal import load_heal_recipe, plan
+    from mlaconvert.healing.recipe import load_heal_recipe
+    from mlaconvert.healing.run import heal as run
+    from mlaconvert.healing.run import plan
 
     options = {
         "stage": stage,
@@ -220,7 +221,7 @@ def _leave_processes() -> None:
 
 
 def _estimate_text(found: Estimate, recipe: HealRecipe) -> str:
-    from mlaconvert.report import format_bytes
+    from mlaconvert.reports.tables import format_bytes
 
     lines: list[tuple[str, Any]] = [
         ("stage", f"{recipe.stage}, {recipe.steps} steps, batch {recipe.batch} x {recipe.accumulate} a process"),

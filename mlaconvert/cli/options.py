@@ -35,7 +35,7 @@ def recipes(kind: str = "") -> Callable[[str], list[str]]:
     """Shipped recipes of a `kind` (a folder of them, "" for those of convert), and YAML files."""
 
     def complete(incomplete: str) -> list[str]:
-        from mlaconvert.shipped import recipe_folder, recipe_names
+        from mlaconvert.files.shipped import recipe_folder, recipe_names
 
         return among(*recipe_names(recipe_folder() / kind))(incomplete) + files(incomplete, ".yaml", ".yml")
 

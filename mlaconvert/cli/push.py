@@ -13,7 +13,7 @@ from mlaconvert.cli.show import console, print_json, progress_bar
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mlaconvert.hub import PushPlan
+    from mlaconvert.publishing.plan import PushPlan
 
 
 def push(
@@ -42,7 +42,7 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Publish a converted model on the Hugging Face Hub, with a generated model card, in one commit."""
-    from mlaconvert import hub
+    from mlaconvert.publishing import hub
 
     out, err = console(), console(stderr=True)
     show = out if dry_run and not as_json else err
@@ -72,7 +72,7 @@ def push(
 
 def _print_plan(console: Console, plan: PushPlan) -> None:
     """Every file with its size and what becomes of it, and the remarks."""
-    from mlaconvert.report import format_bytes
+    from mlaconvert.reports.tables import format_bytes
 
     known = {None: "not logged in, so not compared with the Hub", True: "on the Hub", False: "will be created"}
     lines = [f"{plan.repo} ({'private' if plan.private else 'public'}, {known[plan.exists]})"]

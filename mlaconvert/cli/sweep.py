@@ -7,21 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlaconvert.cli.options import (
-    ConfigFile,
-    Json,
-    Loras,
-    LoraScales,
-    Revision,
-    RunDevice,
-    Source,
-    StateKey,
-    recipes,
-)
+from mlaconvert.cli.options import ConfigFile, Json, Loras, LoraScales, Revision, RunDevice, Source, StateKey, recipes
 from mlaconvert.cli.show import console, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from mlaconvert.sweep import CellResult
+    from mlaconvert.evaluation.sweep import CellResult
 
 
 def sweep(
@@ -125,11 +115,11 @@ def sweep(
 
     Interrupted, the same command goes on; finished cells are kept.
     """
-    from mlaconvert.lora import pair
-    from mlaconvert.plots import plot_sweep
-    from mlaconvert.report import percent, sweep_table
-    from mlaconvert.sweep import load_sweep_recipe
-    from mlaconvert.sweep import sweep as run
+    from mlaconvert.evaluation.sweep import load_sweep_recipe
+    from mlaconvert.evaluation.sweep import sweep as run
+    from mlaconvert.families.lora import pair
+    from mlaconvert.reports.plots import plot_sweep
+    from mlaconvert.reports.tables import percent, sweep_table
 
     options = {
         "convert": convert,

@@ -14,7 +14,8 @@ from dataclasses import dataclass, fields
 from math import isclose, isfinite
 from typing import Any, Literal
 
-from mlaconvert.config import FEW_STEPS, SHIFT, StreamingConfig, parse
+from mlaconvert.config.parsing import parse
+from mlaconvert.config.streaming import FEW_STEPS, SHIFT, StreamingConfig
 from mlaconvert.errors import ConfigError
 
 # What Self-Forcing, CausVid and Causal-Forcing publish: no window but the 21 frames that their cache holds.
@@ -151,9 +152,6 @@ def assumption_line(
     return f"assumed, as no file or option states it: {', '.join(parts)}; to set it: {change}"
 
 
-# --- fields ------------------------------------------------------------------------------------------------------
-
-
 def _class_name(raw: Mapping[str, Any]) -> str:
     name = raw.get("_class_name")
     return name if isinstance(name, str) else ""
@@ -208,9 +206,6 @@ def _stated(found: Mapping[str, Any], names: Collection[str], where: str) -> int
         said = " and ".join(f"{name} {value}" for name, value in values.items())
         raise ConfigError(f"{where}: {said} contradict each other; keep one")
     return next(iter(values.values()), None)
-
-
-# --- what they mean ----------------------------------------------------------------------------------------------
 
 
 def _is_causal(found: Mapping[str, Any], name: str, where: str, *, student: bool) -> bool:

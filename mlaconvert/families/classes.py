@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlaconvert.errors import ConfigError
-from mlaconvert.families.base import Layout
+from mlaconvert.families.protocol import Layout
 
 LATENT_CLASS, LATENT_SKYREELS_CLASS = "WanMLATransformer3DModel", "SkyReelsV2MLATransformer3DModel"
 _HOME = "mlaconvert.integrations.diffusers"

@@ -12,11 +12,13 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
-from mlaconvert.checkpoint import TensorInfo
-from mlaconvert.config import MLAConfig, MLALayer, WanConfig, parse
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.mla import MLAConfig, MLALayer
+from mlaconvert.config.parsing import parse
 from mlaconvert.errors import CheckpointError, UnsupportedModelError
-from mlaconvert.families.base import Layout
 from mlaconvert.families.causal import read_timing
+from mlaconvert.families.protocol import Layout
+from mlaconvert.files.headers import TensorInfo
 
 HEAD_DIM = 128  # of every published Wan model
 _WHERE = "config.json"

@@ -13,11 +13,13 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanRotaryPosEmbed
 from torch import Tensor, nn
 
-from mlaconvert.attention import AttentionMode, AttentionPlan, LatentAttention, kernel_width
-from mlaconvert.config import MLAConfig, MLALayer, WanConfig
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.mla import MLAConfig, MLALayer
 from mlaconvert.errors import UnsupportedModelError
-from mlaconvert.model import chunk_mask, default_chunks
-from mlaconvert.rope import Rotary
+from mlaconvert.model.attention.kernel import AttentionMode, AttentionPlan, kernel_width
+from mlaconvert.model.attention.latent import LatentAttention
+from mlaconvert.model.rope import Rotary
+from mlaconvert.model.window import chunk_mask, default_chunks
 
 
 class LatentAttnProcessor:

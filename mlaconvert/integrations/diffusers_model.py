@@ -21,21 +21,26 @@ from diffusers import ModelMixin, SkyReelsV2Transformer3DModel
 from diffusers.loaders import WanLoraLoaderMixin
 from torch import nn
 
-from mlaconvert.checkpoint import CONFIG_NAME, CONVERSION_NAME, HEALING_NAME
-from mlaconvert.config import MLAConfig, StreamingConfig, WanConfig, parse
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.mla import MLAConfig
+from mlaconvert.config.parsing import parse
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.records import read_record
 from mlaconvert.errors import ConfigError, InputError, OutputError, UnsupportedModelError
-from mlaconvert.families import Layout, WanFamily, converted_config, open_checkpoint
-from mlaconvert.families.classes import block_frames, skyreels_fields
-from mlaconvert.inputs import refuse_foreign_links
+from mlaconvert.families.classes import block_frames, converted_config, skyreels_fields
+from mlaconvert.families.lora import refuse_converted
+from mlaconvert.families.open import open_checkpoint
+from mlaconvert.families.protocol import Layout
+from mlaconvert.families.wan import WanFamily
+from mlaconvert.files.inputs import refuse_foreign_links
+from mlaconvert.files.names import CONFIG_NAME, CONVERSION_NAME, HEALING_NAME
+from mlaconvert.files.writer import ModelWriter, TensorSpec
 from mlaconvert.integrations.diffusers_attention import (
     ChunkCausalProcessor,
     ChunkRope,
     LatentSelfAttention,
     check_processor,
 )
-from mlaconvert.lora import refuse_converted
-from mlaconvert.records import read_record
-from mlaconvert.writer import ModelWriter, TensorSpec
 
 _FAMILY = WanFamily()
 _RECORDS = (CONVERSION_NAME, HEALING_NAME)

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_mask
 
-from mlaconvert.attention import AttentionPlan, LatentAttention
-from mlaconvert.cache import LayerCache, WindowView, layer_widths
-from mlaconvert.config import MLAConfig, MLALayer, WanConfig
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.mla import MLAConfig, MLALayer
 from mlaconvert.errors import InputError
 from mlaconvert.integrations.streaming.codebase import Codebase, Positions
-from mlaconvert.rope import Rotary, rotary
+from mlaconvert.model.attention.kernel import AttentionPlan
+from mlaconvert.model.attention.latent import LatentAttention
+from mlaconvert.model.cache import LayerCache, WindowView, layer_widths
+from mlaconvert.model.rope import Rotary, rotary
 
 KvCache = MutableMapping[str, Any]
 Grid = tuple[int, int, int]

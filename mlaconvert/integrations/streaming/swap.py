@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlaconvert.checkpoint import CONVERSION_NAME
-from mlaconvert.config import MLAConfig, MLALayer, StreamingConfig
+from mlaconvert.config.mla import MLAConfig, MLALayer
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.records import read_record
 from mlaconvert.errors import ConfigError, InputError, UnsupportedModelError
-from mlaconvert.families import Checkpoint, open_checkpoint
+from mlaconvert.families.checkpoint import Checkpoint
+from mlaconvert.families.open import open_checkpoint
 from mlaconvert.families.wrappers import unwrap
+from mlaconvert.files.names import CONVERSION_NAME
 from mlaconvert.integrations.streaming.attention import KvCache, Streaming, StreamingLatentAttention, Turns, latents
 from mlaconvert.integrations.streaming.codebase import (
     Codebase,
@@ -28,7 +31,6 @@ from mlaconvert.integrations.streaming.codebase import (
     unwrapped,
 )
 from mlaconvert.integrations.streaming.trial import on_first_chunk, watch
-from mlaconvert.records import read_record
 
 _ALLOCATE = "_initialize_kv_cache"
 

@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mlaconvert.attention import AttentionPlan, DenseAttention
-from mlaconvert.cache import LayerCache
-from mlaconvert.config import StreamingConfig, WanConfig
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import InputError, UnsupportedModelError
 from mlaconvert.integrations.streaming.attention import Grid, Streaming, Turns
 from mlaconvert.integrations.streaming.codebase import DENSE, Codebase, Positions
+from mlaconvert.model.attention.dense import DenseAttention
+from mlaconvert.model.attention.kernel import AttentionPlan
+from mlaconvert.model.cache import LayerCache
 
 _SPREAD = 1.8  # of queries and keys: scores that pick out a few keys, so that a wrong one shows
 _TOLERANCE = {torch.float32: 1e-3}  # relative

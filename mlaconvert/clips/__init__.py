@@ -1,0 +1,1 @@
+"""Clips for calibrating, healing and evaluating: stored, drawn, encoded from videos, or made by a teacher."""

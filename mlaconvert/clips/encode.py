@@ -1,0 +1,319 @@
+"""Videos and captions to clips that models are calibrated, healed and evaluated on (`mlaconvert.data`).
+
+A clip is a shard of its own. What is there already is not made again, so an interrupted run goes on. Of a video that
+was changed, or turns out to be bad, no older shard stays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn import functional as F
+
+from mlaconvert.base.repository import Base, require
+from mlaconvert.base.text import TEXT_LEN, embed_texts
+from mlaconvert.base.vae import Vae
+from mlaconvert.clips.folder import NULL_CONTEXT, save_shard
+from mlaconvert.clips.footage import Footage, to_pixels
+from mlaconvert.clips.videos import Video
+from mlaconvert.errors import ConfigError, InputError, OutputError
+from mlaconvert.files.inputs import read_json
+from mlaconvert.files.names import public_name
+from mlaconvert.files.staging import claim, disk_errors, visible, write_whole
+from mlaconvert.model.device import resolve_device
+
+SETTINGS_NAME = "encoding.json"
+BadVideos = Literal["refuse", "skip"]
+# progress(stage, done, total, note)
+Progress = Callable[[str, int, int, str], None]
+_HEADER = "clip"  # the only entry: the order of several is not the same in every process
+_TEXTS = ".text"  # embeddings that wait for their videos
+_PARTS = 1000  # steps of the progress in one video
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How videos become clips.
+
+    `height` and `width` are pixels, `frames` the latent frames of a clip, `fps` the rate that videos are resampled to;
+    at most `clips` are cut from one video, one after the other from its start.
+    """
+
+    height: int = 480
+    width: int = 832
+    frames: int = 21
+    fps: float = 16.0
+    clips: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "frames", "clips"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: give 1 or more")
+        if not 0 < self.fps <= 1000:
+            raise ConfigError(f"fps is {self.fps}: give frames a second, 16 for Wan2.1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingReport:
+    """What was made. `made` and `kept` count clips, `skipped` has a message for each video that was left out."""
+
+    output: Path
+    videos: int
+    made: int
+    kept: int
+    skipped: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**dataclasses.asdict(self), "output": str(self.output), "skipped": list(self.skipped)}
+
+
+def encode(
+    videos: Sequence[Video],
+    output: str | Path,
+    base: Base,
+    wanted: Encoding | None = None,
+    *,
+    device: str = "cpu",
+    text_device: str | None = None,
+    bad: BadVideos = "refuse",
+    on_bad: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+) -> EncodingReport:
+    """Encode `videos` into the folder `output`, by the text encoder and the VAE of `base`, one after the other.
+
+    Every clip becomes a shard with `latents` [1, C, F, h, w] in float32, normalised as the transformer sees them, and
+    `context` [1, 512, text_dim] in bfloat16; `null_context.safetensors` holds the empty prompt's. Shards appear whole;
+    those whose video, caption and settings are unchanged are kept, so an interrupted run goes on. A video that cannot
+    be decoded, or is too short for one clip, raises InputError naming it, or is left out with `bad` "skip", which
+    tells `on_bad` and deletes what shards there are of it. Raises OutputError for a folder that holds something else or
+    clips of other settings, or that another run has.
+    """
+    require("imageio_ffmpeg", "diffusers", "transformers", "ftfy")
+    wanted, folder, report = wanted or Encoding(), Path(output), progress or (lambda *_: None)
+    for name in (device, text_device or device):
+        resolve_device(name, torch.float32)
+    with claim(folder, "encode"):
+        _check_folder(folder, _settings(base, wanted))
+        return _encode(videos, folder, base, wanted, device, text_device or device, bad, on_bad, report)
+
+
+def _encode(
+    videos: Sequence[Video],
+    folder: Path,
+    base: Base,
+    wanted: Encoding,
+    device: str,
+    text_device: str,
+    bad: BadVideos,
+    on_bad: Callable[[str], None] | None,
+    report: Progress,
+) -> EncodingReport:
+    """`encode` in a folder that nobody else writes to."""
+    shards, kept, stale = _shards(folder), {}, {}
+    for video in videos:
+        kept[video.name], stale[video.name] = _kept(video, shards.get(_stem(video), {}), wanted)
+    left = [video for video in videos if not _is_done(kept[video.name], wanted)]
+    for name in stale.keys() - {video.name for video in left}:
+        _delete(stale[name])
+    made, skipped = 0, []
+    if left:
+        vae = Vae.load(base).to(device)
+        for name, value in (("height", wanted.height), ("width", wanted.width)):
+            if value % (2 * vae.stride):
+                raise ConfigError(f"{name} is {value} pixels: give a multiple of {2 * vae.stride}")
+        _prepare(folder, _settings(base, wanted))
+        _embed(folder, base, left, text_device, report)
+    for number, video in enumerate(left):
+
+        def show(part: float, number: int = number) -> None:
+            report("video", round(_PARTS * (number + min(part, 1))), _PARTS * len(left), f"{number + 1}/{len(left)}")
+
+        show(0)
+        clips = {header["clip"] for header in kept[video.name]}
+        try:
+            _delete(stale[video.name])  # first, so that what a killed run left is never of two states of a video
+            made += _encode_video(folder, video, vae, wanted, clips, show)
+        except OutputError:
+            raise
+        except InputError as error:
+            there = _shards(folder).get(_stem(video), {})
+            _delete(path for clip, path in there.items() if bad == "skip" or clip not in clips)
+            if bad == "refuse":
+                raise InputError(f"{error}; mend or remove it, or pass --bad-videos skip") from None
+            kept[video.name] = []
+            skipped.append(str(error))
+            if on_bad is not None:
+                on_bad(f"skipped: {error}")
+        show(1)
+    if not skipped:  # a second try needs the encoder no more
+        shutil.rmtree(folder / _TEXTS, ignore_errors=True)
+    return EncodingReport(
+        output=folder, videos=len(videos), made=made, kept=sum(map(len, kept.values())), skipped=tuple(skipped)
+    )
+
+
+def _settings(base: Base, wanted: Encoding) -> dict[str, Any]:
+    """What all clips of a folder share."""
+    settings = dataclasses.asdict(wanted)
+    del settings["clips"]  # more can be cut later
+    return {"base": public_name(base.source), **settings}
+
+
+def _check_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse a folder that holds anything but clips of the same settings; delete what a killed run half wrote there."""
+    note = folder / SETTINGS_NAME
+    if note.is_file():
+        if read_json(note).get("settings") != settings:
+            raise OutputError(f"{folder} holds clips of other settings ({SETTINGS_NAME}); choose another folder")
+        _delete(folder.glob("*.safetensors.partial"))
+    elif folder.exists() and (not folder.is_dir() or visible(folder)):
+        raise OutputError(f"{folder} exists and holds no encoded clips; choose another folder")
+
+
+def _prepare(folder: Path, settings: dict[str, Any]) -> None:
+    """Make the folder, with a note of what its clips share."""
+    with disk_errors(folder):
+        (folder / _TEXTS).mkdir(parents=True, exist_ok=True)
+        write_whole(folder / SETTINGS_NAME, (json.dumps({"settings": settings}, indent=2) + "\n").encode())
+
+
+def _stem(video: Video) -> str:
+    """What the names of a video's shards begin with: readable, and another one for every video."""
+    plain = re.sub(r"[^A-Za-z0-9_]+", "-", str(Path(video.name).with_suffix(""))).strip("-")[:80]
+    return f"{plain}-{hashlib.sha256(video.name.encode()).hexdigest()[:8]}"
+
+
+def _shard(folder: Path, video: Video, clip: int) -> Path:
+    """The file of one clip."""
+    return folder / f"{_stem(video)}-{clip:04d}.safetensors"
+
+
+def _shards(folder: Path) -> dict[str, dict[int, Path]]:
+    """The shards that are there, by the stem of their video and the number of the clip."""
+    found: dict[str, dict[int, Path]] = {}
+    for path in folder.glob("*.safetensors"):
+        if name := re.fullmatch(r"(.+)-(\d{4,})\.safetensors", path.name):
+            found.setdefault(name[1], {})[int(name[2])] = path
+    return found
+
+
+def _delete(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with disk_errors(path, "delete it"):
+            path.unlink(missing_ok=True)
+
+
+def _key(video: Video, clip: int) -> dict[str, Any]:
+    """What tells a shard that is up to date."""
+    return {"file": video.name, "bytes": video.path.stat().st_size, "caption": video.caption, "clip": clip}
+
+
+def _kept(video: Video, shards: Mapping[int, Path], wanted: Encoding) -> tuple[list[dict[str, Any]], list[Path]]:
+    """What the headers of a video's wanted clips say, of those of its `shards` that are up to date; and the others."""
+    found, stale = [], []
+    for clip, path in sorted(shards.items()):
+        header: Any = None
+        with suppress(OSError, SafetensorError, ValueError), safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+        if not isinstance(header, dict) or not _key(video, clip).items() <= header.items():
+            stale.append(path)
+        elif clip < wanted.clips:
+            found.append(header)
+    return found, stale
+
+
+def _is_done(found: Sequence[Mapping[str, Any]], wanted: Encoding) -> bool:
+    """Whether these are all clips of a video that are wanted, or all that it has."""
+    return len(found) == wanted.clips or any(header["last"] and header["clip"] + 1 == len(found) for header in found)
+
+
+def _embed(folder: Path, base: Base, videos: Sequence[Video], device: str, report: Progress) -> None:
+    """Embed the empty prompt and the captions that are not on the disk yet; the encoder is gone afterwards."""
+    places = {_text_file(folder, caption): caption for caption in ("", *(video.caption for video in videos))}
+    missing = [path for path in places if _read_text(path) is None]
+    found = embed_texts(base, [places[path] for path in missing], device=device)
+    if missing:
+        report("text", 0, len(missing), "")
+    for done, (path, text) in enumerate(zip(missing, found, strict=True), 1):
+        save_shard(path, {"text": text})
+        report("text", done, len(missing), "")
+    save_shard(folder / NULL_CONTEXT, {"context": _context(folder, "")})
+
+
+def _text_file(folder: Path, caption: str) -> Path:
+    return folder / _TEXTS / f"{hashlib.sha256(caption.encode()).hexdigest()}.safetensors"
+
+
+def _read_text(path: Path) -> Tensor | None:
+    """A caption's embedding [T, text_dim], or None where none is kept, or a damaged one."""
+    with suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
+        text: Tensor = file.get_tensor("text")
+        return text if text.ndim == 2 and len(text) <= TEXT_LEN else None
+    return None
+
+
+def _context(folder: Path, caption: str) -> Tensor:
+    """[1, 512, text_dim] of a caption that was embedded, with zeros after its tokens."""
+    path = _text_file(folder, caption)
+    text = _read_text(path)
+    if text is None:
+        raise InputError(f"{path}: the caption's embedding was damaged meanwhile; run the same command again")
+    return F.pad(text, (0, 0, 0, TEXT_LEN - len(text)))[None]
+
+
+def _encode_video(
+    folder: Path, video: Video, vae: Vae, wanted: Encoding, kept: Collection[int], show: Callable[[float], None]
+) -> int:
+    """Write the clips of one video that are not among the `kept` ones; how many."""
+    made, length = 0, 1 + (wanted.frames - 1) * vae.frame_stride
+    with Footage(video.path, height=wanted.height, width=wanted.width, fps=wanted.fps) as footage:
+        clips = _clips(footage, length)
+        clip = next(clips, None)
+        if clip is None:
+            seconds = length / wanted.fps
+            raise InputError(f"{video.path}: it is shorter than a clip of {length} frames ({seconds:.1f} s)")
+        for number in range(wanted.clips):
+            # Looked up ahead, since a clip says in its header whether it is the video's last.
+            following = next(clips, None) if number + 1 < wanted.clips else None
+            if number not in kept:
+                total = length * min(wanted.clips, max(1, (footage.num_frames or 0) // length))
+                latents = vae.encode(_counted(clip, number * length, total, show))[None]
+                last = following is None and number + 1 < wanted.clips
+                save_shard(
+                    _shard(folder, video, number),
+                    {"latents": latents, "context": _context(folder, video.caption)},
+                    {_HEADER: json.dumps(_key(video, number) | {"last": last})},
+                )
+                made += 1
+            if following is None:
+                break
+            clip = following
+    return made
+
+
+def _clips(frames: Iterable[Tensor], length: int) -> Iterator[list[Tensor]]:
+    """Frames [H, W, 3] in lists of `length`; what is left at the end is dropped."""
+    source = iter(frames)
+    while len(clip := list(itertools.islice(source, length))) == length:
+        yield clip
+
+
+def _counted(clip: Sequence[Tensor], before: int, total: int, show: Callable[[float], None]) -> Iterator[Tensor]:
+    """The frames as pixels; `show` is told which part of the video's `total` they are."""
+    for i, frame in enumerate(clip, before):
+        show(i / total)
+        yield to_pixels(frame)

@@ -1,0 +1,159 @@
+"""The two sweeps of a calibration: measure and divide, then convert and refit."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from mlaconvert.clips.folder import Clips
+from mlaconvert.config.mla import MLALayer
+from mlaconvert.conversion.calibration.layer import Layer
+from mlaconvert.conversion.calibration.measure import layer_moments
+from mlaconvert.conversion.calibration.refit import attention_error, refit_output, refit_query
+from mlaconvert.conversion.calibration.store import load_moments, moments_file, save_moments
+from mlaconvert.conversion.calibration.target import REFITTED, ErrorTable, Target, share_budget
+from mlaconvert.conversion.calibration.walk import Sweep
+from mlaconvert.conversion.calibration.windows import Regime
+from mlaconvert.families.checkpoint import Checkpoint
+from mlaconvert.files.scratch import return_memory
+from mlaconvert.latent.moments import LayerMoments
+from mlaconvert.model.attention.latent import LatentAttention
+
+BUDGETS = (0.4, 0.55, 0.75, 1.0, 1.35, 1.8, 2.4)  # of the average, measured in every layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How each converted layer divides its scalars; its moments lie in `folder`."""
+
+    folder: Path
+    layers: dict[int, MLALayer]
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    clips: Clips,
+    regime: Regime,
+    target: Target,
+    *,
+    layers: Sequence[int],
+    budget: int,
+    adaptive: bool,
+    folder: Path,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Calibration:
+    """First sweep: moments of `layers`, kept in `folder`, and the split of `budget` scalars that measures best.
+
+    Moments that are in `folder` already are taken from there. With `adaptive`, layers share the total by what a scalar
+    buys the model's velocity.
+    """
+    counts = target.counts(budget)
+    least = min(3, budget)  # a cached rotary pair and one latent channel; fewer only where fewer are asked for
+    budgets = sorted({max(least, round(budget * share)) for share in BUDGETS}) if adaptive else [budget]
+    largest = max(budget, checkpoint.config.dim)  # no latent is wider than the model
+    budgets = [b for b in budgets if b <= largest]
+    tables: dict[int, ErrorTable] = {}
+    sweep = Sweep(checkpoint, clips, regime, device=device, probes=8 if adaptive else 0, scratch=folder)
+    for layer in sweep:
+        if layer.index in layers:
+            if not moments_file(folder, layer.index).exists():
+                save_moments(folder, layer.index, layer_moments(layer))
+                return_memory()
+            moments = load_moments(folder, layer.index, checkpoint.config, device)
+            table = target.measure(layer, moments, counts=counts, budgets=budgets)
+            tables[layer.index] = table
+            if adaptive:
+                student = target.convert(layer, target.layer(budget, table.best(budget)[1]), moments)
+                target.fit_output(layer, student)
+                layer.follow(layer.index, student)
+        if progress is not None:
+            progress(layer.index + 1, checkpoint.config.num_layers)
+    ordered = [tables[i] for i in sorted(tables)]
+    shares = [budget] * len(ordered)
+    if adaptive:
+        shares = share_budget(ordered, [sweep.velocity_errors[i] for i in sorted(tables)], budget, largest=largest)
+    chosen = {
+        index: target.layer(share, table.best(share)[1])
+        for index, table, share in zip(sorted(tables), ordered, shares, strict=True)
+    }
+    return Calibration(folder=folder, layers=chosen)
+
+
+def refit_layers(
+    checkpoint: Checkpoint,
+    clips: Clips,
+    regime: Regime,
+    target: Target,
+    calibration: Calibration,
+    *,
+    validation: Clips | None = None,
+    losses: dict[str, float] | None = None,
+    device: torch.device | str = "cpu",
+    state: Path | None = None,
+    finished: Collection[int] = (),
+    say: Callable[[str], None] | None = None,
+) -> Iterator[tuple[int, dict[str, Tensor], dict[str, float]]]:
+    """Second sweep: each layer's tensors, its queries and output refitted, with its attention error by stage.
+
+    With `validation` clips, `losses` has the model's loss on them at the end, with all layers at each stage. In the
+    folder `state`, the sweep keeps how far it is; called again, it goes on behind the `finished` layers, and whatever
+    it has to pass again comes out the same. `say` is told of a state that is damaged and left alone.
+    """
+    sweep = Sweep(checkpoint, clips, regime, device=device, validation=validation, scratch=calibration.folder)
+    if state is not None:
+        sweep.resume(state, lambda index: index in finished or index not in calibration.layers, say)
+    for layer in sweep:
+        if layer.index not in calibration.layers:
+            continue
+        moments = load_moments(calibration.folder, layer.index, checkpoint.config, device)
+        errors: dict[str, float] = {}
+        for name, student in _stages(target, layer, calibration.layers[layer.index], moments):
+            errors[name] = attention_error(layer, student)
+            if validation is not None:
+                layer.follow(name, _branch(student))
+            return_memory()
+        yield layer.index, dict(student.state_dict()), errors
+    if losses is not None:
+        losses |= {str(name): loss for name, loss in sweep.losses.items()}
+
+
+def _stages(
+    target: Target, layer: Layer, shape: MLALayer, moments: LayerMoments
+) -> Iterator[tuple[str, LatentAttention]]:
+    """A layer's conversion step by step, each with all that the steps before it lose; the last is what is written."""
+    dim, head_dim, heads = target.config.dim, target.config.head_dim, target.config.num_heads
+    exact = dataclasses.replace(target, key_norm="token", q_lora_rank=None, v_dim=head_dim)
+    wide = dataclasses.replace(shape, kv_lora_rank=dim, qk_nope_head_dim=head_dim, v_head_dim=head_dim)
+    if target.rope != "head":
+        apart = dataclasses.replace(exact, rope="cached")
+        every = tuple((pair, heads) for pair, _ in shape.rope_components)
+        yield "rotations dropped", apart.convert(layer, dataclasses.replace(wide, rope_components=every), moments)
+        yield "rotary key shared", apart.convert(layer, wide, moments)
+    heads_fit = head_dim if target.rope == "head" else head_dim - shape.qk_rope_head_dim
+    if shape.qk_nope_head_dim < heads_fit or shape.v_head_dim < head_dim:
+        yield "heads narrowed", exact.convert(layer, dataclasses.replace(shape, kv_lora_rank=dim), moments)
+    student = dataclasses.replace(exact, v_dim=shape.v_head_dim).convert(layer, shape, moments)
+    yield "low rank", student
+    if target.key_norm == "latent" or target.q_lora_rank is not None:
+        student = target.convert(layer, shape, moments)
+        yield "norms and queries", student
+    if "refit" not in target.without:
+        refit_output(layer, student)
+        yield "output refitted", student
+        refit_query(layer, student)
+        refit_output(layer, student)
+        yield "queries refitted", student
+
+
+def _branch(student: LatentAttention) -> LatentAttention:
+    """A copy that refits of the other do not change; all else is shared."""
+    shared = {id(tensor): tensor for name, tensor in student.named_parameters() if name not in REFITTED}
+    return copy.deepcopy(student, cast(dict[int, Any], shared))

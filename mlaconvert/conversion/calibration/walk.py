@@ -1,0 +1,266 @@
+"""Clips going through a dense checkpoint one layer at a time.
+
+Activations lie in a file (`Scratch`), so memory holds one layer's matrices and the activations of one batch of windows,
+however many layers and clips there are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mlaconvert.clips.folder import Clips
+from mlaconvert.conversion.calibration.layer import ChosenInputs, Inputs, Layer, draw_some
+from mlaconvert.conversion.calibration.pieces import PIECE_SCALARS
+from mlaconvert.conversion.calibration.windows import PROBE_SCALARS, Regime, batch_size, windows
+from mlaconvert.errors import CheckpointError, OutputError
+from mlaconvert.families.checkpoint import Checkpoint
+from mlaconvert.files.inputs import reason_of
+from mlaconvert.files.scratch import Scratch, return_memory
+from mlaconvert.files.store import TensorStore, check_finite
+from mlaconvert.model.attention.dense import DenseAttention
+from mlaconvert.model.attention.kernel import AttentionPlan
+from mlaconvert.model.attention.latent import LatentAttention
+from mlaconvert.model.blocks import Block
+from mlaconvert.model.load import load_tensors
+from mlaconvert.model.wan import Prepared, WanModel
+
+
+class Sweep:
+    """Clips going through a dense checkpoint layer by layer. Iterate once; then read what became of the followers.
+
+    A converted model that a layer asks to `follow` sees the windows of `validation` clips, which no layer's inputs
+    have, or without them `probes` batches of the others. `velocity_errors` are squared, relative to the teacher's
+    velocity; `losses` mean squared errors of the velocity, the teacher's under "dense". On a CPU, activations lie in an
+    unnamed file in the folder `scratch` (default: the temporary folder). Raises what `Checkpoint.read` raises, and
+    OutputError when there is no room for the file.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        clips: Clips,
+        regime: Regime,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        probes: int = 0,
+        validation: Clips | None = None,
+        scratch: Path | None = None,
+    ) -> None:
+        self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
+        self.scratch = Scratch(scratch)
+        self.start = 0
+        self.state: Path | None = None
+        config = dataclasses.replace(checkpoint.config, streaming=regime.streaming)
+        with torch.device("meta"):
+            self.model = WanModel(config).eval().requires_grad_(False)
+        outside = {name: name for name in checkpoint.names if not name.startswith("blocks.")}
+        load_tensors(self.model, checkpoint, outside, self.device, self.dtype)
+        self.prepared: list[Prepared] = []
+        self.queries: list[int] = []
+        self.targets: list[Tensor] = []
+        self.denoised: list[Tensor] = []  # [B] each: a clean pass writes the cache, its velocity is not used
+        self._plans: dict[tuple[Any, ...], AttentionPlan] = {}
+        self.fitted = self._prepare(clips, regime)  # so many batches are inputs of the layers
+        total = self.fitted if validation is None else self._prepare(validation, regime)
+        self.hidden = [p.x for p in self.prepared]
+        largest = max(x.numel() for x in self.hidden)
+        probes = min(probes, max(1, PROBE_SCALARS // largest))
+        self.followed = draw_some(total, probes) if validation is None else list(range(self.fitted, total))
+        self.streams: dict[int | str, list[Tensor]] = {}
+        self.velocity_errors: dict[int | str, float] = {}
+        self.losses: dict[int | str, float] = {}
+
+    @torch.no_grad()
+    def _prepare(self, clips: Clips, regime: Regime) -> int:
+        """Take up the windows of `clips`; the number of batches that are there by then."""
+        known, text = None, torch.empty(0)
+        for window in windows(clips, regime, batch_size(clips, self.model.config)):
+            if window.context is not known:  # all windows of some clips share their text
+                known, text = window.context, self._keep(self.model.embed_text(window.context.to(self.device)))
+            x, grid = self.model.embed_patches(window.latents.to(self.device), None)
+            embedding, modulation = self.model.embed_time(window.timestep.to(self.device), len(x), grid[0])
+            key = (grid, window.chunks)
+            if key not in self._plans:
+                self._plans[key] = self.model.attention_plan(grid, self.device, chunks=window.chunks)
+            self.prepared.append(
+                Prepared(
+                    x=self._keep(x),
+                    grid=grid,
+                    embedding=self._keep(embedding),
+                    modulation=self._keep(modulation),
+                    text=text,
+                    image=None,
+                    plan=self._plans[key],
+                )
+            )
+            self.queries.append(window.queries)
+            self.targets.append(self._keep(window.target))
+            self.denoised.append(window.timestep[:, -1] > 0)
+        return len(self.prepared)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        """Put a tensor into the file, unless it is on a GPU."""
+        return self.scratch.keep(tensor) if tensor.device.type == "cpu" else tensor
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[Layer]:
+        for index in range(self.start, self.model.config.num_layers):
+            block = self._load(index)
+
+            def inputs(i: int, block: Block = block) -> Inputs:
+                p, queries = self.prepared[i], self.queries[i]
+                with torch.no_grad():
+                    x = block.attention_input(self.hidden[i], p.modulation)
+                return Inputs(x=x, plan=p.plan, first_query=x.shape[1] - queries * p.grid[1] * p.grid[2])
+
+            layer = Layer(
+                index=index,
+                weights=self.checkpoint.attention(index),
+                attention=cast(DenseAttention, block.self_attn),
+                inputs=ChosenInputs(inputs, range(self.fitted)),
+                scratch=self.scratch,
+            )
+            yield layer
+            self._carry(block, layer.followers)
+            for x, p in zip(self.hidden, self.prepared, strict=True):
+                self._run(block, x, p, x)
+            block.to("meta")
+            return_memory()
+            if self.state is not None:
+                self._save(self.state, index + 1)
+        if self.followed:
+            self.losses["dense"] = self._judge([self.hidden[i] for i in self.followed])[1]
+        for name, stream in self.streams.items():
+            self.velocity_errors[name], self.losses[name] = self._judge(stream)
+
+    def resume(self, state: Path, finished: Callable[[int], bool], say: Callable[[str], None] | None = None) -> None:
+        """Keep in the folder `state` how far the sweep is after each layer, and go on from what is kept there.
+
+        Never beyond a layer that is not `finished`. Two states are kept: when a sweep goes on to the next layer, what
+        was made of the last one may not have reached the disk. Nothing of a damaged state is taken over: `say` is told,
+        and the sweep goes on from the state before it, or begins again.
+        """
+        self.state = state
+        for file in sorted(state.glob("sweep-*.safetensors"), reverse=True):
+            number = file.stem.removeprefix("sweep-")
+            start = int(number) if number.isdecimal() else self.model.config.num_layers + 1
+            if start > self.model.config.num_layers or not all(finished(index) for index in range(start)):
+                continue
+            try:
+                kept = read_exactly(file, self._kept_shapes, self.dtype)
+            except CheckpointError as error:
+                if say is not None:
+                    say(f"how far the calibration was cannot be taken from {file.name} ({error}); it is passed again")
+                continue
+            for name in sorted(_streams(kept)):
+                self.streams[name] = [
+                    self._keep(kept[f"stream {name} {i}"].to(self.device)) for i in range(len(self.followed))
+                ]
+            for i, x in enumerate(self.hidden):
+                x.copy_(kept[f"hidden {i}"])
+            self.start = start
+            return
+
+    def _kept_shapes(self, names: Collection[str]) -> dict[str, tuple[int, ...]]:
+        """What a state that has tensors of these `names` has to hold."""
+        shapes = {f"hidden {i}": tuple(x.shape) for i, x in enumerate(self.hidden)}
+        for name in _streams(names):
+            shapes |= {f"stream {name} {n}": tuple(self.hidden[i].shape) for n, i in enumerate(self.followed)}
+        return shapes
+
+    def _save(self, state: Path, start: int) -> None:
+        """Keep what the layers from `start` on need, whole or not at all."""
+        tensors = {f"hidden {i}": x for i, x in enumerate(self.hidden)}
+        for name, stream in self.streams.items():
+            tensors |= {f"stream {name} {i}": x for i, x in enumerate(stream)}
+        write_whole(state / f"sweep-{start:03d}.safetensors", tensors, "how far the calibration is")
+        with suppress(OSError):  # it only takes room
+            for old in sorted(state.glob("sweep-*.safetensors"))[:-2]:
+                old.unlink()
+
+    def _carry(self, block: Block, followers: dict[int | str, LatentAttention]) -> None:
+        """Take every followed model through this block, with its own attention where it has one."""
+        dense = block.self_attn
+        for name in {**self.streams, **followers}:
+            if name not in self.streams:
+                self.streams[name] = [self._keep(self.hidden[i].clone()) for i in self.followed]
+            block.self_attn = followers[name].to(self.device, self.dtype) if name in followers else dense
+            for x, i in zip(self.streams[name], self.followed, strict=True):
+                self._run(block, x, self.prepared[i], x)
+        block.self_attn = dense
+
+    def _load(self, index: int) -> Block:
+        prefix, block = f"blocks.{index}.", cast(Block, self.model.blocks[index])
+        names = {n.removeprefix(prefix): n for n in self.checkpoint.names if n.startswith(prefix)}
+        load_tensors(block, self.checkpoint, names, self.device, self.dtype)
+        return block
+
+    def _run(self, block: Block, x: Tensor, p: Prepared, out: Tensor) -> None:
+        """Take x [B, N, D] through a block into `out`, which may be `x`; all but its self-attention part by part."""
+        attended = block.self_attn(block.attention_input(x, p.modulation), p.plan)
+        memory = block.cross_attn.project(p.text, p.image)
+        tokens = p.grid[1] * p.grid[2]
+        step = max(1, PIECE_SCALARS // (len(x) * tokens * self.model.config.ffn_dim))  # frames
+        for start in range(0, p.grid[0], step):
+            part = slice(start * tokens, (start + step) * tokens)
+            modulation = p.modulation if p.modulation.shape[1] == 1 else p.modulation[:, start : start + step]
+            out[:, part] = block.complete(x[:, part], attended[:, part], modulation, memory)
+
+    def _judge(self, stream: Sequence[Tensor]) -> tuple[float, float]:
+        """Squared velocity error relative to the teacher's velocity, and the loss, of the counted frames in use."""
+        error = power = loss = values = 0.0
+        for x, i in zip(stream, self.followed, strict=True):
+            rows, frames = self.denoised[i], slice(-self.queries[i], None)
+            teacher, found = (
+                self.model.finish(hidden, self.prepared[i])[rows][:, :, frames].double().cpu()
+                for hidden in (self.hidden[i], x)
+            )
+            error += float((found - teacher).square().sum())
+            power += float(teacher.square().sum())
+            loss += float((found - self.targets[i][rows]).square().sum())
+            values += found.numel()
+        return error / power, loss / values
+
+
+def _streams(names: Collection[str]) -> set[str]:
+    """The followed models whose activations a state holds as "stream NAME NUMBER"."""
+    return {name.partition(" ")[2].rpartition(" ")[0] for name in names} - {""}
+
+
+def write_whole(path: Path, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Write a safetensors file by way of one beside it. Raises OutputError, which calls its contents `what`."""
+    partial = path.with_suffix(".partial")
+    try:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{path}: {what} cannot be kept ({reason_of(error)}); make room there") from None
+
+
+def read_exactly(
+    path: Path, shapes_of: Callable[[Collection[str]], Mapping[str, tuple[int, ...]]], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """All tensors of a file of ours: finite, of that dtype, and just those that its names call for (`shapes_of`).
+
+    Raises CheckpointError for any other file.
+    """
+    with TensorStore(str(path), path, [path], None) as store:
+        shapes = shapes_of(store.tensors)
+        if {name: info.shape for name, info in store.tensors.items()} != shapes:
+            raise CheckpointError(f"{path}: it has other tensors than were kept")
+        tensors = {name: store.read(name) for name in shapes}
+    for name, tensor in tensors.items():
+        check_finite(tensor, name, path)
+        if tensor.dtype != dtype:
+            raise CheckpointError(f"{path}: {name} is {tensor.dtype}, not {dtype}")
+    return tensors

@@ -1,0 +1,306 @@
+"""Conversion in the metric of real inputs: whose clips, where their statistics are kept, and its layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.linalg import LinAlgError
+
+from mlaconvert.clips.folder import ClipFolder, Clips, clip_files, load_clips, load_shard, save_shard
+from mlaconvert.clips.teacher_made import own_clips
+from mlaconvert.clips.tiny.clips import training_clips
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.mla import MLALayer
+from mlaconvert.config.parsing import parse
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.calibration.run import Calibration, calibrate, refit_layers
+from mlaconvert.conversion.calibration.store import MOMENTS_VERSION, moments_file
+from mlaconvert.conversion.calibration.target import Target
+from mlaconvert.conversion.calibration.windows import BATCH_TOKENS, scratch_bytes
+from mlaconvert.conversion.from_weights import LayerReport, layer_report
+from mlaconvert.conversion.plan import ConversionPlan, mla_of
+from mlaconvert.conversion.recipes import CALIBRATION_FRAMES, regime_of, token_grid
+from mlaconvert.errors import CheckpointError, ConfigError, InputError, OutputError
+from mlaconvert.families.checkpoint import Checkpoint
+from mlaconvert.families.merged import merged
+from mlaconvert.files.inputs import file_states, read_json, refuse_links
+from mlaconvert.files.staging import write_whole
+from mlaconvert.latent.factorize import Factors
+from mlaconvert.model.load import load_widened
+from mlaconvert.model.rollout import passes
+from mlaconvert.model.schedule import Sampler
+from mlaconvert.progress import Progress
+
+MOMENTS_NAME = "calibration.json"
+CLIPS_NAME = "clips.safetensors"  # those that the teacher generated
+# What the record of moments says of them, in words.
+_ASPECTS = {
+    "version": "version of the method",
+    "regime": "window, noise or seed",
+    "clips": "number of clips",
+    "tokens": "size of frames",
+    "data": "folder of clips",
+    "source": "checkpoint",
+    "loras": "LoRA",
+}
+
+
+def from_clips(
+    checkpoint: Checkpoint,
+    plan: ConversionPlan,
+    clips: tuple[Clips, Clips | None],
+    calibration: Calibration,
+    losses: dict[str, float],
+    device: torch.device,
+    *,
+    state: Path,
+    finished: Collection[int],
+    say: Callable[[str], None] | None = None,
+) -> Generator[tuple[int, Factors, LayerReport], None, None]:
+    """Layers converted in the metric of what the first `clips` bring, and refitted to it; `losses` on the others.
+
+    `state` is a folder where an interrupted sweep finds its way back behind the `finished` layers, some of which come
+    again; `say` is told of what cannot be used there. Raises CheckpointError for a layer that cannot be factorised.
+    """
+    state.mkdir(exist_ok=True)
+    made = refit_layers(
+        checkpoint,
+        clips[0],
+        regime_of(plan.recipe),
+        _target(plan),
+        calibration,
+        validation=clips[1],
+        losses=losses,
+        device=device,
+        state=state,
+        finished=finished,
+        say=say,
+    )
+    with _factorised(checkpoint):
+        for layer, tensors, errors in made:
+            report = layer_report(checkpoint.attention(layer), plan, layer, errors, device)
+            factors = Factors(tensors={name: tensor.cpu() for name, tensor in tensors.items()}, errors=errors)
+            yield layer, factors, report
+
+
+@contextmanager
+def _factorised(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn what linear algebra raises on a degenerate layer into a CheckpointError."""
+    try:
+        yield
+    # Errors are relative to what the layers and the model give, which may be nothing.
+    except (torch.linalg.LinAlgError, LinAlgError, ZeroDivisionError):  # type: ignore[attr-defined]
+        raise CheckpointError(
+            f"{checkpoint.store.path}: a layer's self-attention is degenerate on these clips (zero or not finite) and "
+            "cannot be factorised; give more or other clips, or leave the layer dense with --layers"
+        ) from None
+
+
+def _target(plan: ConversionPlan) -> Target:
+    mla, recipe = mla_of(plan.config), plan.recipe
+    return Target(
+        config=plan.source_config,
+        key_norm=mla.key_norm,
+        q_lora_rank=mla.q_lora_rank,
+        rope=mla.rope,
+        v_dim=recipe.v_dim or plan.source_config.head_dim,
+        nope_dim=recipe.nope_dim,
+        rope_dim=recipe.rope_dim if recipe.rope == "latent" or recipe.allocation == "fixed" else None,
+        rope_selection=recipe.rope_selection or "energy",
+        without=recipe.without,
+    )
+
+
+def room_needed(plan: ConversionPlan, data: Path | None) -> tuple[int, int]:
+    """Bytes on the disk of a calibrated conversion: of moments, which stay, and about how many of activations."""
+    config, recipe = plan.source_config, plan.recipe
+    if data is None:
+        shape: tuple[int, ...] = (config.out_dim, CALIBRATION_FRAMES, *_latent_size(plan))
+    else:
+        shape = ClipFolder(data, config).clip_shape
+    moments = len(plan.layers) * 8 * config.dim * (2 * config.dim + config.head_dim)
+    return moments, _activations(plan, (recipe.clips or 1, *shape))
+
+
+def _latent_size(plan: ConversionPlan) -> tuple[int, int]:
+    """Height and width in latent pixels of the video that the conversion is made for."""
+    (rows, columns), (_, high, wide) = token_grid(plan.recipe, plan.source_config), plan.source_config.patch_size
+    return rows * high, columns * wide
+
+
+def _activations(plan: ConversionPlan, shape: Sequence[int]) -> int:
+    """Of clips [N, C, F, H, W]."""
+    followed = len(plan.layers) if plan.recipe.allocation == "adaptive" else 0
+    return scratch_bytes(plan.source_config, shape, regime_of(plan.recipe), followed=followed)
+
+
+def choose_splits(
+    checkpoint: Checkpoint, plan: ConversionPlan, clips: Clips, folder: Path, device: torch.device, progress: Progress
+) -> Calibration:
+    """Decide how each layer divides its scalars. Raises OutputError when the disk has no room for the activations."""
+    recipe = plan.recipe
+    needed, free = _activations(plan, clips.latents.shape), shutil.disk_usage(folder).free
+    if device.type == "cpu" and needed > free:
+        raise OutputError(
+            f"{folder}: activations take about {needed / 1e9:.1f} GB there for a while, {free / 1e9:.1f} GB are free; "
+            "make room, take fewer --clips, or name a folder on another disk with --moments"
+        )
+    progress("calibrate", 0, plan.config.num_layers)
+    with _factorised(checkpoint):
+        return calibrate(
+            checkpoint,
+            clips,
+            regime_of(recipe),
+            _target(plan),
+            layers=sorted(plan.layers),
+            budget=(recipe.kv_rank or 0) + (recipe.rope_dim or 0 if recipe.rope == "cached" else 0),
+            adaptive=recipe.allocation == "adaptive",
+            folder=folder,
+            device=device,
+            progress=lambda done, total: progress("calibrate", done, total),
+        )
+
+
+def splits_json(calibration: Calibration) -> dict[str, Any]:
+    """How each layer divides its scalars, in plain data."""
+    return {str(index): dataclasses.asdict(layer) for index, layer in calibration.layers.items()}
+
+
+def kept_splits(data: dict[str, Any] | None, folder: Path) -> Calibration | None:
+    """The calibration that `splits_json` noted, if the moments of all its layers are still in `folder`."""
+    try:
+        layers = {int(index): parse(MLALayer, layer, "splits") for index, layer in (data or {}).items()}
+    except (AttributeError, ConfigError, ValueError):  # none of ours
+        return None
+    held = all(moments_file(folder, index).is_file() for index in layers)
+    return Calibration(folder=folder, layers=layers) if layers and held else None
+
+
+def keep_moments(
+    folder: Path,
+    checkpoint: Checkpoint,
+    plan: ConversionPlan,
+    data: Path | None,
+    say: Callable[[str], None] | None = None,
+) -> None:
+    """Make `folder` ready: what it holds stays if it belongs to this calibration, and is thrown away if not.
+
+    `say` is then told why. Raises OutputError when it is no folder of moments.
+    """
+    belongs: dict[str, Any] = {
+        "version": MOMENTS_VERSION,
+        "regime": regime_of(plan.recipe).to_json(),
+        "clips": plan.recipe.clips,
+        "tokens": list(token_grid(plan.recipe, plan.source_config)),  # of a frame that the teacher generates
+        "data": None if data is None else file_states(clip_files(data)),
+        "source": file_states(checkpoint.store.files),
+    }
+    if loras := merged(checkpoint):
+        belongs["loras"] = loras
+    if plan.config.few_step != checkpoint.config.few_step:  # as the recipe has it; clips are made differently
+        belongs["few_step"] = plan.config.few_step
+    record = folder / MOMENTS_NAME
+    try:
+        refuse_links(folder)
+        folder.mkdir(exist_ok=True, parents=True)
+        if not record.exists() and any(path.suffix != ".partial" for path in folder.iterdir()):
+            raise OutputError(f"{folder} is not a folder of moments; move it away, or name another with --moments")
+        before = read_json(record) if record.exists() else {}
+        if before != belongs:
+            files = [*folder.glob("layer-*"), *folder.glob(CLIPS_NAME)]
+            if files and say is not None:
+                names = [what for name, what in _ASPECTS.items() if before.get(name) != belongs.get(name)]
+                what = " and ".join(names) or "calibration"
+                say(f"{folder}: what was measured there is of another {what}; it is measured anew")
+            for file in files:
+                file.unlink(missing_ok=True)
+            write_whole(record, (json.dumps(belongs, indent=2) + "\n").encode())
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{folder}: moments cannot be kept there ({error}); name another with --moments") from None
+
+
+def held_back(clips: Clips) -> tuple[Clips, Clips | None]:
+    """Clips to fit to, and a fifth of them to judge by; none of too few."""
+    count = len(clips.latents) // 5
+    if not count:
+        return clips, None
+    return Clips(*(part[:-count] for part in clips)), Clips(*(part[-count:] for part in clips))
+
+
+def calibration_clips(
+    checkpoint: Checkpoint,
+    plan: ConversionPlan,
+    data: Path | None,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    kept: Path | None = None,
+) -> Clips:
+    """Clips of the folder `data`, or without one what the teacher generates on `device` from an empty caption.
+
+    Generated clips are written to the file `kept`, and taken from there when it exists. The built-in tiny model draws
+    its own clips. Raises InputError when the folder does not fit the model, and OutputError for `kept`.
+    """
+    check_clips(checkpoint, data)
+    config, recipe, count = plan.source_config, plan.recipe, plan.recipe.clips or 1
+    if data is not None:
+        return load_clips(data, config, count)
+    if checkpoint.is_tiny:
+        return training_clips(count)
+    if kept is not None and kept.exists():
+        return _kept_clips(kept, config, count)
+    height, width = _latent_size(plan)
+    streaming = recipe.streaming or StreamingConfig()
+    model = load_widened(checkpoint, streaming, device)
+    sampler = Sampler.usual(few_step=plan.config.few_step)
+    size = max(1, BATCH_TOKENS // (CALIBRATION_FRAMES * config.tokens_per_frame(height, width)))
+    total, done = passes(CALIBRATION_FRAMES, sampler, streaming, slices=-(-count // size)), 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress("generate clips", done, total)
+
+    clips = own_clips(
+        model,
+        count,
+        frames=CALIBRATION_FRAMES,
+        height=height,
+        width=width,
+        sampler=sampler,
+        seed=recipe.seed,
+        streaming=streaming,
+        batch=size,
+        on_step=step,
+    )
+    if kept is not None:
+        save_shard(kept, clips._asdict())
+    return clips
+
+
+def _kept_clips(path: Path, config: WanConfig, count: int) -> Clips:
+    """What was generated before. Raises CheckpointError when it is damaged."""
+    try:
+        clips = load_shard(path, config)
+    except InputError:
+        clips = None
+    if clips is None or len(clips.latents) != count:
+        raise CheckpointError(
+            f"{path}: not the {count} clips that were generated, or damaged; delete the file and run the command again"
+        )
+    return clips
+
+
+def check_clips(checkpoint: Checkpoint, data: Path | None) -> None:
+    """Raise ConfigError when a model without `data` cannot generate clips either."""
+    config = checkpoint.config
+    if data is None and config.in_dim != config.out_dim:
+        raise ConfigError("an image-to-video model cannot generate its own clips here; give some with --data DIR")

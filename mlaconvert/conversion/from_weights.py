@@ -1,0 +1,192 @@
+"""A layer's conversion from its weights, or at random: tensors and what they lose.
+
+Only the matrices of one layer, or of a few narrow ones, are ever in memory in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from scipy.linalg import LinAlgError
+from torch import Tensor
+
+from mlaconvert.conversion.plan import ConversionPlan, mla_of
+from mlaconvert.conversion.recipes import timesteps_of, token_grid
+from mlaconvert.errors import CheckpointError
+from mlaconvert.families.checkpoint import Checkpoint
+from mlaconvert.files.scratch import return_memory
+from mlaconvert.files.store import check_finite
+from mlaconvert.latent.factorize import Factors, factorize_layer
+from mlaconvert.latent.moments import modulation_moments
+from mlaconvert.latent.pairs import mean_rotation
+from mlaconvert.latent.random_start import random_layer
+from mlaconvert.latent.spectrum import effective_rank, energy_at, gram, singular_values_from_gram
+from mlaconvert.latent.threads import SideBySide
+from mlaconvert.latent.weights import AttentionWeights
+from mlaconvert.model.wan import timestep_embedding
+
+THRESHOLD = 0.99  # share of the energy that the reported effective rank holds
+# Layers are converted side by side in so many bytes; each takes about so many float64 matrices of its width squared.
+_ROOM, _MATRICES = 400_000_000, 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """What the conversion of one layer found and lost.
+
+    `singular_values` are those of the pretrained [W_K; W_V], [D] float64 descending; `errors` are
+    `factorize.Factors.errors`, in the metric of guessed inputs; of a calibrated layer, the attention output's on the
+    calibration inputs after each step.
+    """
+
+    layer: int
+    kv_lora_rank: int
+    singular_values: Tensor
+    errors: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, to six significant digits."""
+        return {
+            "layer": self.layer,
+            "effective_rank": effective_rank(self.singular_values, THRESHOLD),
+            "energy_at_kv_rank": digits(energy_at(self.singular_values, self.kv_lora_rank)),
+            "errors": {name: digits(value) for name, value in self.errors.items()},
+            "singular_values": [digits(value) for value in self.singular_values.tolist()],
+        }
+
+
+def digits(value: float) -> float:
+    """`value` to six significant digits, as it is written to JSON."""
+    return float(f"{value:.6g}")
+
+
+def read_finite(checkpoint: Checkpoint, canonical: str) -> Tensor:
+    """One tensor in the file's dtype. Raises CheckpointError naming it when it holds a NaN or an infinity."""
+    tensor = checkpoint.read(canonical)
+    check_finite(tensor, checkpoint.names[canonical], checkpoint.store.path)
+    return tensor
+
+
+def time_modulation(checkpoint: Checkpoint, timesteps: Sequence[float]) -> Tensor:
+    """What the time embedding gives to every block's self-attention: (shift, scale), float64 [T, 2, D]."""
+    dim = checkpoint.config.dim
+
+    def linear(name: str, x: Tensor, rows: int) -> Tensor:
+        weight, bias = (read_finite(checkpoint, f"{name}.{leaf}")[:rows].double() for leaf in ("weight", "bias"))
+        return F.linear(x, weight, bias)
+
+    wave = timestep_embedding(torch.tensor(timesteps, dtype=torch.float64), checkpoint.config.freq_dim)
+    embedding = linear("time_embedding.2", F.silu(linear("time_embedding.0", wave, dim)), dim)
+    return linear("time_projection.1", F.silu(embedding), 2 * dim).unflatten(-1, (2, dim))
+
+
+def layer_modulation(checkpoint: Checkpoint, layer: int, time: Tensor) -> Tensor:
+    """(shift, scale) of one block's self-attention, float64 [T, 2, D]."""
+    return time + read_finite(checkpoint, f"blocks.{layer}.modulation")[0, :2].double()
+
+
+def convert_layer(
+    checkpoint: Checkpoint, plan: ConversionPlan, layer: int, time: Tensor | None, device: torch.device
+) -> tuple[Factors, LayerReport]:
+    """Factors of one layer; `time` is None when they are drawn at random."""
+    config, mla, target = plan.source_config, mla_of(plan.config), plan.layers[layer]
+    weights = checkpoint.attention(layer)
+    if time is None:
+        factors = random_layer(
+            weights,
+            target,
+            num_heads=config.num_heads,
+            key_norm=mla.key_norm,
+            q_lora_rank=mla.q_lora_rank,
+            # A generator a layer: a layer comes out the same whichever others are converted.
+            generator=torch.Generator().manual_seed((plan.recipe.seed << 16) + layer),
+            rope=mla.rope,
+        )
+    else:
+        factors = _factorize(checkpoint, plan, weights, layer, time, device)
+    return factors, layer_report(weights, plan, layer, factors.errors, device)
+
+
+def layer_report(
+    weights: AttentionWeights, plan: ConversionPlan, layer: int, errors: Mapping[str, float], device: torch.device
+) -> LayerReport:
+    """What is told of one layer: the spectrum of the pretrained [W_K; W_V], and the `errors` of its conversion."""
+    joint = gram(weights.k_weight.to(device), weights.v_weight.to(device))
+    return LayerReport(
+        layer=layer,
+        kv_lora_rank=plan.layers[layer].kv_lora_rank,
+        singular_values=singular_values_from_gram(joint).cpu(),
+        errors=errors,
+    )
+
+
+def _factorize(
+    checkpoint: Checkpoint,
+    plan: ConversionPlan,
+    weights: AttentionWeights,
+    layer: int,
+    time: Tensor,
+    device: torch.device,
+) -> Factors:
+    config, mla, target = plan.source_config, mla_of(plan.config), plan.layers[layer]
+    height, width = token_grid(plan.recipe, config)
+    rho = mean_rotation(
+        config.rope_split, streaming=plan.recipe.streaming, frames=plan.recipe.frames, height=height, width=width
+    )
+    modulation = layer_modulation(checkpoint, layer, time).to(device)
+    try:
+        moments = modulation_moments(weights, modulation, num_heads=config.num_heads, eps=config.eps, rho=rho)
+        factors = factorize_layer(
+            weights,
+            target,
+            moments,
+            num_heads=config.num_heads,
+            key_norm=mla.key_norm,
+            q_lora_rank=mla.q_lora_rank,
+            rope=mla.rope,
+        )
+    except (torch.linalg.LinAlgError, LinAlgError):  # type: ignore[attr-defined]
+        factors = None
+    if factors is None or not all(math.isfinite(error) for error in factors.errors.values()):
+        raise CheckpointError(
+            f"{checkpoint.store.path}: the self-attention weights of layer {layer} are degenerate (zero or far out of "
+            "range) and cannot be factorised; leave the layer dense with --layers"
+        )
+    return factors
+
+
+def from_weights(
+    checkpoint: Checkpoint, plan: ConversionPlan, layers: Sequence[int], device: torch.device
+) -> Generator[tuple[int, Factors, LayerReport], None, None]:
+    """Those `layers` converted from their weights alone, or drawn at random; each comes out the same on its own.
+
+    Eigenproblems hardly use several threads, layers side by side do: on a CPU as many as there are threads, as far as
+    their matrices fit in a bounded room. Such a layer has one thread in any case: its bits do not depend on the others.
+    """
+    time = None if plan.recipe.init == "random" else time_modulation(checkpoint, timesteps_of(plan.recipe))
+    room = _ROOM // (_MATRICES * 8 * plan.config.dim**2)
+    if device.type != "cpu" or room < 2:
+        for layer in layers:
+            yield layer, *convert_layer(checkpoint, plan, layer, time, device)
+            return_memory()  # side by side, threads would wait for each other at this
+        return
+    together = max(1, min(torch.get_num_threads(), room, len(layers)))
+    running: deque[tuple[int, Future[tuple[Factors, LayerReport]]]] = deque()
+    pool = SideBySide(together)
+    try:
+        for layer in layers:
+            running.append((layer, pool.submit(convert_layer, checkpoint, plan, layer, time, device)))
+            if len(running) == together:
+                done, made = running.popleft()
+                yield done, *made.result()
+        for done, made in running:
+            yield done, *made.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

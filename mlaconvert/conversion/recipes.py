@@ -1,0 +1,212 @@
+"""Recipes: found by name, read from YAML, and filled in for a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from mlaconvert.config.budget import default_budget
+from mlaconvert.config.geometry import WanConfig, default_video
+from mlaconvert.config.mla import MLAConfig, MLALayer
+from mlaconvert.config.parsing import parse
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.calibration.windows import Regime
+from mlaconvert.conversion.recipe import ConvertRecipe, Init, parse_layers
+from mlaconvert.errors import ConfigError
+from mlaconvert.families.causal import STUDENT
+from mlaconvert.files.inputs import is_file, read_yaml
+from mlaconvert.files.shipped import recipe_folder, recipe_names
+from mlaconvert.latent.pairs import highest_pairs
+from mlaconvert.model.schedule import Sampler
+
+# Of clips that the teacher generates: tokens in all, and latent frames each.
+CALIBRATION_TOKENS, CALIBRATION_FRAMES = 100_000, 9
+
+
+def load_recipe(recipe: str | Path) -> ConvertRecipe:
+    """Read a YAML file, or a shipped recipe by its name. Raises ConfigError naming the file and the field."""
+    path, data = read_recipe(recipe, recipe_folder(), "recipes", "init: svd")
+    return parse(ConvertRecipe, data, str(path))
+
+
+def with_init(recipe: ConvertRecipe, init: Init) -> ConvertRecipe:
+    """`recipe` for another way to convert: widths and how the model sees time stay, what was of its own way goes."""
+    if init == recipe.init:
+        return recipe
+    own = ["allocation", "rope", "rope_selection", "key_norm", "q_rank"]
+    own += ["kv_rank", "nope_dim", "rope_dim", "v_dim"] if init == "lossless" else []
+    changes: dict[str, Any] = dict.fromkeys(own)
+    return dataclasses.replace(recipe, init=init, without=(), **changes)
+
+
+def with_settings(recipe: ConvertRecipe, config: WanConfig, settings: Mapping[str, Any]) -> ConvertRecipe:
+    """`recipe` with single `settings` of `StreamingConfig` in place of those that recipe or source have.
+
+    A source of geometry `config` that is not streaming gets a published student's for the others. Raises ConfigError
+    for an impossible setting, and for a recipe that says bidirectional.
+    """
+    if not settings:
+        return recipe
+    if recipe.bidirectional:
+        raise ConfigError(f"bidirectional and {', '.join(settings)} exclude each other; give one of them")
+    base = dataclasses.asdict(recipe.streaming or config.streaming or STUDENT)
+    return dataclasses.replace(recipe, streaming=parse(StreamingConfig, base | dict(settings), "options"))
+
+
+def read_recipe(recipe: str | Path, shipped: Path, kind: str, example: str) -> tuple[Path, dict[str, Any]]:
+    """The file of a recipe and its fields, not checked yet: a YAML file, or a name in the folder `shipped`.
+
+    Raises ConfigError; its message calls the shipped ones `kind` and shows the field `example`.
+    """
+    path = Path(recipe)
+    if not is_file(path):
+        names = recipe_names(shipped)
+        path = shipped / f"{recipe}.yaml"
+        if str(recipe) not in names:
+            raise ConfigError(f"{recipe}: no such recipe file; shipped {kind}: {', '.join(names)}")
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of fields, such as `{example}`")
+    return path, data
+
+
+def resolve_recipe(recipe: ConvertRecipe, config: WanConfig) -> ConvertRecipe:
+    """`recipe` with every default filled in for a model of geometry `config`.
+
+    Raises ConfigError for a width larger than the layer, a layer that does not exist, or a video that patches and
+    VAE cannot split. Scores and values may not be wider than a head, so that attention never costs more than dense.
+    """
+    video, head_dim = default_video(config), config.head_dim
+    changes: dict[str, Any] = {
+        "layers": _format_layers(
+            parse_layers(recipe.layers, config.num_layers) if recipe.layers is not None else range(config.num_layers)
+        ),
+        "streaming": None if recipe.bidirectional else recipe.streaming or config.streaming,
+        "few_step": config.few_step if recipe.few_step is None else recipe.few_step,
+        "height": recipe.height or video.height,
+        "width": recipe.width or video.width,
+        "vae_stride": recipe.vae_stride or video.vae_stride,
+    }
+    if recipe.init != "lossless":
+        budget, calibrated = default_budget(config), recipe.init == "calibrated"
+        mode = recipe.rope or (("head" if recipe.nope_dim is None else "latent") if calibrated else "cached")
+        if mode == "head" and (recipe.rope_dim or recipe.nope_dim not in (None, head_dim)):
+            raise ConfigError("rope head keeps whole heads; leave rope_dim and nope_dim out, or give rope latent")
+        # Rotary keys that take no cache of their own are as many as measure best.
+        measured = mode == "head" or (mode == "latent" and calibrated)
+        rope = recipe.rope_dim or (0 if measured else budget.qk_rope_head_dim)
+        latent = budget.kv_lora_rank if mode == "cached" else budget.kv_lora_rank + budget.qk_rope_head_dim
+        changes |= {
+            "kv_rank": recipe.kv_rank or latent,
+            "q_rank": recipe.q_rank or ("none" if calibrated else budget.q_lora_rank),
+            # A calibrated layer fills its heads up to their width, whatever rotary key it gets.
+            "nope_dim": max(0, head_dim - rope) if recipe.nope_dim is None and not calibrated else recipe.nope_dim,
+            "rope_dim": rope or None,
+            "v_dim": recipe.v_dim or head_dim,
+            "key_norm": recipe.key_norm or ("token" if calibrated else "latent"),
+            "rope": mode,
+        }
+        if calibrated:
+            changes["allocation"] = recipe.allocation or "adaptive"
+        changes["rope_selection"] = recipe.rope_selection or ("energy" if calibrated else "highest")
+        if changes["rope_selection"] == "energy" and not calibrated:
+            raise ConfigError("rope_selection energy needs measured inputs; use init calibrated")
+    resolved = dataclasses.replace(recipe, **changes)
+    height, width = token_grid(resolved, config)
+    if recipe.clips is None:
+        # As many tokens as a wide layer's moments need; all their activations are held at once.
+        fitting = CALIBRATION_TOKENS // (CALIBRATION_FRAMES * height * width)
+        resolved = dataclasses.replace(resolved, clips=min(40, max(5, fitting)))
+    for name, limit, what in (
+        ("kv_rank", config.dim, "layer"),
+        ("q_rank", config.dim, "layer"),
+        ("rope_dim", head_dim, "head"),
+        ("nope_dim", head_dim, "head"),
+        ("v_dim", head_dim, "head"),
+    ):
+        value = getattr(resolved, name)
+        if isinstance(value, int) and value > limit:
+            raise ConfigError(f"{name} is {value}, larger than the {what}, which is {limit} wide; give at most {limit}")
+    nope, rope = resolved.nope_dim or 0, resolved.rope_dim or 0
+    if nope + rope > head_dim:
+        raise ConfigError(
+            f"nope_dim {nope} and rope_dim {rope} are {nope + rope} wide together, a head is {head_dim}; "
+            f"give at most {head_dim} in all"
+        )
+    return resolved
+
+
+def _format_layers(layers: Sequence[int]) -> str:
+    """(0, 1, 2, 7) -> "0-2,7"."""
+    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda item: item[1] - item[0])]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def token_grid(recipe: ConvertRecipe, config: WanConfig) -> tuple[int, int]:
+    """Height and width in tokens of a resolved recipe's video."""
+    grid = []
+    for name, patch in zip(("height", "width"), config.patch_size[1:], strict=True):
+        pixels, step = getattr(recipe, name), (recipe.vae_stride or 1) * patch
+        if pixels % step:
+            raise ConfigError(f"{name} is {pixels} pixels: give a multiple of {step}, VAE stride times patch")
+        grid.append(pixels // step)
+    return grid[0], grid[1]
+
+
+def mla_config(recipe: ConvertRecipe, config: WanConfig, measured: Mapping[int, MLALayer] | None = None) -> MLAConfig:
+    """The `mla` section that a resolved recipe makes of a model of geometry `config`.
+
+    `measured` are the layers that a calibration decided on; without it all are alike.
+    """
+    lossless = recipe.init == "lossless"
+    if lossless:
+        components = tuple((pair, config.num_heads) for pair in range(config.head_dim // 2))
+    else:
+        components = highest_pairs(config.rope_split, (recipe.rope_dim or 0) // 2)
+    nope = 0 if lossless else max(0, config.head_dim - (recipe.rope_dim or 0))
+    layer = MLALayer(
+        kv_lora_rank=recipe.kv_rank or config.dim,
+        qk_nope_head_dim=nope if recipe.nope_dim is None else recipe.nope_dim,
+        v_head_dim=recipe.v_dim or config.head_dim,
+        rope_components=components,
+    )
+    chosen = parse_layers(recipe.layers or "", config.num_layers)
+    calibration = None
+    if recipe.init == "calibrated":
+        calibration = {"inputs": "clips", "clips": recipe.clips, **regime_of(recipe).to_json()}
+    elif recipe.init != "random":
+        height, width = token_grid(recipe, config)
+        streaming = recipe.streaming
+        calibration = {
+            "inputs": "modulation",
+            "timesteps": list(timesteps_of(recipe)),
+            "regime": "streaming" if streaming else "bidirectional",
+            "frames": streaming.window_frames if streaming else recipe.frames,
+            "tokens": [height, width],
+        }
+    return MLAConfig(
+        q_lora_rank=recipe.q_rank if isinstance(recipe.q_rank, int) else None,
+        key_norm=recipe.key_norm or "token",
+        softmax_scale=config.head_dim**-0.5,
+        layers=tuple((measured or {}).get(i, layer) if i in chosen else None for i in range(config.num_layers)),
+        rope=recipe.rope or "cached",
+        calibration=calibration,
+    )
+
+
+def regime_of(recipe: ConvertRecipe) -> Regime:
+    """Where a calibration takes its windows, whose positions count from the sink.
+
+    Without a sink that makes no difference. Absolute positions would move the sink away as a video goes on; only the
+    statistics that layers are fitted to leave that out.
+    """
+    streaming = recipe.streaming
+    return Regime.of(dataclasses.replace(streaming, positions="window") if streaming else None, recipe.seed)
+
+
+def timesteps_of(recipe: ConvertRecipe) -> tuple[float, ...]:
+    """Where the inputs' statistics are taken: streaming models also run on clean chunks."""
+    return (*Sampler.few_step().timesteps, 0.0) if recipe.streaming else Sampler.many_step(8).timesteps

@@ -1,0 +1,95 @@
+"""What `convert` reports: plans, layers and losses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlaconvert import __version__
+from mlaconvert.conversion.from_weights import LayerReport, digits
+from mlaconvert.conversion.plan import ConversionPlan
+from mlaconvert.conversion.verify import Verification
+from mlaconvert.families.checkpoint import Checkpoint
+from mlaconvert.families.merged import merged
+from mlaconvert.files.names import CONVERSION_NAME
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelReport:
+    """One converted model. A dry run leaves `sha256`, that of the source's files, and `layers` empty.
+
+    `losses` are those of a calibration: mean squared velocity errors on clips that it did not see, of the "dense" model
+    and with all layers after each step of the conversion. `seconds` tell where the time went; what runs side by side
+    adds up to more than the time that passed.
+    """
+
+    plan: ConversionPlan
+    sha256: str = ""
+    layers: tuple[LayerReport, ...] = ()
+    losses: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    verification: Verification | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan, and what came of it; without the singular values, which are in conversion.json."""
+        data = self.plan.to_json()
+        if self.sha256:
+            data["sha256"] = self.sha256
+            data["layers"] = [
+                {k: v for k, v in layer.to_json().items() if k != "singular_values"} for layer in self.layers
+            ]
+            data["losses"] = {name: digits(loss) for name, loss in self.losses.items()}
+            data["seconds"] = {kind: round(seconds, 3) for kind, seconds in self.seconds.items()}
+        if self.verification is not None:
+            data["verification"] = dataclasses.asdict(self.verification)
+        return data
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport:
+    """What `convert` wrote: one model, or the two experts of Wan2.2 A14B, each in its own subfolder of `output`."""
+
+    output: Path | None  # None for a dry run without one
+    models: tuple[ModelReport, ...]
+
+
+def conversion_json(checkpoint: Checkpoint, report: ModelReport) -> str:
+    """Where the model came from and what its conversion did; one line a layer."""
+    plan = report.plan
+    data = {
+        "mlaconvert": __version__,
+        "source": {
+            "name": plan.source,
+            **({} if checkpoint.store.revision is None else {"revision": checkpoint.store.revision}),
+            "subfolder": plan.subfolder,
+            "state_key": checkpoint.state_key,
+            "description": plan.description,
+            "files": [file.name for file in checkpoint.store.files],
+            "sha256": report.sha256,
+            **({"loras": merged(checkpoint)} if merged(checkpoint) else {}),
+        },
+        "recipe": dataclasses.asdict(plan.recipe),
+        "cache_scalars_per_token": {"dense": plan.dense_scalars, "mla": plan.mla_scalars},
+        "losses": {name: digits(loss) for name, loss in report.losses.items()},
+    }
+    head = json.dumps(data, indent=2, ensure_ascii=False).removesuffix("\n}")
+    layers = ",\n".join("    " + json.dumps(layer.to_json()) for layer in report.layers)
+    return f'{head},\n  "layers": [\n{layers}\n  ]\n}}\n'
+
+
+def stub_readme(plan: ConversionPlan) -> str:
+    """A stub that says what the folder is."""
+    source = f"{plan.source}, {plan.subfolder}" if plan.subfolder else plan.source
+    less = 100 * (1 - plan.mla_scalars / plan.dense_scalars)
+    return (
+        f"# {plan.source}, with latent attention\n\n"
+        f"Converted from {source} ({plan.description}) by mlaconvert {__version__}.\n\n"
+        f"Self-attention in layers {plan.recipe.layers} is Multi-Head Latent Attention (init {plan.recipe.init}). A "
+        f"token caches {plan.mla_scalars:,} scalars instead of {plan.dense_scalars:,} ({less:.1f}% less). All other "
+        f"tensors are the source's. `{CONVERSION_NAME}` records the recipe, the source's hash and each layer's "
+        "spectrum and errors. The model has not been trained since.\n"
+    )

@@ -1,0 +1,100 @@
+"""A converted model, read back and held against its source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mlaconvert.conversion.from_weights import layer_modulation, time_modulation
+from mlaconvert.conversion.plan import ConversionPlan, mla_of
+from mlaconvert.conversion.recipes import timesteps_of
+from mlaconvert.errors import MLAConvertError
+from mlaconvert.families.checkpoint import Checkpoint
+from mlaconvert.families.open import open_checkpoint
+from mlaconvert.model.attention.dense import DenseAttention
+from mlaconvert.model.attention.kernel import AttentionPlan
+from mlaconvert.model.attention.latent import LatentAttention
+from mlaconvert.model.rope import rotary
+from mlaconvert.progress import Progress, silent
+
+_VERIFY_GRID = (3, 4, 5)  # frames, height and width in tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """`passed_through` tensors are the source's bit for bit. `attention_errors` of each converted layer: relative
+    error of its output against the dense layer's on random inputs under the layer's own modulation.
+    """
+
+    passed_through: int
+    attention_errors: Mapping[int, float]
+
+
+def verify_conversion(
+    checkpoint: Checkpoint,
+    path: Path,
+    plan: ConversionPlan,
+    *,
+    device: torch.device,
+    progress: Progress = silent,
+) -> Verification:
+    """Read the model at `path` back and hold it against the `checkpoint` that it was converted from.
+
+    Raises MLAConvertError when a tensor that passed through differs in a bit, or an attention output is not finite.
+    """
+    passed = [operation for operation in plan.operations if operation.layer is None]
+    errors: dict[int, float] = {}
+    progress("verify", 0, len(plan.layers))
+    with open_checkpoint(path) as converted:
+        for operation in passed:
+            expected = checkpoint.read(operation.canonical).to(operation.spec.dtype)
+            if not _same_bits(expected, converted.read(operation.canonical)):
+                raise MLAConvertError(
+                    f"{path}: tensor {operation.spec.name!r} differs from the source's; convert again"
+                )
+        time = time_modulation(checkpoint, timesteps_of(plan.recipe))
+        for layer in plan.layers:
+            x = _random_inputs(layer_modulation(checkpoint, layer, time), layer).to(device)
+            errors[layer] = _attention_error(checkpoint, converted, plan, layer, x)
+            if not math.isfinite(errors[layer]):
+                raise MLAConvertError(f"{path}: the attention output of layer {layer} is not finite")
+            progress("verify", len(errors), len(plan.layers))
+    return Verification(passed_through=len(passed), attention_errors=errors)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(*(x.contiguous().flatten().view(torch.uint8) for x in (a, b)))
+
+
+def _random_inputs(modulation: Tensor, seed: int) -> Tensor:
+    """Inputs [1, N, D] in float32 as a block's LayerNorm and modulation make them, each frame at its own timestep."""
+    frames, height, width = _VERIFY_GRID
+    noise = torch.randn(frames, height * width, modulation.shape[-1], generator=torch.Generator().manual_seed(seed))
+    steps = torch.linspace(0, len(modulation) - 1, frames).round().long()
+    shift, scale = modulation[steps].float().unsqueeze(2).unbind(1)
+    return (noise * (1 + scale) + shift).flatten(0, 1).unsqueeze(0)
+
+
+@torch.no_grad()
+def _attention_error(
+    checkpoint: Checkpoint, converted: Checkpoint, plan: ConversionPlan, layer: int, x: Tensor
+) -> float:
+    """|latent - dense| / |dense| of one layer's attention output, in float32."""
+    prefix = f"blocks.{layer}.self_attn."
+    turn = rotary(torch.arange(_VERIFY_GRID[0], device=x.device), *_VERIFY_GRID[1:], plan.config.rope_split)
+    with torch.device("meta"):
+        dense = DenseAttention(plan.source_config)
+        latent = LatentAttention(plan.config, mla_of(plan.config), plan.layers[layer])
+    outputs = []
+    for module, source in ((dense, checkpoint), (latent, converted)):
+        state = {name: source.read(prefix + name).to(x.device, torch.float32) for name in module.state_dict()}
+        module.load_state_dict(state, assign=True)
+        outputs.append(module(x, AttentionPlan(query_rotary=turn, key_rotary=turn)))
+    return float((outputs[1] - outputs[0]).norm() / outputs[0].norm())

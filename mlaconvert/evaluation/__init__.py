@@ -1,0 +1,1 @@
+"""How close a converted model is to its teacher, what it saves, and how fast it is."""

@@ -1,0 +1,1 @@
+"""Speed and memory of dense and latent attention, side by side in one run."""

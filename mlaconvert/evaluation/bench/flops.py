@@ -1,0 +1,106 @@
+"""FLOPs of a forward pass, counted as it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from torch import nn
+from torch.autograd.profiler import record_function
+
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.model.attention.cost import FLOPS_PER_BYTE, cheaper_mode, latent_cost
+from mlaconvert.model.attention.kernel import AttentionMode, RMSNorm, kernel_width
+from mlaconvert.model.rope import Rope
+
+SCOPE = "norms and RoPE"
+_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_addmm_activation"}
+
+
+def forward_flops(
+    config: WanConfig,
+    *,
+    queries: int,
+    keys: int,
+    mode: AttentionMode = "auto",
+    itemsize: int = 2,
+    flops_per_byte: float = FLOPS_PER_BYTE["cuda"],
+) -> dict[str, int]:
+    """FLOPs of one pass of one video through the blocks, by part: two for each multiplication and addition.
+
+    `queries` tokens see `keys` tokens. "attention": scores and values; "latent": expanding the latents, or mapping
+    queries and outputs to them; "projections": of queries, keys, values and outputs; "cross-attention": to a text whose
+    keys and values are cached; "ffn". Norms, RoPE, embeddings and the head are not counted: under 1% at Wan's sizes.
+    """
+    dim, heads, tokens = config.dim, config.num_heads, queries
+    parts = dict.fromkeys(("attention", "cross-attention", "latent", "projections", "ffn"), 0)
+    for index in range(config.num_layers):
+        mla = config.mla.layers[index] if config.mla else None
+        if config.mla is None or mla is None:
+            width = kernel_width(config.head_dim)
+            parts["attention"] += 4 * tokens * keys * heads * width
+            parts["projections"] += 4 * 2 * tokens * dim * dim
+        else:
+            sizes = {
+                "num_heads": heads,
+                "content": mla.kv_lora_rank,
+                "queries": tokens,
+                "keys": keys,
+            }
+            chosen: Literal["expanded", "absorbed"] = "absorbed" if mode == "absorbed" else "expanded"
+            if mode == "auto" and config.mla.rope != "head":
+                chosen = cheaper_mode(mla, **sizes, itemsize=itemsize, flops_per_byte=flops_per_byte)
+            total = latent_cost(chosen, mla, **sizes).flops
+            width = mla.qk_nope_head_dim + mla.qk_rope_head_dim
+            channels = sizes["content"] + 1 + mla.qk_rope_head_dim
+            attended = kernel_width(width, mla.v_head_dim) if chosen == "expanded" else kernel_width(channels)
+            parts["attention"] += 4 * tokens * keys * heads * attended
+            parts["latent"] += total - 4 * tokens * keys * heads * attended
+            rank = config.mla.q_lora_rank
+            query = dim * dim + heads * config.head_dim * width if rank is None else rank * (dim + heads * width)
+            down = dim * (mla.kv_lora_rank + config.mla.cached_rope(mla))
+            if config.mla.rope == "latent":  # the rotary key of the whole window
+                parts["latent"] += 2 * keys * mla.kv_lora_rank * mla.qk_rope_head_dim
+            norm = dim * dim if config.mla.key_norm == "token" else 0
+            parts["projections"] += 2 * tokens * (query + down + norm + heads * mla.v_head_dim * dim)
+        parts["projections"] += 2 * 2 * tokens * dim * dim  # cross-attention's queries and output
+        parts["cross-attention"] += 4 * tokens * config.text_len * heads * kernel_width(config.head_dim)
+        parts["ffn"] += 2 * 2 * tokens * dim * config.ffn_dim
+    return parts
+
+
+@contextmanager
+def scopes(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Name the norms and rotations of an eager model in a profile."""
+    handles, open_scopes = [], []
+
+    def enter(*_: Any) -> None:
+        open_scopes.append(record_function(SCOPE))
+        open_scopes[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        open_scopes.pop().__exit__(None, None, None)
+
+    if wanted:
+        for module in model.modules():
+            if isinstance(module, RMSNorm | nn.LayerNorm | Rope):
+                handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def part_of_model(event: Any) -> str:
+    """The part that a profiler's event belongs to, by its own name and those above it."""
+    names, above = [], event
+    while above is not None:
+        names.append(above.name)
+        above = above.cpu_parent
+    if any("scaled_dot_product" in name for name in names):
+        return "attention"
+    if any(name in _PRODUCTS for name in names):
+        return "projections"
+    return SCOPE if SCOPE in names else "the rest"

@@ -1,0 +1,169 @@
+"""What a benchmark of speed is asked to compare."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, get_args
+
+import torch
+
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.mla import KeyNorm, RopeMode
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.conversion.recipes import mla_config, resolve_recipe
+from mlaconvert.errors import ConfigError
+from mlaconvert.families.open import open_checkpoint
+from mlaconvert.model.attention.kernel import AttentionMode
+from mlaconvert.model.wan import WanModel
+
+GEOMETRIES = {
+    "1.3b": WanConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960),
+    "14b": WanConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824),
+}
+FPS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSetting:
+    """What both sides share. Sizes are video pixels, windows latent frames, `steps` passes before the clean one.
+
+    `slice_size` videos of the batch go through a model at a time, all by default. `rounds` chunks of each side are
+    timed, with a full window, after as many as fill it.
+    """
+
+    geometry: str = "1.3b"
+    height: int | None = None
+    width: int | None = None
+    batch: int = 1
+    streaming: StreamingConfig | None = None
+    steps: int = 4
+    rounds: int = 5
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    attention: AttentionMode = "auto"
+    compile: bool = False
+    slice_size: int | None = None
+    keeps_text: bool = True
+    kv_ranks: tuple[int, ...] = ()
+    heads: tuple[tuple[int | None, int | None], ...] = ()  # (nope, value) widths
+    rope_dim: int | None = None
+    rope: str | None = None
+    q_rank: int | str | None = None
+    key_norm: str | None = None
+    search_batch: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "steps", "rounds", "height", "width", "slice_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}: give 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One side's figures: times in seconds, memory in bytes, FLOPs (two a multiplication and addition).
+
+    `speedup` is the median over rounds of dense time / own time. `flops` are those of a chunk with a full window, by
+    part, and `profile` seconds of the same chunk by part. `plan_cache_bytes` and `plan_weight_bytes` are what
+    `analyze` would have said. Peaks and batches are None where they cannot be measured.
+    """
+
+    name: str
+    mode: str
+    frames_per_second: float
+    first_chunk: float
+    next_chunk: float
+    next_chunk_spread: tuple[float, float]
+    speedup: float
+    cache_bytes: int
+    text_bytes: int
+    weight_bytes: int
+    plan_cache_bytes: int
+    plan_weight_bytes: int
+    peak_bytes: int | None
+    largest_batch: int | None
+    largest_batch_sliced: int | None
+    flops: dict[str, int]
+    profile: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchReport:
+    """All sides, dense first, and the ceilings: measured rates of matrix products and attention, FLOPs a second."""
+
+    device: str
+    dtype: str
+    torch_version: str
+    setting: dict[str, Any]
+    matmul_rate: float
+    attention_rate: float
+    sides: tuple[Side, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return dataclasses.asdict(self)
+
+
+def base_geometry(name: str) -> WanConfig:
+    """The geometry of that name in `GEOMETRIES`, or of a checkpoint. Raises what `open_checkpoint` raises."""
+    if name in GEOMETRIES:
+        return GEOMETRIES[name]
+    with open_checkpoint(name) as checkpoint:
+        return checkpoint.config
+
+
+def side_configs(setting: BenchSetting) -> dict[str, WanConfig]:
+    """The geometries that are compared: dense, then one for each latent rank and pair of head widths.
+
+    A checkpoint that is converted already is its own only latent side. Raises what `open_checkpoint` raises, and
+    ConfigError for widths that do not fit.
+    """
+    config = base_geometry(setting.geometry)
+    for name, allowed in (("rope", get_args(RopeMode)), ("key_norm", get_args(KeyNorm))):
+        if getattr(setting, name) not in (None, *allowed):
+            raise ConfigError(f"{name} is {getattr(setting, name)!r}: give {' or '.join(allowed)}")
+    streaming = setting.streaming or config.streaming or StreamingConfig()
+    dense = dataclasses.replace(config, streaming=streaming, mla=None)
+    sides = {"dense": dense}
+    if config.mla is not None and not setting.kv_ranks and not setting.heads:
+        return sides | {"MLA": dataclasses.replace(config, streaming=streaming)}
+    for rank, heads in product(setting.kv_ranks or (None,), setting.heads or ((None, None),)):
+        recipe = ConvertRecipe(
+            init="svd",
+            kv_rank=rank,
+            nope_dim=heads[0],
+            v_dim=heads[1],
+            rope_dim=setting.rope_dim,
+            rope=setting.rope,  # type: ignore[arg-type] # checked below
+            q_rank=setting.q_rank,
+            key_norm=setting.key_norm,  # type: ignore[arg-type] # checked below
+            height=setting.height,
+            width=setting.width,
+            streaming=streaming,
+        )
+        mla = mla_config(resolve_recipe(recipe, dense), dense)
+        layer = mla.layers[0]
+        assert layer is not None
+        name = (
+            f"MLA {layer.kv_lora_rank}+{layer.qk_rope_head_dim}, "
+            f"heads {layer.qk_nope_head_dim}+{layer.qk_rope_head_dim}/{layer.v_head_dim}"
+        )
+        sides[name] = dataclasses.replace(dense, mla=mla)
+    return sides
+
+
+def random_model(config: WanConfig, device: torch.device, dtype: torch.dtype) -> WanModel:
+    """A frozen model with random weights, made on the device."""
+    with torch.device("meta"):
+        model = WanModel(config)
+    model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "norm" in name and name.endswith("weight") and parameter.ndim == 1:
+            parameter.fill_(1)
+        else:
+            parameter.normal_(0, 0.02, generator=generator)
+    return model

@@ -1,0 +1,128 @@
+"""One model beside its teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlaconvert.config.geometry import default_video
+from mlaconvert.evaluation.conditions import Conditions
+from mlaconvert.evaluation.drift import Drift, Speed, compare_videos, paired_rollouts
+from mlaconvert.evaluation.losses import Evaluation, evaluate
+from mlaconvert.evaluation.timesteps import TimestepError, velocity_by_timestep
+from mlaconvert.evaluation.vbench import VBenchScores
+from mlaconvert.model.cache import LatentCache
+from mlaconvert.model.wan import WanModel
+from mlaconvert.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelEvaluation:
+    """Everything measured of one model beside its teacher.
+
+    `cache_bytes` are those of the buffers for one video. `speed`, `drift` and the videos are None without a
+    rollout; videos are [B, C, F, H, W] latents on the CPU. `conversion` and `healing` are
+    the model's JSON records.
+    """
+
+    path: str
+    fidelity: Evaluation
+    timesteps: tuple[TimestepError, ...]
+    cache_bytes: dict[str, int]
+    drift: Drift | None = None
+    speed: Speed | None = None
+    teacher_video: Tensor | None = None
+    video: Tensor | None = None
+    conversion: dict[str, Any] | None = None
+    healing: dict[str, Any] | None = None
+    vbench: VBenchScores | None = None
+    frame_stride: int = 1
+
+    @property
+    def cache_reduction(self) -> float:
+        """Share of the teacher's cache that is saved."""
+        return 1 - self.cache_bytes["student"] / self.cache_bytes["teacher"]
+
+    @property
+    def frames_per_second(self) -> dict[str, float] | None:
+        """Video frames per second of teacher and student, without the VAE, and the ratio of their speeds."""
+        if self.speed is None:
+            return None
+        teacher, student = (self.frame_stride * rate for rate in (self.speed.teacher, self.speed.student))
+        return {"teacher": teacher, "student": student, "ratio": self.speed.ratio}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: every figure, no frames."""
+        data: dict[str, Any] = {
+            "path": self.path,
+            "teacher_loss": self.fidelity.teacher_loss,
+            "student_loss": self.fidelity.student_loss,
+            "excess": self.fidelity.excess,
+            "velocity_error": self.fidelity.velocity_error,
+            "velocity_by_timestep": [dataclasses.asdict(step) for step in self.timesteps],
+            "attention_errors": list(self.fidelity.attention_errors),
+            "drift": None if self.drift is None else self.drift.to_json(),
+            "cache_bytes": self.cache_bytes,
+            "frames_per_second": self.frames_per_second,
+        }
+        if self.vbench is not None:
+            data["vbench"] = self.vbench.to_json()
+        return data
+
+
+def compare(
+    teacher: WanModel, student: WanModel, conditions: Conditions, *, path: str, progress: Progress
+) -> ModelEvaluation:
+    """Measure `student` against `teacher` under `conditions`. Raises InputError when they do not belong together."""
+    clips, seed, plan = conditions.clips, conditions.seed, conditions.rollout
+    fidelity = evaluate(teacher, student, clips, seed=seed, progress=_stage(progress, "losses"))
+    timesteps = velocity_by_timestep(teacher, student, clips, seed=seed, progress=_stage(progress, "timesteps"))
+    height, width = clips.latents.shape[-2:]
+    streaming = plan.streaming if plan is not None else student.config.streaming
+    cache_bytes = {
+        who: LatentCache(
+            model.config,
+            batch=1,
+            height=height,
+            width=width,
+            streaming=streaming,
+            dtype=model.dtype,
+            device=model.patch_embedding.weight.device,
+        ).nbytes
+        for who, model in (("teacher", teacher), ("student", student))
+    }
+    found = ModelEvaluation(
+        path=path,
+        fidelity=fidelity,
+        timesteps=timesteps,
+        cache_bytes=cache_bytes,
+        frame_stride=default_video(student.config).frame_stride,
+    )
+    if plan is None:
+        return found
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress("rollouts", done, 3 * plan.passes)
+
+    expected, video, speed = paired_rollouts(teacher, student, plan, step)
+    other = torch.cat(list(plan.chunks(teacher, seed=plan.other_seed, on_step=step)), 2)
+    return dataclasses.replace(
+        found,
+        drift=compare_videos(expected, video, other, given=plan.given),
+        speed=speed,
+        teacher_video=expected,
+        video=video,
+    )
+
+
+def _stage(progress: Progress, name: str) -> Callable[[int, int], None]:
+    progress(name, 0, 1)
+    return lambda done, total: progress(name, done, total)

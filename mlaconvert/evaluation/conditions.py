@@ -1,0 +1,186 @@
+"""What teacher and students are given: clips, noise, rollouts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mlaconvert.clips.folder import Clips, load_clips
+from mlaconvert.clips.teacher_made import own_clips
+from mlaconvert.clips.tiny.clips import held_back, null_context
+from mlaconvert.config.geometry import default_video
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.provenance import comes_from_tiny
+from mlaconvert.errors import ConfigError
+from mlaconvert.evaluation.drift import RolloutPlan
+from mlaconvert.evaluation.losses import BATCH, BATCH_TOKENS
+from mlaconvert.evaluation.request import Request, SourceRecord
+from mlaconvert.families.checkpoint import Checkpoint
+from mlaconvert.model.rollout import passes
+from mlaconvert.model.schedule import Sampler
+from mlaconvert.model.wan import WanModel
+from mlaconvert.progress import Progress
+
+TINY_STEPS, TINY_GUIDANCE = 12, 1.5  # of the built-in model's rollouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What teacher and students are given. `rollout` is None when none is wanted.
+
+    `clips_from` and `notes` say in words what the clips are and what to keep in mind.
+    """
+
+    clips: Clips
+    clips_from: str
+    rollout: RolloutPlan | None
+    seed: int
+    notes: tuple[str, ...] = ()
+
+
+def draw_conditions(
+    opened: Checkpoint, teacher: WanModel, record: SourceRecord, request: Request, progress: Progress
+) -> Conditions:
+    by_hand: list[str] = []
+    if request.teacher is not None:
+        by_hand.append("The teacher was named by hand; its hash was not compared with the recorded one.")
+    if request.data is None and (opened.is_tiny or comes_from_tiny(record.conversion)):
+        drawn = tiny_conditions(
+            teacher.config.streaming,
+            clips=request.clips or 64,
+            frames=request.frames,
+            videos=request.videos,
+            steps=request.steps or TINY_STEPS,
+            seed=request.seed,
+        )
+        return dataclasses.replace(drawn, notes=(*drawn.notes, *by_hand))
+    notes = ["One seed: small differences mean nothing.", *by_hand]
+    if opened.config.streaming != teacher.config.streaming:
+        notes.append("The teacher runs with the converted model's window, which it was not trained with.")
+    if request.subfolder or record.recorded("subfolder"):
+        notes.append("One expert alone runs at every noise level.")
+    usual = Sampler.usual(few_step=opened.config.few_step)
+    sampler = Sampler.many_step(request.steps) if request.steps else usual
+    if request.data is not None:
+        clips = load_clips(request.data, opened.config, request.clips or 8)
+        clips_from = f"clips of the folder {request.data.resolve().name}"
+    else:
+        recipe = (record.conversion or {}).get("recipe") or {}
+        clips = generated_clips(
+            teacher, request.clips or 8, recipe, sampler=sampler, seed=request.seed, progress=progress
+        )
+        clips_from = "rollouts of the teacher from an empty caption, other ones than a calibration sees"
+        notes.append("The clips are the teacher's own, so its loss is lower than on real video.")
+    return Conditions(
+        clips=clips,
+        clips_from=clips_from,
+        rollout=_plan(teacher.config.streaming, clips, request.frames, request.videos, sampler, None, request.seed),
+        seed=request.seed,
+        notes=tuple(notes),
+    )
+
+
+def tiny_conditions(
+    streaming: StreamingConfig | None,
+    *,
+    clips: int = 64,
+    frames: int = 60,
+    videos: int = 3,
+    steps: int = TINY_STEPS,
+    seed: int = 0,
+) -> Conditions:
+    """Held-back clips of the built-in model, and rollouts that continue them with its own guidance.
+
+    `frames`, `videos` and `steps` are as in `Request`.
+    """
+    drawn = held_back(clips)
+    sampler = Sampler.many_step(steps, guidance=TINY_GUIDANCE)
+    return Conditions(
+        clips=drawn,
+        clips_from="clips of the built-in model that training never drew",
+        rollout=_plan(streaming, drawn, frames, videos, sampler, null_context(), seed),
+        seed=seed,
+        notes=("One seed: small differences mean nothing.",),
+    )
+
+
+def _plan(
+    streaming: StreamingConfig | None,
+    clips: Clips,
+    frames: int,
+    videos: int,
+    sampler: Sampler,
+    empty: Tensor | None,
+    seed: int,
+) -> RolloutPlan | None:
+    """Rollouts that continue the first chunk of some clips; a bidirectional model generates whole clips instead."""
+    if frames == 0:
+        return None
+    latents, context = clips.latents[:videos], clips.context[:videos]
+    length, height, width = latents.shape[2:]
+    prefix = latents[:, :, : streaming.chunk_frames] if streaming and length >= streaming.chunk_frames else None
+    if prefix is not None and frames <= prefix.shape[2]:
+        raise ConfigError(f"frames is {frames}, of which {prefix.shape[2]} are given; give more, or 0 for no rollout")
+    return RolloutPlan(
+        context=context,
+        prefix=prefix,
+        frames=frames if streaming else length,
+        height=height,
+        width=width,
+        sampler=sampler,
+        null_context=empty,
+        streaming=streaming or _whole(length),
+        seed=seed,
+    )
+
+
+def _whole(frames: int) -> StreamingConfig:
+    """All frames in one chunk: how a bidirectional model generates."""
+    return StreamingConfig(chunk_frames=frames, window_frames=frames, sink_frames=0)
+
+
+def generated_clips(
+    teacher: WanModel,
+    count: int,
+    recipe: Mapping[str, Any],
+    *,
+    sampler: Sampler,
+    seed: int,
+    progress: Progress,
+    frames: int = 9,
+) -> Clips:
+    """`count` clips that the teacher makes of an empty caption, none of which a calibration of that `seed` sees.
+
+    Their size is the one in `recipe`, the fields of a ConvertRecipe; by default what such a model is usually run at.
+    """
+    config, video = teacher.config, default_video(teacher.config)
+    stride = recipe.get("vae_stride") or video.vae_stride
+    height, width = ((recipe.get(name) or getattr(video, name)) // stride for name in ("height", "width"))
+    streaming = config.streaming or _whole(frames)
+    tokens = min(frames, streaming.window_frames) * config.tokens_per_frame(height, width)
+    size = max(1, min(BATCH, BATCH_TOKENS // tokens))
+    done = 0
+    total = -(-count // size) * passes(frames, sampler, streaming)
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress("clips", done, total)
+
+    return own_clips(
+        teacher,
+        count,
+        frames=frames,
+        height=height,
+        width=width,
+        sampler=sampler,
+        # A calibration starts its rollouts at the recipe's seed; these are far from it.
+        seed=1_000_000_007 + count * seed,
+        streaming=streaming,
+        batch=size,
+        on_step=step,
+    )

@@ -1,0 +1,67 @@
+"""What `evaluate` is asked to do, and what the models' files say before their weights are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.conversion.records import read_record
+from mlaconvert.errors import ConfigError
+from mlaconvert.files.find import find_beside
+from mlaconvert.files.store import TensorStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What `evaluate_models` may be asked for; None takes the default.
+
+    `data` is a folder of clips, `clips` how many (by default 64 of the built-in model's, else 8). `frames` is the
+    length of the rollouts in latent frames (0 for none), `videos` their number. `steps` are Euler steps (by default 12
+    for the built-in model, the few-step schedule for streaming checkpoints, 20 for others). `dtype` is that of both
+    models, by default the first converted one's.
+    """
+
+    teacher: str | None = None
+    data: Path | None = None
+    clips: int | None = None
+    frames: int = 60
+    videos: int = 3
+    steps: int | None = None
+    seed: int = 0
+    revision: str | None = None  # of the models, not of the teacher
+    subfolder: str | None = None
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("clips", 1), ("frames", 0), ("videos", 1), ("steps", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}: give {least} or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceRecord:
+    """What a model's files say before its weights are read."""
+
+    source: str
+    name: str
+    config: WanConfig
+    dtype: torch.dtype
+    conversion: dict[str, Any] | None
+    healing: dict[str, Any] | None
+
+    def recorded(self, name: str) -> Any:
+        """A field of the source that conversion.json names, or None."""
+        source = (self.conversion or {}).get("source")
+        return source.get(name) if isinstance(source, dict) else None
+
+
+def read_record_of(store: TensorStore, name: str) -> dict[str, Any] | None:
+    """A JSON file beside a model's weights, here or on the Hub; None without one."""
+    path = find_beside(store, name)
+    return None if path is None else read_record(path)

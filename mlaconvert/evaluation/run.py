@@ -1,0 +1,108 @@
+"""Evaluate converted models side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mlaconvert.conversion.provenance import open_teacher
+from mlaconvert.errors import InputError, UnsupportedModelError
+from mlaconvert.evaluation.compare import ModelEvaluation, compare
+from mlaconvert.evaluation.conditions import draw_conditions
+from mlaconvert.evaluation.report import Report, make_report
+from mlaconvert.evaluation.request import Request, SourceRecord, read_record_of
+from mlaconvert.evaluation.vbench import VBenchScores
+from mlaconvert.families.open import open_checkpoint
+from mlaconvert.files.find import experts
+from mlaconvert.files.names import CONVERSION_NAME, HEALING_NAME, public_name
+from mlaconvert.model.load import load_model
+from mlaconvert.progress import Progress
+
+
+def evaluate_models(
+    sources: Sequence[str],
+    request: Request,
+    *,
+    vbench: Sequence[VBenchScores] = (),
+    teacher_vbench: VBenchScores | None = None,
+    progress: Progress,
+    on_model: Callable[[int, Report], None] | None = None,
+) -> Report:
+    """Evaluate converted models side by side: folders, checkpoints or Hub ids that were made from one teacher.
+
+    The teacher is the one that conversion.json records, found by its name (from here, beside the model, or on the Hub)
+    and checked by its hash, unless `request` names another. Two models are in memory at a time. `vbench` are
+    scores of the models, in order. `on_model(index, report)` is told of each model as soon as it is done.
+
+    Raises InputError for models that cannot be compared, a teacher that cannot be found, and unfit clips.
+    """
+    if not sources:
+        raise InputError("no model to evaluate; name at least one folder, checkpoint or Hub id")
+    if vbench and len(vbench) != len(sources):
+        raise InputError(f"{len(vbench)} VBench results for {len(sources)} models; give one for each, in their order")
+    records = _records(sources, request)
+    first = records[0]
+    with open_teacher(
+        first.source, first.conversion, teacher=request.teacher, subfolder=request.subfolder, progress=progress
+    ) as opened:
+        teacher = load_model(
+            opened, dtype=request.dtype or first.dtype, device=request.device, streaming=first.config.streaming
+        )
+        conditions = draw_conditions(opened, teacher, first, request, progress)
+        name = public_name(opened.store.source)
+    found: list[ModelEvaluation] = []
+    for i, record in enumerate(records):
+        student = load_model(
+            record.source,
+            revision=request.revision,
+            subfolder=request.subfolder,
+            dtype=teacher.dtype,
+            device=request.device,
+        )
+        model = dataclasses.replace(
+            compare(teacher, student, conditions, path=record.name, progress=progress),
+            conversion=record.conversion,
+            healing=record.healing,
+            vbench=vbench[i] if vbench else None,
+        )
+        del student  # before the next one is loaded
+        found.append(model)
+        if on_model is not None:
+            on_model(i, make_report(teacher, name, conditions, [model], teacher_vbench=teacher_vbench))
+    return make_report(teacher, name, conditions, found, teacher_vbench=teacher_vbench)
+
+
+def _records(sources: Sequence[str], request: Request) -> list[SourceRecord]:
+    """The models' records. Raises InputError for models that cannot be evaluated, or not side by side."""
+    names = [public_name(source) for source in sources]
+    if len(set(names)) < len(names):  # folders of one name: their parents tell them apart
+        names = ["/".join(Path(source).expanduser().resolve().parts[-2:]) for source in sources]
+    records = []
+    for source, name in zip(sources, names, strict=True):
+        if not request.subfolder and (pair := experts(source, request.revision)):
+            raise InputError(
+                f"{source} holds two experts; evaluate one with --subfolder {pair[0]} or --subfolder {pair[1]}"
+            )
+        with open_checkpoint(source, revision=request.revision, subfolder=request.subfolder) as opened:
+            if opened.config.in_dim != opened.config.out_dim or opened.config.image_dim is not None:
+                raise UnsupportedModelError(
+                    f"{source} is an image-to-video model; clips hold no image for it, so it cannot be evaluated yet"
+                )
+            records.append(
+                SourceRecord(
+                    source=source,
+                    name=name,
+                    config=opened.config,
+                    dtype=opened.info("patch_embedding.weight").dtype,
+                    conversion=read_record_of(opened.store, CONVERSION_NAME),
+                    healing=read_record_of(opened.store, HEALING_NAME),
+                )
+            )
+    first = records[0]
+    for record in records[1:]:
+        if record.config.streaming != first.config.streaming:
+            raise InputError(f"{first.name} and {record.name} see time differently; evaluate them one by one")
+        if request.teacher is None and record.recorded("sha256") != first.recorded("sha256"):
+            raise InputError(f"{first.name} and {record.name} come from different teachers; evaluate them one by one")
+    return records

@@ -1,0 +1,123 @@
+"""A recognised checkpoint: its tensors by canonical name, whatever the file's layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.errors import UnsupportedModelError
+from mlaconvert.families.causal import Timing
+from mlaconvert.families.classes import skyreels_fields
+from mlaconvert.families.protocol import Family, Layout
+from mlaconvert.files.headers import TensorInfo
+from mlaconvert.files.shipped import TINY
+from mlaconvert.files.store import TensorStore, check_finite
+from mlaconvert.latent.weights import AttentionWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A recognised checkpoint. Tensors are read by canonical name; use it as a context manager.
+
+    `raw_config` is the source's config.json, or one in native fields made from the shapes. `names` maps canonical
+    names to those in the files. `state_key` is the chosen top-level key of a pickle, None for a bare state dict.
+    `timing` is what the files say of time, as it is in `config`, and what they leave to be assumed.
+    """
+
+    store: TensorStore
+    family: Family
+    config: WanConfig
+    raw_config: dict[str, Any]
+    layout: Layout
+    state_key: str | None
+    names: Mapping[str, str]
+    timing: Timing = field(default_factory=Timing)
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether it is the built-in model."""
+        return TINY.resolve() in self.store.path.resolve().parents
+
+    def read(self, canonical: str) -> torch.Tensor:
+        """One tensor, lazily. Raises CheckpointError for a name that this model has not."""
+        return self.store.read(self.names.get(canonical, canonical))
+
+    def is_stored(self, canonical: str) -> bool:
+        """Whether `read` gives just what the files hold under the tensor's name."""
+        return canonical in self.names
+
+    def info(self, canonical: str) -> TensorInfo:
+        """Shape, dtype and size of one tensor; `name` is the one in the file. Raises KeyError for an unknown name."""
+        return self.store.tensors[self.names[canonical]]
+
+    def attention(self, layer: int) -> AttentionWeights:
+        """Self-attention of a dense layer, checked to be finite, in the file's dtypes.
+
+        Raises UnsupportedModelError when the layer is converted already, CheckpointError for a NaN.
+        """
+        prefix = f"blocks.{layer}.self_attn."
+        if prefix + "q.weight" not in self.names:
+            raise UnsupportedModelError(
+                f"{self.store.path}: layer {layer} has no dense self-attention (it is converted already, or not there)"
+            )
+
+        def read(name: str) -> torch.Tensor:
+            tensor = self.read(prefix + name)
+            check_finite(tensor, self.names[prefix + name], self.store.path)
+            return tensor
+
+        return AttentionWeights(
+            q_weight=read("q.weight"),
+            q_bias=read("q.bias"),
+            k_weight=read("k.weight"),
+            k_bias=read("k.bias"),
+            v_weight=read("v.weight"),
+            v_bias=read("v.bias"),
+            o_weight=read("o.weight"),
+            o_bias=read("o.bias"),
+            norm_q=read("norm_q.weight"),
+            norm_k=read("norm_k.weight"),
+        )
+
+    def output_name(self, canonical: str, layout: Layout | None = None) -> str:
+        """The unwrapped name in `layout` (None: the source's), for tensors that it has and for converted ones alike."""
+        return self.family.source(canonical, layout or self.layout)
+
+    def output_config(self, layout: Layout | None = None) -> dict[str, Any]:
+        """config.json in `layout`: the source's own as it is (None or its own layout), or in the other's fields."""
+        if layout is None or layout == self.layout:
+            return self.raw_config
+        return self.family.raw_config(self.config, layout) | skyreels_fields(self.raw_config, layout)
+
+    def describe(self) -> str:
+        """One line: family, layout, geometry, dtypes, parameters, and what it was wrapped in."""
+        infos = [self.info(name) for name in self.names]
+        dtypes = "+".join(sorted({str(info.dtype).removeprefix("torch.") for info in infos}))
+        parameters = sum(info.nbytes // info.dtype.itemsize for info in infos)
+        c = self.config
+        parts = [
+            f"{self.family.name} {c.model_type}, {self.layout} layout",
+            f"{c.num_layers} layers x {c.dim} wide x {c.num_heads} heads",
+            f"{dtypes}, {parameters:,} parameters",
+        ]
+        if self.state_key:
+            parts.append(f"state key {self.state_key}")
+        if c.streaming is not None:
+            parts.append("streaming")
+        if c.mla is not None:
+            parts.append(f"{sum(layer is not None for layer in c.mla.layers)} MLA layers")
+        return ", ".join(parts)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self.store.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,360 @@
+"""LoRAs merged into a dense checkpoint as it is read: W + scale * alpha / r * B A (arXiv 2106.09685).
+
+Self-attention is what a conversion replaces, so a LoRA made for the dense model has to be merged before, never loaded
+afterwards. Files may name the model's modules natively or as diffusers does, after PEFT (adapter_model with its
+adapter_config.json), diffusers, LongLive (`generator_lora` in a .pt file), ComfyUI or kohya.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.errors import CheckpointError, ConfigError, InputError, UnsupportedModelError
+from mlaconvert.families.adapter import PEFT_CONFIG, AdapterConfig, find_config
+from mlaconvert.families.checkpoint import Checkpoint
+from mlaconvert.families.protocol import Layout
+from mlaconvert.families.wrappers import unwrap
+from mlaconvert.files.find import open_store
+from mlaconvert.files.headers import TensorInfo
+from mlaconvert.files.inputs import is_file, is_folder
+from mlaconvert.files.store import TensorStore, check_finite
+
+_STATE_KEY = "generator_lora"  # LongLive's; its file also holds the critic's
+_CRITIC = re.compile(r"critic|fake_score")
+_PREFIX = re.compile(r"(base_model\.model\.)?((transformer|transformer_2|model|diffusion_model)\.)*")
+_KOHYA = "lora_unet_"
+_LAYOUTS: tuple[Layout, ...] = ("native", "diffusers")
+_ROLES = (  # what a key is, by its end; PEFT may put an adapter's name before the leaf
+    ("down", re.compile(r"\.(?:lora_A|lora_down|lora\.down)(?:\.(?!weight$)\w+)?\.weight$")),
+    ("up", re.compile(r"\.(?:lora_B|lora_up|lora\.up)(?:\.(?!weight$)\w+)?\.weight$")),
+    ("up_bias", re.compile(r"\.lora_B(?:\.(?!bias$)\w+)?\.bias$")),
+    ("alpha", re.compile(r"\.alpha$")),
+    ("diff_b", re.compile(r"\.diff_b$")),
+    ("diff", re.compile(r"\.diff$")),
+)
+_SELF_ATTENTION = re.compile(r"blocks[._](\d+)[._](?:self_attn|attn1)[._]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraFile:
+    """A LoRA file to merge, and by how much.
+
+    `alpha` and `scaling` are those of a record (`Lora.record`) that merging it has to come to again.
+    """
+
+    path: Path
+    scale: float = 1.0
+    alpha: str | None = None
+    scaling: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What a file holds for one module: role -> tensor; `scaling` is alpha / r, where `alpha` is from: "" for none."""
+
+    tensors: Mapping[str, TensorInfo]
+    scaling: float
+    alpha: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """An opened LoRA, checked against its model. `modules` are canonical names of what it changes.
+
+    The scaling of a module is from the "file" (a tensor of its own), the "config" (adapter_config.json or metadata), or
+    "rank" when nothing says it, which makes alpha / r one.
+    """
+
+    store: TensorStore
+    scale: float
+    sha256: str
+    config: AdapterConfig
+    modules: Mapping[str, _Parts]
+
+    @property
+    def name(self) -> str:
+        """The file's name, without its path."""
+        return self.store.files[0].name
+
+    @property
+    def alpha(self) -> str:
+        """Where the scaling came from; "file+rank", for one, where modules differ."""
+        found = {parts.alpha for parts in self.modules.values()}
+        return "+".join(origin for origin in ("file", "config", "rank") if origin in found) or "rank"
+
+    @property
+    def scaling(self) -> tuple[float, ...]:
+        """Every alpha / r, ascending; none for a file without factors."""
+        return tuple(sorted({parts.scaling for parts in self.modules.values() if parts.alpha}))
+
+    def record(self) -> dict[str, Any]:
+        """Plain data for conversion.json; also the scaling, where another file than the LoRA's has it."""
+        found = {
+            "name": self.name,
+            "sha256": self.sha256,
+            "scale": self.scale,
+            "alpha": self.alpha,
+            "modules": len(self.modules),
+        }
+        return found | ({"scaling": list(self.scaling)} if self.config.file is not None else {})
+
+    def remarks(self) -> list[str]:
+        """What was assumed of its alpha, a line each."""
+        scaling = " and ".join(f"{value:g}" for value in self.scaling)
+        if self.config.file is not None and self.store.files[0].stem != "adapter_model":
+            return [f"LoRA {self.name}: alpha is that of the {PEFT_CONFIG} beside it, a factor of {scaling}"]
+        if "rank" not in self.alpha or not self.scaling:
+            return []
+        why = "nothing in it or beside it says its alpha"
+        if self.config.misfit is not None:
+            why = f"the {PEFT_CONFIG} beside it is another's ({self.config.misfit})"
+        return [
+            f"LoRA {self.name}: {why}, so alpha is taken for the rank, a factor of 1; if it was trained with another, "
+            "give --lora-scale ALPHA/RANK"
+        ]
+
+    def merge(self, canonical: str, tensor: Tensor) -> Tensor:
+        """`tensor` with this LoRA's change, in its own dtype; the sum is taken in float32 at least.
+
+        Raises CheckpointError when the LoRA's values are not finite.
+        """
+        module, _, leaf = canonical.rpartition(".")
+        parts = self.modules.get(module)
+        change = self._change(parts, leaf) if parts is not None and leaf in ("weight", "bias") else None
+        if change is None:
+            return tensor
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        return (tensor.to(dtype) + self.scale * change.to(dtype).view(tensor.shape)).to(tensor.dtype)
+
+    def _change(self, parts: _Parts, leaf: str) -> Tensor | None:
+        """The whole change of a module's weight or bias at scale one, float32."""
+        found = {role: self._read(info) for role, info in parts.tensors.items() if (role in _BIAS) == (leaf == "bias")}
+        changes = [found[role].flatten() for role in ("diff", "diff_b") if role in found]
+        if "down" in found:  # a convolution's A is [r, in, *kernel], its B [out, r, 1, ...]
+            changes.append(parts.scaling * (found["up"].flatten(1) @ found["down"].flatten(1)).flatten())
+        if "up_bias" in found:
+            changes.append(parts.scaling * found["up_bias"])
+        return sum(changes[1:], changes[0]) if changes else None
+
+    def _read(self, info: TensorInfo) -> Tensor:
+        tensor = self.store.read(info.name)
+        check_finite(tensor, info.name, self.store.path)
+        return tensor.float()
+
+
+_BIAS = ("up_bias", "diff_b")
+
+
+def pair(paths: Sequence[Path], scales: Sequence[float]) -> list[LoraFile]:
+    """LoRA files with their scales, in order; without `scales` each is merged as it is. Raises ConfigError."""
+    if scales and len(scales) != len(paths):
+        raise ConfigError(
+            f"{len(scales)} scales for {len(paths)} LoRAs; give --lora-scale once for each --lora, or not"
+        )
+    return [LoraFile(path=path, scale=scale) for path, scale in zip(paths, scales or [1.0] * len(paths), strict=True)]
+
+
+def open_lora(file: LoraFile, checkpoint: Checkpoint) -> Lora:
+    """Open one LoRA and check every tensor of it against `checkpoint`; raises what `merge_loras` does."""
+    path = file.path.expanduser()
+    if not (is_file(path) or is_folder(path)):
+        raise CheckpointError(
+            f"{file.path}: there is no such LoRA file; download one of the Hub first, as with `hf download user/repo`"
+        )
+    if not abs(file.scale) < float("inf"):
+        raise ConfigError(f"the scale of {file.path} is {file.scale}: give a finite number, such as 1")
+    store = open_store(path)
+    try:
+        parts = _sort(store, checkpoint)
+        config = _config(store, parts.values(), file.alpha)
+        modules = {module: _parts(store, found, config) for module, found in parts.items()}
+        for module, made in modules.items():
+            _check_shapes(store, checkpoint, module, made.tensors)
+        lora = Lora(store=store, scale=file.scale, sha256=tensors_digest(store.files), config=config, modules=modules)
+        other = file.alpha not in (None, "file") and ("config" in file.alpha) != ("config" in lora.alpha)
+        if other or file.scaling not in (None, lora.scaling):
+            raise InputError(
+                f"{path}: its alpha is not the one it was merged with before the conversion; put the {PEFT_CONFIG} of "
+                "that time beside it, or name a merged teacher with --teacher"
+            )
+        return lora
+    except BaseException:
+        store.close()
+        raise
+
+
+def refuse_converted(names: Iterable[str], config: WanConfig, where: str | Path) -> None:
+    """Raise UnsupportedModelError when `names`, a LoRA's keys in any layout, touch self-attention of `config`'s
+    converted layers: its projections are gone, so the LoRA belongs into the dense model.
+    """
+    layers = config.mla.layers if config.mla is not None else ()
+    for name in names:
+        match = _SELF_ATTENTION.search(name)
+        if match and int(match[1]) < len(layers) and layers[int(match[1])] is not None:
+            raise UnsupportedModelError(
+                f"{where}: {name!r} belongs to self-attention, which was converted; merge this LoRA before: "
+                "mlaconvert convert SOURCE --lora FILE"
+            )
+
+
+_Found = dict[str, tuple[TensorInfo, str]]  # role -> (the tensor, the module's name in the file)
+
+
+def _sort(store: TensorStore, checkpoint: Checkpoint) -> dict[str, _Found]:
+    """Canonical module -> its parts. Raises CheckpointError naming a key that means nothing here."""
+    keys = _chosen(store)
+    if not any(pattern.search(clean) for clean in keys for role, pattern in _ROLES if role != "alpha"):
+        raise CheckpointError(f"{store.path}: it holds no LoRA (keys such as ...q.lora_A.weight); found {min(keys)!r}")
+    if any("lora_magnitude" in key for key in keys):
+        raise _dora(store)
+    refuse_converted(keys, checkpoint.config, store.path)
+    canonical = _names(checkpoint)
+    modules: dict[str, _Found] = {}
+    for clean, raw in sorted(keys.items()):
+        role, named = next(((r, clean[: m.start()]) for r, p in _ROLES if (m := p.search(clean))), ("", clean))
+        module = canonical(named)
+        if not role or module is None:
+            raise CheckpointError(
+                f"{store.path}: {raw!r} is no LoRA of this model ({checkpoint.family.name}, "
+                f"{checkpoint.config.num_layers} layers); only lora_A and lora_B (or down and up), alpha, diff and "
+                "diff_b of its modules can be merged"
+            )
+        found = modules.setdefault(module, {})
+        if role in found:
+            raise CheckpointError(f"{store.path}: {raw!r} and {found[role][0].name!r} are both {role} of {module!r}")
+        found[role] = (store.tensors[raw], named)
+    for module, found in modules.items():
+        if ("down" in found) != ("up" in found):
+            (info, _) = found.get("down") or found["up"]
+            raise CheckpointError(f"{store.path}: {info.name!r} has no partner for {module!r}; get the whole file")
+        if "up_bias" in found and "up" not in found:
+            raise CheckpointError(
+                f"{store.path}: {found['up_bias'][0].name!r} has no lora_B.weight; get the whole file"
+            )
+    return {module: found for module, found in modules.items() if set(found) != {"alpha"}}
+
+
+def _chosen(store: TensorStore) -> dict[str, str]:
+    """{cleaned name: name in the file} of the LoRA's tensors; of LongLive's two, the generator's."""
+    keys = lora_keys(store)
+    state_key = (keys[0] or None) if len(keys) == 1 else None
+    try:
+        _, cleaned = unwrap(store.tensors, state_key)
+    except CheckpointError as error:
+        raise CheckpointError(f"{store.path}: {error}") from None
+    if {name.split(".")[0] for name in cleaned} >= {"transformer", "transformer_2"}:
+        raise CheckpointError(
+            f"{store.path}: it holds LoRAs of two experts; split it, and convert each with --subfolder"
+        )
+    return {_PREFIX.sub("", clean, count=1): raw for clean, raw in cleaned.items()}
+
+
+def lora_keys(store: TensorStore) -> list[str]:
+    """State keys of a pickle under which there is a LoRA of the model: the generator's if it says so, no critic's."""
+    factor = [pattern for role, pattern in _ROLES if role in ("down", "up")]
+    keys = {name.rpartition("/")[0] for name in store.tensors if any(p.search(name) for p in factor)}
+    found = [key for key in sorted(keys) if not _CRITIC.search(key.rpartition("/")[2])]
+    return [key for key in found if key.rpartition("/")[2] == _STATE_KEY] or found
+
+
+def _names(checkpoint: Checkpoint) -> Callable[[str], str | None]:
+    """How a module's name in a LoRA becomes a canonical one of the model; None when the model has none such."""
+    family = checkpoint.family
+    modules = {name.rpartition(".")[0] for name in checkpoint.names if name.endswith((".weight", ".bias"))}
+    flat: dict[str, str] = {}  # kohya writes underscores for dots
+    for module in modules:
+        for layout in _LAYOUTS:
+            leaf = "weight" if f"{module}.weight" in checkpoint.names else "bias"
+            named = family.source(f"{module}.{leaf}", layout).rpartition(".")[0]
+            flat[_KOHYA + named.replace(".", "_")] = module
+
+    def canonical(named: str) -> str | None:
+        if named in flat:
+            return flat[named]
+        for layout in _LAYOUTS:
+            found = family.canonical(f"{named}.weight", layout)
+            module = found.rpartition(".")[0] if found else None
+            if module in modules:
+                return module
+        return None
+
+    return canonical
+
+
+def _dora(store: TensorStore) -> CheckpointError:
+    return CheckpointError(f"{store.path}: it is a DoRA, whose norms cannot be merged here; merge it with PEFT first")
+
+
+def _config(store: TensorStore, parts: Iterable[_Found], recorded: str | None) -> AdapterConfig:
+    """The configuration for factors without an alpha of their own; none where a record says that none was used."""
+    without = [found["down"] for found in parts if "down" in found and "alpha" not in found]
+    if not without or recorded in ("rank", "file+rank"):
+        return AdapterConfig()
+    config = find_config(store.files[0], {named: info.shape[0] for info, named in without if info.shape})
+    if config.fields.get("use_dora"):
+        raise _dora(store)
+    return config
+
+
+def _parts(store: TensorStore, found: _Found, config: AdapterConfig) -> _Parts:
+    """One module's tensors and its scaling, alpha / r, or alpha / sqrt(r) where rsLoRA's configuration has alpha."""
+    tensors = {role: info for role, (info, _) in found.items() if role != "alpha"}
+    if "down" not in found:
+        return _Parts(tensors=tensors, scaling=1.0, alpha="")
+    info, named = found["down"]
+    rank = info.shape[0] if info.shape else 0
+    if rank < 1:
+        raise CheckpointError(f"{store.path}: {info.name!r} has shape {list(info.shape)}; expected [r, in]")
+    alpha: Any = config.alpha(named)
+    origin, root = ("rank", False) if alpha is None else ("config", config.stabilised)
+    if "alpha" in found:
+        tensor = store.read(found["alpha"][0].name)
+        alpha, origin, root = tensor.double().item() if tensor.numel() == 1 else None, "file", False
+    elif alpha is None:
+        alpha = rank
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not abs(alpha) < float("inf"):
+        raise CheckpointError(f"{store.path}: alpha of {info.name!r} is {alpha!r}; expected one finite number")
+    return _Parts(tensors=tensors, scaling=float(alpha) / (rank**0.5 if root else rank), alpha=origin)
+
+
+def _check_shapes(store: TensorStore, checkpoint: Checkpoint, module: str, tensors: Mapping[str, TensorInfo]) -> None:
+    """Every part of one module against the model's tensor. Raises CheckpointError naming what does not fit."""
+    weight, bias = (f"{module}.{leaf}" for leaf in ("weight", "bias"))
+    shape = checkpoint.info(weight).shape if weight in checkpoint.names else ()
+    outputs = checkpoint.info(bias).shape if bias in checkpoint.names else None
+    rank = tensors["down"].shape[0] if "down" in tensors else 0
+    expected: dict[str, tuple[int, ...] | None] = {
+        "down": (rank, *shape[1:]) if len(shape) > 1 else None,
+        "up": (shape[0], rank, *(1 for _ in shape[2:])) if len(shape) > 1 else None,
+        "diff": shape or None,
+        "up_bias": outputs,
+        "diff_b": outputs,
+    }
+    for role, info in tensors.items():
+        wanted = expected[role]
+        if info.shape != wanted:
+            asked = f"expected {list(wanted)}" if wanted else "which has none to change"
+            raise CheckpointError(
+                f"{store.path}: {info.name!r} has shape {list(info.shape)} for {module!r} of this model, {asked}"
+            )
+        if not info.dtype.is_floating_point:
+            raise CheckpointError(f"{store.path}: {info.name!r} is {info.dtype}; expected floating point")
+
+
+def tensors_digest(files: Sequence[Path]) -> str:
+    """SHA-256 of the one file of a LoRA, of the contents one after the other where there are shards."""
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while piece := stream.read(1 << 22):
+                total.update(piece)
+    return total.hexdigest()

@@ -1,0 +1,172 @@
+"""Open a checkpoint and recognise its model: `open_checkpoint` is the one way in.
+
+It reads names and shapes only; weights are read one at a time, by canonical name, whatever the file's layout.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from mlaconvert.errors import ConfigError, InputError, UnsupportedModelError
+from mlaconvert.families.causal import Timing, is_causal_class, read_timing
+from mlaconvert.families.checkpoint import Checkpoint
+from mlaconvert.families.protocol import Family
+from mlaconvert.families.wan import WanFamily
+from mlaconvert.families.wrappers import STREAMING_KEYS, unwrap
+from mlaconvert.files.find import find_beside, open_store
+from mlaconvert.files.headers import FLOATS, TensorInfo
+from mlaconvert.files.inputs import read_json, read_yaml
+from mlaconvert.files.names import EXPERT_FOLDERS
+from mlaconvert.files.store import TensorStore
+
+_FAMILIES: tuple[Family, ...] = (WanFamily(),)
+
+# (what it is, class name in its config, a tensor name that gives it away, why it is refused).
+_REFUSED = (
+    ("a LoRA", r"$^", r"lora_(A|B|down|up)\b|lora\.(down|up)\.", "merge it into its model first"),
+    ("HunyuanVideo", r"H(unyuan|Y)_?Video", r"double_blocks\.\d+\.img_attn_qkv\.|context_embedder\.token_refiner\.",
+     "text and video share one attention stream"),
+    ("LTX-Video", r"LTX", r"patchify_proj\.|time_embed\.emb\.timestep_embedder\.",
+     "its rotary embedding spans all heads, so heads cannot share a rotary key"),
+    ("CogVideoX", r"CogVideo", r"patch_embed\.text_proj\.|mixins\.patch_embed\.",
+     "text and video share one attention stream, with a LayerNorm per head"),
+    ("Mochi", r"Mochi", r"pos_frequencies$", "its rotary frequencies are learned per head"),
+    ("a text encoder", r"T5|CLIP|TextModel", r"(encoder\.)?block\.0\.layer\.0\.SelfAttention\.|blocks\.0\.attn\.q\.|"
+     r"token_embedding\.|text_model\.|vision_model\.|visual\.", "give the transformer's weights instead"),
+    ("a VAE", r"Autoencoder|VAE", r"(decoder|encoder)\.(conv_in|conv1|middle|mid_block)\.", "give the transformer's "
+     "weights instead"),
+)  # fmt: skip
+
+
+def open_checkpoint(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    state_key: str | None = None,
+    config: Path | None = None,
+) -> Checkpoint:
+    """Open `source` (see `checkpoint.open_store`) and recognise its model, from names and shapes alone.
+
+    `config` is a config.json to use instead of the one beside the weights, or a streaming codebase's YAML file, which
+    says how the model sees time beside that one; `state_key` chooses among the state dicts of a pickle. Raises
+    CheckpointError for files that cannot be trusted, UnsupportedModelError for models that are not converted,
+    ConfigError for an impossible config.json; each names the file.
+    """
+    raw, settings = None, None
+    if config is not None and config.suffix in (".yaml", ".yml"):
+        settings = read_yaml(config)
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{config}: it must hold a mapping of fields, such as num_frame_per_block")
+    elif config is not None:
+        raw = read_json(config)
+    store = open_store(source, revision=revision, subfolder=subfolder)
+    try:
+        with _naming(store.path):
+            return _recognise(store, store.config if raw is None else raw, state_key, settings)
+    except BaseException:
+        store.close()
+        raise
+
+
+def _recognise(
+    store: TensorStore, raw: dict[str, Any] | None, state_key: str | None, settings: dict[str, Any] | None
+) -> Checkpoint:
+    key, cleaned = unwrap(store.tensors, state_key)
+    _refuse_known(raw or {}, cleaned)
+    family = next((family for family in _FAMILIES if family.detect(raw, cleaned)), None)
+    if family is None:
+        raise UnsupportedModelError(
+            f"its family is not known; found {_some(cleaned)}; expected a Wan transformer (patch_embedding.weight, ...)"
+        )
+    family.refuse_relatives(raw or {}, cleaned)
+    layout = family.layout(cleaned)
+    names: dict[str, str] = {}
+    unexpected = []
+    for clean, raw_name in cleaned.items():
+        canonical = family.canonical(clean, layout)
+        if canonical is None:
+            unexpected.append(clean)
+        else:
+            names[canonical] = raw_name
+    tensors = {canonical: store.tensors[raw_name] for canonical, raw_name in names.items()}
+    parsed = family.parse_config(raw, tensors)
+    timing = _timing(store, raw, key, settings)
+    parsed = replace(parsed, streaming=timing.streaming, few_step=timing.few_step)
+    family.check_attention(parsed, tensors)
+    _check_tensors(family.expected_shapes(parsed), tensors, unexpected)
+    return Checkpoint(
+        store=store,
+        family=family,
+        config=parsed,
+        raw_config=raw if raw is not None else family.raw_config(parsed),
+        layout=layout,
+        state_key=key,
+        names=MappingProxyType(names),
+        timing=timing,
+    )
+
+
+def _timing(store: TensorStore, raw: dict[str, Any] | None, key: str | None, settings: dict[str, Any] | None) -> Timing:
+    """What the files say of time: config.json, the key of the weights, a pipeline's class, a codebase's YAML."""
+    student = (key or "").split("/")[0] in STREAMING_KEYS
+    if settings is not None:
+        own = {name: value for name, value in (raw or {}).items() if name in ("_class_name", "few_step")}
+        return read_timing(own | settings, student=student, script=True, where="the YAML file of --config")
+    index = find_beside(store, "model_index.json", above=EXPERT_FOLDERS[1]) if is_causal_class(raw) else None
+    pipeline = ""
+    with suppress(InputError):  # it is a hint only
+        pipeline = str(read_json(index).get("_class_name", "")) if index is not None else ""
+    return read_timing(raw, student=student, pipeline=pipeline)
+
+
+def _refuse_known(raw: Mapping[str, Any], names: Collection[str]) -> None:
+    """Raise UnsupportedModelError for a model that is known and not converted, by class name or telltale tensor."""
+    architectures = raw.get("architectures")
+    listed = architectures if isinstance(architectures, list) else []
+    classes = [str(name) for name in (raw.get("_class_name"), *listed) if name]
+    for what, class_name, telltale, why in _REFUSED:
+        found = next((name for name in classes if re.search(class_name, name)), None)
+        found = found or next((name for name in names if re.search(rf"(^|\.)({telltale})", name)), None)
+        if found:
+            raise UnsupportedModelError(f"this is {what} (found {found!r}), expected a Wan transformer; {why}")
+
+
+def _check_tensors(
+    expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo], unexpected: Collection[str]
+) -> None:
+    """Every tensor that the geometry asks for, with its shape and a floating dtype, and no other."""
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        raise UnsupportedModelError(f"{len(missing)} tensors of a Wan model are missing: {_some(missing)}")
+    extra = [*unexpected, *(info.name for name, info in tensors.items() if name not in expected)]
+    if extra:
+        raise UnsupportedModelError(f"{len(extra)} tensors are not part of a Wan model: {_some(extra)}")
+    for name, shape in expected.items():
+        info = tensors[name]
+        if info.shape != shape:
+            raise UnsupportedModelError(f"tensor {info.name!r} has shape {list(info.shape)}, expected {list(shape)}")
+        if info.dtype not in FLOATS:
+            raise UnsupportedModelError(
+                f"tensor {info.name!r} is {info.dtype}, expected float32, bfloat16, float16 or float64; "
+                "use the unquantised weights"
+            )
+
+
+def _some(names: Collection[str]) -> str:
+    return ", ".join(list(names)[:3]) + (", ..." if len(names) > 3 else "")
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the file in front of what is wrong with its contents."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(f"{path}: {error}") from None

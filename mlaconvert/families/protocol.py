@@ -1,0 +1,47 @@
+"""What a model family tells the rest of the house: its names, its geometry, its attention weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, Protocol
+
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.files.headers import TensorInfo
+
+Layout = Literal["native", "diffusers"]
+
+
+class Family(Protocol):
+    """A family of models with one canonical set of tensor names and one or more layouts of files."""
+
+    name: str
+
+    def detect(self, raw_config: Mapping[str, Any] | None, names: Collection[str]) -> bool:
+        """Whether a checkpoint with these unwrapped tensor names is of this family."""
+
+    def layout(self, names: Collection[str]) -> Layout:
+        """The layout that these names are in."""
+
+    def parse_config(self, raw_config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> WanConfig:
+        """The geometry, from config.json where there is one and from the shapes of the (canonical) `tensors`.
+
+        Raises ConfigError for an impossible value, UnsupportedModelError for a model that cannot be converted.
+        """
+
+    def refuse_relatives(self, raw_config: Mapping[str, Any], names: Collection[str]) -> None:
+        """Raise UnsupportedModelError, by name, for a detected model with parts that are not converted."""
+
+    def check_attention(self, config: WanConfig, tensors: Mapping[str, TensorInfo]) -> None:
+        """Raise UnsupportedModelError for attention that is not converted, before its shapes are compared."""
+
+    def raw_config(self, config: WanConfig, layout: Layout = "native") -> dict[str, Any]:
+        """The config.json, in the fields of `layout`, of a model of geometry `config`; without its own sections."""
+
+    def canonical(self, name: str, layout: Layout) -> str | None:
+        """The canonical name of a tensor named in `layout`; None when the family has no such tensor."""
+
+    def source(self, name: str, layout: Layout) -> str:
+        """The name in `layout` of a canonical name."""
+
+    def expected_shapes(self, config: WanConfig) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape of every tensor of a model with this geometry, in module order."""

@@ -1,0 +1,106 @@
+"""Find the model in what a user gives: a file, a folder, a Hub id, or the built-in model's name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from mlaconvert.errors import CheckpointError
+from mlaconvert.files.headers import read_index
+from mlaconvert.files.hub_cache import checked_subfolder, download, list_repo, split_hub_id
+from mlaconvert.files.inputs import is_folder, read_json
+from mlaconvert.files.names import CONFIG_NAME, INDEX_SUFFIX, PICKLE_SUFFIXES
+from mlaconvert.files.select import SHARD, find_experts, list_folder, local_path, offer_experts, select
+from mlaconvert.files.store import TensorStore
+
+
+def open_store(
+    source: str | os.PathLike[str], *, revision: str | None = None, subfolder: str | None = None
+) -> TensorStore:
+    """Open a checkpoint: a file, a folder, "tiny", or a Hub id (`user/repo[/path]`, with `revision`).
+
+    A local path that exists wins over a Hub id. Reads .safetensors (one file, or shards with an index) and pickles
+    of tensors (.pt, .pth, .ckpt, .bin; `weights_only` always). Downloads only the config, index, weights and, of a
+    converted model, the records of its conversion and healing.
+    Raises CheckpointError, naming the file and what to do.
+    """
+    path, commit = local_path(source, revision), None
+    if path is None:
+        path, commit = download(str(source), revision, subfolder)
+    elif path.is_dir():
+        root = path / checked_subfolder(subfolder) if subfolder else path
+        if not is_folder(root):
+            raise CheckpointError(f"{path}: it has no folder {subfolder!r}{offer_experts(path)}")
+        path = root / select(list_folder(root), str(root))
+    elif subfolder:
+        raise CheckpointError(
+            f"{path}: a file has no subfolder {subfolder!r}; give the folder, or leave --subfolder out"
+        )
+    return _open_local(str(source), path, commit)
+
+
+def find_beside(store: TensorStore, name: str, *, above: Collection[str] = ()) -> Path | None:
+    """The file `name` beside a store's weights, here or on the Hub; None without one.
+
+    With `above`, it is the one beside the folder of such a name that the weights lie in, None if they lie in no such.
+    """
+    folder = store.path if store.path.is_dir() else store.path.parent
+    if above:
+        if folder.name not in above:
+            return None
+        folder = folder.parent
+    path = folder / name
+    if path.is_file():
+        return path
+    if store.revision is None or store.revision not in folder.parts:
+        return None
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import EntryNotFoundError
+
+    inside = folder.parts[folder.parts.index(store.revision) + 1 :]
+    try:
+        repo = split_hub_id(store.source)[0]
+        return Path(HfApi().hf_hub_download(repo, "/".join((*inside, name)), revision=store.revision))
+    except (EntryNotFoundError, OSError):
+        return None
+
+
+def recorded_places(record: Mapping[str, Any]) -> list[tuple[str, str | None]]:
+    """Name and revision, likeliest first, of what a model was converted from, given its conversion.json's `source`."""
+    name, commit = record.get("name"), record.get("revision")
+    if not isinstance(name, str):
+        return []
+    return [(name, commit), (name, None)] if isinstance(commit, str) else [(name, None)]
+
+
+def experts(source: str | os.PathLike[str], revision: str | None = None) -> tuple[str, ...]:
+    """The two subfolders of a Wan2.2 A14B source (high noise first), or () for any other source."""
+    path = local_path(source, revision)
+    if path is not None:
+        return find_experts(list_folder(path)) if path.is_dir() else ()
+    repo, inside = split_hub_id(str(source))
+    prefix = f"{inside}/" if inside else ""
+    return find_experts([n[len(prefix) :] for n in list_repo(repo, revision) if n.startswith(prefix)])
+
+
+def _open_local(source: str, path: Path, revision: str | None) -> TensorStore:
+    """Open one weight file, or the shards of an index."""
+    config_file = path.parent / CONFIG_NAME
+    config = read_json(config_file) if config_file.exists() or config_file.is_symlink() else None
+    if path.name.endswith(INDEX_SUFFIX):
+        placed = read_index(path)
+        store = TensorStore(source, path.parent, [path.parent / shard for shard in placed], config, revision)
+        listed = set(chain.from_iterable(placed.values()))
+        for kind, names in (("lists", listed - set(store.tensors)), ("leaves out", set(store.tensors) - listed)):
+            if names:
+                store.close()
+                raise CheckpointError(f"{path}: it {kind} {min(names)!r}, against its shards; download the files again")
+        return store
+    if path.suffix not in (".safetensors", *PICKLE_SUFFIXES):
+        raise CheckpointError(f"{path}: not a weight file (.safetensors, {', '.join(PICKLE_SUFFIXES)})")
+    if SHARD.search(path.name):
+        raise CheckpointError(f"{path}: one shard of several; give its folder {path.parent}")
+    return TensorStore(source, path, [path], config, revision)

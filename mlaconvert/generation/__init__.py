@@ -1,0 +1,1 @@
+"""Videos from a model: prompts, rollout through the cache, pictures and movies."""

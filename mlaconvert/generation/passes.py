@@ -1,0 +1,88 @@
+"""The passes of a generation, one chunk after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from mlaconvert.generation.chunks import ChunkFile
+from mlaconvert.generation.plan import Plan
+from mlaconvert.generation.request import Progress, Runtime
+from mlaconvert.model.cache import LatentCache
+from mlaconvert.model.rollout import passes, rollout
+from mlaconvert.model.wan import WanModel
+
+
+class PassCounter:
+    """Counts passes through the model for a progress bar, and the video frames that came out of them."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.done, self.total, self.progress = 0, total, progress
+        self.frames, self.started = 0, time.monotonic()
+
+    def step(self) -> None:
+        self.done += 1
+        self.show()
+
+    def show(self) -> None:
+        if self.progress is not None:
+            rate = self.frames / (time.monotonic() - self.started)
+            self.progress("generate", self.done, self.total, f"{rate:.3g} frames/s" if self.frames else "")
+
+
+def count_passes(plan: Plan, runtime: Runtime, given: int | None = None) -> int:
+    """How often the model runs for a plan of which `given` frames are only read."""
+    if given is None:
+        given = 0 if plan.prefix is None else plan.prefix.shape[2]
+    slices = -(-len(plan.seeds) // (runtime.slice_size or len(plan.seeds)))
+    return passes(plan.frames, plan.sampler, plan.streaming, given=given, slices=slices)
+
+
+def chunk_passes(
+    model: WanModel, plan: Plan, runtime: Runtime, prefix: Tensor | None, count: PassCounter
+) -> Iterator[Tensor]:
+    given, start = 0 if prefix is None else prefix.shape[2], 0
+    for chunk in rollout(
+        model,
+        plan.schedule,
+        frames=plan.frames,
+        height=plan.size[0],
+        width=plan.size[1],
+        sampler=plan.sampler,
+        seed=plan.seeds,
+        null_context=plan.null_context,
+        prefix=prefix,
+        images=plan.images,
+        streaming=plan.streaming,
+        slice_size=runtime.slice_size,
+        on_step=count.step,
+    ):
+        start += chunk.shape[2]
+        if start > given:
+            count.frames += len(chunk) * chunk.shape[2] * plan.stride
+            count.show()
+        yield chunk
+
+
+def run_passes(model: WanModel, plan: Plan, runtime: Runtime, store: ChunkFile, progress: Progress | None) -> int:
+    """Generate what the file lacks; the bytes of the cache that it takes."""
+    if store.done < plan.frames:
+        prefix = store.latents[:, :, : store.done] if store.done else plan.prefix
+        count = PassCounter(count_passes(plan, runtime, 0 if prefix is None else prefix.shape[2]), progress)
+        start = 0
+        for chunk in chunk_passes(model, plan, runtime, prefix, count):
+            if start >= store.done:
+                store.write(start, chunk)
+            start += chunk.shape[2]
+    copies = 1 if plan.sampler.guidance == 1 else 2
+    return LatentCache(
+        model.config,
+        batch=copies * len(plan.seeds),
+        height=plan.size[0],
+        width=plan.size[1],
+        streaming=plan.streaming,
+        dtype=model.dtype,
+        device="meta",
+    ).nbytes

@@ -1,0 +1,128 @@
+"""Video from a model folder: chunk by chunk through the sliding-window cache, onto the disk as it comes.
+
+The latents go into a file that is laid out beforehand, so a long video never lies in memory. What an interrupted run
+finished stays in `.<output>.partial` (`mlaconvert.staging`); the same call takes it up from there. Prompts are embedded
+first, by the text encoder of the model's base repository, and the latents are decoded last, by its VAE: of the three
+models, only one of the large ones is loaded at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from mlaconvert.base.text import free_memory
+from mlaconvert.errors import ConfigError, InputError
+from mlaconvert.families.open import open_checkpoint
+from mlaconvert.files.staging import Staging, disk_errors
+from mlaconvert.generation.chunks import ChunkFile, check_staging, write_json
+from mlaconvert.generation.marks import fingerprint
+from mlaconvert.generation.movies import can_write_mp4
+from mlaconvert.generation.output import decode_movies, movie_ending, save_pictures
+from mlaconvert.generation.passes import run_passes
+from mlaconvert.generation.plan import assumptions, plan_generation
+from mlaconvert.generation.request import (
+    KEPT,
+    LATENTS_NAME,
+    MOVIES,
+    REPORT_NAME,
+    Generation,
+    GenerationReport,
+    Movie,
+    Progress,
+    Runtime,
+)
+from mlaconvert.generation.text import embed_prompts, find_text_base, load_vae
+
+
+def generate(
+    source: str | Path,
+    output: str | Path,
+    wanted: Generation | None = None,
+    runtime: Runtime | None = None,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    state_key: str | None = None,
+    config: Path | None = None,
+    movie: Movie = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> GenerationReport:
+    """Generate videos by a dense or a converted model, into the new folder or movie file `output`.
+
+    The folder gets `latents.safetensors` (`latents` [samples, C, F, H, W] in float32 and, with one prompt, its
+    `context`), `generation.json`, and a movie for each sample: of models that work on RGB pixels always, with a contact
+    sheet, of others when prompts, `wanted.base` or `movie` "mp4" ask for it, by the base's VAE. An `output` that ends
+    in .mp4 or .gif is the movie alone. An interrupted run leaves its finished chunks in `.<output>.partial`, and the
+    same call continues them: one pass a chunk, and the same video. `say` is told what is assumed of the model because
+    neither its files nor `wanted` state it, and of a few-step schedule. Raises OutputError for an output that exists,
+    and what `plan_generation`, `open_checkpoint`, `find_base` and `rollout` raise.
+    """
+    wanted, runtime, target = wanted or Generation(), runtime or Runtime(), Path(output)
+    staging = Staging(target, "generate", overwrite=overwrite, inside="video")
+    movie = _check_target(staging, wanted, movie)
+    place: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "state_key": state_key}
+    with open_checkpoint(source, **place, config=config) as checkpoint:
+        geometry, notes = checkpoint.config, assumptions(checkpoint, wanted)
+    if say is not None:
+        for note in notes:
+            say(note)
+    if geometry.out_dim == 3 or not wanted.prompts:
+        plan_generation(wanted, geometry)  # what is wrong shows before anything large is read
+    needs_base = bool(wanted.prompts) or movie in ("mp4", "gif")
+    base = find_text_base(source, wanted, geometry, needs_base, revision, subfolder)
+    vae = None if base is None or movie == "none" else load_vae(base, geometry, movie)
+    text = None if base is None or not wanted.prompts else embed_prompts(base, wanted, geometry, runtime, progress)
+    model = runtime.load(source, **place, config=config)
+    plan = plan_generation(wanted, model.config, text=text)
+    settings = {"source": str(source), **place, "weights": fingerprint(model), "dtype": str(model.dtype)}
+    settings |= plan.settings()
+    with ChunkFile.open(staging, plan, model.config, settings) as store:
+        resumed, started = store.done, time.monotonic()
+        cache_bytes = run_passes(model, plan, runtime, store, progress)
+        elapsed = time.monotonic() - started
+        del model
+        free_memory()
+        files = [LATENTS_NAME]
+        if vae is not None:
+            files += decode_movies(store.latents, staging.content, plan, vae.to(runtime.device), progress)
+        elif plan.has_pixels and movie != "none":
+            files += save_pictures(store.latents, staging.content, plan.seeds, movie_ending(movie))
+        report = GenerationReport(
+            output=target,
+            files=(target.name,) if target.suffix in MOVIES else (*files, REPORT_NAME),
+            frames=plan.frames,
+            resumed_frames=resumed,
+            video_seconds=plan.frames * plan.stride / plan.fps,
+            elapsed=elapsed,
+            video_fps=len(plan.seeds) * (plan.frames - resumed) * plan.stride / elapsed,
+            cache_bytes=cache_bytes,
+            settings=settings,
+        )
+        with disk_errors(target, KEPT):
+            for path in staging.content.iterdir():  # of a run that was killed, or wanted other movies
+                if path.name not in files:
+                    path.unlink()
+            write_json(staging.content / REPORT_NAME, report.to_json())
+            staging.publish(files[1] if target.suffix in MOVIES else None)
+    return report
+
+
+def _check_target(staging: Staging, wanted: Generation, movie: Movie) -> Movie:
+    """Refuse an output that cannot be written; the kind of movie, which a file's ending decides."""
+    target = staging.path
+    if target.suffix in MOVIES:
+        ending = cast(Movie, target.suffix[1:])
+        if movie not in ("auto", ending):
+            raise ConfigError(f"{target} says {ending}, and --format {movie}; leave one of them out")
+        if wanted.samples > 1:
+            raise ConfigError(f"{target} is one movie, and {wanted.samples} samples are several; give a folder")
+        movie = ending
+    check_staging(staging, 0)
+    if movie == "mp4" and not can_write_mp4():
+        raise InputError("MP4 needs an encoder: pip install 'mlaconvert[video]', or take --format gif")
+    return movie

@@ -1,0 +1,78 @@
+"""Prompts as the model reads them: captions of the built-in model, or embedded by the base's text encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mlaconvert.base.repository import Base, find_base, open_base, require
+from mlaconvert.base.text import embed_texts
+from mlaconvert.base.vae import Vae
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.errors import ConfigError, InputError
+from mlaconvert.generation.plan import Text, unembedded
+from mlaconvert.generation.request import Generation, Movie, Progress, Runtime
+from mlaconvert.model.device import resolve_device
+
+
+def find_text_base(
+    source: str | Path,
+    wanted: Generation,
+    config: WanConfig,
+    needed: bool,
+    revision: str | None,
+    subfolder: str | None,
+) -> Base | None:
+    """The repository of the text encoder and the VAE, None when nothing asks for one."""
+    if config.out_dim == 3:
+        if wanted.base is not None:
+            raise ConfigError("this model works on pixels and has its own captions; leave --base out")
+        return None
+    if wanted.base is not None:
+        return open_base(wanted.base)
+    return find_base(source, revision, subfolder) if needed else None
+
+
+def load_vae(base: Base, config: WanConfig, movie: Movie) -> Vae:
+    """The VAE, on the CPU: what is wrong with it shows before hours of generating."""
+    require("diffusers", "imageio_ffmpeg")
+    if movie == "gif":
+        raise ConfigError("a GIF would lie in memory as a whole; take --format mp4 for this model")
+    vae = Vae.load(base)
+    if vae.channels != config.out_dim:
+        raise InputError(
+            f"{base.source}: its VAE has {vae.channels} latent channels, the model {config.out_dim}; "
+            "give the repository of the model's own base with --base"
+        )
+    return vae
+
+
+def embed_prompts(
+    base: Base,
+    wanted: Generation,
+    config: WanConfig,
+    runtime: Runtime,
+    progress: Progress | None,
+    one_each: bool = False,
+) -> Text:
+    """Embed the prompts, and with guidance the negative one; everything else is checked before."""
+    device = str(resolve_device(runtime.text_device or runtime.device, torch.float32))
+    resolve_device(runtime.device, torch.float32)
+    text = unembedded(base, wanted, config, one_each=one_each)
+    guided = text.negative is not None
+    texts = [*wanted.prompts, *([wanted.negative] if guided else [])]
+    found: list[Tensor] = []
+    for embedding in embed_texts(base, texts, device=device, max_tokens=config.text_len):
+        if embedding.shape[1] != config.text_dim:
+            raise InputError(
+                f"{base.source}: its text encoder gives {embedding.shape[1]} channels, the model takes "
+                f"{config.text_dim}; give the repository of the model's own base with --base"
+            )
+        found.append(embedding[None].float())
+        if progress is not None:
+            progress("text", len(found), len(texts), "")
+    contexts, negative = found[: len(wanted.prompts)], found[-1] if guided else None
+    return dataclasses.replace(text, contexts=tuple(contexts), negative=negative)

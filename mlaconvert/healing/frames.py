@@ -1,0 +1,205 @@
+"""How a clip's frames meet in attention during training, and a forward pass for any such layout.
+
+A streaming model sees a clip through its window. `views` are what the newest chunk sees as a clip goes by; in training
+each of their frames sees what it would see in a rollout. All layouts are at the level of latent frames.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.model.attention.kernel import AttentionPlan
+from mlaconvert.model.cache import LatentCache, LayerCache
+from mlaconvert.model.rollout import same_length
+from mlaconvert.model.rope import rotary
+from mlaconvert.model.wan import Prepared, WanModel
+from mlaconvert.model.window import chunk_mask, window_views
+
+
+class View(NamedTuple):
+    """`frames` of a clip in chunks of `chunks` frames, at `positions` in time."""
+
+    frames: tuple[int, ...]
+    chunks: tuple[int, ...]
+    positions: tuple[int, ...]
+
+
+def views(frames: int, streaming: StreamingConfig | None) -> list[View]:
+    """The views of a clip of `frames` frames that no longer view begins with."""
+    found = [(tuple(seen), chunks or (len(seen),)) for seen, chunks in window_views(frames, streaming)]
+    whole = [
+        (seen, chunks)
+        for seen, chunks in found
+        if not any(other[: len(seen)] == seen and len(other) > len(seen) for other, _ in found)
+    ]
+    absolute = streaming is not None and streaming.positions == "absolute"
+    return [View(seen, chunks, seen if absolute else tuple(range(len(seen)))) for seen, chunks in whole]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Frames of one pass: their positions in time, and bool [F, F], True where a frame sees another."""
+
+    positions: tuple[int, ...]
+    visible: Tensor
+
+    def plan(self, model: WanModel, height: int, width: int, device: torch.device) -> AttentionPlan:
+        """For frames of `height` x `width` tokens."""
+        dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+        at = torch.tensor(self.positions, device=device)
+        turn = rotary(at, height, width, model.config.rope_split, dtype)
+        mask = None
+        if not self.visible.all():
+            size = height * width
+            mask = self.visible.to(device).repeat_interleave(size, 0).repeat_interleave(size, 1)
+        return AttentionPlan(query_rotary=turn, key_rotary=turn, mask=mask, mode="expanded")
+
+
+def noisy_layout(view: View, streaming: StreamingConfig | None) -> Layout:
+    """Every frame once, each seeing its chunk and the window before it: the pass that a validation loss makes."""
+    count = len(view.frames)
+    visible = torch.ones(count, count, dtype=torch.bool) if streaming is None else chunk_mask(view.chunks, streaming)
+    return Layout(view.positions, visible)
+
+
+def clean_frames(view: View) -> int:
+    """How many frames of a view are somebody's past: all but the last chunk's."""
+    return len(view.frames) - view.chunks[-1]
+
+
+def forcing_layout(view: View, streaming: StreamingConfig | None) -> Layout:
+    """Teacher forcing in one pass: [clean past, all frames noisy].
+
+    A clean frame sees what it sees in a rollout's clean pass; a noisy one its own noisy chunk and the clean frames of
+    its window, never another noisy chunk. Frames of both halves stand at their own positions in time.
+    """
+    past = clean_frames(view)
+    window = noisy_layout(view, streaming).visible
+    chunk = torch.arange(len(view.chunks)).repeat_interleave(torch.tensor(view.chunks))
+    same = chunk[:, None] == chunk
+    visible = torch.zeros(past + len(chunk), past + len(chunk), dtype=torch.bool)
+    visible[:past, :past] = window[:past, :past]
+    visible[past:, :past] = (window & ~same)[:, :past]
+    visible[past:, past:] = same
+    return Layout((*view.positions[:past], *view.positions), visible)
+
+
+def prepare(model: WanModel, latents: Tensor, timestep: Tensor, context: Tensor, plan: AttentionPlan) -> Prepared:
+    """`WanModel.prepare` for a plan of one's own, without the one that it would make."""
+    x, grid = model.embed_patches(latents, None)
+    embedding, modulation = model.embed_time(timestep, x.shape[0], grid[0])
+    text = model.embed_text(context)
+    return Prepared(x=x, grid=grid, embedding=embedding, modulation=modulation, text=text, image=None, plan=plan)
+
+
+def run_blocks(
+    model: WanModel, prepared: Prepared, plans: Sequence[AttentionPlan] | None = None, *, checkpointing: bool = False
+) -> Tensor:
+    """Velocity, float32 [B, out_dim, F, H, W]; `plans` are each layer's own, else all layers share the prepared one.
+
+    With `checkpointing`, activations inside a block are computed again on the way back.
+    """
+    p, x = prepared, prepared.x
+    for i, block in enumerate(model.blocks):
+        inputs = (x, p.modulation, p.text, p.image, p.plan if plans is None else plans[i], None)
+        if checkpointing and torch.is_grad_enabled():
+            # Nothing in a block draws random numbers.
+            x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = block(*inputs)
+    return model.finish(x, p).float()
+
+
+def velocity(
+    model: WanModel,
+    latents: Tensor,
+    timestep: Tensor,
+    context: Tensor,
+    layout: Layout,
+    *,
+    checkpointing: bool = False,
+) -> Tensor:
+    """Velocity, float32 [B, out_dim, F, H, W], of frames that meet as `layout` says. `timestep` [B, F]."""
+    _, _, _, height, width = latents.shape
+    patch = model.config.patch_size
+    plan = layout.plan(model, height // patch[1], width // patch[2], latents.device)
+    return run_blocks(model, prepare(model, latents, timestep, context, plan), checkpointing=checkpointing)
+
+
+def guided(predict: Callable[[Tensor], Tensor], context: Tensor, null: Tensor | None, guidance: float) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598): unconditional + guidance * (conditional - unconditional)."""
+    if guidance == 1 or null is None:
+        return predict(context)
+    context, empty = same_length(context, null.to(context))
+    return torch.lerp(predict(empty.expand_as(context)), predict(context), guidance)
+
+
+@dataclass(frozen=True)
+class CachePlan(AttentionPlan):
+    """A plan that carries its layer's cache.
+
+    Blocks are given no cache, so that nothing that a model keeps between passes (absorbed products, the prompt's keys)
+    stands between a loss and the weights. With `live`, the past is a constant, the chunk's own entries carry gradients,
+    and the cache is left as it is, so the same call again gives the same result, as checkpointing needs.
+    """
+
+    layer: LayerCache | None = None
+    live: bool = False
+
+    def remember(self, cache: LayerCache | None, *new: Tensor) -> tuple[Tensor, ...]:
+        """The window [B, length, ...] with the chunk's tensors in their slots."""
+        assert self.layer is not None
+        assert self.window is not None
+        view = self.window
+        if not self.live:
+            return tuple(held.to(n.dtype) for held, n in zip(self.layer.update(view, *new), new, strict=True))
+        return tuple(
+            buffer[:, : view.length].to(value.dtype).index_copy(1, view.write, value)
+            for buffer, value in zip(self.layer.buffers, new, strict=True)
+        )
+
+
+def chunk_velocity(
+    model: WanModel,
+    chunk: Tensor,
+    timestep: float,
+    context: Tensor,
+    cache: LatentCache,
+    start: int,
+    *,
+    live: bool = False,
+    checkpointing: bool = False,
+) -> Tensor:
+    """Velocity, float32, of the chunk [B, C, f, H, W] that begins at frame `start`, through the latent cache.
+
+    Writes the chunk's entries, or with `live` leaves the cache alone and lets gradients into them (`CachePlan`). A live
+    pass keeps a copy of the window as it is now.
+    """
+    patch, split = model.config.patch_size, model.config.rope_split
+    height, width = chunk.shape[3] // patch[1], chunk.shape[4] // patch[2]
+    view = cache.begin(start, chunk.shape[2])
+    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    plan = CachePlan(
+        query_rotary=rotary(view.query_frames, height, width, split, dtype),
+        key_rotary=rotary(view.key_frames, height, width, split, dtype),
+        window=view,
+        mode="expanded",
+        live=live,
+    )
+    rows = torch.full((len(chunk),), timestep, device=chunk.device)
+    plans = [dataclasses.replace(plan, layer=_copy(layer) if live else layer) for layer in cache.layers]
+    return run_blocks(model, prepare(model, chunk, rows, context, plan), plans, checkpointing=checkpointing)
+
+
+def _copy(layer: LayerCache) -> LayerCache:
+    copied = LayerCache(0, 0, (), torch.float32, "cpu")
+    copied.buffers = tuple(buffer.clone() for buffer in layer.buffers)
+    return copied

@@ -1,0 +1,95 @@
+"""What every stage's loss shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlaconvert.clips.folder import Clips
+from mlaconvert.evaluation.losses import validation_loss
+from mlaconvert.healing.batches import Batch
+from mlaconvert.healing.frames import Layout, View, clean_frames, guided, velocity
+from mlaconvert.healing.recipe import HealRecipe
+from mlaconvert.model.schedule import warp
+from mlaconvert.model.wan import WanModel
+
+
+@dataclass(frozen=True)
+class Uncast:
+    """Tensors for an objective. FSDP casts a module's bare tensor inputs to bfloat16, noise levels and targets too."""
+
+    tensors: tuple[Tensor, ...]
+
+
+class Objective(nn.Module):
+    """A loss around the model that it trains.
+
+    Everything that touches the weights goes through `forward`, because that is where DDP and FSDP hook in: call
+    objective("loss", ...), never objective.loss(...). Frozen models are kept out of the module tree.
+    """
+
+    # A unit of FSDP each: blocks, and attention, which distillation calls by itself.
+    _no_split_modules: tuple[str, ...] = ("Block", "LatentAttention", "DenseAttention")
+
+    def __init__(self, student: WanModel, recipe: HealRecipe) -> None:
+        super().__init__()
+        self.student, self.recipe = student, recipe
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = tuple(name for name in self._no_split_modules if name in present)
+
+    def forward(self, method: str, *arguments: Any) -> Any:
+        return getattr(self, method)(*arguments)
+
+    def loss(self, batch: Batch, step: int) -> Tensor:
+        """The scalar to minimise at `step`."""
+        raise NotImplementedError
+
+    def phase(self, step: int) -> str:
+        """Losses of one phase can be compared with each other."""
+        return self.recipe.stage
+
+    def validate(self, clips: Clips) -> float:
+        """The smaller the better; averaged weights are in place when this is called, and gradients are off."""
+        return validation_loss(self.student, clips)
+
+    def run(self, model: WanModel, latents: Tensor, timestep: Tensor, context: Tensor, layout: Layout) -> Tensor:
+        """`layout.velocity`, checkpointed when the recipe says so."""
+        checkpointing = self.recipe.gradient_checkpointing
+        return velocity(model, latents, timestep, context, layout, checkpointing=checkpointing)
+
+    def run_guided(self, model: WanModel, latents: Tensor, timestep: Tensor, batch: Batch, layout: Layout) -> Tensor:
+        """The same with the recipe's guidance."""
+        return guided(
+            lambda text: self.run(model, latents, timestep, text, layout),
+            batch.context,
+            batch.null,
+            self.recipe.guidance,
+        )
+
+
+def per_frame(levels: Tensor, view: View) -> Tensor:
+    """[B, chunks] -> [B, F]."""
+    return levels.repeat_interleave(torch.tensor(view.chunks, device=levels.device), 1)
+
+
+def draw_levels(batch: Batch) -> Tensor:
+    """Noise levels of the shift-5 schedule, one a chunk, on the clips' device [B, chunks].
+
+    A step's samples cover the schedule evenly (stratified sampling); chunks are independent of each other.
+    """
+    return warp(batch.rows.strata(len(batch.view.chunks))).to(batch.latents.device)
+
+
+def draw_noise(batch: Batch) -> Tensor:
+    """Standard normal noise shaped like the clips."""
+    return batch.rows.normal(*batch.latents.shape[1:]).to(batch.latents)
+
+
+def with_past(batch: Batch, noisy: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """[clean past, noisy frames] and their timesteps, as `forcing_layout` takes them. `sigma` [B, F]."""
+    past = clean_frames(batch.view)
+    levels = torch.cat((torch.zeros_like(sigma[:, :past]), sigma), 1)
+    return torch.cat((batch.latents[:, :, :past], noisy), 2), 1000 * levels

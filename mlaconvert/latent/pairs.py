@@ -1,0 +1,47 @@
+"""Rotary pairs: their frequencies, and how far a constant can stand for their rotation in a window."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mlaconvert.config.streaming import StreamingConfig
+
+
+def highest_pairs(split: tuple[int, int, int], count: int) -> tuple[tuple[int, int], ...]:
+    """The `count` highest-frequency pairs, shared over the axes as Wan shares a head: VideoMLA's (6, 5, 5) of 16."""
+    share = (count - 2 * (count // 3), count // 3, count // 3)
+    offsets = (0, split[0], split[0] + split[1])
+    return tuple((offset + j, 1) for offset, n in zip(offsets, share, strict=True) for j in range(n))
+
+
+def mean_rotation(
+    split: tuple[int, int, int], *, streaming: StreamingConfig | None, frames: int, height: int, width: int
+) -> Tensor:
+    """E[e^{i theta (m - n)}] of every pair, complex128 [pairs], over query positions m and key positions n.
+
+    Streaming: queries of the newest chunk against a full window; otherwise `frames` latent frames see each other.
+    `height` and `width` are in tokens; all (query, key) pairs count alike.
+    """
+    keys = torch.arange(streaming.window_frames if streaming else frames)
+    queries = keys[-streaming.chunk_frames :] if streaming else keys
+    rows, columns = torch.arange(height), torch.arange(width)
+    means = []
+    for freq, q, k in zip(
+        frequencies(split).split(split), (queries, rows, columns), (keys, rows, columns), strict=True
+    ):
+        means.append(_phase(freq, q).mean(0) * _phase(freq, k).mean(0).conj())
+    return torch.cat(means)
+
+
+def _phase(freq: Tensor, positions: Tensor) -> Tensor:
+    angle = positions.double()[:, None] * freq
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+THETA = 10000.0
+
+
+def frequencies(split: tuple[int, int, int]) -> Tensor:
+    """Radians per position of every pair, float64 [sum(split)]."""
+    return torch.cat([THETA ** -(torch.arange(n, dtype=torch.float64) / max(n, 1)) for n in split])

@@ -1,0 +1,1 @@
+"""The transformer itself: window, cache, attention, blocks, schedule and rollout."""

@@ -1,0 +1,1 @@
+"""Self-attention, dense and latent, and what each costs."""

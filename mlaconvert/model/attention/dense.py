@@ -1,0 +1,32 @@
+"""Self-attention as pretrained: keys and values per head."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.model.attention.kernel import AttentionPlan, RMSNorm, attend
+from mlaconvert.model.cache import LayerCache
+from mlaconvert.model.rope import Rope
+
+
+class DenseAttention(nn.Module):
+    """Wan's self-attention: full-width RMSNorm on queries and keys, then heads, then RoPE."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.num_heads = config.num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, config.eps), RMSNorm(dim, config.eps)
+        self.rope = Rope()
+
+    def forward(self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]; with a cache, the queries see its window."""
+        heads = (self.num_heads, -1)
+        q = self.norm_q(self.q(x)).unflatten(-1, heads)
+        k = self.norm_k(self.k(x)).unflatten(-1, heads)
+        v = self.v(x).unflatten(-1, heads)
+        k, v = plan.remember(cache, k, v)
+        out = attend(self.rope(q, plan.query_rotary), self.rope(k, plan.key_rotary), v, plan.mask)
+        return self.o(out.flatten(-2))

@@ -1,0 +1,91 @@
+"""Models with their weights, from a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import reduce
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.families.checkpoint import Checkpoint
+from mlaconvert.families.open import open_checkpoint
+from mlaconvert.files.store import check_finite
+from mlaconvert.model.wan import WanModel
+
+
+class _Widened(nn.Linear):
+    """A linear layer that keeps its weights in the file's dtype, mapped, and widens them while it runs."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
+
+
+def load_tensors(
+    module: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Give a module its tensors, by the names that they have in it. Linear layers keep the file's dtype.
+
+    Raises CheckpointError for a NaN.
+    """
+    state = {}
+    for inside, name in names.items():
+        tensor, owner = checkpoint.read(name), module.get_submodule(inside.rpartition(".")[0])
+        check_finite(tensor, checkpoint.info(name).name, checkpoint.store.path)
+        if isinstance(owner, nn.Linear) and tensor.dtype != dtype:
+            owner.__class__ = _Widened
+            state[inside] = tensor.to(device)
+        else:
+            state[inside] = tensor.to(device, dtype)
+    module.load_state_dict(state, strict=False, assign=True)
+
+
+def load_widened(
+    checkpoint: Checkpoint, streaming: StreamingConfig | None, device: torch.device | str = "cpu"
+) -> WanModel:
+    """A dense model that computes in float32 while its linear layers keep the file's dtype, on a CPU mapped from it."""
+    with torch.device("meta"):
+        model = WanModel(dataclasses.replace(checkpoint.config, streaming=streaming))
+    load_tensors(model, checkpoint, {name: name for name in checkpoint.names}, torch.device(device), torch.float32)
+    return model.requires_grad_(False).eval()
+
+
+def load_model(
+    source: str | Path | Checkpoint,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    streaming: StreamingConfig | None = None,
+) -> WanModel:
+    """The model of a checkpoint, dense or converted: built on the meta device, filled strictly, frozen.
+
+    `source` is anything that `open_checkpoint` reads, or a checkpoint that is open already. `dtype` None keeps the
+    file's, or the widest of several. `streaming` replaces the checkpoint's own setting. Raises what `open_checkpoint`
+    raises, and CheckpointError for a NaN.
+    """
+    opened = (
+        nullcontext(source)
+        if isinstance(source, Checkpoint)
+        else open_checkpoint(source, revision=revision, subfolder=subfolder)
+    )
+    with opened as checkpoint:
+        config = replace(checkpoint.config, streaming=streaming) if streaming else checkpoint.config
+        with torch.device("meta"):
+            model = WanModel(config)
+        # A file may mix dtypes; a model computes in one.
+        dtype = dtype or reduce(torch.promote_types, {checkpoint.info(name).dtype for name in checkpoint.names})
+        state = {}
+        for name in checkpoint.names:
+            tensor = checkpoint.read(name)
+            check_finite(tensor, checkpoint.info(name).name, checkpoint.store.path)
+            state[name] = tensor.to(device, dtype)
+        model.load_state_dict(state, strict=True, assign=True)
+    return model.requires_grad_(False).eval()

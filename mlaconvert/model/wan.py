@@ -1,0 +1,276 @@
+"""The Wan video diffusion transformer: bidirectional or chunk-causal, dense or with latent attention.
+
+Parameter names are those of the published Wan checkpoints. Shapes: B batch, C channels, F latent frames, H and W latent
+pixels, D model width, T text tokens.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.errors import ConfigError, InputError
+from mlaconvert.model.attention.kernel import AttentionMode, AttentionPlan
+from mlaconvert.model.attention.latent import LatentAttention
+from mlaconvert.model.blocks import Block, Head, ImageEmbedding
+from mlaconvert.model.cache import LatentCache, LayerCache
+from mlaconvert.model.rope import rotary
+from mlaconvert.model.window import chunk_mask, default_chunks
+
+
+class Prepared(NamedTuple):
+    """Inputs of the blocks and of the head; `grid` is F x H x W tokens."""
+
+    x: Tensor  # [B, N, D]
+    grid: tuple[int, int, int]
+    embedding: Tensor  # [B, F or 1, D]
+    modulation: Tensor  # [B, F or 1, 6, D]
+    text: Tensor  # [B, T, D]
+    image: Tensor | None  # [B, I, D]
+    plan: AttentionPlan
+
+
+class WanModel(nn.Module):
+    """Predicts the flow-matching velocity (noise - data) of video latents.
+
+    A model whose config has `streaming` is causal between chunks; without a cache it sees a whole clip in one masked
+    pass. `config.mla` decides layer by layer between dense and latent attention.
+    """
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.attention_mode: AttentionMode = "auto"
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        if config.image_dim is not None:
+            self.img_emb = ImageEmbedding(config)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.head = Head(config)
+        mla = [layer for layer in config.mla.layers if layer is not None] if config.mla else []
+        self._pairs = {layer.component_pairs for layer in mla}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.patch_embedding.weight.dtype
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        *,
+        image_latents: Tensor | None = None,
+        image_features: Tensor | None = None,
+        chunks: Sequence[int] | None = None,
+        cache: LatentCache | None = None,
+        start_frame: int = 0,
+    ) -> Tensor:
+        """Velocity [B, out_dim, F, H, W] of `latents` [B, C, F, H, W].
+
+        `timestep` [B] or [B, F] runs from 0 (clean) to 1000 (noise). `context` [B, T, text_dim] is padded with zeros
+        to text_len. `image_latents` [B, in_dim - C, F, H, W] are concatenated to the latents (image-to-video),
+        `image_features` [B, I, image_dim] come from CLIP.
+
+        With a `cache`, `latents` are one chunk that begins at `start_frame`. Without one, a streaming model masks the
+        clip by `chunks`, frames per chunk (the config's chunk size by default), at absolute frame positions, which
+        equals streaming as long as the clip fits into the window.
+
+        Raises InputError when shapes do not fit the model.
+        """
+        p = self.prepare(
+            latents,
+            timestep,
+            context,
+            image_latents=image_latents,
+            image_features=image_features,
+            chunks=chunks,
+            cache=cache,
+            start_frame=start_frame,
+        )
+        x = p.x
+        for i, block in enumerate(self.blocks):
+            x = block(x, p.modulation, p.text, p.image, p.plan, cache.layers[i] if cache is not None else None)
+        return self.finish(x, p)
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks with torch.compile; layers of one shape share the code.
+
+        Worth it where a model runs for long: each new window length compiles again, which takes minutes. Raises
+        ConfigError when there is no C++ compiler (CPU) or no Triton (GPU).
+        """
+        if self.patch_embedding.weight.device.type == "cpu":
+            if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+                raise ConfigError("compiling for a CPU needs a C++ compiler (g++ or clang++); install one, or do not")
+        elif importlib.util.find_spec("triton") is None:
+            raise ConfigError("compiling for a GPU needs triton: pip install triton, or do not compile")
+        dynamo: Any = importlib.import_module("torch._dynamo.config")
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * (len(self._pairs) + 2))
+        LayerCache.stay_uncompiled()
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
+    def finish(self, x: Tensor, prepared: Prepared) -> Tensor:
+        """Velocity from the last block's output [B, N, D]."""
+        return self._unpatch(self.head(x, prepared.embedding), prepared.grid)
+
+    def prepare(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        *,
+        image_latents: Tensor | None = None,
+        image_features: Tensor | None = None,
+        chunks: Sequence[int] | None = None,
+        cache: LatentCache | None = None,
+        start_frame: int = 0,
+    ) -> Prepared:
+        """What `forward` computes before the first block; its arguments are `forward`'s."""
+        x, grid = self.embed_patches(latents, image_latents)
+        embedding, modulation = self.embed_time(timestep, x.shape[0], grid[0])
+        text, image = self._condition(context, image_features, cache)
+        return Prepared(
+            x=x,
+            grid=grid,
+            embedding=embedding,
+            modulation=modulation,
+            text=text,
+            image=image,
+            plan=self.attention_plan(grid, x.device, chunks=chunks, cache=cache, start_frame=start_frame),
+        )
+
+    def attention_plan(
+        self,
+        grid: tuple[int, int, int],
+        device: torch.device,
+        *,
+        chunks: Sequence[int] | None = None,
+        cache: LatentCache | None = None,
+        start_frame: int = 0,
+    ) -> AttentionPlan:
+        """Rotations, mask and cache slots for F x H x W = `grid` tokens."""
+        frames, height, width = grid
+        split, dtype = self.config.rope_split, torch.float64 if self.dtype == torch.float64 else torch.float32
+        if cache is not None:
+            if height * width != cache.tokens_per_frame:
+                raise InputError(
+                    f"frames have {height * width} tokens, the cache was made for {cache.tokens_per_frame}; "
+                    "make a cache for this height and width"
+                )
+            window = cache.begin(start_frame, frames)
+            plan: AttentionPlan | None = cache.plan
+            if plan is None or plan.window is not window or plan.mode != self.attention_mode:
+                for block in self.blocks:
+                    if isinstance(block.self_attn, LatentAttention):
+                        block.self_attn.refresh()
+                queries, keys = (
+                    rotary(positions, height, width, split, dtype)
+                    for positions in (window.query_frames, window.key_frames)
+                )
+                plan = AttentionPlan(
+                    query_rotary=queries,
+                    key_rotary=keys,
+                    window=window,
+                    mode=self.attention_mode,
+                    turns={pairs: (queries.select(pairs), keys.select(pairs)) for pairs in self._pairs},
+                )
+                cache.plan = plan
+            return plan
+        turn = rotary(torch.arange(frames, device=device), height, width, split, dtype)
+        mask = None
+        if self.config.streaming is not None or chunks is not None:
+            visible = chunk_mask(chunks or default_chunks(frames, self.config.streaming), self.config.streaming)
+            if visible.shape[0] != frames:
+                raise InputError(
+                    f"chunks {list(chunks or ())} add up to {visible.shape[0]} frames, the clip has {frames}"
+                )
+            if not visible.all():
+                mask = visible.repeat_interleave(height * width, 0).repeat_interleave(height * width, 1).to(device)
+        return AttentionPlan(query_rotary=turn, key_rotary=turn, mask=mask, mode=self.attention_mode)
+
+    def embed_patches(self, latents: Tensor, image_latents: Tensor | None) -> tuple[Tensor, tuple[int, int, int]]:
+        """Tokens [B, N, D] and the grid F x H x W of `latents` [B, C, F, H, W] with any `image_latents` appended."""
+        x = latents if image_latents is None else torch.cat((latents, image_latents.to(latents)), 1)
+        patch = self.config.patch_size
+        if x.ndim != 5 or x.shape[1] != self.config.in_dim:
+            raise InputError(
+                f"the model reads [B, {self.config.in_dim}, F, H, W] latents (with any image latents), "
+                f"not {list(x.shape)}"
+            )
+        if any(size % p for size, p in zip(x.shape[2:], patch, strict=True)):
+            raise InputError(f"latents of {list(x.shape[2:])} do not divide into patches of {list(patch)}")
+        # A convolution whose stride is its kernel is one matrix product over patches.
+        x = x.unflatten(4, (-1, patch[2])).unflatten(3, (-1, patch[1])).unflatten(2, (-1, patch[0]))
+        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7)  # [B, F, H, W, C, patch]
+        weight = self.patch_embedding.weight.flatten(1)
+        grid = (x.shape[1], x.shape[2], x.shape[3])
+        return F.linear(x.flatten(4).flatten(1, 3).to(weight.dtype), weight, self.patch_embedding.bias), grid
+
+    def embed_time(self, timestep: Tensor, batch: int, frames: int) -> tuple[Tensor, Tensor]:
+        """The embedding [B, F or 1, D] and the six modulations [B, F or 1, 6, D]."""
+        t = timestep[:, None] if timestep.ndim == 1 else timestep
+        if t.shape not in ((batch, 1), (batch, frames)):
+            raise InputError(f"timestep must be [{batch}] or [{batch}, {frames}], not {list(timestep.shape)}")
+        embedding = self.time_embedding(timestep_embedding(t, self.config.freq_dim).to(self.dtype))
+        return embedding, self.time_projection(embedding).unflatten(-1, (6, -1))
+
+    def _condition(
+        self, context: Tensor, image_features: Tensor | None, cache: LatentCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Text [B, T, D] and image tokens [B, I, D]; a cache remembers what its layers make of them.
+
+        A prompt is known by its tensors: the same objects, unchanged, are the same prompt. Nothing is remembered where
+        gradients may be wanted.
+        """
+        if torch.is_grad_enabled():
+            cache = None
+        given = tuple(part for part in (context, image_features) if part is not None)
+        versions = tuple(0 if part.is_inference() else part._version for part in given)
+        if cache is not None and cache.prompt:
+            known, were, text, image = cache.prompt
+            if len(known) == len(given) and all(a is b for a, b in zip(known, given, strict=True)) and were == versions:
+                return text, image
+        text = self.embed_text(context)
+        image = self.img_emb(image_features.to(self.dtype)) if image_features is not None else None
+        if cache is not None:
+            for block, layer in zip(self.blocks, cache.layers, strict=True):
+                layer.text = block.cross_attn.project(text, image) if cache.keeps_text else ()  # type: ignore[operator, union-attr]
+            cache.prompt = (given, versions, text, image)
+        return text, image
+
+    def embed_text(self, context: Tensor) -> Tensor:
+        """[B, T, text_dim] -> [B, text_len, D]."""
+        missing = self.config.text_len - context.shape[1]
+        if context.ndim != 3 or context.shape[2] != self.config.text_dim or missing < 0:
+            raise InputError(
+                f"context must be [B, up to {self.config.text_len}, {self.config.text_dim}], not {list(context.shape)}"
+            )
+        return self.text_embedding(F.pad(context.to(self.dtype), (0, 0, 0, missing)))
+
+    def _unpatch(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        patch = self.config.patch_size
+        x = x.unflatten(1, grid).unflatten(-1, (*patch, self.config.out_dim))  # [B, F, H, W, pf, ph, pw, C]
+        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """Sinusoids [..., dim] of a timestep [...], cosines first, computed in float64."""
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
+    angle = timestep.double().unsqueeze(-1) * 10000.0**-exponent
+    return torch.cat((angle.cos(), angle.sin()), -1)

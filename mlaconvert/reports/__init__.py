@@ -1,0 +1,1 @@
+"""What people read: tables, plots, the HTML page, the model card."""

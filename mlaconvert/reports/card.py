@@ -1,0 +1,370 @@
+"""The model card of a converted model, written from what its folder records about itself.
+
+A generated card ends in a comment with the hash of the text before it. Whoever changes a word changes the hash, and a
+card that is not as generated is never replaced by a generated one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+
+from mlaconvert import __version__
+from mlaconvert.config.geometry import WanConfig, default_video
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.reports.tables import format_bytes
+
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(/.*)?")
+_SEAL = "<!-- mlaconvert wrote this card. Edit it freely: an edited card is kept. sha256: {} -->\n"
+# The README.md that `convert` leaves in a folder, and what `heal` adds at each stage, whatever the figures.
+_STUB = re.compile(
+    r"# [^\n]+, with latent attention\n\nConverted from [^\n]+ by mlaconvert [^\s]+\.\n\n"
+    r"Self-attention in layers [\d,-]+ is Multi-Head Latent Attention \(init \w+\)\. A token caches [\d,]+ scalars "
+    r"instead of [\d,]+ \(-?[\d.]+% less\)\. All other tensors are the source's\. `conversion\.json` records the "
+    r"recipe, the source's hash and each layer's spectrum and errors\.( The model has not been trained since\.)?"
+    r"(\n\nHealed by mlaconvert [^\s]+: stage [\w-]+, \d+ steps of batch \d+ a process, teacher [^\n]+; "
+    r"`healing\.json` has the recipe and the curves, `healing\.png` draws them\. The weights are those of "
+    r"step \d+\.)*\n"
+)
+_TAGS = ("multi-head-latent-attention", "mla", "kv-cache", "video-diffusion", "wan")
+_CONDITIONS = ("teacher", "data", "conditions", "versions")
+_LONGEST_LIST = 16  # longer ones are curves, which the JSON files keep
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardModel:
+    """One model of a folder: its subfolder ("" for the only one), geometry, and JSON records ({} where missing).
+
+    `evaluation` is evaluation.json with one entry under "models".
+    """
+
+    subfolder: str
+    config: WanConfig
+    description: str
+    conversion: Mapping[str, Any]
+    healing: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
+
+    @property
+    def stages(self) -> list[Mapping[str, Any]]:
+        """The healing stages, oldest first: each has its recipe, and its teacher and what was written where known."""
+        before = self.healing.get("before")
+        every = [*(before if isinstance(before, list) else ()), self.healing]
+        return [stage for stage in every if isinstance(stage, Mapping) and isinstance(stage.get("recipe"), Mapping)]
+
+    @property
+    def figures(self) -> Mapping[str, Any]:
+        """This model's entry in evaluation.json, {} without exactly one."""
+        entries = self.evaluation.get("models")
+        listed = [entry for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, list) else []
+        return listed[0] if len(listed) == 1 else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What a card says. `license` holds the Hub's fields: license, and license_name and license_link for others."""
+
+    repo: str
+    models: tuple[CardModel, ...]
+    base_model: str | None
+    license: Mapping[str, str]
+
+
+def base_model_of(conversion: Mapping[str, Any]) -> str | None:
+    """The Hub id (user/repo) that a conversion read from; None for a local source, whose path is not recorded."""
+    match = _HUB_ID.fullmatch(str(_section(conversion, "source").get("name", "")))
+    return match[1] if match else None
+
+
+def is_generated(text: str) -> bool:
+    """Whether a README.md is one that mlaconvert wrote and nobody edited."""
+    body, mark, _ = text.rpartition(_SEAL.split("{}", maxsplit=1)[0])
+    return bool(mark and text == _sealed(body)) or _STUB.fullmatch(text) is not None
+
+
+def write_card(facts: CardFacts) -> str:
+    """The card as Markdown under YAML metadata. The same facts give the same text."""
+    first = facts.models[0]
+    metadata = ModelCardData(
+        base_model=facts.base_model,
+        # The Hub knows adapter, merge, quantized and finetune; new weights at full precision are the last.
+        base_model_relation="finetune" if facts.base_model else None,
+        library_name="mlaconvert",
+        pipeline_tag="image-to-video" if first.config.model_type.startswith("i2v") else "text-to-video",
+        tags=list(_TAGS),
+        license=facts.license.get("license"),
+        license_name=facts.license.get("license_name"),
+        license_link=facts.license.get("license_link"),
+    )
+    sections = (
+        f"---\n{metadata.to_yaml()}\n---",
+        f"# {facts.repo.split('/')[-1]}",
+        _introduction(facts),
+        "## The model\n\n" + "\n\n".join(_geometry(model) for model in facts.models),
+        "## Figures\n\n" + "\n\n".join(_figures(model) for model in facts.models),
+        "## How it was made\n\n" + "\n\n".join(_making(model) for model in facts.models),
+        "## Use it\n\n" + _usage(facts),
+        "## Known limits\n\n" + "\n".join(f"- {limit}" for limit in _limits(facts)),
+    )
+    return _sealed("\n\n".join(sections) + "\n\n")
+
+
+def _sealed(body: str) -> str:
+    return body + _SEAL.format(hashlib.sha256(body.encode()).hexdigest())
+
+
+def _section(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A mapping inside a JSON record, {} when it is missing or something else."""
+    found = data.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _inline(value: Any) -> str:
+    """`value` in one line of Markdown that shows it and nothing else."""
+    return re.sub(r"([\\`*<>|\[\]])", r"\\\1", " ".join(str(value).split()))
+
+
+def _fenced(data: Any) -> str:
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110)
+    return f"```yaml\n{text}```"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def _titled(model: CardModel, text: str) -> str:
+    return f"### {_inline(model.subfolder)}\n\n{text}" if model.subfolder else text
+
+
+def _introduction(facts: CardFacts) -> str:
+    first = facts.models[0]
+    name = facts.base_model or _inline(_section(first.conversion, "source").get("name", "a Wan-family model"))
+    source = f"[{name}](https://huggingface.co/{name})" if facts.base_model else name
+    healed = any(model.healing for model in facts.models)
+    mla, dense = sum(first.config.cached_scalars()), first.config.num_layers * first.config.dense_scalars
+    trained = "then healed by training" if healed else "not trained since"
+    return (
+        f"{source} with Multi-Head Latent Attention: a token caches {mla:,} scalars instead of {dense:,} "
+        f"({100 * (1 - mla / dense):.1f}% less). Converted by "
+        f"mlaconvert {_inline(first.conversion.get('mlaconvert', __version__))}, {trained}."
+    )
+
+
+def _geometry(model: CardModel) -> str:
+    config, mla = model.config, model.config.mla
+    layers = [layer for layer in mla.layers if layer is not None] if mla else []
+    streaming = config.streaming
+    sees = (
+        f"streaming: chunks of {streaming.chunk_frames} latent frames, a window of {streaming.window_frames} "
+        f"with {streaming.sink_frames} of them a sink"
+        if streaming
+        else "bidirectional: all frames at once"
+    )
+
+    def spread(values: Sequence[int]) -> str:
+        low, high = min(values), max(values)
+        return str(low) if low == high else f"{low} to {high}"
+
+    shared = f"one of {spread([layer.qk_rope_head_dim for layer in layers])} scalars for all heads of a layer"
+    rotary = {
+        "cached": f"{shared}, cached beside the latent",
+        "latent": f"{shared}, read from the latent",
+        "head": "each head's own content keys, turned by all rotary pairs",
+    }
+    rows = [
+        ("", ""),
+        ("architecture", _inline(model.description)),
+        ("converted layers", f"{len(layers)} of {config.num_layers}"),
+        ("latent, a layer", f"{spread([layer.kv_lora_rank for layer in layers])} channels"),
+        ("rotary key", rotary[mla.rope] if mla else ""),
+        ("cached for a token, a layer", f"{spread(config.cached_scalars())} scalars, dense {config.dense_scalars}"),
+        ("queries", "exact" if mla and mla.q_lora_rank is None else f"latent of {mla.q_lora_rank if mla else 0}"),
+        ("key norm", "exact, one more scalar a token" if mla and mla.key_norm == "token" else "RMSNorm on the latent"),
+        ("sees time", sees),
+    ]
+    return _titled(model, _table(rows))
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _pair(found: Mapping[str, Any], name: str) -> tuple[float, float] | None:
+    """Teacher's and student's figure of that name."""
+    both = _section(found, name)
+    teacher, student = _number(both.get("teacher")), _number(both.get("student"))
+    return (teacher, student) if teacher and student is not None else None
+
+
+def _figures(model: CardModel) -> str:
+    found = model.figures
+    if not found:
+        text = "None yet: the folder holds no results of `mlaconvert evaluate`, so nothing is known about its quality."
+        return _titled(model, text)
+    rows: list[tuple[str, str, str]] = [("", "teacher", "this model")]
+    teacher, student = _number(found.get("teacher_loss")), _number(found.get("student_loss"))
+    if teacher and student is not None:
+        rows.append(("validation loss", f"{teacher:.4g}", f"{student:.4g} ({100 * (student / teacher - 1):+.1f}%)"))
+    if (velocity := _number(found.get("velocity_error"))) is not None:
+        rows.append(("velocity, relative error", "", f"{100 * velocity:.2f}%"))
+    listed = found.get("attention_errors")
+    errors = {i: _number(value) for i, value in enumerate(listed)} if isinstance(listed, list) else {}
+    known = {i: error for i, error in errors.items() if error is not None}
+    if known:
+        mean, worst = sum(known.values()) / len(known), max(known, key=lambda i: known[i])
+        figures = f"mean {100 * mean:.2f}%, worst {100 * known[worst]:.2f}% (layer {worst})"
+        rows.append(("attention output of a layer, relative error", "", figures))
+    if pair := _pair(found, "cache_bytes"):
+        sizes = [format_bytes(int(size)) for size in pair]
+        rows.append(
+            ("KV cache of one video, measured", sizes[0], f"{sizes[1]} ({100 * (pair[1] / pair[0] - 1):+.1f}%)")
+        )
+    if pair := _pair(found, "frames_per_second"):
+        rows.append(("video frames per second, without the VAE", f"{pair[0]:.3g}", f"{pair[1]:.3g}"))
+    dense = _section(_section(model.evaluation, "teacher_vbench"), "scores")
+    scores = _section(_section(found, "vbench"), "scores")
+    for name, score in scores.items():
+        if (value := _number(score)) is not None:
+            other = _number(dense.get(name))
+            rows.append((f"VBench {_inline(name)}", "" if other is None else f"{other:.4f}", f"{value:.4f}"))
+    if len(rows) == 1:
+        return _titled(model, "`evaluation.json` has the results of `mlaconvert evaluate`.")
+    conditions = {name: model.evaluation[name] for name in _CONDITIONS if model.evaluation.get(name)}
+    text = f"{_table(rows)}\n\nThe teacher is the model that this one was converted from. "
+    text += "`evaluation.json` has all results of `mlaconvert evaluate`"
+    if conditions:
+        text += f", which ran under these conditions:\n\n{_fenced(without_curves(conditions))}"
+    else:
+        text += "."
+    return _titled(model, text)
+
+
+def without_curves(value: Any) -> Any:
+    """Plain data without its curves: lists of more than 16 items become their length."""
+    if isinstance(value, Mapping):
+        return {str(key): without_curves(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_curves(item) for item in value] if len(value) <= _LONGEST_LIST else f"{len(value)} values"
+    return value
+
+
+def _making(model: CardModel) -> str:
+    source, recipe = _section(model.conversion, "source"), _section(model.conversion, "recipe")
+    if not recipe:
+        return _titled(model, "The folder holds no conversion.json, so its recipe is not known.")
+    # What is None took the model's own value, and takes it again.
+    settings = {name: value for name, value in recipe.items() if value is not None}
+    name, inside = source.get("name", "CHECKPOINT"), source.get("subfolder")
+    where = f"`{name}`, folder `{inside}`" if inside else f"`{name}`"
+    records = source.get("loras")
+    loras = [record for record in records if isinstance(record, Mapping)] if isinstance(records, list) else []
+    merged = "".join(f" --lora {lora.get('name')} --lora-scale {lora.get('scale')}" for lora in loras)
+    parts = [
+        f"Converted from {where} by `mlaconvert convert {name} -o DIR --recipe recipe.yaml"
+        f"{f' --subfolder {inside}' if inside else ''}{merged}` with this recipe.yaml:",
+        _fenced(settings),
+    ]
+    if source.get("sha256"):
+        parts.append(f"SHA-256 of the source's weight files, in order of their names: `{source['sha256']}`")
+    parts += [f"SHA-256 of the LoRA {_inline(lora.get('name'))}: `{lora.get('sha256')}`" for lora in loras]
+    for stage in model.stages:
+        settings = {name: value for name, value in stage["recipe"].items() if value is not None}
+        written = _section(stage, "written")
+        parts += [
+            f"Then healed by `mlaconvert heal`, teacher {_inline(stage.get('teacher', 'not recorded'))}, the weights "
+            f"of step {_inline(written.get('step', 'unknown'))}, with this recipe (`healing.json` has the curves):",
+            _fenced(settings),
+        ]
+    return _titled(model, "\n\n".join(parts))
+
+
+def _usage(facts: CardFacts) -> str:
+    model = facts.models[0]
+    config = model.config
+    video = default_video(config)
+    height, width = video.height // video.vae_stride, video.width // video.vae_stride
+    frames = (config.streaming or StreamingConfig()).chunk_frames
+    subfolder = f', subfolder="{model.subfolder}"' if model.subfolder else ""
+    lines = ["import torch", "", "from mlaconvert.model import load_model"]
+    streams = config.streaming is not None and config.in_dim == config.out_dim and config.image_dim is None
+    if streams:
+        lines.append("from mlaconvert.rollout import Sampler, rollout")
+    lines += [
+        "",
+        'device = "cuda" if torch.cuda.is_available() else "cpu"',
+        f'model = load_model("{facts.repo}"{subfolder}, device=device)',
+        f"context = torch.zeros(1, 1, {config.text_dim}, device=device)  # put the prompt's text embeddings here",
+    ]
+    if streams:
+        lines += [
+            f"sampler = Sampler.{'few_step()' if model.config.few_step else 'many_step(20)'}",
+            f"for latents in rollout(model, context, frames={2 * frames}, height={height}, width={width}, "
+            "sampler=sampler):",
+            f"    print(latents.shape)  # [1, {config.out_dim}, {frames}, {height}, {width}], to be decoded by the VAE",
+        ]
+    else:
+        channels = config.out_dim
+        lines.append(f"latents = torch.randn(1, {channels}, {frames}, {height}, {width}, device=device)")
+        extra = ""
+        if config.in_dim != channels:
+            lines.append(
+                f"image = torch.zeros(1, {config.in_dim - channels}, {frames}, {height}, {width}, device=device)"
+                "  # mask and first frame"
+            )
+            extra += ", image_latents=image"
+        if config.image_dim is not None:
+            lines.append(f"features = torch.zeros(1, 257, {config.image_dim}, device=device)  # CLIP's, of the image")
+            extra += ", image_features=features"
+        lines += [
+            "with torch.no_grad():",
+            f"    velocity = model(latents, torch.tensor([500.0], device=device), context{extra})",
+            "print(velocity.shape)  # noise - data at timestep 500 of 1000, shaped like the latents",
+        ]
+    python = "\n".join(lines)
+    others = [f"`{other.subfolder}`" for other in facts.models[1:]]
+    again = ""
+    if facts.base_model and config.in_dim == config.out_dim and config.image_dim is None:
+        flag = f" --subfolder {model.subfolder}" if model.subfolder else ""
+        again = f" `mlaconvert evaluate {facts.repo}{flag}` measures it again beside its teacher."
+    both = f"\n\nThe other expert is the subfolder {', '.join(others)}." if others else ""
+    return (
+        f"With mlaconvert {__version__} or later installed:\n\n```python\n{python}\n```{both}\n\n"
+        f"```bash\nmlaconvert analyze {facts.repo}\n```\n\nshows what its layers cache and how full their latents are."
+        f"{again}"
+    )
+
+
+def _limits(facts: CardFacts) -> list[str]:
+    first = facts.models[0]
+    limits = []
+    if not any(model.healing for model in facts.models):
+        limits.append(
+            "A conversion alone loses quality, and this one has not been trained since; see the figures above."
+        )
+    if not first.figures:
+        limits.append("It has not been evaluated against its teacher.")
+    limits.append("It maps latents and text embeddings to latents: VAE and text encoder are the base model's.")
+    if first.config.streaming is None:
+        limits.append(
+            "It sees all frames at once, so the smaller cache only pays off once it is run chunk by chunk, which it "
+            "has not been trained for."
+        )
+    else:
+        limits.append(
+            "It generates causally, chunk by chunk, and remembers what its window holds; what leaves the window is "
+            "forgotten but for the sink."
+        )
+    limits.append("Libraries that do not know Multi-Head Latent Attention in Wan models cannot load its weights.")
+    limits.append(
+        "What the base model cannot do or does wrong, this one does too"
+        + ("." if facts.license else "; no licence is known for it, so ask its authors before you use it.")
+    )
+    return limits

@@ -1,0 +1,1 @@
+"""The HTML report of an evaluation: one file, nothing loaded from elsewhere."""

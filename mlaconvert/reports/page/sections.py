@@ -1,0 +1,346 @@
+"""An evaluation as one HTML page that needs nothing else: no script, no request, light and dark, narrow and wide.
+
+Charts are inline SVG, frames inline PNG. Every chart has its numbers in a table below it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlaconvert.evaluation.compare import ModelEvaluation
+from mlaconvert.evaluation.drift import STATISTICS
+from mlaconvert.evaluation.report import Report
+from mlaconvert.evaluation.vbench import SIX
+from mlaconvert.files.names import EVALUATION_NAME, REPORT_NAME
+from mlaconvert.latent.spectrum import cumulative_energy
+from mlaconvert.reports.page.pictures import STRIP, data_uri, previews
+from mlaconvert.reports.page.style import STYLE
+from mlaconvert.reports.page.svg import Series, change_of_bytes, chart, number_tick, percent_tick
+from mlaconvert.reports.tables import percent, signed_percent, summary_notes, summary_rows, write_whole
+
+
+def save(report: Report, folder: Path) -> Path:
+    """Put evaluation.json and the page into a model's folder; the page's path. Raises OutputError."""
+    text = json.dumps(report.to_json(), indent=2) + "\n"
+    write_whole(folder / EVALUATION_NAME, text.encode(), "the results")
+    write_page(report, folder / REPORT_NAME)
+    return folder / REPORT_NAME
+
+
+def write_page(report: Report, path: Path) -> None:
+    """Write the page of `report` to `path`, whole or not at all. Raises OutputError when it cannot be written."""
+    write_whole(path, render(report).encode(), "the page")
+
+
+def render(report: Report) -> str:
+    """The page as HTML."""
+    names = [model.path for model in report.models]
+    title = f"{', '.join(names)} beside {report.teacher}"
+    sections = (
+        _summary(report),
+        _strips(report),
+        _layers(report),
+        _timesteps(report),
+        _drift(report),
+        _vbench(report),
+        _spectra(report),
+        _making(report),
+    )
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<h1>{escape(', '.join(names))}</h1>\n"
+        f'<p class="lead">Multi-Head Latent Attention, measured beside its teacher <b>{escape(report.teacher)}</b> '
+        f"on the same clips, noise and noise levels.</p>\n"
+        + "\n".join(section for section in sections if section)
+        + f"\n</main>\n<footer>Written by mlaconvert {escape(report.versions['mlaconvert'])}.</footer>\n"
+        "</body>\n</html>\n"
+    )
+
+
+def _section(title: str, *parts: str) -> str:
+    anchor = re.sub(r"\W+", "-", title.lower())
+    return (
+        f'<section aria-labelledby="{anchor}">\n<h2 id="{anchor}">{escape(title)}</h2>\n'
+        + "\n".join(parts)
+        + "\n</section>"
+    )
+
+
+def _summary(report: Report) -> str:
+    """Tiles with the first model's figures, and a table with all."""
+    first = report.models[0]
+    tiles = [
+        ("cache", f"−{100 * first.cache_reduction:.1f}%", change_of_bytes(first)),
+        ("validation loss", signed_percent(first.fidelity.excess), "above the teacher’s"),
+        ("velocity error", percent(first.fidelity.velocity_error), "relative to the teacher’s"),
+    ]
+    if first.speed is not None:
+        tiles.append(("speed", f"{first.speed.ratio:.2f}×", "the teacher’s, in the same run"))
+    shown = "".join(
+        f'<div class="tile"><dt>{escape(name)}</dt><dd><b>{escape(value)}</b> <span>{escape(note)}</span></dd></div>'
+        for name, value, note in tiles
+    )
+    heads = ("", "teacher", *(model.path for model in report.models))
+    of = f"<p>{escape(first.path)} in short:</p>" if len(report.models) > 1 else ""
+    notes = f"<p>{escape(' '.join(summary_notes(report)))}</p>"
+    return _section(
+        "Summary", of, f'<dl class="tiles">{shown}</dl>', _table("Every figure", heads, summary_rows(report)), notes
+    )
+
+
+def _strips(report: Report) -> str:
+    teacher = report.models[0].teacher_video
+    if teacher is None:
+        return ""
+    shown = torch.linspace(0, teacher.shape[2] - 1, STRIP).round().long()
+    rows = [("teacher", teacher), *((model.path, model.video) for model in report.models if model.video is not None)]
+    pictures = previews([video[:, :, shown] for _, video in rows], pixels=report.pixels)
+    plan = report.conditions["rollout"]
+    at = ", ".join(str(i) for i in shown.tolist())
+    figures = []
+    for video in range(teacher.shape[0]):
+        images = "".join(
+            f'<div class="strip"><span>{escape(name)}</span><img alt="Frames of video {video + 1}: {escape(name)}" '
+            f'src="{data_uri(picture[video])}"></div>'
+            for (name, _), picture in zip(rows, pictures, strict=True)
+        )
+        figures.append(
+            f'<figure class="scroll" tabindex="0" role="group" aria-label="Video {video + 1}">{images}</figure>'
+        )
+    what = (
+        "RGB frames."
+        if report.pixels
+        else "A linear preview, not decoded video: the teacher’s first three principal components of the latent "
+        "channels as red, green and blue, the same for all models."
+    )
+    given = f" The first {plan['given_frames']} frames are given." if plan["given_frames"] else ""
+    return _section(
+        "Frames",
+        f"<p>Rollouts from the same noise, latent frames {at}.{given} {what} Videos from one noise part over time "
+        "without being worse; look for blur, loss of motion and colour that runs away.</p>",
+        *figures,
+    )
+
+
+def _layers(report: Report) -> str:
+    models = report.models
+    count = len(models[0].fidelity.attention_errors)
+    series = [
+        Series(m.path, [(i, e) for i, e in enumerate(m.fidelity.attention_errors)], i, marker=True)
+        for i, m in enumerate(models)
+    ]
+    rows = [(str(i), *(percent(m.fidelity.attention_errors[i]) for m in models)) for i in range(count)]
+    return _section(
+        "Errors by layer",
+        "<p>Self-attention’s output in each layer when it reads what the teacher’s layer reads: error relative to the "
+        "teacher’s output.</p>",
+        '<div class="charts">' + chart("Error of the attention output", "layer", series, percent_tick) + "</div>",
+        _details("Errors by layer", ("layer", *(m.path for m in models)), rows),
+    )
+
+
+def _timesteps(report: Report) -> str:
+    models = report.models
+    errors = [
+        Series(m.path, [(s.timestep, s.velocity_error) for s in m.timesteps], i, marker=True)
+        for i, m in enumerate(models)
+    ]
+    losses = [
+        Series("teacher", [(s.timestep, s.teacher_loss) for s in models[0].timesteps], None, marker=True),
+        *(
+            Series(m.path, [(s.timestep, s.student_loss) for s in m.timesteps], i, marker=True)
+            for i, m in enumerate(models)
+        ),
+    ]
+    rows = [
+        (
+            f"{step.timestep:.1f}",
+            f"{step.teacher_loss:.4f}",
+            *(f"{m.timesteps[i].student_loss:.4f}" for m in models),
+            *(percent(m.timesteps[i].velocity_error) for m in models),
+        )
+        for i, step in enumerate(models[0].timesteps)
+    ]
+    heads = ("timestep", "loss, teacher", *(f"loss, {m.path}" for m in models), *(f"error, {m.path}" for m in models))
+    streaming = report.conditions["streaming"] is not None
+    seen = "The newest chunk is at the timestep, the chunks before it are clean." if streaming else ""
+    return _section(
+        "Velocity by timestep",
+        f"<p>1000 is pure noise. {seen}</p>",
+        '<div class="charts">'
+        + chart("Velocity, relative to the teacher’s", "timestep", errors, percent_tick)
+        + chart("Velocity loss", "timestep", losses, number_tick)
+        + "</div>",
+        _details("Velocity by timestep", heads, rows),
+    )
+
+
+def _drift(report: Report) -> str:
+    drifts = [(i, model.path, model.drift) for i, model in enumerate(report.models) if model.drift is not None]
+    if not drifts:
+        return ""
+    first, other = drifts[0][2], "teacher, another seed"
+    frames = len(first.difference["student"])
+    parts = [
+        ("Difference from the teacher’s frame", None, [drift.difference for _, _, drift in drifts], percent_tick),
+        *(
+            (words[0].upper() + words[1:], name, [drift.statistics[name] for _, _, drift in drifts], number_tick)
+            for name, words in STATISTICS.items()
+        ),
+    ]
+    charts, tables = [], []
+    for title, name, curves, tick in parts:
+        begin = frames - len(curves[0]["student"])
+        lines = [
+            *([Series("teacher", list(enumerate(curves[0]["teacher"], begin)), None)] if name else []),
+            *(
+                Series(path, list(enumerate(curve["student"], begin)), i)
+                for (i, path, _), curve in zip(drifts, curves, strict=True)
+            ),
+            Series(other, list(enumerate(curves[0]["other_seed"], begin)), None, thin=True),
+        ]
+        charts.append(chart(title, "latent frame", lines, tick, zero=name != "mean"))
+        write = "{:.4g}".format if name else percent
+        rows = [
+            (str(f), *(write(y) for y in values))
+            for f, values in enumerate(zip(*([y for _, y in line.points] for line in lines), strict=True), begin)
+        ]
+        tables.append(_details(title, ("latent frame", *(line.name for line in lines)), rows))
+    plan = report.conditions["rollout"]
+    return _section(
+        "Drift",
+        f"<p>{plan['videos']} rollouts of {frames} latent frames from the teacher’s own noise. Chaos alone carries two "
+        "rollouts apart, as the teacher’s with another seed shows; a model that loses quality leaves the teacher’s "
+        "statistics as well.</p>",
+        '<div class="charts">' + "".join(charts) + "</div>",
+        *tables,
+    )
+
+
+def _vbench(report: Report) -> str:
+    scored = [(m.path, m.vbench) for m in report.models if m.vbench is not None]
+    if report.teacher_vbench is not None:
+        scored.insert(0, (f"{report.teacher} (teacher)", report.teacher_vbench))
+    if not scored:
+        return ""
+    names = list(dict.fromkeys(name for _, found in scored for name in found.scores))
+    rows = [
+        (
+            name.replace("_", " "),
+            *(f"{100 * f.scores[name]:.2f}" if name in f.scores else "" for _, f in scored),
+        )
+        for name in names
+    ]
+    means = [found.mean_of_six for _, found in scored]
+    if any(mean is not None for mean in means):
+        rows.append((f"mean of {len(SIX)}", *(f"{100 * mean:.2f}" if mean is not None else "" for mean in means)))
+    return _section(
+        "VBench",
+        "<p>In percent, more is better. The mean is the plain one of the dimensions that VBench takes one’s own "
+        "prompts for.</p>",
+        _table("VBench scores", ("dimension", *(path for path, _ in scored)), rows),
+    )
+
+
+def _spectra(report: Report) -> str:
+    source = next((m.conversion for m in report.models if m.conversion and m.conversion.get("layers")), None)
+    if source is None:
+        return ""
+    layers = [layer for layer in source["layers"] if layer.get("singular_values")]
+    curves = []
+    for layer in layers:
+        energy = cumulative_energy(torch.tensor(layer["singular_values"], dtype=torch.float64)).tolist()
+        step = max(1, len(energy) // 64)
+        picked = [0, *range(step, len(energy), step), len(energy)]
+        curves.append(Series(f"layer {layer['layer']}", [(r, [0.0, *energy][r]) for r in dict.fromkeys(picked)], None))
+    ranks = [Series("r_0.99", [(layer["layer"], layer["effective_rank"]) for layer in layers], 0, marker=True)]
+    scalars = {
+        m.path: {layer["layer"]: _cached(m, layer["layer"]) for layer in m.conversion["layers"]}
+        for m in report.models
+        if m.conversion and m.conversion.get("layers")
+    }
+    heads = ("layer", "r_0.99 of [W_K; W_V]", *(f"energy at the latent’s rank, {name}" for name in scalars))
+    rows = [
+        (str(layer["layer"]), str(layer["effective_rank"]), *(by.get(layer["layer"], "") for by in scalars.values()))
+        for layer in layers
+    ]
+    return _section(
+        "Spectra of the teacher’s weights",
+        "<p>[W_K; W_V] of each converted layer: the share of its energy (squared singular values) that the leading "
+        "directions hold, and the smallest rank that holds 99%. It does not predict quality after training.</p>",
+        '<div class="charts">'
+        + chart("Energy held by the leading directions", "rank", curves, percent_tick, bundle=True)
+        + chart("Rank that holds 99% of the energy", "layer", ranks, number_tick, legend=False)
+        + "</div>",
+        _details("Spectra", heads, rows),
+    )
+
+
+def _cached(model: ModelEvaluation, layer: int) -> str:
+    found = next(e for e in (model.conversion or {})["layers"] if e["layer"] == layer)
+    return percent(found["energy_at_kv_rank"])
+
+
+def _making(report: Report) -> str:
+    parts = []
+    for model in report.models:
+        if model.conversion is None:
+            continue
+        source = model.conversion.get("source") or {}
+        facts = {"source": source.get("name"), "source SHA-256": source.get("sha256")}
+        parts.append(_settings(f"Recipe of {model.path}", facts | (model.conversion.get("recipe") or {})))
+        if model.healing is not None:
+            written = {f"written {name}": value for name, value in (model.healing.get("written") or {}).items()}
+            parts.append(_settings(f"Healing of {model.path}", written | (model.healing.get("recipe") or {})))
+    conditions = {name: value for name, value in report.conditions.items() if name != "notes"}
+    parts += [
+        _settings("Data", report.data),
+        _settings("Conditions", conditions),
+        _settings("Versions", report.versions),
+    ]
+    notes = "".join(f"<li>{escape(note)}</li>" for note in report.conditions["notes"])
+    return _section("How it was made and measured", f"<ul>{notes}</ul>" if notes else "", *parts)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {_plain(item)}" for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_plain(item) for item in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "figures") -> str:
+    top = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table class="{kind}">'
+        f"<caption>{escape(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _details(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table that is folded away."""
+    return f"<details><summary>{escape(title)}, as a table</summary>{_table(title, heads, rows)}</details>"
+
+
+def _settings(title: str, facts: Mapping[str, Any]) -> str:
+    """An open table of names and values; what is not set is left out."""
+    rows = [(name.replace("_", " "), _plain(value)) for name, value in facts.items() if value not in (None, "")]
+    table = _table(title, ("setting", "value"), rows, "settings")
+    return f"<details open><summary>{escape(title)}</summary>{table}</details>"

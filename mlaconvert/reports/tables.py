@@ -1,0 +1,359 @@
+"""What people see of an analysis, a conversion or a memory plan: rich tables."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from mlaconvert.conversion.plan import ConversionPlan
+from mlaconvert.conversion.report import ModelReport
+from mlaconvert.conversion.spectra import Analysis, DenseSpectra, LatentSpectrum
+from mlaconvert.errors import OutputError
+from mlaconvert.evaluation.drift import STATISTICS
+from mlaconvert.evaluation.report import Report
+from mlaconvert.evaluation.sweep import SweepReport
+from mlaconvert.files import staging
+from mlaconvert.model.memory import MemoryPlan
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def format_bytes(count: int) -> str:
+    """`count` bytes in binary units, three or more significant digits: 180 KiB, 1.87 GiB."""
+    value, unit = float(count), 0
+    # What would round up to 1024 belongs to the next unit.
+    while value >= 1023.5 and unit < len(_UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    digits = 0 if unit == 0 or value >= 100 or value.is_integer() else 1 if value >= 10 else 2
+    return f"{value:.{digits}f} {_UNITS[unit]}"
+
+
+def titled(name: str) -> str:
+    """What a line or a title begins with when there are several models: the subfolder's name."""
+    return f"{name}: " if name else ""
+
+
+def percent(share: float) -> str:
+    """0.0734 -> 7.3%."""
+    return f"{100 * share:.1f}%"
+
+
+def signed_percent(share: float) -> str:
+    """0.0734 -> +7.3%."""
+    return f"{100 * share:+.1f}%"
+
+
+def _count(number: float) -> str:
+    return f"{number:.1f}".removesuffix(".0")
+
+
+# Title, the figure's name in Analysis.summary, how to write it. {t} is the threshold, {k} the budget's rank.
+_DENSE_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("r_{t}\nK", "key_rank", _count),
+    ("r_{t}\nV", "value_rank", _count),
+    ("r_{t}\n\\[K;V]", "joint_rank", _count),
+    ("energy\nat {k}", "energy_at_budget", percent),
+    ("error\nat {k}", "relative_error", percent),
+)
+_WEIGHTED_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("r_{t}\nweighted", "weighted_rank", _count),
+    ("predicted\nerror at {k}", "predicted_error", percent),
+)
+_LATENT_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("d_c", "kv_lora_rank", _count),
+    ("r_{t}\nM", "effective_rank", _count),
+    ("M\nof d_c", "occupancy", percent),
+    ("random\nof d_c", "baseline_occupancy", percent),
+)
+
+
+def _figures(layer: DenseSpectra | LatentSpectrum) -> dict[str, float]:
+    if isinstance(layer, DenseSpectra):
+        figures: dict[str, float] = {
+            "key_rank": layer.key.effective_rank,
+            "value_rank": layer.value.effective_rank,
+            "joint_rank": layer.joint.effective_rank,
+            "energy_at_budget": layer.joint.energy,
+            "relative_error": layer.joint.error,
+        }
+        if layer.weighted is not None:
+            figures |= {"weighted_rank": layer.weighted.effective_rank, "predicted_error": layer.weighted.error}
+        return figures
+    return {
+        "kv_lora_rank": layer.kv_lora_rank,
+        "effective_rank": layer.effective_rank,
+        "occupancy": layer.occupancy,
+        "baseline_occupancy": layer.baseline_occupancy,
+    }
+
+
+def analysis_table(analysis: Analysis) -> Table:
+    """One row a layer, then min, median and max.
+
+    Dense layers: effective ranks of K, V and [K; V] (of D), and what [K; V] keeps at the budget's rank; with clips
+    also the effective rank of the weighted spectrum and the error that it predicts at the budget. MLA layers:
+    effective rank of M, its share of d_c, and the same of random factors. A model with both has both sets of columns.
+    """
+    columns = (_DENSE_COLUMNS if analysis.dense else ()) + (_LATENT_COLUMNS if analysis.latent else ())
+    columns += _WEIGHTED_COLUMNS if analysis.weighted else ()
+    notes = []
+    if analysis.dense:
+        notes.append(f"Ranks are of D = {analysis.dim}; energy and error are those of \\[K;V].")
+    if analysis.latent:
+        notes.append("Random: Gaussian factors of the same shapes. A rank like theirs proves no learning.")
+    notes.append("The effective rank of weights does not predict quality after healing.")
+    if analysis.weighted:
+        notes.append("Weighted: by the inputs that arrive, and what attention makes of them.")
+    table = Table(title="Weight spectra of self-attention", collapse_padding=bool(analysis.dense and analysis.latent))
+    table.caption, table.caption_justify = "\n".join(notes), "left"
+    table.add_column("layer", justify="right")
+    for title, _, _ in columns:
+        table.add_column(title.format(t=f"{analysis.threshold:g}", k=analysis.kv_rank), justify="right")
+    for layer in analysis.layers:
+        figures = _figures(layer)
+        cells = (write(figures[name]) if name in figures else "-" for _, name, write in columns)
+        table.add_row(str(layer.layer), *cells)
+    table.add_section()
+    summary = analysis.summary()
+    for row in ("min", "median", "max"):
+        table.add_row(row, *(write(getattr(summary[name], row)) for _, name, write in columns), style="bold")
+    return table
+
+
+def budget_table(analysis: Analysis) -> Table:
+    """What the weighted spectra predict for each budget: one row a latent width, the chosen one in bold."""
+    table = Table(title="Predicted error of each latent budget, calibrated", caption_justify="left")
+    for name in ("latent\nchannels", "cached\nscalars", "less\ncache", "min", "median", "max"):
+        table.add_column(name, justify="right")
+    for budget in analysis.budgets():
+        table.add_row(
+            str(budget.kv_rank),
+            str(budget.cached_scalars),
+            percent(1 - budget.cache_share),
+            *(percent(getattr(budget.summary, name)) for name in ("min", "median", "max")),
+            style="bold" if budget.kv_rank == analysis.kv_rank else None,
+        )
+    table.caption = (
+        "Relative error of attention's output, linearised and\nbefore refits: it compares budgets and layers, and is\n"
+        "no measurement.\nCached: the latent and one scalar of the key norm."
+    )
+    return table
+
+
+def tensor_table(plan: ConversionPlan) -> Table:
+    """The new tensors of the first converted layer, which stand for all, and what passes through."""
+    first = min(plan.layers)
+    table = Table(title=f"Tensors of each converted layer (here layer {first})")
+    table.add_column("tensor")
+    for name in ("shape", "dtype", "size"):
+        table.add_column(name, justify="right")
+    for operation in plan.operations:
+        if operation.layer == first:
+            spec = operation.spec
+            shape, dtype = " x ".join(map(str, spec.shape)), str(spec.dtype).removeprefix("torch.")
+            table.add_row(spec.name, shape, dtype, format_bytes(spec.nbytes))
+    passed = [operation.spec.nbytes for operation in plan.operations if operation.layer is None]
+    table.add_section()
+    table.add_row(f"{len(passed)} tensors that pass through", "", "", format_bytes(sum(passed)))
+    return table
+
+
+def layer_table(model: ModelReport) -> Table:
+    """One row a converted layer: how compressible it was, and what the factors miss."""
+    table = Table(title=f"{titled(model.plan.subfolder)}converted layers")
+    rows = [layer.to_json() for layer in model.layers]
+    stages = list(rows[0]["errors"]) if rows else []
+    calibrated = model.plan.recipe.init == "calibrated"  # random inputs say nothing of it, and it has real ones
+    checked = model.verification.attention_errors if model.verification is not None and not calibrated else {}
+    for name in ("layer", "r_0.99\n\\[K;V]", "energy at\nkv rank", *(f"error\n{stage}" for stage in stages)):
+        table.add_column(name, justify="right")
+    if checked:
+        table.add_column("attention\noutput", justify="right")
+    for row in rows:
+        cells = [str(row["layer"]), str(row["effective_rank"]), f"{100 * row['energy_at_kv_rank']:.1f}%"]
+        cells += [f"{row['errors'][stage]:.3g}" for stage in stages]
+        cells += [f"{checked[row['layer']]:.3g}"] if checked else []
+        table.add_row(*cells)
+    table.caption_justify = "left"
+    if stages:
+        table.caption = (
+            "Relative errors of the attention output on the calibration clips, after each step."
+            if calibrated
+            else "Relative errors on inputs guessed from the modulation: a proxy, no data was seen."
+        )
+    return table
+
+
+def loss_table(model: ModelReport) -> Table:
+    """The model's loss after each step of a calibrated conversion, on clips that the calibration did not see."""
+    table = Table(title=f"{titled(model.plan.subfolder)}loss, step by step")
+    for name in ("with all layers", "loss", "above dense"):
+        table.add_column(name, justify="left" if name == "with all layers" else "right")
+    dense = model.losses["dense"]
+    for name, loss in model.losses.items():
+        table.add_row(name, f"{loss:.4f}", "" if name == "dense" else f"{100 * (loss / dense - 1):+.1f}%")
+    table.caption, table.caption_justify = (
+        "Mean squared error of the velocity on clips held back from calibration.",
+        "left",
+    )
+    return table
+
+
+def memory_table(plan: MemoryPlan) -> Table:
+    """Dense and MLA side by side in binary units, with the change; with a GPU, also what fits on it."""
+    reduction = f"{-plan.reduction_percent:+.1f}%, {plan.ratio:.1f}x"
+    change = 100 * (plan.mla.weight_bytes / plan.dense.weight_bytes - 1)
+    frames = plan.window_frames
+    table = Table(title=f"Memory at {plan.height}x{plan.width}, {plan.fps} fps, batch {plan.batch}")
+    table.add_column("")
+    for side in ("dense", "MLA", "change"):
+        table.add_column(side, justify="right")
+    for name, dense, mla, text in (
+        ("cache of a token", plan.dense.bytes_per_token, plan.mla.bytes_per_token, reduction),
+        (
+            f"cache of {frames} latent frames, {plan.seconds(frames):.2f} s",
+            plan.dense.bytes_per_window,
+            plan.mla.bytes_per_window,
+            reduction,
+        ),
+        ("cache of a minute kept whole", plan.dense.bytes_per_minute, plan.mla.bytes_per_minute, reduction),
+        ("weights", plan.dense.weight_bytes, plan.mla.weight_bytes, f"{change:+.1f}%"),
+    ):
+        table.add_row(name, format_bytes(dense), format_bytes(mla), text)
+    layers = len(plan.dense.scalars_per_token)
+    notes = [f"Cache: {layers} layers, {plan.itemsize} bytes a scalar, {plan.frame_tokens} tokens a latent frame."]
+    if plan.gpu_bytes is not None:
+        table.add_section()
+        batches = (plan.dense.largest_batch, plan.mla.largest_batch)
+        windows = (plan.dense.longest_window, plan.mla.longest_window)
+        table.add_row(f"max batch at {frames} frames", *map(_bound, batches))
+        table.add_row(f"max window at batch {plan.batch}", *(_bound(w, " frames") for w in windows))
+        table.add_row("", *(f"{plan.seconds(w):.1f} s" if w else "" for w in windows))
+        notes.append(
+            f"Max: an upper bound for {format_bytes(plan.gpu_bytes)} less the weights; activations not counted."
+        )
+    table.caption, table.caption_justify = "\n".join(notes), "left"
+    return table
+
+
+def _bound(count: int | None, unit: str = "") -> str:
+    return f"{count}{unit}" if count else "does not fit"
+
+
+def write_whole(path: Path, data: bytes, what: str) -> None:
+    """Replace `path` by `data`, at once and only when all is on the disk. Raises OutputError, which says `what`."""
+    try:
+        staging.write_whole(path, data)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write {what} ({error.strerror}); choose another path") from error
+
+
+def summary_rows(report: Report) -> list[tuple[str, ...]]:
+    """Name, the teacher's figure and one for each model; "" where there is none."""
+    models = report.models
+    first = models[0]
+    rows = [
+        (
+            "cache of one video",
+            format_bytes(first.cache_bytes["teacher"]),
+            *(f"{format_bytes(m.cache_bytes['student'])} ({-100 * m.cache_reduction:+.1f}%)" for m in models),
+        ),
+        (
+            "validation loss",
+            f"{first.fidelity.teacher_loss:.4f}",
+            *(f"{m.fidelity.student_loss:.4f} ({signed_percent(m.fidelity.excess)})" for m in models),
+        ),
+        ("velocity error", "", *(percent(m.fidelity.velocity_error) for m in models)),
+        (
+            "attention error, median layer",
+            "",
+            *(percent(statistics.median(m.fidelity.attention_errors)) for m in models),
+        ),
+        ("attention error, worst layer", "", *(percent(max(m.fidelity.attention_errors)) for m in models)),
+    ]
+    drifts = [m.drift for m in models if m.drift is not None]
+    if drifts:
+        reference = drifts[0].late_difference["other_seed"]
+        late = (percent(drift.late_difference["student"]) for drift in drifts)
+        rows.append(("rollout, difference", f"{percent(reference)} *", *late))
+    for name in STATISTICS if drifts else ():
+        other, *found = (
+            signed_percent(deviation[name])
+            for deviation in (drifts[0].deviation["other_seed"], *(drift.deviation["student"] for drift in drifts))
+        )
+        rows.append((f"rollout, {name}", f"{other} *", *found))
+    speeds = [speed for speed in (m.frames_per_second for m in models) if speed is not None]
+    if speeds:
+        rates = (f"{speed['student']:.3g} ({speed['ratio']:.2f}x)" for speed in speeds)
+        rows.append(("frames a second", " / ".join(f"{speed['teacher']:.3g}" for speed in speeds), *rates))
+    return rows
+
+
+def summary_notes(report: Report) -> list[str]:
+    """What the rows of `summary_rows` were measured on."""
+    data, plan = report.data, report.conditions["rollout"]
+    notes = [f"Losses and errors: {data['clips']} clips of {data['latent_frames']} latent frames ({data['from']})."]
+    if plan is not None:
+        notes.append(
+            f"Rollouts: {plan['videos']} of {plan['latent_frames']} latent frames; their last third against the "
+            "teacher's from the same noise (* the teacher's own from another noise); statistics as a change."
+        )
+    return notes
+
+
+def evaluation_table(report: Report) -> Table:
+    """Every figure of an evaluation, the teacher and the models side by side."""
+    table = Table(title=f"Beside {escape(report.teacher)}", caption_justify="left")
+    for i, name in enumerate(("", "teacher", *(model.path for model in report.models))):
+        table.add_column(escape(name), justify="right" if i else "left")
+    for row in summary_rows(report):
+        table.add_row(*row)
+    table.caption = escape("\n".join((*summary_notes(report), *report.conditions["notes"])))
+    return table
+
+
+def error_table(report: Report) -> Table:
+    """Velocity errors by timestep and attention errors by layer, a column a model."""
+    table = Table(title="Errors relative to the teacher", caption_justify="left")
+    for i, name in enumerate(("", *(model.path for model in report.models))):
+        table.add_column(escape(name), justify="right" if i else "left")
+    for i, step in enumerate(report.models[0].timesteps):
+        table.add_row(
+            f"velocity at timestep {step.timestep:.0f}",
+            *(percent(model.timesteps[i].velocity_error) for model in report.models),
+        )
+    table.add_section()
+    for i in range(len(report.models[0].fidelity.attention_errors)):
+        errors = (percent(model.fidelity.attention_errors[i]) for model in report.models)
+        table.add_row(f"attention output, layer {i}", *errors)
+    return table
+
+
+def sweep_table(report: SweepReport) -> Table:
+    """One row a cell: what it caches, and what that costs."""
+    table = Table(title=f"Budgets of {escape(report.source)}", caption_justify="left")
+    titles = ("init", "latent", "nope/\nrope", "cached\nscalars", "less\ncache", "excess\nloss", "velocity\nerror")
+    for i, name in enumerate((*titles, "layers'\nerror")):
+        table.add_column(name, justify="right" if i else "left", no_wrap=i == 0)
+    for result in report.results:
+        table.add_row(
+            result.init,
+            str(result.kv_rank),
+            "-" if result.rope_dim is None else f"{result.nope_dim}/{result.rope_dim}",
+            f"{result.scalars:,}",
+            percent(result.cache_reduction),
+            signed_percent(result.excess),
+            percent(result.velocity_error),
+            percent(result.attention_error_median),
+        )
+    table.caption = escape(
+        f"Dense: {report.results[0].dense_scalars:,} scalars a token in all layers, loss "
+        f"{report.results[0].teacher_loss:.4f}.\nOn {report.clips} clips: {report.clips_from}.\n"
+        "Before any training; one seed. Excess: above the dense loss. Layers' error: of\n"
+        "attention outputs, the median layer. nope/rope: channels of a head."
+    )
+    return table
