@@ -46,6 +46,7 @@ from mlaconvert.model.load import load_model, load_widened
 from mlaconvert.model.rope import angles, rotary
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.wan import WanModel, timestep_embedding
+from mlaconvert.model.window import full_window
 
 # Heads of 14 are 7 rotary pairs, split (3, 2, 2). Clips of 4 x 6 latent pixels have 2 x 3 tokens a frame.
 STREAMING = StreamingConfig(chunk_frames=2, window_frames=5, sink_frames=1)
@@ -823,7 +824,8 @@ def test_calibration_beats_a_guess_from_weights(folder: Path, key_norm: KeyNorm)
     model = load_model(folder, dtype=torch.float64)
     times = timestep_embedding(torch.tensor(regime.timesteps), CONFIG.freq_dim)
     shared = model.time_projection(model.time_embedding(times)).unflatten(-1, (6, DIM))
-    rho = mean_rotation(SPLIT, streaming=STREAMING, frames=7, height=2, width=3)
+    queries, keys = full_window(STREAMING, 7)
+    rho = mean_rotation(SPLIT, queries=queries, keys=keys, height=2, width=3)
     made, ratios = target(key_norm), []
     with open_checkpoint(folder) as checkpoint:
         fresh = [list(layer.inputs) for layer in make_sweep(checkpoint, make_clips(4, seed=9), regime)]

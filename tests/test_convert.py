@@ -26,7 +26,7 @@ from mlaconvert.clips.tiny.clips import training_clips
 from mlaconvert.config.geometry import WanConfig, default_video
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion import from_clips as calibrated
-from mlaconvert.conversion import from_weights as layers
+from mlaconvert.conversion import from_weights
 from mlaconvert.conversion.calibration.store import MOMENTS_VERSION
 from mlaconvert.conversion.calibration.windows import Regime, windows
 from mlaconvert.conversion.from_weights import layer_modulation, time_modulation
@@ -46,7 +46,6 @@ from mlaconvert.files import writer
 from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
 from mlaconvert.files.shipped import TINY
 from mlaconvert.files.writer import ModelWriter, TensorSpec
-from mlaconvert.latent import pairs
 from mlaconvert.model.cache import LatentCache
 from mlaconvert.model.load import load_model
 from mlaconvert.model.rollout import rollout
@@ -316,21 +315,21 @@ def test_modulation_is_what_the_blocks_apply(source: Path) -> None:
 
 def test_the_regime_decides_the_mean_rotation(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Mapping[str, Any]] = []
-    original = pairs.mean_rotation
+    original = from_weights.mean_rotation
 
     def remember(split: tuple[int, int, int], **arguments: Any) -> Tensor:
-        seen.append({"split": split, **arguments})
+        seen.append({"split": split, **{k: v.tolist() if isinstance(v, Tensor) else v for k, v in arguments.items()}})
         return original(split, **arguments)
 
-    monkeypatch.setattr(layers, "mean_rotation", remember)
+    monkeypatch.setattr(from_weights, "mean_rotation", remember)
     streaming = StreamingConfig(window_frames=9)
     convert(source, tmp_path / "a", ConvertRecipe(init="svd", streaming=streaming, layers="0"))
     convert(
         source, tmp_path / "b", ConvertRecipe(init="svd", frames=5, height=96, width=160, vae_stride=16, layers="0")
     )
     assert seen == [
-        {"split": (4, 3, 3), "streaming": streaming, "frames": 21, "height": 30, "width": 52},
-        {"split": (4, 3, 3), "streaming": None, "frames": 5, "height": 3, "width": 5},
+        {"split": (4, 3, 3), "queries": [6, 7, 8], "keys": [*range(9)], "height": 30, "width": 52},
+        {"split": (4, 3, 3), "queries": [*range(5)], "keys": [*range(5)], "height": 3, "width": 5},
     ]
     a, b = (load_file(tmp_path / name / WEIGHTS_NAME)["blocks.0.self_attn.kv_b_proj.weight"] for name in "ab")
     assert not torch.allclose(a, b)

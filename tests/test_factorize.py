@@ -30,6 +30,7 @@ from mlaconvert.latent.weights import AttentionWeights
 from mlaconvert.model.attention.kernel import AttentionPlan
 from mlaconvert.model.attention.latent import LatentAttention
 from mlaconvert.model.rope import angles, rotary
+from mlaconvert.model.window import full_window
 
 HEADS, WIDTH, EPS = 5, 12, 1e-6
 DIM = HEADS * WIDTH
@@ -63,7 +64,8 @@ def make_inputs(batch: int = 2) -> Tensor:
 
 
 def moments(weights: AttentionWeights) -> LayerMoments:
-    rho = mean_rotation(SPLIT, streaming=StreamingConfig(), frames=GRID[0], height=GRID[1], width=GRID[2])
+    queries, keys = full_window(StreamingConfig(), GRID[0])
+    rho = mean_rotation(SPLIT, queries=queries, keys=keys, height=GRID[1], width=GRID[2])
     return modulation_moments(weights, make_modulation(), num_heads=HEADS, eps=EPS, rho=rho)
 
 
@@ -392,7 +394,8 @@ def test_highest_pairs_are_the_papers() -> None:
 
 @pytest.mark.parametrize("streaming", [None, StreamingConfig(chunk_frames=2, window_frames=5, sink_frames=1)])
 def test_mean_rotation_counts_every_pair(streaming: StreamingConfig | None) -> None:
-    rho = mean_rotation(SPLIT, streaming=streaming, frames=4, height=2, width=3)
+    queries, keys = full_window(streaming, 4)
+    rho = mean_rotation(SPLIT, queries=queries, keys=keys, height=2, width=3)
     frames = 5 if streaming else 4
     turn = torch.exp(1j * angles(torch.arange(frames), 2, 3, SPLIT))
     queries = turn[-2 * 6 :] if streaming else turn

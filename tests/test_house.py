@@ -75,3 +75,16 @@ def test_no_modules_import_in_a_circle() -> None:
 def test_every_package_says_what_lives_there() -> None:
     for name, path in MODULES.items():
         assert ast.get_docstring(ast.parse(path.read_text())), f"{name} has no docstring"
+
+
+def test_only_the_window_knows_the_rule_of_the_window() -> None:
+    """Elsewhere a sink is set, printed or handed on, never reckoned with."""
+    allowed = {"config.streaming", "model.window", "families.causal", "reports.card", "cli.convert"}
+    readers = {
+        name
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "sink_frames" and isinstance(node.ctx, ast.Load)
+    }
+    assert "model.window" in readers
+    assert readers <= allowed, f"{readers - allowed} reckon with the sink; ask model/window.py"

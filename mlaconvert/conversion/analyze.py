@@ -22,6 +22,7 @@ from itertools import islice
 from typing import TypeVar
 
 import torch
+from scipy.linalg import LinAlgError
 from torch import Tensor
 
 from mlaconvert.clips.folder import Clips
@@ -37,7 +38,6 @@ from mlaconvert.errors import CheckpointError, ConfigError, UnsupportedModelErro
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.files.scratch import return_memory
 from mlaconvert.files.store import check_finite
-from scipy.linalg import LinAlgError
 from mlaconvert.latent.roots import cholesky
 from mlaconvert.latent.spectrum import (
     check_threshold,

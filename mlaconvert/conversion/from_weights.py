@@ -31,6 +31,7 @@ from mlaconvert.latent.spectrum import effective_rank, energy_at, gram, singular
 from mlaconvert.latent.threads import SideBySide
 from mlaconvert.latent.weights import AttentionWeights
 from mlaconvert.model.wan import timestep_embedding
+from mlaconvert.model.window import full_window
 
 THRESHOLD = 0.99  # share of the energy that the reported effective rank holds
 # Layers are converted side by side in so many bytes; each takes about so many float64 matrices of its width squared.
@@ -137,9 +138,8 @@ def _factorize(
 ) -> Factors:
     config, mla, target = plan.source_config, mla_of(plan.config), plan.layers[layer]
     height, width = token_grid(plan.recipe, config)
-    rho = mean_rotation(
-        config.rope_split, streaming=plan.recipe.streaming, frames=plan.recipe.frames, height=height, width=width
-    )
+    queries, keys = full_window(plan.recipe.streaming, plan.recipe.frames)
+    rho = mean_rotation(config.rope_split, queries=queries, keys=keys, height=height, width=width)
     modulation = layer_modulation(checkpoint, layer, time).to(device)
     try:
         moments = modulation_moments(weights, modulation, num_heads=config.num_heads, eps=config.eps, rho=rho)

@@ -32,6 +32,7 @@ from mlaconvert.families.merged import lora_files, remarks
 from mlaconvert.files.staging import Staging
 from mlaconvert.files.writer import is_model
 from mlaconvert.model.device import resolve_device
+from mlaconvert.model.window import positions_matter
 from mlaconvert.progress import Progress, silent
 
 
@@ -155,7 +156,7 @@ def _notes(
     )
     notes = [*remarks(checkpoint), *(checkpoint.timing.remarks if streaming is not None else ())]
     notes += [] if assumed is None else [assumed]
-    moves_away = streaming is not None and streaming.sink_frames and streaming.positions == "absolute"
+    moves_away = streaming is not None and positions_matter(streaming) and streaming.positions == "absolute"
     if recipe.init == "calibrated" and moves_away:
         notes.append("calibrated on windows whose positions count from the sink; the model counts from the start")
     return notes

@@ -21,7 +21,7 @@ from mlaconvert.model.cache import LatentCache, LayerCache
 from mlaconvert.model.rollout import same_length
 from mlaconvert.model.rope import rotary
 from mlaconvert.model.wan import Prepared, WanModel
-from mlaconvert.model.window import chunk_mask, window_views
+from mlaconvert.model.window import chunk_mask, frame_positions, window_views
 
 
 class View(NamedTuple):
@@ -40,8 +40,10 @@ def views(frames: int, streaming: StreamingConfig | None) -> list[View]:
         for seen, chunks in found
         if not any(other[: len(seen)] == seen and len(other) > len(seen) for other, _ in found)
     ]
-    absolute = streaming is not None and streaming.positions == "absolute"
-    return [View(seen, chunks, seen if absolute else tuple(range(len(seen)))) for seen, chunks in whole]
+    return [
+        View(seen, chunks, tuple(frame_positions(seen, seen[-1] + 1, streaming)) if streaming else seen)
+        for seen, chunks in whole
+    ]
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mlaconvert.config.streaming import StreamingConfig
-
 
 def highest_pairs(split: tuple[int, int, int], count: int) -> tuple[tuple[int, int], ...]:
     """The `count` highest-frequency pairs, shared over the axes as Wan shares a head: VideoMLA's (6, 5, 5) of 16."""
@@ -15,16 +13,12 @@ def highest_pairs(split: tuple[int, int, int], count: int) -> tuple[tuple[int, i
     return tuple((offset + j, 1) for offset, n in zip(offsets, share, strict=True) for j in range(n))
 
 
-def mean_rotation(
-    split: tuple[int, int, int], *, streaming: StreamingConfig | None, frames: int, height: int, width: int
-) -> Tensor:
+def mean_rotation(split: tuple[int, int, int], *, queries: Tensor, keys: Tensor, height: int, width: int) -> Tensor:
     """E[e^{i theta (m - n)}] of every pair, complex128 [pairs], over query positions m and key positions n.
 
-    Streaming: queries of the newest chunk against a full window; otherwise `frames` latent frames see each other.
-    `height` and `width` are in tokens; all (query, key) pairs count alike.
+    `queries` and `keys` are the positions in time of frames of `height` x `width` tokens; all (query, key) pairs count
+    alike.
     """
-    keys = torch.arange(streaming.window_frames if streaming else frames)
-    queries = keys[-streaming.chunk_frames :] if streaming else keys
     rows, columns = torch.arange(height), torch.arange(width)
     means = []
     for freq, q, k in zip(

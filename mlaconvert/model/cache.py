@@ -1,12 +1,12 @@
 """The sliding-window cache of a causal model: latents for MLA layers, keys and values for dense ones.
 
-The window is `sink_frames` slots that are written once, then a ring of the most recent frames. A new chunk takes the
-slots of the frames that it pushes out, so nothing is ever moved. Attention does not care for the order of its keys;
-each slot only has to know which frame it holds, because keys are cached unrotated.
+A new chunk takes the slots of the frames that it pushes out (`window.slot`), so nothing is ever moved. Attention does
+not care for the order of its keys; each slot only has to know which frame it holds, because keys are cached unrotated.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,15 @@ from torch import Tensor
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import InputError
+from mlaconvert.model.window import check_chunk, frame_positions, seen_frames, slot
+
+
+def write_slots(buffer: Tensor, slots: Tensor, value: Tensor) -> None:
+    """Write `value` [B, n, ...] to the token slots [n] of a buffer [B, capacity, ...], in place."""
+    buffer.index_copy_(1, slots, value.detach().to(buffer.dtype))
+
+
+Write = Callable[[Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -36,8 +45,10 @@ class LayerCache:
     """One layer's buffers, each [B, capacity, ...]; allocated once.
 
     `text` holds the keys and values of the prompt that cross-attention reads, [B, T, H, D] each; the model fills it
-    when the prompt changes.
+    when the prompt changes. `write` puts values into a buffer; a compiled model brings its own.
     """
+
+    write: Write = staticmethod(write_slots)
 
     def __init__(
         self,
@@ -53,17 +64,8 @@ class LayerCache:
     def update(self, view: WindowView, *new: Tensor) -> tuple[Tensor, ...]:
         """Write the chunk's tensors [B, n * tokens, ...] and return the window's [B, length, ...]."""
         for buffer, value in zip(self.buffers, new, strict=True):
-            buffer.index_copy_(1, view.write, value.detach().to(buffer.dtype))
+            self.write(buffer, view.write, value)
         return tuple(buffer[:, : view.length] for buffer in self.buffers)
-
-    @classmethod
-    def stay_uncompiled(cls) -> None:
-        """Keep compilers out of `update`: they may turn writing in place into a copy of the whole buffer.
-
-        Not a decorator, because that imports torch's compiler, which takes as long as all else together.
-        """
-        if not hasattr(cls.update, "_torchdynamo_disable"):
-            cls.update = torch.compiler.disable(cls.update)  # type: ignore[method-assign]
 
 
 class LatentCache:
@@ -135,29 +137,17 @@ class LatentCache:
                 f"chunk at frame {start} with {frames} frames: the cache expects the next one at frame {self.end}, "
                 f"or the newest once more ({self.start} to {self.end - 1})"
             )
-        sink, window = self.streaming.sink_frames, self.streaming.window_frames
-        if (start > 0 and frames > window - sink) or frames > window:
-            raise InputError(
-                f"a chunk of {frames} frames does not fit a window of {window} with a sink of {sink}; "
-                f"give window_frames of at least {sink + frames}"
-            )
+        check_chunk(start, frames, self.streaming)
         self.start, self.end = start, start + frames
-        ring = window - sink
-
-        def slot(frame: int) -> int:
-            return frame if frame < sink else sink + (frame - sink) % ring
-
-        recent = max(self.end - ring, sink)  # oldest frame outside the sink that is still held
-        held = [*range(min(sink, self.end)), *range(recent, self.end)]
-        frame_of = sorted((slot(frame), frame) for frame in held)
-        shift = 0 if self.streaming.positions == "absolute" else max(self.end - window, 0)
-        position = {frame: frame if frame < sink else frame - shift for frame in held}
+        seen = seen_frames(self.end, self.streaming)
+        position = dict(zip(seen, frame_positions(seen, self.end, self.streaming), strict=True))
+        slots = {frame: slot(frame, self.streaming) for frame in seen}
         tokens = torch.arange(self.tokens_per_frame)
-        write = torch.tensor([slot(f) for f in range(start, self.end)])[:, None] * self.tokens_per_frame + tokens
+        write = torch.tensor([slots[f] for f in range(start, self.end)])[:, None] * self.tokens_per_frame + tokens
         self.view = WindowView(
             write=write.flatten().to(self.device),
-            length=len(held) * self.tokens_per_frame,
-            key_frames=torch.tensor([position[frame] for _, frame in frame_of], device=self.device),
+            length=len(seen) * self.tokens_per_frame,
+            key_frames=torch.tensor([position[f] for f in sorted(seen, key=slots.__getitem__)], device=self.device),
             query_frames=torch.tensor([position[f] for f in range(start, self.end)], device=self.device),
         )
         return self.view

@@ -23,6 +23,14 @@ from mlaconvert.model.wan import WanModel
 class _Widened(nn.Linear):
     """A linear layer that keeps its weights in the file's dtype, mapped, and widens them while it runs."""
 
+    @classmethod
+    def like(cls, linear: nn.Linear) -> nn.Linear:
+        """One to take the place of `linear`, without its weights."""
+        if isinstance(linear, cls):
+            return linear
+        made = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        return made.requires_grad_(linear.weight.requires_grad)
+
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
 
@@ -39,7 +47,7 @@ def load_tensors(
         tensor, owner = checkpoint.read(name), module.get_submodule(inside.rpartition(".")[0])
         check_finite(tensor, checkpoint.info(name).name, checkpoint.store.path)
         if isinstance(owner, nn.Linear) and tensor.dtype != dtype:
-            owner.__class__ = _Widened
+            module.set_submodule(inside.rpartition(".")[0], _Widened.like(owner))
             state[inside] = tensor.to(device)
         else:
             state[inside] = tensor.to(device, dtype)

@@ -21,7 +21,7 @@ from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.model.attention.kernel import AttentionMode, AttentionPlan
 from mlaconvert.model.attention.latent import LatentAttention
 from mlaconvert.model.blocks import Block, Head, ImageEmbedding
-from mlaconvert.model.cache import LatentCache, LayerCache
+from mlaconvert.model.cache import LatentCache, Write, write_slots
 from mlaconvert.model.rope import rotary
 from mlaconvert.model.window import chunk_mask, default_chunks
 
@@ -50,6 +50,7 @@ class WanModel(nn.Module):
         self.config = config
         dim = config.dim
         self.attention_mode: AttentionMode = "auto"
+        self._write: Write = write_slots
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
@@ -120,7 +121,8 @@ class WanModel(nn.Module):
             raise ConfigError("compiling for a GPU needs triton: pip install triton, or do not compile")
         dynamo: Any = importlib.import_module("torch._dynamo.config")
         dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * (len(self._pairs) + 2))
-        LayerCache.stay_uncompiled()
+        # Compilers may turn writing in place into a copy of the whole buffer.
+        self._write = torch.compiler.disable(write_slots)
         for block in self.blocks:
             block.compile(dynamic=False)
 
@@ -175,6 +177,8 @@ class WanModel(nn.Module):
             window = cache.begin(start_frame, frames)
             plan: AttentionPlan | None = cache.plan
             if plan is None or plan.window is not window or plan.mode != self.attention_mode:
+                for layer in cache.layers:
+                    layer.write = self._write
                 for block in self.blocks:
                     if isinstance(block.self_attn, LatentAttention):
                         block.self_attn.refresh()
