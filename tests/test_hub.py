@@ -736,6 +736,41 @@ def test_every_stub_of_convert_counts_as_generated(golden: Path, tmp_path: Path,
     assert is_generated((tmp_path / "out" / "README.md").read_text())
 
 
+STUB = """\
+# my.model, with latent attention
+
+Converted from my.model, transformer (wan t2v, native layout, 3 layers) by mlaconvert 0.0.9.dev3.
+
+Self-attention in layers 0,2-3 is Multi-Head Latent Attention (init svd). A token caches 1,234 scalars instead of \
+12,345 (-3.0% less). All other tensors are the source's. `conversion.json` records the recipe, the source's hash and \
+each layer's spectrum and errors.
+
+Healed by mlaconvert 0.1.0: stage distill, 300 steps of batch 8 a process, teacher Wan-AI/Wan2.1-T2V-1.3B; \
+`healing.json` has the recipe and the curves, `healing.png` draws them. The weights are those of step 250.
+
+Healed by mlaconvert 0.1.1: stage few-step-ode, 20 steps of batch 1 a process, teacher wan; \
+`healing.json` has the recipe and the curves, `healing.png` draws them. The weights are those of step 0.
+"""
+
+
+def test_a_stub_of_an_earlier_version_counts_as_generated() -> None:
+    """As it stands in folders that were written before; a word more or less is somebody's own."""
+    assert is_generated(STUB)
+    untrained = STUB.split("\n\nHealed", maxsplit=1)[0] + " The model has not been trained since.\n"
+    assert is_generated(untrained)
+    for old, new in (
+        ("1,234 scalars", "only 1,234 scalars"),
+        ("of 12,345 (", "of about 12,345 ("),
+        ("300 steps", "300 good steps"),
+        ("step 0.", "step 0. Enjoy!"),
+        ("init svd", "init: svd"),
+        ("my.model, with", "my\nmodel, with"),
+        (" the curves", " curves"),
+    ):
+        assert old in STUB
+        assert not is_generated(STUB.replace(old, new)), new
+
+
 def test_what_heal_adds_to_the_stub_counts_as_generated(folder: Path, tmp_path: Path) -> None:
     from mlaconvert.healing import output
     from mlaconvert.healing.loop import Curves

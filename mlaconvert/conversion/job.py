@@ -31,7 +31,8 @@ from mlaconvert.conversion.from_weights import LayerReport, from_weights
 from mlaconvert.conversion.journal import COPIED, SPLITS, Journal, difference
 from mlaconvert.conversion.plan import ConversionPlan, mla_of, plan_conversion
 from mlaconvert.conversion.ranks import PATIENCE, RankError, Ranks
-from mlaconvert.conversion.report import ModelReport, conversion_json, stub_readme
+from mlaconvert.conversion.readme import readme
+from mlaconvert.conversion.report import ModelReport, conversion_json
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, OutputError
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.classes import converted_config
@@ -163,7 +164,7 @@ class ConversionJob:
         texts = {
             CONFIG_NAME: json.dumps(_output_config(checkpoint, plan), indent=2) + "\n",
             CONVERSION_NAME: conversion_json(checkpoint, report),
-            README_NAME: stub_readme(plan),
+            README_NAME: readme(plan),
         }
         for filename, text in texts.items():
             write_whole(files.folder / filename, text.encode())

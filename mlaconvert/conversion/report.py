@@ -15,7 +15,6 @@ from mlaconvert.conversion.plan import ConversionPlan
 from mlaconvert.conversion.verify import Verification
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.merged import merged
-from mlaconvert.files.names import CONVERSION_NAME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,17 +78,3 @@ def conversion_json(checkpoint: Checkpoint, report: ModelReport) -> str:
     head = json.dumps(data, indent=2, ensure_ascii=False).removesuffix("\n}")
     layers = ",\n".join("    " + json.dumps(layer.to_json()) for layer in report.layers)
     return f'{head},\n  "layers": [\n{layers}\n  ]\n}}\n'
-
-
-def stub_readme(plan: ConversionPlan) -> str:
-    """A stub that says what the folder is."""
-    source = f"{plan.source}, {plan.subfolder}" if plan.subfolder else plan.source
-    less = 100 * (1 - plan.mla_scalars / plan.dense_scalars)
-    return (
-        f"# {plan.source}, with latent attention\n\n"
-        f"Converted from {source} ({plan.description}) by mlaconvert {__version__}.\n\n"
-        f"Self-attention in layers {plan.recipe.layers} is Multi-Head Latent Attention (init {plan.recipe.init}). A "
-        f"token caches {plan.mla_scalars:,} scalars instead of {plan.dense_scalars:,} ({less:.1f}% less). All other "
-        f"tensors are the source's. `{CONVERSION_NAME}` records the recipe, the source's hash and each layer's "
-        "spectrum and errors. The model has not been trained since.\n"
-    )

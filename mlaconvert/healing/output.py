@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mlaconvert import __version__
 from mlaconvert.conversion.analyze import analyze
+from mlaconvert.conversion.readme import UNTRAINED
 from mlaconvert.conversion.records import read_record
 from mlaconvert.conversion.spectra import LatentSpectrum
 from mlaconvert.families.checkpoint import Checkpoint
@@ -25,9 +26,8 @@ from mlaconvert.files.staging import Staging
 from mlaconvert.files.store import TensorStore, check_finite
 from mlaconvert.files.writer import ModelWriter, TensorSpec
 from mlaconvert.healing.loop import Curves
+from mlaconvert.healing.readme import CURVES_NAME, HEALED
 from mlaconvert.healing.recipe import FEW_STEP_STAGES, HealRecipe
-
-CURVES_NAME = "healing.png"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,13 +129,16 @@ def _compact(data: dict[str, Any]) -> str:
 def _readme(folder: Path, report: HealReport) -> str:
     path = folder / README_NAME
     text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else f"# {report.output.name}\n"
-    text = text.replace(" The model has not been trained since.", "").rstrip()
     recipe = report.recipe
-    return (
-        f"{text}\n\nHealed by mlaconvert {__version__}: stage {recipe.stage}, {recipe.steps} steps of batch "
-        f"{recipe.batch * recipe.accumulate} a process, teacher {report.teacher}; `{HEALING_NAME}` has the recipe and "
-        f"the curves, `{CURVES_NAME}` draws them. The weights are those of step {report.best[0]}.\n"
+    healed = HEALED.write(
+        version=__version__,
+        stage=recipe.stage,
+        steps=recipe.steps,
+        batch=recipe.batch * recipe.accumulate,
+        teacher=report.teacher,
+        step=report.best[0],
     )
+    return f"{text.replace(UNTRAINED, '').rstrip()}{healed}\n"
 
 
 def plot_curves(curves: Curves, recipe: HealRecipe) -> bytes:

@@ -18,20 +18,14 @@ from huggingface_hub import ModelCardData
 from mlaconvert import __version__
 from mlaconvert.config.geometry import WanConfig, default_video
 from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.readme import CONVERTED, UNTRAINED
+from mlaconvert.healing.readme import HEALED
 from mlaconvert.reports.tables import format_bytes
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(/.*)?")
 _SEAL = "<!-- mlaconvert wrote this card. Edit it freely: an edited card is kept. sha256: {} -->\n"
 # The README.md that `convert` leaves in a folder, and what `heal` adds at each stage, whatever the figures.
-_STUB = re.compile(
-    r"# [^\n]+, with latent attention\n\nConverted from [^\n]+ by mlaconvert [^\s]+\.\n\n"
-    r"Self-attention in layers [\d,-]+ is Multi-Head Latent Attention \(init \w+\)\. A token caches [\d,]+ scalars "
-    r"instead of [\d,]+ \(-?[\d.]+% less\)\. All other tensors are the source's\. `conversion\.json` records the "
-    r"recipe, the source's hash and each layer's spectrum and errors\.( The model has not been trained since\.)?"
-    r"(\n\nHealed by mlaconvert [^\s]+: stage [\w-]+, \d+ steps of batch \d+ a process, teacher [^\n]+; "
-    r"`healing\.json` has the recipe and the curves, `healing\.png` draws them\. The weights are those of "
-    r"step \d+\.)*\n"
-)
+_STUB = re.compile(f"{CONVERTED.pattern}(?:{re.escape(UNTRAINED)})?(?:{HEALED.pattern})*\n")
 _TAGS = ("multi-head-latent-attention", "mla", "kv-cache", "video-diffusion", "wan")
 _CONDITIONS = ("teacher", "data", "conditions", "versions")
 _LONGEST_LIST = 16  # longer ones are curves, which the JSON files keep
@@ -293,10 +287,10 @@ def _usage(facts: CardFacts) -> str:
     height, width = video.height // video.vae_stride, video.width // video.vae_stride
     frames = (config.streaming or StreamingConfig()).chunk_frames
     subfolder = f', subfolder="{model.subfolder}"' if model.subfolder else ""
-    lines = ["import torch", "", "from mlaconvert.model import load_model"]
+    lines = ["import torch", "", "from mlaconvert.model.load import load_model"]
     streams = config.streaming is not None and config.in_dim == config.out_dim and config.image_dim is None
     if streams:
-        lines.append("from mlaconvert.rollout import Sampler, rollout")
+        lines += ["from mlaconvert.model.rollout import rollout", "from mlaconvert.model.schedule import Sampler"]
     lines += [
         "",
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
