@@ -15,7 +15,9 @@ from mlaconvert.cli import app
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError
 from mlaconvert.evaluation.bench.flops import forward_flops
-from mlaconvert.evaluation.bench.run import _largest, _Runner, bench
+from mlaconvert.evaluation.bench.memory import largest
+from mlaconvert.evaluation.bench.run import bench
+from mlaconvert.evaluation.bench.runner import Runner
 from mlaconvert.evaluation.bench.setting import BenchReport, BenchSetting, random_model, side_configs
 from mlaconvert.model.memory import plan_memory
 
@@ -138,25 +140,31 @@ def test_random_weights_are_of_the_geometry(golden: Path) -> None:
 
 def test_sides_take_turns(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    original = _Runner.chunk
+    original = Runner.chunk
 
-    def chunk(self: _Runner) -> float:
+    def chunk(self: Runner) -> float:
+        """Takes four seconds for the dense side, one, two, one, two, ... for the other."""
         order.append(self.name)
-        return original(self)
+        original(self)
+        return 4.0 if self.name == "dense" else 1.0 + order.count(self.name) % 2
 
-    monkeypatch.setattr(_Runner, "chunk", chunk)
+    monkeypatch.setattr(Runner, "chunk", chunk)
     streaming = StreamingConfig(chunk_frames=1, window_frames=2)
     notes: list[tuple[int, int]] = []
     setting = BenchSetting(geometry=str(golden), height=16, width=16, streaming=streaming, steps=1, rounds=2)
-    bench(setting, lambda done, total, _: notes.append((done, total)))
+    sides = bench(setting, lambda done, total, _: notes.append((done, total))).sides
     dense, latent = "dense", "MLA 8+6, heads 18+6/24"
     assert order[12:16] == [dense, latent, latent, dense]
+    assert [side.speedup for side in sides] == [1, 3]
+    assert [side.next_chunk for side in sides] == [4, 1.5]
+    assert [side.next_chunk_spread for side in sides] == [(4, 4), (1, 2)]
+    assert [side.frames_per_second for side in sides] == [1, 4 / 1.5]  # four video frames a latent one
     assert [done for done, _ in notes] == list(range(1, notes[-1][1] + 1))
 
 
-def test_the_largest_batch_is_the_largest() -> None:
+def test_the_largest_batch_is_thelargest() -> None:
     for limit in (0, 1, 2, 7, 8, 100):
-        assert _largest(lambda n, limit=limit: n <= limit) == limit
+        assert largest(lambda n, limit=limit: n <= limit) == limit
 
 
 @pytest.mark.gpu
@@ -213,6 +221,16 @@ def test_wrong_usage(arguments: list[str], message: str) -> None:
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize("name", ["batch", "steps", "rounds", "height", "width", "slice_size"])
+def test_settings_from_python_are_checked_too(name: str) -> None:
+    values: Any = {name: 0}
+    with pytest.raises(ConfigError, match=f"^{name} is 0: give 1 or more$"):
+        BenchSetting(**values)
+    wrong: Any = {"rope": "magic"}
+    with pytest.raises(ConfigError, match=r"^rope: Input should be 'cached', 'latent' or 'head'$"):
+        BenchSetting(**wrong)
 
 
 def test_image_to_video_geometries_are_refused(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.evaluation import drift
 from mlaconvert.evaluation import losses as losses_module
 from mlaconvert.evaluation.drift import RolloutPlan, compare_videos, frame_statistics, paired_rollouts
-from mlaconvert.evaluation.losses import evaluate
+from mlaconvert.evaluation.losses import evaluate, noisy_batches
 from mlaconvert.evaluation.request import Request
 from mlaconvert.evaluation.run import evaluate_models
 from mlaconvert.evaluation.timesteps import velocity_by_timestep
@@ -109,7 +109,7 @@ def test_losses_and_errors_are_those_of_each_model_alone(teacher: WanModel, stud
     losses = torch.zeros(2, dtype=torch.float64)
     both: list[list[torch.Tensor]] = [[], []]
     with torch.no_grad():
-        for batch in losses_module.noisy_batches(teacher, clips, seed=4):
+        for batch in noisy_batches(teacher, clips, seed=4):
             for k, model in enumerate((teacher, student)):
                 velocity = model(batch.noisy, batch.timestep, batch.context)
                 losses[k] += (velocity - batch.target).double().square().sum()
@@ -439,8 +439,11 @@ def test_what_cannot_be_compared_is_refused(
         evaluate_models([str(images)], QUICK, progress=silent)
     with pytest.raises(InputError, match="name at least one"):
         evaluate_models([], QUICK, progress=silent)
-    with pytest.raises(ConfigError, match="videos is 0"):
-        Request(videos=0)
+    for name, least in (("clips", 1), ("frames", 0), ("videos", 1), ("steps", 1), ("seed", 0)):
+        values: Any = {name: least - 1}
+        with pytest.raises(ConfigError, match=f"^{name} is {least - 1}: give {least} or more$"):
+            Request(**values)
+        Request(**{name: least})
     with pytest.raises(ConfigError, match="frames is 2, of which 2 are given"):
         evaluate_models([small], dataclasses.replace(QUICK, frames=2), progress=silent)
 

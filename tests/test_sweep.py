@@ -17,13 +17,13 @@ from typer.testing import CliRunner, Result
 from mlaconvert.cli import app
 from mlaconvert.clips import folder as folder_module
 from mlaconvert.clips.folder import ClipFolder
-from mlaconvert.conversion import run
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.run import convert
 from mlaconvert.errors import ConfigError, InputError, OutputError
-from mlaconvert.evaluation import sweep as module
+from mlaconvert.evaluation import sweep as sweeps
+from mlaconvert.evaluation.cells import CellResult, SweepRecipe, cells, load_sweep_recipe, sweep_recipe_names
 from mlaconvert.evaluation.losses import evaluate
-from mlaconvert.evaluation.sweep import CellResult, SweepRecipe, cells, load_sweep_recipe, sweep, sweep_recipe_names
+from mlaconvert.evaluation.sweep import sweep
 from mlaconvert.families.lora import LoraFile
 from mlaconvert.model.load import load_model
 
@@ -90,13 +90,12 @@ def test_moments_are_measured_once_and_validation_clips_stay_unseen(
     golden: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
-    original = run.convert
 
     def spy(*arguments: Any, **options: Any) -> Any:
         calls.append(options)
-        return original(*arguments, **options)
+        return convert(*arguments, **options)
 
-    monkeypatch.setattr(module, "convert", spy)
+    monkeypatch.setattr(sweeps, "convert", spy)
     recipe = SweepRecipe(inits=("calibrated", "svd"), kv_ranks=(9, 14))
     report = sweep(golden, tmp_path / "out", recipe, data=data, clips=8, validation_clips=2, keep=True)
     assert [cell.init for cell in report.results] == ["calibrated", "calibrated", "svd", "svd"]
@@ -130,8 +129,8 @@ def test_without_data_clips_are_generated_once(golden: Path, tmp_path: Path, mon
         latents = torch.randn(count, 16, 3, 4, 6, generator=generator)
         return folder_module.Clips(latents, torch.randn(count, 5, 40, generator=generator))
 
-    monkeypatch.setattr(module, "calibration_clips", lambda *a, **k: clips(6, "calibration"))
-    monkeypatch.setattr(module, "generated_clips", lambda *a, **k: clips(2, "validation"))
+    monkeypatch.setattr(sweeps, "calibration_clips", lambda *a, **k: clips(6, "calibration"))
+    monkeypatch.setattr(sweeps, "generated_clips", lambda *a, **k: clips(2, "validation"))
     recipe = SweepRecipe(inits=("calibrated",), kv_ranks=(9,))
     first = sweep(golden, tmp_path / "out", recipe, clips=6, validation_clips=2)
     both = sweep(golden, tmp_path / "out", SweepRecipe(inits=("calibrated",), kv_ranks=(9, 11)), clips=6,
@@ -144,7 +143,7 @@ def test_without_data_clips_are_generated_once(golden: Path, tmp_path: Path, mon
 def test_a_killed_sweep_goes_on(golden: Path, data: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of the second cell; the first is not made again, and all figures are those of one run."""
     code = (
-        "import os, signal, sys, mlaconvert.sweep as s, mlaconvert.cli as cli\n"
+        "import os, signal, sys, mlaconvert.evaluation.sweep as s, mlaconvert.cli as cli\n"
         "measure, cells = s._measure, []\n"
         "def stop(*a):\n"
         "    cells.append(a)\n"
@@ -192,7 +191,7 @@ def test_cells_of_another_version_of_the_method_are_not_mixed(
     del noted["method"]
     record.write_text(json.dumps(noted))
     sweep(golden, tmp_path / "out", recipe, **made)
-    monkeypatch.setattr(module, "MOMENTS_VERSION", 2)
+    monkeypatch.setattr(sweeps, "MOMENTS_VERSION", 2)
     with pytest.raises(OutputError, match=r"a sweep with another method; .*--restart"):
         sweep(golden, tmp_path / "out", recipe, **made)
 
@@ -225,7 +224,7 @@ def test_the_command_draws_and_tables(golden: Path, data: Path, tmp_path: Path) 
     ("options", "message"),
     [
         (["--kv-ranks", "4,x"], "--kv-ranks is '4,x': give whole numbers separated by commas"),
-        (["--kv-ranks", "0"], "kv_ranks holds 0: give positive numbers"),
+        (["--kv-ranks", "0"], "options: kv_ranks.0 is 0: give 1 or more"),
         (["--kv-ranks", "4", "--init", "magic"], "inits.0: Input should be"),
         ([], "nothing to sweep"),
         (["--rope-dims", "4,8", "--nope-dims", "3"], "nope_dims has 1 values for 2 rope_dims"),
@@ -240,6 +239,14 @@ def test_wrong_usage_is_refused_before_any_work(golden: Path, tmp_path: Path, op
     assert result.exit_code == 2
     assert message in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_cells_from_python_are_checked_too() -> None:
+    with pytest.raises(ConfigError, match=r"^kv_ranks\.1 is 0: give 1 or more$"):
+        SweepRecipe(kv_ranks=(8, 0))
+    with pytest.raises(ConfigError, match=r"^nope_dims\.0 is -1: give 0 or more$"):
+        SweepRecipe(rope_dims=(4,), nope_dims=(-1,))
+    assert SweepRecipe(rope_dims=(4,), nope_dims=(0,)).nope_dims == (0,)
 
 
 def test_a_folder_of_something_else_is_left_alone(golden: Path, data: Path, tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ def bench(
     from mlaconvert.generation.request import Runtime
 
     runtime = Runtime.of(device=device, dtype=dtype, attention=attention, compile=compiled, slice_size=slice_size)
+    choices: dict[str, Any] = {"rope": rope, "key_norm": key_norm}  # which BenchSetting checks
     given = {"window_frames": window_frames, "sink_frames": sink_frames, "chunk_frames": chunk_frames}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     streaming = base_geometry(geometry).streaming or StreamingConfig()
@@ -137,9 +138,8 @@ def bench(
         kv_ranks=_integers("kv-rank", kv_rank),
         heads=_heads(_integers("nope-dim", nope_dim), _integers("v-dim", v_dim)),
         rope_dim=rope_dim,
-        rope=rope,
         q_rank=int(q_rank) if q_rank is not None and q_rank.isdecimal() else q_rank,
-        key_norm=key_norm,
+        **choices,
         search_batch=not no_batch_search,
     )
     out, err = console(), console(stderr=True)

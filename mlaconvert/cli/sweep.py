@@ -11,7 +11,7 @@ from mlaconvert.cli.options import ConfigFile, Json, Loras, LoraScales, Revision
 from mlaconvert.cli.show import console, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from mlaconvert.evaluation.sweep import CellResult
+    from mlaconvert.evaluation.cells import CellResult
 
 
 def sweep(
@@ -115,7 +115,7 @@ def sweep(
 
     Interrupted, the same command goes on; finished cells are kept.
     """
-    from mlaconvert.evaluation.sweep import load_sweep_recipe
+    from mlaconvert.evaluation.cells import load_sweep_recipe
     from mlaconvert.evaluation.sweep import sweep as run
     from mlaconvert.families.lora import pair
     from mlaconvert.reports.plots import plot_sweep

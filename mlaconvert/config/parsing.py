@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_type_hints
 
 from mlaconvert.errors import ConfigError
 
@@ -30,6 +31,36 @@ def check_positive(config: Any, *names: str, limit: int = MOST) -> None:
             raise ConfigError(f"{name} is {value}: give at most {limit}")
 
 
+def check_fields(config: Any) -> None:
+    """Hold the fields of a dataclass to the ranges and choices of their annotations (pydantic's `Field`, `Literal`).
+
+    For `__post_init__`, so that what Python code gives is checked as what files give. Raises ConfigError naming the
+    field.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    hints = get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        value, annotation = getattr(config, field.name), hints[field.name]
+        if dataclasses.is_dataclass(value):  # checked when it was made
+            continue
+        try:
+            TypeAdapter(annotation, config={"arbitrary_types_allowed": True}).validate_python(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ConfigError(_complaint(".".join(map(str, (field.name, *first["loc"]))), first)) from None
+
+
+def _complaint(name: str, error: Mapping[str, Any]) -> str:
+    """What pydantic has against the field `name`, and what to give instead."""
+    match error["type"]:
+        case "greater_than_equal":
+            return f"{name} is {error['input']}: give {error['ctx']['ge']} or more"
+        case "less_than_equal":
+            return f"{name} is {error['input']}: give at most {error['ctx']['le']}"
+    return f"{name}: {error['msg']}"
+
+
 def parse(cls: type[T], data: Any, where: str) -> T:
     """Build dataclass `cls` from plain data, strictly.
 
@@ -47,7 +78,7 @@ def parse(cls: type[T], data: Any, where: str) -> T:
             known = ", ".join(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
             hint = f"; known fields: {known}" if len(first["loc"]) == 1 else ""
             raise ConfigError(f"{where}: unknown field {name!r}{hint}") from None
-        raise ConfigError(f"{where}: {name or 'value'}: {first['msg']}") from None
+        raise ConfigError(f"{where}: {_complaint(name or 'value', first)}") from None
     except ConfigError as error:  # an impossible value, found by the class itself
         raise ConfigError(f"{where}: {error}") from None
     except (TypeError, ValueError, RecursionError) as error:

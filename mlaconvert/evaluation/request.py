@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.parsing import check_fields
 from mlaconvert.conversion.records import read_record
-from mlaconvert.errors import ConfigError
 from mlaconvert.files.find import find_beside
 from mlaconvert.files.store import TensorStore
 
@@ -27,21 +28,18 @@ class Request:
 
     teacher: str | None = None
     data: Path | None = None
-    clips: int | None = None
-    frames: int = 60
-    videos: int = 3
-    steps: int | None = None
-    seed: int = 0
+    clips: Annotated[int, Field(ge=1)] | None = None
+    frames: Annotated[int, Field(ge=0)] = 60
+    videos: Annotated[int, Field(ge=1)] = 3
+    steps: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
     revision: str | None = None  # of the models, not of the teacher
     subfolder: str | None = None
     device: torch.device | str = "cpu"
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("clips", 1), ("frames", 0), ("videos", 1), ("steps", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} is {value}: give {least} or more")
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,6 @@
 """Many budgets on one checkpoint: convert, measure, keep the figures, forget the weights; quality against cache.
 
-The axes are those of VideoMLA's Tables 5a and 5b (arXiv 2605.30351): the width of the latent, and how a head divides
-into unrotated and rotated channels. Every cell is kept as soon as it is measured, so that a sweep can be stopped
-anywhere and go on.
+Every cell is kept as soon as it is measured, so that a sweep can be stopped anywhere and go on.
 """
 
 from __future__ import annotations
@@ -15,9 +13,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -26,12 +23,13 @@ from mlaconvert.clips.tiny.clips import held_back
 from mlaconvert.config.parsing import parse
 from mlaconvert.conversion.calibration.store import MOMENTS_VERSION
 from mlaconvert.conversion.from_clips import CLIPS_NAME, calibration_clips
-from mlaconvert.conversion.plan import ConversionPlan, plan_conversion
-from mlaconvert.conversion.recipe import ConvertRecipe, Init
-from mlaconvert.conversion.recipes import load_recipe, read_recipe, with_init
+from mlaconvert.conversion.plan import ConversionPlan
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.conversion.recipes import load_recipe
 from mlaconvert.conversion.run import convert
 from mlaconvert.conversion.source import open_models
 from mlaconvert.errors import ConfigError, MLAConvertError, OutputError
+from mlaconvert.evaluation.cells import Cell, CellResult, SweepRecipe, SweepReport, cells
 from mlaconvert.evaluation.conditions import generated_clips
 from mlaconvert.evaluation.losses import evaluate
 from mlaconvert.families.checkpoint import Checkpoint
@@ -39,7 +37,6 @@ from mlaconvert.families.lora import LoraFile
 from mlaconvert.families.merged import merged
 from mlaconvert.files.inputs import file_states, read_json
 from mlaconvert.files.names import public_name
-from mlaconvert.files.shipped import recipe_folder, recipe_names
 from mlaconvert.files.staging import claim, visible, write_whole
 from mlaconvert.model.device import resolve_device
 from mlaconvert.model.load import load_model
@@ -48,157 +45,6 @@ from mlaconvert.progress import Progress, silent
 
 RECORD_NAME = "sweep.json"
 VALIDATION_CLIPS, TINY_CLIPS, GENERATED_CLIPS = 16, 64, 8  # of a folder (at most a quarter of it), of `tiny`, else
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepRecipe:
-    """The cells of a sweep: every value of `inits` with each of `kv_ranks` and each split of a head.
-
-    `convert` names the recipe that all cells start from, None the defaults. `rope_dims` are rotated channels of a head,
-    shared by all heads; `nope_dims` are as many unrotated ones, by default what is left of the head. A split is that
-    of a shared rotary key, cached as the paper does unless the recipe reads it from the latent. Raises ConfigError.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
-    convert: str | None = None
-    inits: tuple[Init, ...] = ()
-    kv_ranks: tuple[int, ...] = ()
-    rope_dims: tuple[int, ...] = ()
-    nope_dims: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("kv_ranks", "rope_dims", "nope_dims"):
-            if any(value < (name == "kv_ranks") for value in getattr(self, name)):
-                raise ConfigError(f"{name} holds {min(getattr(self, name))}: give positive numbers")
-        if self.nope_dims and len(self.nope_dims) != len(self.rope_dims):
-            raise ConfigError(
-                f"nope_dims has {len(self.nope_dims)} values for {len(self.rope_dims)} rope_dims; give one for each"
-            )
-        if not (self.inits or self.kv_ranks or self.rope_dims):
-            raise ConfigError(
-                "nothing to sweep; give values of --kv-ranks, --rope-dims or --init, or a --recipe that names some"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One conversion of a sweep. `name` says what differs, and is the name of its files."""
-
-    name: str
-    recipe: ConvertRecipe
-
-
-@dataclass(frozen=True, kw_only=True)
-class CellResult:
-    """What one cell costs and loses, on the clips of the sweep; errors are relative to the dense model's output.
-
-    `scalars` are cached for a token over all layers. `seconds` is the time of the conversion.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
-    name: str
-    init: str
-    kv_rank: int
-    rope_dim: int | None
-    nope_dim: int | None
-    scalars: int
-    dense_scalars: int
-    teacher_loss: float
-    loss: float
-    velocity_error: float
-    attention_error_median: float
-    attention_error_worst: float
-    seconds: float
-
-    @property
-    def excess(self) -> float:
-        """Loss above the dense model's, as a share of it."""
-        return self.loss / self.teacher_loss - 1
-
-    @property
-    def cache_reduction(self) -> float:
-        """Share of the dense cache that is saved."""
-        return 1 - self.scalars / self.dense_scalars
-
-    @property
-    def series(self) -> str:
-        """What a line of the plot has in common: init and split."""
-        split = "" if self.rope_dim is None else f", {self.nope_dim}/{self.rope_dim}"
-        return f"{self.init}{split}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return dataclasses.asdict(self) | {"excess": self.excess, "cache_reduction": self.cache_reduction}
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepReport:
-    """All cells in order; `clips_from` says what they were compared on."""
-
-    source: str
-    clips_from: str
-    clips: int
-    results: tuple[CellResult, ...]
-    output: Path
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data: every cell."""
-        return {
-            "source": self.source,
-            "data": {"from": self.clips_from, "clips": self.clips},
-            "cells": [result.to_json() for result in self.results],
-        }
-
-
-def sweep_recipe_names() -> list[str]:
-    """Names of the sweep recipes that ship with mlaconvert."""
-    return recipe_names(recipe_folder() / "sweep")
-
-
-def load_sweep_recipe(recipe: str | Path | None, options: Mapping[str, Any]) -> SweepRecipe:
-    """A YAML file or a shipped recipe by its name (or nothing), with `options` on top.
-
-    Raises ConfigError naming the file and the field.
-    """
-    data: dict[str, Any] = {}
-    if recipe is not None:
-        _, data = read_recipe(recipe, recipe_folder() / "sweep", "sweep recipes", "kv_ranks: [8, 16]")
-    if "rope_dims" in options:  # another list of splits, to which the recipe's other half does not belong
-        data.pop("nope_dims", None)
-    return parse(SweepRecipe, data | dict(options), "options" if recipe is None else f"{recipe} and options")
-
-
-def cells(recipe: SweepRecipe, checkpoint: Checkpoint, **settings: Any) -> list[tuple[Cell, ConversionPlan]]:
-    """Every cell with its plan; `settings` (clips, seed) override the conversion's recipe.
-
-    Raises ConfigError naming the first cell that does not fit the model.
-    """
-    base = load_recipe(recipe.convert) if recipe.convert is not None else ConvertRecipe()
-    fields = {name: value for name, value in settings.items() if value is not None}
-    nope_dims: Sequence[int | None] = recipe.nope_dims or [None] * len(recipe.rope_dims)
-    splits: list[tuple[int, int | None] | None] = [*zip(recipe.rope_dims, nope_dims, strict=True)] or [None]
-    found: dict[str, tuple[Cell, ConversionPlan]] = {}
-    for init in recipe.inits or (base.init,):
-        for kv_rank in recipe.kv_ranks or (base.kv_rank,):
-            for split in splits:
-                changes: dict[str, Any] = {"kv_rank": kv_rank} | fields
-                if split is not None:
-                    rope = base.rope if base.rope in ("cached", "latent") else "cached"
-                    changes |= {"rope_dim": split[0], "nope_dim": split[1], "rope": rope}
-                    if init == "calibrated" and rope == "cached":
-                        changes["allocation"] = "fixed"  # as it is given, not as it measures best
-                cell, plan = _cell(dataclasses.replace(with_init(base, init), **changes), checkpoint)
-                found[cell.name] = (cell, plan)
-    return list(found.values())
-
-
-def _cell(recipe: ConvertRecipe, checkpoint: Checkpoint) -> tuple[Cell, ConversionPlan]:
-    sizes = {"kv": recipe.kv_rank, "rope": recipe.rope_dim, "nope": recipe.nope_dim}
-    name = "-".join((recipe.init, *(f"{what}{size}" for what, size in sizes.items() if size is not None)))
-    try:
-        return Cell(name=name, recipe=recipe), plan_conversion(checkpoint, recipe)
-    except ConfigError as error:
-        raise ConfigError(f"cell {name}: {error}") from None
 
 
 def sweep(
@@ -225,7 +71,7 @@ def sweep(
 ) -> SweepReport:
     """Convert `source` once for every cell of `recipe` and measure each beside the dense model, in folder `output`.
 
-    `source` to `loras` are those of `convert.open_models`; of two experts one is chosen with `subfolder`. A calibration
+    `source` to `loras` are those of `open_models`; of two experts one is chosen with `subfolder`. A calibration
     reads the first `clips` clips of `data`, measures them once into `moments` (by default inside `output`) and uses
     them for every cell; models are compared on the last `validation_clips` of `data`, which no calibration sees.
     Without `data` the dense model generates both, once; `tiny` draws them. Weights are deleted when a cell is measured,
@@ -237,7 +83,7 @@ def sweep(
     """
     if validation_clips is not None and validation_clips < 1:
         raise ConfigError(f"validation_clips is {validation_clips}: give 1 or more")
-    folder, report, chosen_device = Path(output), progress or silent, resolve_device(str(device))
+    folder, progress, chosen_device = Path(output), progress or silent, resolve_device(str(device))
     # Every cell's conversion has the same to say of the source.
     say_once = functools.cache(say) if say is not None else None
     opening: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "state_key": state_key}
@@ -254,11 +100,11 @@ def sweep(
         stack.enter_context(claim(folder, "sweep"))
         _prepare(folder, belongs, restart)
         calibration, validation, clips_from = _clips(
-            checkpoint, planned, folder, data, validation_clips, seed, chosen_device, report
+            checkpoint, planned, folder, data, validation_clips, seed, chosen_device, progress
         )
         results: list[CellResult] = []
         for number, (cell, plan) in enumerate(planned):
-            report("sweep", number, len(planned))
+            progress("sweep", number, len(planned))
             record, model = folder / "cells" / f"{cell.name}.json", folder / "models" / cell.name
             if record.is_file():
                 results.append(parse(CellResult, read_json(record), str(record)))
@@ -268,27 +114,27 @@ def sweep(
             if plan.recipe.init == "calibrated":
                 inputs = {"data": calibration, "moments": moments or folder / "moments"}
             model.parent.mkdir(exist_ok=True)
-            speaking: dict[str, Any] = {"progress": report, "say": say_once}
+            speaking: dict[str, Any] = {"progress": progress, "say": say_once}
             convert(source, model, cell.recipe, **opening, **inputs, **speaking, device=chosen_device, overwrite=True)
             seconds = time.monotonic() - started
-            results.append(_measure(checkpoint, plan, cell, model, validation, seconds, chosen_device, report))
+            results.append(_measure(checkpoint, plan, cell, model, validation, seconds, chosen_device, progress))
             _write(record, dataclasses.asdict(results[-1]))
             if not keep:
                 shutil.rmtree(model)
             if on_cell is not None:
                 on_cell(results[-1], number + 1, len(planned))
-        report("sweep", len(planned), len(planned))
-        found = SweepReport(
+        progress("sweep", len(planned), len(planned))
+        report = SweepReport(
             source=public_name(checkpoint.store.source),
             clips_from=clips_from,
             clips=len(validation.latents),
             results=tuple(results),
             output=folder,
         )
-        _write(folder / "results.json", found.to_json())
+        _write(folder / "results.json", report.to_json())
         if not keep:
             shutil.rmtree(folder / "models", ignore_errors=True)
-    return found
+    return report
 
 
 def _measure(
@@ -304,7 +150,7 @@ def _measure(
     """The converted `model` beside the dense one; both are in memory only here."""
     student = load_model(model, device=device)
     teacher = _dense(checkpoint, plan, student.dtype, device)
-    found = evaluate(
+    fidelity = evaluate(
         teacher, student, clips, seed=plan.recipe.seed, progress=lambda done, total: progress("losses", done, total)
     )
     return CellResult(
@@ -315,11 +161,11 @@ def _measure(
         nope_dim=plan.recipe.nope_dim if plan.recipe.rope_dim is not None else None,
         scalars=sum(student.config.cached_scalars()),
         dense_scalars=plan.dense_scalars,
-        teacher_loss=found.teacher_loss,
-        loss=found.student_loss,
-        velocity_error=found.velocity_error,
-        attention_error_median=statistics.median(found.attention_errors),
-        attention_error_worst=max(found.attention_errors),
+        teacher_loss=fidelity.teacher_loss,
+        loss=fidelity.student_loss,
+        velocity_error=fidelity.velocity_error,
+        attention_error_median=statistics.median(fidelity.attention_errors),
+        attention_error_worst=max(fidelity.attention_errors),
         seconds=round(seconds, 1),
     )
 
@@ -386,7 +232,7 @@ def _belongs(
 ) -> dict[str, Any]:
     """Everything but the axes that a cell's figures depend on."""
     base = load_recipe(convert_recipe) if convert_recipe is not None else ConvertRecipe()
-    found = {
+    settings = {
         "recipe": dataclasses.asdict(base),
         "source": file_states(checkpoint.store.files),
         "state_key": checkpoint.state_key,
@@ -397,7 +243,7 @@ def _belongs(
         "seed": seed,
         "method": MOMENTS_VERSION,
     }
-    plain: dict[str, Any] = json.loads(json.dumps(found))
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
 
 

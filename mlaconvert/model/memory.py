@@ -20,8 +20,8 @@ _GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
-class CachePlan:
-    """One side of a plan. All in bytes over all layers, except where said.
+class ModelMemory:
+    """What one model takes, dense or MLA. All in bytes over all layers, except where said.
 
     `scalars_per_token` lists each layer's cached scalars. `largest_batch` (videos at this window) and
     `longest_window` (latent frames at this batch) fit beside the weights with activations not counted, so
@@ -56,8 +56,8 @@ class MemoryPlan:
     frame_tokens: int
     minute_frames: int
     gpu_bytes: int | None
-    dense: CachePlan
-    mla: CachePlan
+    dense: ModelMemory
+    mla: ModelMemory
 
     @property
     def ratio(self) -> float:
@@ -141,12 +141,12 @@ def plan_memory(
     if min(dense_weights, dense_weights + change) < 1:
         raise ConfigError(f"weight_bytes is {weight_bytes}, too few for this model: leave it out to count them")
 
-    def side(model: WanConfig, weights: int) -> CachePlan:
+    def side(model: WanConfig, weights: int) -> ModelMemory:
         scalars = model.cached_scalars()
         token = sum(scalars) * cache_itemsize
         frame = token * frame_tokens
         free = None if gpu_bytes is None else max(0, gpu_bytes - weights)
-        return CachePlan(
+        return ModelMemory(
             scalars_per_token=scalars,
             bytes_per_token=token,
             bytes_per_window=frame * window_frames * batch,

@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFor
 from torch import Tensor
 
 from mlaconvert.conversion.spectra import Analysis, Summary
-from mlaconvert.evaluation.sweep import CellResult, SweepReport
+from mlaconvert.evaluation.cells import CellResult, SweepReport
 from mlaconvert.latent.spectrum import cumulative_energy
 from mlaconvert.reports.tables import percent, write_whole
 

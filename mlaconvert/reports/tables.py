@@ -13,9 +13,9 @@ from mlaconvert.conversion.plan import ConversionPlan
 from mlaconvert.conversion.report import ModelReport
 from mlaconvert.conversion.spectra import Analysis, DenseSpectra, LatentSpectrum
 from mlaconvert.errors import OutputError
+from mlaconvert.evaluation.cells import SweepReport
 from mlaconvert.evaluation.drift import STATISTICS
 from mlaconvert.evaluation.report import Report
-from mlaconvert.evaluation.sweep import SweepReport
 from mlaconvert.files import staging
 from mlaconvert.model.memory import MemoryPlan
 

@@ -1,1 +1,5 @@
-"""Speed and memory of dense and latent attention, side by side in one run."""
+"""Speed and memory of dense and latent attention, side by side in one run.
+
+`run.bench` measures what a `setting.BenchSetting` describes: `runner` is a side as it runs, `memory` and `flops` are
+what it takes, `rates` what the machine can do.
+"""

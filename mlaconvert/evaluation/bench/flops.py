@@ -1,13 +1,14 @@
-"""FLOPs of a forward pass, counted as it runs."""
+"""FLOPs of a forward pass by part of the model, and seconds of one by part."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import nn
-from torch.autograd.profiler import record_function
+from torch.autograd.profiler import profile, record_function
 
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.model.attention.cost import FLOPS_PER_BYTE, cheaper_mode, latent_cost
@@ -67,6 +68,22 @@ def forward_flops(
         parts["projections"] += 2 * 2 * tokens * dim * dim  # cross-attention's queries and output
         parts["cross-attention"] += 4 * tokens * config.text_len * heads * kernel_width(config.head_dim)
         parts["ffn"] += 2 * 2 * tokens * dim * config.ffn_dim
+    return parts
+
+
+def seconds_by_part(
+    model: nn.Module, work: Callable[[], object], device: torch.device, *, compiled: bool
+) -> dict[str, float]:
+    """Seconds of `work`, which runs `model`, by part. A compiled model's norms and RoPE are fused into the rest."""
+    cuda = device.type == "cuda"
+    with scopes(model, not compiled), profile(use_device="cuda" if cuda else None, use_kineto=cuda) as profiler:
+        work()
+    parts = dict.fromkeys(("attention", "projections", SCOPE, "the rest"), 0.0)
+    for event in profiler.function_events or []:
+        if event.device_type.name != "CPU":  # a kernel, whose time its operation has already
+            continue
+        spent = event.self_device_time_total if cuda else event.self_cpu_time_total
+        parts[part_of_model(event)] += spent / 1e6
     return parts
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, get_args
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import KeyNorm, RopeMode
+from mlaconvert.config.parsing import check_fields
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.recipes import mla_config, resolve_recipe
-from mlaconvert.errors import ConfigError
 from mlaconvert.families.open import open_checkpoint
 from mlaconvert.model.attention.kernel import AttentionMode
 from mlaconvert.model.wan import WanModel
@@ -23,7 +24,7 @@ GEOMETRIES = {
     "1.3b": WanConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960),
     "14b": WanConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824),
 }
-FPS = 16
+_Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,31 +36,28 @@ class BenchSetting:
     """
 
     geometry: str = "1.3b"
-    height: int | None = None
-    width: int | None = None
-    batch: int = 1
+    height: _Count | None = None
+    width: _Count | None = None
+    batch: _Count = 1
     streaming: StreamingConfig | None = None
-    steps: int = 4
-    rounds: int = 5
+    steps: _Count = 4
+    rounds: _Count = 5
     device: str = "cpu"
     dtype: torch.dtype | None = None
     attention: AttentionMode = "auto"
     compile: bool = False
-    slice_size: int | None = None
+    slice_size: _Count | None = None
     keeps_text: bool = True
     kv_ranks: tuple[int, ...] = ()
     heads: tuple[tuple[int | None, int | None], ...] = ()  # (nope, value) widths
     rope_dim: int | None = None
-    rope: str | None = None
+    rope: RopeMode | None = None
     q_rank: int | str | None = None
-    key_norm: str | None = None
+    key_norm: KeyNorm | None = None
     search_batch: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("batch", "steps", "rounds", "height", "width", "slice_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}: give 1 or more")
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +120,6 @@ def side_configs(setting: BenchSetting) -> dict[str, WanConfig]:
     ConfigError for widths that do not fit.
     """
     config = base_geometry(setting.geometry)
-    for name, allowed in (("rope", get_args(RopeMode)), ("key_norm", get_args(KeyNorm))):
-        if getattr(setting, name) not in (None, *allowed):
-            raise ConfigError(f"{name} is {getattr(setting, name)!r}: give {' or '.join(allowed)}")
     streaming = setting.streaming or config.streaming or StreamingConfig()
     dense = dataclasses.replace(config, streaming=streaming, mla=None)
     sides = {"dense": dense}
@@ -137,9 +132,9 @@ def side_configs(setting: BenchSetting) -> dict[str, WanConfig]:
             nope_dim=heads[0],
             v_dim=heads[1],
             rope_dim=setting.rope_dim,
-            rope=setting.rope,  # type: ignore[arg-type] # checked below
+            rope=setting.rope,
             q_rank=setting.q_rank,
-            key_norm=setting.key_norm,  # type: ignore[arg-type] # checked below
+            key_norm=setting.key_norm,
             height=setting.height,
             width=setting.width,
             streaming=streaming,
