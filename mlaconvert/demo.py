@@ -22,7 +22,7 @@ from mlaconvert.errors import OutputError
 from mlaconvert.evaluation.compare import compare
 from mlaconvert.evaluation.conditions import TINY_GUIDANCE, TINY_STEPS, tiny_conditions
 from mlaconvert.evaluation.drift import RolloutPlan
-from mlaconvert.evaluation.report import Report, make_report
+from mlaconvert.evaluation.report import EvaluationReport, make_report
 from mlaconvert.families.open import open_checkpoint
 from mlaconvert.files.inputs import read_json
 from mlaconvert.files.names import CONVERSION_NAME
@@ -46,7 +46,7 @@ class Demo:
 
     analysis: Analysis
     report: ConversionReport
-    evaluation: Report
+    evaluation: EvaluationReport
     model: Path
     sheet: Path
     movie: Path

@@ -12,6 +12,7 @@ import mlaconvert
 ORDER = (
     "errors",
     "progress",
+    "units",
     "config",
     "files",
     "latent",

@@ -13,7 +13,8 @@ from mlaconvert.config.mla import MLAConfig, MLALayer
 from mlaconvert.errors import ConfigError
 from mlaconvert.model.memory import MemoryPlan, parameter_count, plan_memory
 from mlaconvert.model.wan import WanModel
-from mlaconvert.reports.tables import format_bytes, memory_table
+from mlaconvert.reports.tables import memory_table
+from mlaconvert.units import format_bytes
 
 WAN_1_3B = WanConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960)
 WAN_14B = WanConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824)

@@ -19,8 +19,8 @@ from PIL import Image
 from mlaconvert.errors import OutputError
 from mlaconvert.evaluation.compare import ModelEvaluation
 from mlaconvert.evaluation.drift import Speed, compare_videos
-from mlaconvert.evaluation.losses import Evaluation
-from mlaconvert.evaluation.report import Report
+from mlaconvert.evaluation.losses import Fidelity
+from mlaconvert.evaluation.report import EvaluationReport
 from mlaconvert.evaluation.timesteps import TimestepError
 from mlaconvert.evaluation.vbench import VBenchScores
 from mlaconvert.reports.page.pictures import previews
@@ -69,7 +69,7 @@ def model(name: str, seed: int, *, channels: int = 3, layers: int = 4) -> ModelE
     teacher, student, other = (video(i, channels) for i in (0, seed, 99))
     return ModelEvaluation(
         path=name,
-        fidelity=Evaluation(
+        fidelity=Fidelity(
             teacher_loss=0.1,
             student_loss=0.1 + 0.01 * seed,
             velocity_error=0.02 * seed,
@@ -102,8 +102,8 @@ def model(name: str, seed: int, *, channels: int = 3, layers: int = 4) -> ModelE
     )
 
 
-def report(*models: ModelEvaluation, pixels: bool = True, **changes: Any) -> Report:
-    return Report(
+def report(*models: ModelEvaluation, pixels: bool = True, **changes: Any) -> EvaluationReport:
+    return EvaluationReport(
         teacher="wan & co",
         data={"from": "clips", "clips": 3, "latent_frames": 6},
         conditions={

@@ -173,7 +173,7 @@ def _heads(nope: tuple[int, ...], value: tuple[int, ...]) -> tuple[tuple[int | N
 def _speed_table(report: BenchReport) -> Table:
     from rich.table import Table
 
-    from mlaconvert.reports.tables import format_bytes
+    from mlaconvert.units import format_bytes
 
     setting, dense = report.setting, report.sides[0]
     pixels = "x".join(map(str, setting["pixels"]))

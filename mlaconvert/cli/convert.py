@@ -304,7 +304,8 @@ def _override(recipe: str | None, options: dict[str, Any]) -> ConvertRecipe:
 def _print_plan(console: Console, plan: ConversionPlan, data: Path | None, *, details: bool) -> None:
     """What will be done; with details, every new tensor of a converted layer."""
     from mlaconvert.conversion.from_clips import room_needed
-    from mlaconvert.reports.tables import format_bytes, tensor_table, titled
+    from mlaconvert.reports.tables import tensor_table, titled
+    from mlaconvert.units import format_bytes
 
     recipe, less = plan.recipe, 100 * (1 - plan.mla_scalars / plan.dense_scalars)
     layer = next(iter(plan.layers.values()))

@@ -21,8 +21,9 @@ def demo(
     """Do the whole job on the small trained model that ships: analyze, convert, compare, show frames. Takes minutes."""
     from mlaconvert.demo import make_folder, run_demo
     from mlaconvert.files.staging import claim
+    from mlaconvert.reports.evaluation_tables import evaluation_table
     from mlaconvert.reports.page.sections import save
-    from mlaconvert.reports.tables import analysis_table, evaluation_table, layer_table
+    from mlaconvert.reports.tables import analysis_table, layer_table
 
     out, err = console(), console(stderr=True)
     started = time.monotonic()

@@ -11,7 +11,7 @@ from mlaconvert.cli.options import Json, Revision, RunDevice
 from mlaconvert.cli.show import console, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from mlaconvert.evaluation.report import Report
+    from mlaconvert.evaluation.report import EvaluationReport
 
 
 def evaluate(
@@ -91,9 +91,9 @@ def evaluate(
     from mlaconvert.evaluation.vbench import load_vbench
     from mlaconvert.files.staging import claim
     from mlaconvert.model.device import resolve_device
+    from mlaconvert.reports.evaluation_tables import error_table, evaluation_table
     from mlaconvert.reports.page.sections import save as save_evaluation
     from mlaconvert.reports.page.sections import write_page
-    from mlaconvert.reports.tables import error_table, evaluation_table
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ConfigError(f"dtype is {dtype!r}: give float32, bfloat16 or float16")
@@ -117,10 +117,10 @@ def evaluate(
     )
     out, err = console(), console(stderr=True)
 
-    def keep(index: int, found: Report) -> None:
+    def keep(index: int, report: EvaluationReport) -> None:
         """Each model's results are on the disk before the next one is begun."""
         folder = Path(models[index]) / (subfolder or "")
-        err.print(f"written to {save_evaluation(found, folder)}", markup=False, soft_wrap=True)
+        err.print(f"written to {save_evaluation(report, folder)}", markup=False, soft_wrap=True)
 
     scores = [load_vbench(path) for path in vbench or ()]
     teacher_scores = load_vbench(vbench_teacher) if vbench_teacher is not None else None

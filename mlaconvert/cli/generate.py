@@ -258,7 +258,7 @@ def generate(
 
 
 def _summary(found: GenerationReport) -> str:
-    from mlaconvert.reports.tables import format_bytes
+    from mlaconvert.units import format_bytes
 
     resumed = f", {found.resumed_frames} of them from before" if found.resumed_frames else ""
     return (

@@ -221,7 +221,7 @@ def _leave_processes() -> None:
 
 
 def _estimate_text(found: Estimate, recipe: HealRecipe) -> str:
-    from mlaconvert.reports.tables import format_bytes
+    from mlaconvert.units import format_bytes
 
     lines: list[tuple[str, Any]] = [
         ("stage", f"{recipe.stage}, {recipe.steps} steps, batch {recipe.batch} x {recipe.accumulate} a process"),

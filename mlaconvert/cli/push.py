@@ -72,7 +72,7 @@ def push(
 
 def _print_plan(console: Console, plan: PushPlan) -> None:
     """Every file with its size and what becomes of it, and the remarks."""
-    from mlaconvert.reports.tables import format_bytes
+    from mlaconvert.units import format_bytes
 
     known = {None: "not logged in, so not compared with the Hub", True: "on the Hub", False: "will be created"}
     lines = [f"{plan.repo} ({'private' if plan.private else 'public'}, {known[plan.exists]})"]

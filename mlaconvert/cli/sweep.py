@@ -118,8 +118,9 @@ def sweep(
     from mlaconvert.evaluation.cells import load_sweep_recipe
     from mlaconvert.evaluation.sweep import sweep as run
     from mlaconvert.families.lora import pair
+    from mlaconvert.reports.evaluation_tables import sweep_table
     from mlaconvert.reports.plots import plot_sweep
-    from mlaconvert.reports.tables import percent, sweep_table
+    from mlaconvert.units import percent
 
     options = {
         "convert": convert,

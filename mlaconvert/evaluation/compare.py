@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from mlaconvert.config.geometry import default_video
+from mlaconvert.evaluation import figures
 from mlaconvert.evaluation.conditions import Conditions
 from mlaconvert.evaluation.drift import Drift, Speed, compare_videos, paired_rollouts
-from mlaconvert.evaluation.losses import Evaluation, evaluate
+from mlaconvert.evaluation.losses import Fidelity, evaluate
 from mlaconvert.evaluation.timesteps import TimestepError, velocity_by_timestep
 from mlaconvert.evaluation.vbench import VBenchScores
 from mlaconvert.model.cache import LatentCache
@@ -31,7 +32,7 @@ class ModelEvaluation:
     """
 
     path: str
-    fidelity: Evaluation
+    fidelity: Fidelity
     timesteps: tuple[TimestepError, ...]
     cache_bytes: dict[str, int]
     drift: Drift | None = None
@@ -58,21 +59,7 @@ class ModelEvaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: every figure, no frames."""
-        data: dict[str, Any] = {
-            "path": self.path,
-            "teacher_loss": self.fidelity.teacher_loss,
-            "student_loss": self.fidelity.student_loss,
-            "excess": self.fidelity.excess,
-            "velocity_error": self.fidelity.velocity_error,
-            "velocity_by_timestep": [dataclasses.asdict(step) for step in self.timesteps],
-            "attention_errors": list(self.fidelity.attention_errors),
-            "drift": None if self.drift is None else self.drift.to_json(),
-            "cache_bytes": self.cache_bytes,
-            "frames_per_second": self.frames_per_second,
-        }
-        if self.vbench is not None:
-            data["vbench"] = self.vbench.to_json()
-        return data
+        return {"path": self.path, **figures.to_json(self)}
 
 
 def compare(
@@ -96,7 +83,7 @@ def compare(
         ).nbytes
         for who, model in (("teacher", teacher), ("student", student))
     }
-    found = ModelEvaluation(
+    evaluation = ModelEvaluation(
         path=path,
         fidelity=fidelity,
         timesteps=timesteps,
@@ -104,7 +91,7 @@ def compare(
         frame_stride=default_video(student.config).frame_stride,
     )
     if plan is None:
-        return found
+        return evaluation
     done = 0
 
     def step() -> None:
@@ -115,7 +102,7 @@ def compare(
     expected, video, speed = paired_rollouts(teacher, student, plan, step)
     other = torch.cat(list(plan.chunks(teacher, seed=plan.other_seed, on_step=step)), 2)
     return dataclasses.replace(
-        found,
+        evaluation,
         drift=compare_videos(expected, video, other, given=plan.given),
         speed=speed,
         teacher_video=expected,

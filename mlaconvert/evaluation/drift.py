@@ -193,11 +193,11 @@ def compare_videos(teacher: Tensor, student: Tensor, other_seed: Tensor, *, give
         for who, video in videos.items()
         if who != "teacher"
     }
-    found = {who: frame_statistics(video) for who, video in videos.items()}
+    by_video = {who: frame_statistics(video) for who, video in videos.items()}
     return Drift(
         given=given,
         difference=difference,
-        statistics={name: {who: tuple(found[who][name].tolist()) for who in videos} for name in STATISTICS},
+        statistics={name: {who: tuple(by_video[who][name].tolist()) for who in videos} for name in STATISTICS},
     )
 
 

@@ -21,8 +21,8 @@ BATCH_TOKENS = 16384  # clips of more tokens than this go through the models one
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """A student beside its teacher on the same clips, noise and noise levels.
+class Fidelity:
+    """How close a student is to its teacher on the same clips, noise and noise levels.
 
     Losses are mean squared errors of the velocity. `excess` is the student's loss above the teacher's, as a
     share of it. Errors are Frobenius norms relative to the teacher's output: `attention_errors` of each layer's
@@ -102,7 +102,7 @@ def evaluate(
     *,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> Evaluation:
+) -> Fidelity:
     """Compare `student` with the `teacher` that it was converted from; `progress(done, total)` counts batches.
 
     One layer's activations are held at a time. Raises InputError when their geometries differ.
@@ -118,14 +118,14 @@ def evaluate(
     batches = noisy_batches(teacher, clips, seed=seed)
     for done, batch in enumerate(batches, start=1):
         expected = _trace(teacher, student, batch, attention).float()
-        found = student(batch.noisy, batch.timestep, batch.context).float()
-        losses += sums_of_squares(expected - batch.target, found - batch.target)
-        velocity += sums_of_squares(found - expected, expected)
+        predicted = student(batch.noisy, batch.timestep, batch.context).float()
+        losses += sums_of_squares(expected - batch.target, predicted - batch.target)
+        velocity += sums_of_squares(predicted - expected, expected)
         if progress is not None:
             progress(done, len(batches))
     per_value = losses / clips.latents.numel()
     errors = (attention[0] / attention[1]).sqrt()
-    return Evaluation(
+    return Fidelity(
         teacher_loss=float(per_value[0]),
         student_loss=float(per_value[1]),
         velocity_error=float((velocity[0] / velocity[1]).sqrt()),
@@ -145,7 +145,7 @@ def _trace(teacher: WanModel, student: WanModel, batch: NoisyBatch, sums: Tensor
     pairs = zip(cast(Sequence[Block], teacher.blocks), cast(Sequence[Block], student.blocks), strict=True)
     for i, (block, pupil) in enumerate(pairs):
         inputs, expected, x = block.trace(x, p.modulation, p.text, p.image, p.plan)
-        found = pupil.self_attn(inputs.to(student.dtype), p.plan)
-        sums[0, i] += (found - expected).double().square().sum().cpu()
+        attended = pupil.self_attn(inputs.to(student.dtype), p.plan)
+        sums[0, i] += (attended - expected).double().square().sum().cpu()
         sums[1, i] += expected.double().square().sum().cpu()
     return teacher.finish(x, p)

@@ -19,7 +19,7 @@ from mlaconvert.model.wan import WanModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class EvaluationReport:
     """Several models beside one teacher, with everything needed to measure again.
 
     `data`, `conditions` and `versions` are plain data; `pixels` is true when latents are RGB pixels in [-1, 1].
@@ -46,20 +46,16 @@ class Report:
             data["teacher_vbench"] = self.teacher_vbench.to_json()
         return data
 
-    def only(self, index: int) -> Report:
-        """The same with one model."""
-        return dataclasses.replace(self, models=(self.models[index],))
-
 
 def make_report(
     teacher: WanModel, name: str, conditions: Conditions, models: Sequence[ModelEvaluation], **extra: Any
-) -> Report:
+) -> EvaluationReport:
     """A report of `models`, evaluated beside `teacher` (called `name`) under `conditions`."""
     clips, plan = conditions.clips, conditions.rollout
     count, _, frames, height, width = clips.latents.shape
     device = teacher.patch_embedding.weight.device
     streaming = teacher.config.streaming
-    return Report(
+    return EvaluationReport(
         teacher=name,
         data={
             "from": conditions.clips_from,

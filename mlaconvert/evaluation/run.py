@@ -10,7 +10,7 @@ from mlaconvert.conversion.provenance import open_teacher
 from mlaconvert.errors import InputError, UnsupportedModelError
 from mlaconvert.evaluation.compare import ModelEvaluation, compare
 from mlaconvert.evaluation.conditions import draw_conditions
-from mlaconvert.evaluation.report import Report, make_report
+from mlaconvert.evaluation.report import EvaluationReport, make_report
 from mlaconvert.evaluation.request import Request, SourceRecord, read_record_of
 from mlaconvert.evaluation.vbench import VBenchScores
 from mlaconvert.families.open import open_checkpoint
@@ -27,8 +27,8 @@ def evaluate_models(
     vbench: Sequence[VBenchScores] = (),
     teacher_vbench: VBenchScores | None = None,
     progress: Progress,
-    on_model: Callable[[int, Report], None] | None = None,
-) -> Report:
+    on_model: Callable[[int, EvaluationReport], None] | None = None,
+) -> EvaluationReport:
     """Evaluate converted models side by side: folders, checkpoints or Hub ids that were made from one teacher.
 
     The teacher is the one that conversion.json records, found by its name (from here, beside the model, or on the Hub)
@@ -41,7 +41,7 @@ def evaluate_models(
         raise InputError("no model to evaluate; name at least one folder, checkpoint or Hub id")
     if vbench and len(vbench) != len(sources):
         raise InputError(f"{len(vbench)} VBench results for {len(sources)} models; give one for each, in their order")
-    records = _records(sources, request)
+    records = _read_sources(sources, request)
     first = records[0]
     with open_teacher(
         first.source, first.conversion, teacher=request.teacher, subfolder=request.subfolder, progress=progress
@@ -51,7 +51,7 @@ def evaluate_models(
         )
         conditions = draw_conditions(opened, teacher, first, request, progress)
         name = public_name(opened.store.source)
-    found: list[ModelEvaluation] = []
+    evaluations: list[ModelEvaluation] = []
     for i, record in enumerate(records):
         student = load_model(
             record.source,
@@ -67,13 +67,13 @@ def evaluate_models(
             vbench=vbench[i] if vbench else None,
         )
         del student  # before the next one is loaded
-        found.append(model)
+        evaluations.append(model)
         if on_model is not None:
             on_model(i, make_report(teacher, name, conditions, [model], teacher_vbench=teacher_vbench))
-    return make_report(teacher, name, conditions, found, teacher_vbench=teacher_vbench)
+    return make_report(teacher, name, conditions, evaluations, teacher_vbench=teacher_vbench)
 
 
-def _records(sources: Sequence[str], request: Request) -> list[SourceRecord]:
+def _read_sources(sources: Sequence[str], request: Request) -> list[SourceRecord]:
     """The models' records. Raises InputError for models that cannot be evaluated, or not side by side."""
     names = [public_name(source) for source in sources]
     if len(set(names)) < len(names):  # folders of one name: their parents tell them apart

@@ -44,7 +44,7 @@ def velocity_by_timestep(
     newest = slice(-chunks[-1], None)
     timesteps = Sampler.many_step(LEVELS).timesteps
     noise = torch.randn(clips.latents.shape, generator=torch.Generator().manual_seed(seed))
-    found = []
+    errors = []
     for done, timestep in enumerate(timesteps, start=1):
         sigma = torch.zeros(clips.latents.shape[0], clips.latents.shape[2])
         sigma[:, newest] = timestep / 1000
@@ -56,7 +56,7 @@ def velocity_by_timestep(
             target = batch.target[:, :, newest]
             sums += sums_of_squares(velocity - expected, expected, expected - target, velocity - target)
             count += target.numel()
-        found.append(
+        errors.append(
             TimestepError(
                 timestep=timestep,
                 velocity_error=float((sums[0] / sums[1]).sqrt()),
@@ -66,4 +66,4 @@ def velocity_by_timestep(
         )
         if progress is not None:
             progress(done, len(timesteps))
-    return tuple(found)
+    return tuple(errors)

@@ -1,1 +1,4 @@
-"""What people read: tables, plots, the HTML page, the model card."""
+"""What people read: tables for the terminal, plots, the HTML page, the model card.
+
+What an evaluation shows is defined in `mlaconvert.evaluation.figures`; here is how it looks.
+"""

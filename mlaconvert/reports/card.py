@@ -19,8 +19,8 @@ from mlaconvert import __version__
 from mlaconvert.config.geometry import WanConfig, default_video
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.readme import CONVERTED, UNTRAINED
+from mlaconvert.evaluation import figures
 from mlaconvert.healing.readme import HEALED
-from mlaconvert.reports.tables import format_bytes
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(/.*)?")
 _SEAL = "<!-- mlaconvert wrote this card. Edit it freely: an edited card is kept. sha256: {} -->\n"
@@ -55,9 +55,8 @@ class CardModel:
     @property
     def figures(self) -> Mapping[str, Any]:
         """This model's entry in evaluation.json, {} without exactly one."""
-        entries = self.evaluation.get("models")
-        listed = [entry for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, list) else []
-        return listed[0] if len(listed) == 1 else {}
+        entries = figures.entries(self.evaluation)
+        return entries[0] if len(entries) == 1 else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +114,8 @@ def _sealed(body: str) -> str:
 
 def _section(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """A mapping inside a JSON record, {} when it is missing or something else."""
-    found = data.get(name)
-    return found if isinstance(found, Mapping) else {}
+    section = data.get(name)
+    return section if isinstance(section, Mapping) else {}
 
 
 def _inline(value: Any) -> str:
@@ -187,52 +186,16 @@ def _geometry(model: CardModel) -> str:
     return _titled(model, _table(rows))
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _pair(found: Mapping[str, Any], name: str) -> tuple[float, float] | None:
-    """Teacher's and student's figure of that name."""
-    both = _section(found, name)
-    teacher, student = _number(both.get("teacher")), _number(both.get("student"))
-    return (teacher, student) if teacher and student is not None else None
-
-
 def _figures(model: CardModel) -> str:
-    found = model.figures
-    if not found:
+    if not model.figures:
         text = "None yet: the folder holds no results of `mlaconvert evaluate`, so nothing is known about its quality."
         return _titled(model, text)
-    rows: list[tuple[str, str, str]] = [("", "teacher", "this model")]
-    teacher, student = _number(found.get("teacher_loss")), _number(found.get("student_loss"))
-    if teacher and student is not None:
-        rows.append(("validation loss", f"{teacher:.4g}", f"{student:.4g} ({100 * (student / teacher - 1):+.1f}%)"))
-    if (velocity := _number(found.get("velocity_error"))) is not None:
-        rows.append(("velocity, relative error", "", f"{100 * velocity:.2f}%"))
-    listed = found.get("attention_errors")
-    errors = {i: _number(value) for i, value in enumerate(listed)} if isinstance(listed, list) else {}
-    known = {i: error for i, error in errors.items() if error is not None}
-    if known:
-        mean, worst = sum(known.values()) / len(known), max(known, key=lambda i: known[i])
-        figures = f"mean {100 * mean:.2f}%, worst {100 * known[worst]:.2f}% (layer {worst})"
-        rows.append(("attention output of a layer, relative error", "", figures))
-    if pair := _pair(found, "cache_bytes"):
-        sizes = [format_bytes(int(size)) for size in pair]
-        rows.append(
-            ("KV cache of one video, measured", sizes[0], f"{sizes[1]} ({100 * (pair[1] / pair[0] - 1):+.1f}%)")
-        )
-    if pair := _pair(found, "frames_per_second"):
-        rows.append(("video frames per second, without the VAE", f"{pair[0]:.3g}", f"{pair[1]:.3g}"))
-    dense = _section(_section(model.evaluation, "teacher_vbench"), "scores")
-    scores = _section(_section(found, "vbench"), "scores")
-    for name, score in scores.items():
-        if (value := _number(score)) is not None:
-            other = _number(dense.get(name))
-            rows.append((f"VBench {_inline(name)}", "" if other is None else f"{other:.4f}", f"{value:.4f}"))
-    if len(rows) == 1:
+    rows = [tuple(map(_inline, row.cells)) for row in figures.rows([model.figures], "card")]
+    if not rows:
         return _titled(model, "`evaluation.json` has the results of `mlaconvert evaluate`.")
     conditions = {name: model.evaluation[name] for name in _CONDITIONS if model.evaluation.get(name)}
-    text = f"{_table(rows)}\n\nThe teacher is the model that this one was converted from. "
+    text = f"{_table([('', 'teacher', 'this model'), *rows])}\n\n"
+    text += "The teacher is the model that this one was converted from. "
     text += "`evaluation.json` has all results of `mlaconvert evaluate`"
     if conditions:
         text += f", which ran under these conditions:\n\n{_fenced(without_curves(conditions))}"

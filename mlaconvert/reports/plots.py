@@ -20,7 +20,8 @@ from torch import Tensor
 from mlaconvert.conversion.spectra import Analysis, Summary
 from mlaconvert.evaluation.cells import CellResult, SweepReport
 from mlaconvert.latent.spectrum import cumulative_energy
-from mlaconvert.reports.tables import percent, write_whole
+from mlaconvert.reports.tables import write_whole
+from mlaconvert.units import percent
 
 
 def plot_analysis(analysis: Analysis, path: str | Path) -> None:

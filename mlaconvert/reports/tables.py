@@ -1,50 +1,24 @@
-"""What people see of an analysis, a conversion or a memory plan: rich tables."""
+"""Tables of analyses, conversions and memory plans."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
 from mlaconvert.conversion.plan import ConversionPlan
 from mlaconvert.conversion.report import ModelReport
 from mlaconvert.conversion.spectra import Analysis, DenseSpectra, LatentSpectrum
 from mlaconvert.errors import OutputError
-from mlaconvert.evaluation.cells import SweepReport
-from mlaconvert.evaluation.drift import STATISTICS
-from mlaconvert.evaluation.report import Report
 from mlaconvert.files import staging
 from mlaconvert.model.memory import MemoryPlan
-
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-
-
-def format_bytes(count: int) -> str:
-    """`count` bytes in binary units, three or more significant digits: 180 KiB, 1.87 GiB."""
-    value, unit = float(count), 0
-    # What would round up to 1024 belongs to the next unit.
-    while value >= 1023.5 and unit < len(_UNITS) - 1:
-        value, unit = value / 1024, unit + 1
-    digits = 0 if unit == 0 or value >= 100 or value.is_integer() else 1 if value >= 10 else 2
-    return f"{value:.{digits}f} {_UNITS[unit]}"
+from mlaconvert.units import format_bytes, percent
 
 
 def titled(name: str) -> str:
     """What a line or a title begins with when there are several models: the subfolder's name."""
     return f"{name}: " if name else ""
-
-
-def percent(share: float) -> str:
-    """0.0734 -> 7.3%."""
-    return f"{100 * share:.1f}%"
-
-
-def signed_percent(share: float) -> str:
-    """0.0734 -> +7.3%."""
-    return f"{100 * share:+.1f}%"
 
 
 def _count(number: float) -> str:
@@ -250,110 +224,3 @@ def write_whole(path: Path, data: bytes, what: str) -> None:
         staging.write_whole(path, data)
     except OSError as error:
         raise OutputError(f"{path}: cannot write {what} ({error.strerror}); choose another path") from error
-
-
-def summary_rows(report: Report) -> list[tuple[str, ...]]:
-    """Name, the teacher's figure and one for each model; "" where there is none."""
-    models = report.models
-    first = models[0]
-    rows = [
-        (
-            "cache of one video",
-            format_bytes(first.cache_bytes["teacher"]),
-            *(f"{format_bytes(m.cache_bytes['student'])} ({-100 * m.cache_reduction:+.1f}%)" for m in models),
-        ),
-        (
-            "validation loss",
-            f"{first.fidelity.teacher_loss:.4f}",
-            *(f"{m.fidelity.student_loss:.4f} ({signed_percent(m.fidelity.excess)})" for m in models),
-        ),
-        ("velocity error", "", *(percent(m.fidelity.velocity_error) for m in models)),
-        (
-            "attention error, median layer",
-            "",
-            *(percent(statistics.median(m.fidelity.attention_errors)) for m in models),
-        ),
-        ("attention error, worst layer", "", *(percent(max(m.fidelity.attention_errors)) for m in models)),
-    ]
-    drifts = [m.drift for m in models if m.drift is not None]
-    if drifts:
-        reference = drifts[0].late_difference["other_seed"]
-        late = (percent(drift.late_difference["student"]) for drift in drifts)
-        rows.append(("rollout, difference", f"{percent(reference)} *", *late))
-    for name in STATISTICS if drifts else ():
-        other, *found = (
-            signed_percent(deviation[name])
-            for deviation in (drifts[0].deviation["other_seed"], *(drift.deviation["student"] for drift in drifts))
-        )
-        rows.append((f"rollout, {name}", f"{other} *", *found))
-    speeds = [speed for speed in (m.frames_per_second for m in models) if speed is not None]
-    if speeds:
-        rates = (f"{speed['student']:.3g} ({speed['ratio']:.2f}x)" for speed in speeds)
-        rows.append(("frames a second", " / ".join(f"{speed['teacher']:.3g}" for speed in speeds), *rates))
-    return rows
-
-
-def summary_notes(report: Report) -> list[str]:
-    """What the rows of `summary_rows` were measured on."""
-    data, plan = report.data, report.conditions["rollout"]
-    notes = [f"Losses and errors: {data['clips']} clips of {data['latent_frames']} latent frames ({data['from']})."]
-    if plan is not None:
-        notes.append(
-            f"Rollouts: {plan['videos']} of {plan['latent_frames']} latent frames; their last third against the "
-            "teacher's from the same noise (* the teacher's own from another noise); statistics as a change."
-        )
-    return notes
-
-
-def evaluation_table(report: Report) -> Table:
-    """Every figure of an evaluation, the teacher and the models side by side."""
-    table = Table(title=f"Beside {escape(report.teacher)}", caption_justify="left")
-    for i, name in enumerate(("", "teacher", *(model.path for model in report.models))):
-        table.add_column(escape(name), justify="right" if i else "left")
-    for row in summary_rows(report):
-        table.add_row(*row)
-    table.caption = escape("\n".join((*summary_notes(report), *report.conditions["notes"])))
-    return table
-
-
-def error_table(report: Report) -> Table:
-    """Velocity errors by timestep and attention errors by layer, a column a model."""
-    table = Table(title="Errors relative to the teacher", caption_justify="left")
-    for i, name in enumerate(("", *(model.path for model in report.models))):
-        table.add_column(escape(name), justify="right" if i else "left")
-    for i, step in enumerate(report.models[0].timesteps):
-        table.add_row(
-            f"velocity at timestep {step.timestep:.0f}",
-            *(percent(model.timesteps[i].velocity_error) for model in report.models),
-        )
-    table.add_section()
-    for i in range(len(report.models[0].fidelity.attention_errors)):
-        errors = (percent(model.fidelity.attention_errors[i]) for model in report.models)
-        table.add_row(f"attention output, layer {i}", *errors)
-    return table
-
-
-def sweep_table(report: SweepReport) -> Table:
-    """One row a cell: what it caches, and what that costs."""
-    table = Table(title=f"Budgets of {escape(report.source)}", caption_justify="left")
-    titles = ("init", "latent", "nope/\nrope", "cached\nscalars", "less\ncache", "excess\nloss", "velocity\nerror")
-    for i, name in enumerate((*titles, "layers'\nerror")):
-        table.add_column(name, justify="right" if i else "left", no_wrap=i == 0)
-    for result in report.results:
-        table.add_row(
-            result.init,
-            str(result.kv_rank),
-            "-" if result.rope_dim is None else f"{result.nope_dim}/{result.rope_dim}",
-            f"{result.scalars:,}",
-            percent(result.cache_reduction),
-            signed_percent(result.excess),
-            percent(result.velocity_error),
-            percent(result.attention_error_median),
-        )
-    table.caption = escape(
-        f"Dense: {report.results[0].dense_scalars:,} scalars a token in all layers, loss "
-        f"{report.results[0].teacher_loss:.4f}.\nOn {report.clips} clips: {report.clips_from}.\n"
-        "Before any training; one seed. Excess: above the dense loss. Layers' error: of\n"
-        "attention outputs, the median layer. nope/rope: channels of a head."
-    )
-    return table

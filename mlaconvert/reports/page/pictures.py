@@ -30,12 +30,12 @@ def previews(strips: Sequence[Tensor], *, pixels: bool) -> list[Tensor]:
     colors = basis.mT @ (channels - mean[:, None])
     sampled = colors[:, :: max(1, colors.shape[1] // 100_000)]
     low, high = (sampled.quantile(q, dim=1)[None, :, None, None, None] for q in (0.01, 0.99))
-    found = []
+    pictures = []
     for strip in strips:
         projected = torch.einsum("bcfhw,ck->bkfhw", strip.float() - mean[None, :, None, None, None], basis)
         rgb = ((projected - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
-        found.append(_tile(rgb.repeat(1, 3, 1, 1, 1)[:, :3]))  # one channel alone becomes grey
-    return found
+        pictures.append(_tile(rgb.repeat(1, 3, 1, 1, 1)[:, :3]))  # one channel alone becomes grey
+    return pictures
 
 
 def _tile(rgb: Tensor) -> Tensor:

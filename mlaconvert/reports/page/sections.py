@@ -6,27 +6,27 @@ Charts are inline SVG, frames inline PNG. Every chart has its numbers in a table
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from mlaconvert.evaluation import figures
 from mlaconvert.evaluation.compare import ModelEvaluation
 from mlaconvert.evaluation.drift import STATISTICS
-from mlaconvert.evaluation.report import Report
+from mlaconvert.evaluation.report import EvaluationReport
 from mlaconvert.evaluation.vbench import SIX
 from mlaconvert.files.names import EVALUATION_NAME, REPORT_NAME
 from mlaconvert.latent.spectrum import cumulative_energy
+from mlaconvert.reports.evaluation_tables import summary_notes
+from mlaconvert.reports.page.html import details, document, section, settings, table
 from mlaconvert.reports.page.pictures import STRIP, data_uri, previews
-from mlaconvert.reports.page.style import STYLE
-from mlaconvert.reports.page.svg import Series, change_of_bytes, chart, number_tick, percent_tick
-from mlaconvert.reports.tables import percent, signed_percent, summary_notes, summary_rows, write_whole
+from mlaconvert.reports.page.svg import Series, chart, number_tick, percent_tick
+from mlaconvert.reports.tables import write_whole
+from mlaconvert.units import percent
 
 
-def save(report: Report, folder: Path) -> Path:
+def save(report: EvaluationReport, folder: Path) -> Path:
     """Put evaluation.json and the page into a model's folder; the page's path. Raises OutputError."""
     text = json.dumps(report.to_json(), indent=2) + "\n"
     write_whole(folder / EVALUATION_NAME, text.encode(), "the results")
@@ -34,12 +34,12 @@ def save(report: Report, folder: Path) -> Path:
     return folder / REPORT_NAME
 
 
-def write_page(report: Report, path: Path) -> None:
+def write_page(report: EvaluationReport, path: Path) -> None:
     """Write the page of `report` to `path`, whole or not at all. Raises OutputError when it cannot be written."""
     write_whole(path, render(report).encode(), "the page")
 
 
-def render(report: Report) -> str:
+def render(report: EvaluationReport) -> str:
     """The page as HTML."""
     names = [model.path for model in report.models]
     title = f"{', '.join(names)} beside {report.teacher}"
@@ -53,52 +53,38 @@ def render(report: Report) -> str:
         _spectra(report),
         _making(report),
     )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"<h1>{escape(', '.join(names))}</h1>\n"
+    return document(
+        title,
+        f"<main>\n<h1>{escape(', '.join(names))}</h1>\n"
         f'<p class="lead">Multi-Head Latent Attention, measured beside its teacher <b>{escape(report.teacher)}</b> '
-        f"on the same clips, noise and noise levels.</p>\n"
-        + "\n".join(section for section in sections if section)
-        + f"\n</main>\n<footer>Written by mlaconvert {escape(report.versions['mlaconvert'])}.</footer>\n"
-        "</body>\n</html>\n"
+        f"on the same clips, noise and noise levels.</p>\n",
+        "\n".join(section for section in sections if section),
+        f"\n</main>\n<footer>Written by mlaconvert {escape(report.versions['mlaconvert'])}.</footer>\n",
     )
 
 
-def _section(title: str, *parts: str) -> str:
-    anchor = re.sub(r"\W+", "-", title.lower())
-    return (
-        f'<section aria-labelledby="{anchor}">\n<h2 id="{anchor}">{escape(title)}</h2>\n'
-        + "\n".join(parts)
-        + "\n</section>"
-    )
-
-
-def _summary(report: Report) -> str:
+def _summary(report: EvaluationReport) -> str:
     """Tiles with the first model's figures, and a table with all."""
     first = report.models[0]
-    tiles = [
-        ("cache", f"−{100 * first.cache_reduction:.1f}%", change_of_bytes(first)),
-        ("validation loss", signed_percent(first.fidelity.excess), "above the teacher’s"),
-        ("velocity error", percent(first.fidelity.velocity_error), "relative to the teacher’s"),
-    ]
-    if first.speed is not None:
-        tiles.append(("speed", f"{first.speed.ratio:.2f}×", "the teacher’s, in the same run"))
-    shown = "".join(
-        f'<div class="tile"><dt>{escape(name)}</dt><dd><b>{escape(value)}</b> <span>{escape(note)}</span></dd></div>'
-        for name, value, note in tiles
+    models = figures.entries(report.to_json())
+    tiles = "".join(
+        f'<div class="tile"><dt>{escape(title)}</dt><dd><b>{escape(text)}</b> <span>{escape(note)}</span></dd></div>'
+        for title, text, note in figures.tiles(models[0])
     )
+    rows = figures.rows(models, "summary")
     heads = ("", "teacher", *(model.path for model in report.models))
+    hints = {row.name: f"{row.better} is better" for row in rows if row.better is not None}
     of = f"<p>{escape(first.path)} in short:</p>" if len(report.models) > 1 else ""
-    notes = f"<p>{escape(' '.join(summary_notes(report)))}</p>"
-    return _section(
-        "Summary", of, f'<dl class="tiles">{shown}</dl>', _table("Every figure", heads, summary_rows(report)), notes
+    return section(
+        "Summary",
+        of,
+        f'<dl class="tiles">{tiles}</dl>',
+        table("Every figure", heads, [row.cells for row in rows], hints=hints),
+        f"<p>{escape(' '.join(summary_notes(report)))}</p>",
     )
 
 
-def _strips(report: Report) -> str:
+def _strips(report: EvaluationReport) -> str:
     teacher = report.models[0].teacher_video
     if teacher is None:
         return ""
@@ -124,7 +110,7 @@ def _strips(report: Report) -> str:
         "channels as red, green and blue, the same for all models."
     )
     given = f" The first {plan['given_frames']} frames are given." if plan["given_frames"] else ""
-    return _section(
+    return section(
         "Frames",
         f"<p>Rollouts from the same noise, latent frames {at}.{given} {what} Videos from one noise part over time "
         "without being worse; look for blur, loss of motion and colour that runs away.</p>",
@@ -132,7 +118,7 @@ def _strips(report: Report) -> str:
     )
 
 
-def _layers(report: Report) -> str:
+def _layers(report: EvaluationReport) -> str:
     models = report.models
     count = len(models[0].fidelity.attention_errors)
     series = [
@@ -140,16 +126,16 @@ def _layers(report: Report) -> str:
         for i, m in enumerate(models)
     ]
     rows = [(str(i), *(percent(m.fidelity.attention_errors[i]) for m in models)) for i in range(count)]
-    return _section(
+    return section(
         "Errors by layer",
         "<p>Self-attention’s output in each layer when it reads what the teacher’s layer reads: error relative to the "
         "teacher’s output.</p>",
         '<div class="charts">' + chart("Error of the attention output", "layer", series, percent_tick) + "</div>",
-        _details("Errors by layer", ("layer", *(m.path for m in models)), rows),
+        details("Errors by layer", ("layer", *(m.path for m in models)), rows),
     )
 
 
-def _timesteps(report: Report) -> str:
+def _timesteps(report: EvaluationReport) -> str:
     models = report.models
     errors = [
         Series(m.path, [(s.timestep, s.velocity_error) for s in m.timesteps], i, marker=True)
@@ -174,18 +160,18 @@ def _timesteps(report: Report) -> str:
     heads = ("timestep", "loss, teacher", *(f"loss, {m.path}" for m in models), *(f"error, {m.path}" for m in models))
     streaming = report.conditions["streaming"] is not None
     seen = "The newest chunk is at the timestep, the chunks before it are clean." if streaming else ""
-    return _section(
+    return section(
         "Velocity by timestep",
         f"<p>1000 is pure noise. {seen}</p>",
         '<div class="charts">'
         + chart("Velocity, relative to the teacher’s", "timestep", errors, percent_tick)
         + chart("Velocity loss", "timestep", losses, number_tick)
         + "</div>",
-        _details("Velocity by timestep", heads, rows),
+        details("Velocity by timestep", heads, rows),
     )
 
 
-def _drift(report: Report) -> str:
+def _drift(report: EvaluationReport) -> str:
     drifts = [(i, model.path, model.drift) for i, model in enumerate(report.models) if model.drift is not None]
     if not drifts:
         return ""
@@ -215,9 +201,9 @@ def _drift(report: Report) -> str:
             (str(f), *(write(y) for y in values))
             for f, values in enumerate(zip(*([y for _, y in line.points] for line in lines), strict=True), begin)
         ]
-        tables.append(_details(title, ("latent frame", *(line.name for line in lines)), rows))
+        tables.append(details(title, ("latent frame", *(line.name for line in lines)), rows))
     plan = report.conditions["rollout"]
-    return _section(
+    return section(
         "Drift",
         f"<p>{plan['videos']} rollouts of {frames} latent frames from the teacher’s own noise. Chaos alone carries two "
         "rollouts apart, as the teacher’s with another seed shows; a model that loses quality leaves the teacher’s "
@@ -227,32 +213,32 @@ def _drift(report: Report) -> str:
     )
 
 
-def _vbench(report: Report) -> str:
+def _vbench(report: EvaluationReport) -> str:
     scored = [(m.path, m.vbench) for m in report.models if m.vbench is not None]
     if report.teacher_vbench is not None:
         scored.insert(0, (f"{report.teacher} (teacher)", report.teacher_vbench))
     if not scored:
         return ""
-    names = list(dict.fromkeys(name for _, found in scored for name in found.scores))
+    names = list(dict.fromkeys(name for _, vbench in scored for name in vbench.scores))
     rows = [
         (
             name.replace("_", " "),
-            *(f"{100 * f.scores[name]:.2f}" if name in f.scores else "" for _, f in scored),
+            *(f"{100 * vbench.scores[name]:.2f}" if name in vbench.scores else "" for _, vbench in scored),
         )
         for name in names
     ]
-    means = [found.mean_of_six for _, found in scored]
+    means = [vbench.mean_of_six for _, vbench in scored]
     if any(mean is not None for mean in means):
         rows.append((f"mean of {len(SIX)}", *(f"{100 * mean:.2f}" if mean is not None else "" for mean in means)))
-    return _section(
+    return section(
         "VBench",
         "<p>In percent, more is better. The mean is the plain one of the dimensions that VBench takes one’s own "
         "prompts for.</p>",
-        _table("VBench scores", ("dimension", *(path for path, _ in scored)), rows),
+        table("VBench scores", ("dimension", *(path for path, _ in scored)), rows),
     )
 
 
-def _spectra(report: Report) -> str:
+def _spectra(report: EvaluationReport) -> str:
     source = next((m.conversion for m in report.models if m.conversion and m.conversion.get("layers")), None)
     if source is None:
         return ""
@@ -264,17 +250,17 @@ def _spectra(report: Report) -> str:
         picked = [0, *range(step, len(energy), step), len(energy)]
         curves.append(Series(f"layer {layer['layer']}", [(r, [0.0, *energy][r]) for r in dict.fromkeys(picked)], None))
     ranks = [Series("r_0.99", [(layer["layer"], layer["effective_rank"]) for layer in layers], 0, marker=True)]
-    scalars = {
-        m.path: {layer["layer"]: _cached(m, layer["layer"]) for layer in m.conversion["layers"]}
+    energies = {
+        m.path: {layer["layer"]: _energy(m, layer["layer"]) for layer in m.conversion["layers"]}
         for m in report.models
         if m.conversion and m.conversion.get("layers")
     }
-    heads = ("layer", "r_0.99 of [W_K; W_V]", *(f"energy at the latent’s rank, {name}" for name in scalars))
+    heads = ("layer", "r_0.99 of [W_K; W_V]", *(f"energy at the latent’s rank, {name}" for name in energies))
     rows = [
-        (str(layer["layer"]), str(layer["effective_rank"]), *(by.get(layer["layer"], "") for by in scalars.values()))
+        (str(layer["layer"]), str(layer["effective_rank"]), *(by.get(layer["layer"], "") for by in energies.values()))
         for layer in layers
     ]
-    return _section(
+    return section(
         "Spectra of the teacher’s weights",
         "<p>[W_K; W_V] of each converted layer: the share of its energy (squared singular values) that the leading "
         "directions hold, and the smallest rank that holds 99%. It does not predict quality after training.</p>",
@@ -282,65 +268,31 @@ def _spectra(report: Report) -> str:
         + chart("Energy held by the leading directions", "rank", curves, percent_tick, bundle=True)
         + chart("Rank that holds 99% of the energy", "layer", ranks, number_tick, legend=False)
         + "</div>",
-        _details("Spectra", heads, rows),
+        details("Spectra", heads, rows),
     )
 
 
-def _cached(model: ModelEvaluation, layer: int) -> str:
-    found = next(e for e in (model.conversion or {})["layers"] if e["layer"] == layer)
-    return percent(found["energy_at_kv_rank"])
+def _energy(model: ModelEvaluation, layer: int) -> str:
+    spectrum = next(e for e in (model.conversion or {})["layers"] if e["layer"] == layer)
+    return percent(spectrum["energy_at_kv_rank"])
 
 
-def _making(report: Report) -> str:
+def _making(report: EvaluationReport) -> str:
     parts = []
     for model in report.models:
         if model.conversion is None:
             continue
         source = model.conversion.get("source") or {}
         facts = {"source": source.get("name"), "source SHA-256": source.get("sha256")}
-        parts.append(_settings(f"Recipe of {model.path}", facts | (model.conversion.get("recipe") or {})))
+        parts.append(settings(f"Recipe of {model.path}", facts | (model.conversion.get("recipe") or {})))
         if model.healing is not None:
             written = {f"written {name}": value for name, value in (model.healing.get("written") or {}).items()}
-            parts.append(_settings(f"Healing of {model.path}", written | (model.healing.get("recipe") or {})))
+            parts.append(settings(f"Healing of {model.path}", written | (model.healing.get("recipe") or {})))
     conditions = {name: value for name, value in report.conditions.items() if name != "notes"}
     parts += [
-        _settings("Data", report.data),
-        _settings("Conditions", conditions),
-        _settings("Versions", report.versions),
+        settings("Data", report.data),
+        settings("Conditions", conditions),
+        settings("Versions", report.versions),
     ]
     notes = "".join(f"<li>{escape(note)}</li>" for note in report.conditions["notes"])
-    return _section("How it was made and measured", f"<ul>{notes}</ul>" if notes else "", *parts)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name.replace('_', ' ')} {_plain(item)}" for name, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(_plain(item) for item in value)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "figures") -> str:
-    top = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table class="{kind}">'
-        f"<caption>{escape(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def _details(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table that is folded away."""
-    return f"<details><summary>{escape(title)}, as a table</summary>{_table(title, heads, rows)}</details>"
-
-
-def _settings(title: str, facts: Mapping[str, Any]) -> str:
-    """An open table of names and values; what is not set is left out."""
-    rows = [(name.replace("_", " "), _plain(value)) for name, value in facts.items() if value not in (None, "")]
-    table = _table(title, ("setting", "value"), rows, "settings")
-    return f"<details open><summary>{escape(title)}</summary>{table}</details>"
+    return section("How it was made and measured", f"<ul>{notes}</ul>" if notes else "", *parts)

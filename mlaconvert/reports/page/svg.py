@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from mlaconvert.evaluation.compare import ModelEvaluation
-from mlaconvert.reports.tables import format_bytes
-
 _WIDTH, _HEIGHT = 420, 270  # a chart's own units; on the screen it is 300 to 480 pixels wide
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 20, 10, 42
 _COLORS = 5  # models of different colours; line patterns and markers tell them apart too
@@ -136,7 +133,3 @@ def number_tick(value: float) -> str:
 
 def percent_tick(value: float) -> str:
     return f"{100 * value:.6g}%"
-
-
-def change_of_bytes(model: ModelEvaluation) -> str:
-    return f"{format_bytes(model.cache_bytes['teacher'])} to {format_bytes(model.cache_bytes['student'])}"

@@ -1,0 +1,72 @@
+"""Tables of evaluations and sweeps: models beside their teacher."""
+
+from __future__ import annotations
+
+from rich.markup import escape
+from rich.table import Table
+
+from mlaconvert.evaluation import figures
+from mlaconvert.evaluation.cells import SweepReport
+from mlaconvert.evaluation.report import EvaluationReport
+from mlaconvert.units import percent, signed_percent
+
+
+def summary_notes(report: EvaluationReport) -> list[str]:
+    """What the figures of the summary were measured on."""
+    data, plan = report.data, report.conditions["rollout"]
+    notes = [f"Losses and errors: {data['clips']} clips of {data['latent_frames']} latent frames ({data['from']})."]
+    if plan is not None:
+        notes.append(
+            f"Rollouts: {plan['videos']} of {plan['latent_frames']} latent frames; their last third against the "
+            "teacher's from the same noise (* the teacher's own from another noise); statistics as a change."
+        )
+    return notes
+
+
+def evaluation_table(report: EvaluationReport) -> Table:
+    """Every figure of an evaluation, the teacher and the models side by side."""
+    table = Table(title=f"Beside {escape(report.teacher)}", caption_justify="left")
+    for i, name in enumerate(("", "teacher", *(model.path for model in report.models))):
+        table.add_column(escape(name), justify="right" if i else "left")
+    for row in figures.rows(figures.entries(report.to_json()), "summary"):
+        table.add_row(*map(escape, row.cells))
+    table.caption = escape("\n".join((*summary_notes(report), *report.conditions["notes"])))
+    return table
+
+
+def error_table(report: EvaluationReport) -> Table:
+    """Errors by timestep and by layer, a column a model."""
+    table = Table(title="Errors relative to the teacher", caption_justify="left")
+    for i, name in enumerate(("", *(model.path for model in report.models))):
+        table.add_column(escape(name), justify="right" if i else "left")
+    for rows in figures.sections(figures.entries(report.to_json()), "errors"):
+        for row in rows:
+            table.add_row(escape(row.name), *row.models)
+        table.add_section()
+    return table
+
+
+def sweep_table(report: SweepReport) -> Table:
+    """One row a cell: what it caches, and what that costs."""
+    table = Table(title=f"Budgets of {escape(report.source)}", caption_justify="left")
+    titles = ("init", "latent", "nope/\nrope", "cached\nscalars", "less\ncache", "excess\nloss", "velocity\nerror")
+    for i, name in enumerate((*titles, "layers'\nerror")):
+        table.add_column(name, justify="right" if i else "left", no_wrap=i == 0)
+    for result in report.results:
+        table.add_row(
+            result.init,
+            str(result.kv_rank),
+            "-" if result.rope_dim is None else f"{result.nope_dim}/{result.rope_dim}",
+            f"{result.scalars:,}",
+            percent(result.cache_reduction),
+            signed_percent(result.excess),
+            percent(result.velocity_error),
+            percent(result.attention_error_median),
+        )
+    table.caption = escape(
+        f"Dense: {report.results[0].dense_scalars:,} scalars a token in all layers, loss "
+        f"{report.results[0].teacher_loss:.4f}.\nOn {report.clips} clips: {report.clips_from}.\n"
+        "Before any training; one seed. Excess: above the dense loss. Layers' error: of\n"
+        "attention outputs, the median layer. nope/rope: channels of a head."
+    )
+    return table
