@@ -142,7 +142,8 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_tables_need_no_plots() -> None:
-    code = "import sys, mlaconvert.convert, mlaconvert.report; print('matplotlib' in sys.modules)"
+    modules = "mlaconvert.conversion.run, mlaconvert.reports.tables, mlaconvert.reports.evaluation_tables"
+    code = f"import sys, {modules}; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout == "False\n"
 
