@@ -1,17 +1,40 @@
-"""LAPACK by its steps against numpy's own eigenvalues and vectors."""
+"""LAPACK by its steps, and torch in its place, against numpy's own eigenvalues and vectors."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.linalg import LinAlgError
+from scipy.linalg import cython_blas, cython_lapack
 
 from mlaconvert.latent import lapack
-from mlaconvert.latent.lapack import LinAlgError, add_gram, eigenvalues, leading_eigenvectors, solve_positive
+from mlaconvert.latent.lapack import LINALG_ERRORS, add_gram, backend, eigenvalues, leading_eigenvectors, solve_positive
+
+
+@pytest.fixture
+def look_again() -> Iterator[None]:
+    """SciPy is asked anew in this test, and after it."""
+    lapack._routines.cache_clear()
+    yield
+    lapack._routines.cache_clear()
+
+
+@pytest.fixture(autouse=True, params=["scipy", "torch"])
+def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test with the routines of either; SciPy's are there in the environment of the tests."""
+    assert lapack._routines() is not None
+    if request.param == "torch":
+        monkeypatch.setattr(lapack, "_routines", lambda: None)
+    assert backend() == request.param
 
 
 def symmetric(size: int, condition: float = 1e3) -> torch.Tensor:
@@ -95,3 +118,69 @@ def test_the_benchmarks_floor_does_not_time_this_module(monkeypatch: pytest.Monk
     found = importlib.import_module("scale").eigenproblems(48, (7, 24))
     assert found.keys() == {"analyze", "convert --init svd"}
     assert all(seconds > 0 for seconds in found.values())
+    with pytest.raises(ValueError, match="contiguous float64"):
+        leading_eigenvectors(symmetric(6)[::2, ::2], 1)
+    right = torch.ones(2, 6, dtype=torch.float64)
+    for matrix, rows in (
+        (symmetric(6), right.float()),
+        (symmetric(6), right.T.contiguous().T),
+        (symmetric(12)[::2, ::2], right),
+    ):
+        with pytest.raises(ValueError, match="contiguous float64"):
+            solve_positive(matrix, rows)
+
+
+def test_only_what_is_on_and_above_the_diagonal_is_read() -> None:
+    whole = symmetric(7)
+    upper = whole.triu() + 99 * torch.ones_like(whole).tril(-1)
+    assert np.allclose(eigenvalues(upper.clone()), np.linalg.eigvalsh(whole.numpy()), rtol=1e-12)
+    values, vectors = leading_eigenvectors(upper.clone(), 3)
+    assert float((whole @ vectors - vectors * values).norm()) < 1e-10
+    right = torch.ones(2, 7, dtype=torch.float64)
+    assert np.allclose(solve_positive(upper.clone(), right.clone()) @ whole, right)
+
+
+def test_what_callers_catch() -> None:
+    assert set(LINALG_ERRORS) == {np.linalg.LinAlgError, torch.linalg.LinAlgError}  # type: ignore[attr-defined]
+
+
+def capsule(signature: bytes) -> Any:
+    """A pointer that must not be called, offered with a signature as Cython writes it; the bytes must live on."""
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    return new(1, signature, None)
+
+
+EXPECTED = b"void (char *, int *, __pyx_d *, int *, __pyx_d *, __pyx_d *, __pyx_d *, __pyx_d *, int *, int *)"
+WIDE, SINGLE = EXPECTED.replace(b"int *", b"int64_t *"), EXPECTED.replace(b"_d *", b"_s *")
+FEWER = b"void (char *, int *, __pyx_d *, int *, __pyx_d *, __pyx_d *, __pyx_d *, __pyx_d *, int *)"
+
+
+@pytest.mark.usefixtures("look_again")
+@pytest.mark.parametrize("chosen", ["scipy"], indirect=True)
+@pytest.mark.parametrize("signature", [None, WIDE, FEWER, SINGLE], ids=["missing", "64-bit", "fewer", "single"])
+def test_torch_does_the_work_where_scipys_routines_are_not_as_expected(
+    signature: bytes | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    offered = dict(cython_lapack.__pyx_capi__)
+    if signature is None:
+        del offered["dsytrd"]
+    else:
+        offered["dsytrd"] = capsule(signature)
+    monkeypatch.setattr(cython_lapack, "__pyx_capi__", offered)
+    with caplog.at_level(logging.DEBUG, "mlaconvert"):
+        values = eigenvalues(symmetric(7))
+    assert np.allclose(values, np.linalg.eigvalsh(symmetric(7).numpy()))
+    assert backend() == "torch"
+    assert len(caplog.messages) == 1  # chosen once
+    assert ("dsytrd" if signature is None else signature.decode()) in caplog.messages[0]
+
+
+@pytest.mark.usefixtures("look_again")
+@pytest.mark.parametrize("chosen", ["scipy"], indirect=True)
+def test_torch_does_the_work_where_scipy_offers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(cython_blas, "__pyx_capi__")
+    total = torch.zeros(3, 3, dtype=torch.float64)
+    add_gram(total, torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64))
+    assert backend() == "torch"
+    assert total.tolist() == [[1, 2, 3], [0, 4, 6], [0, 0, 9]]

@@ -22,7 +22,6 @@ from itertools import islice
 from typing import TypeVar
 
 import torch
-from scipy.linalg import LinAlgError
 from torch import Tensor
 
 from mlaconvert.clips.folder import Clips
@@ -38,6 +37,7 @@ from mlaconvert.errors import CheckpointError, ConfigError, UnsupportedModelErro
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.files.scratch import return_memory
 from mlaconvert.files.store import check_finite
+from mlaconvert.latent.lapack import LINALG_ERRORS
 from mlaconvert.latent.roots import cholesky
 from mlaconvert.latent.spectrum import (
     check_threshold,
@@ -188,7 +188,7 @@ def _weighted_spectrum(checkpoint: Checkpoint, layer: Layer, kv_rank: int, thres
     try:
         root = cholesky(moments.covariance)
         values = singular_values_from_gram(root.mT @ moments.sensitivity @ root).cpu()
-    except (torch.linalg.LinAlgError, LinAlgError):  # type: ignore[attr-defined]
+    except LINALG_ERRORS:
         values = torch.full((1,), torch.nan)
     if not bool(torch.isfinite(values).all()):
         raise CheckpointError(

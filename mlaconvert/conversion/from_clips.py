@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.linalg import LinAlgError
 
 from mlaconvert.clips.folder import ClipFolder, Clips, clip_files, load_clips, load_shard, save_shard
 from mlaconvert.clips.teacher_made import own_clips
@@ -33,6 +32,7 @@ from mlaconvert.families.merged import merged
 from mlaconvert.files.inputs import file_states, read_json, refuse_links
 from mlaconvert.files.staging import write_whole
 from mlaconvert.latent.factorize import Factors
+from mlaconvert.latent.lapack import LINALG_ERRORS
 from mlaconvert.model.load import load_widened
 from mlaconvert.model.rollout import passes
 from mlaconvert.model.schedule import Sampler
@@ -96,7 +96,7 @@ def _factorised(checkpoint: Checkpoint) -> Iterator[None]:
     try:
         yield
     # Errors are relative to what the layers and the model give, which may be nothing.
-    except (torch.linalg.LinAlgError, LinAlgError, ZeroDivisionError):  # type: ignore[attr-defined]
+    except (*LINALG_ERRORS, ZeroDivisionError):
         raise CheckpointError(
             f"{checkpoint.store.path}: a layer's self-attention is degenerate on these clips (zero or not finite) and "
             "cannot be factorised; give more or other clips, or leave the layer dense with --layers"

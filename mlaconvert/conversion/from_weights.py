@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scipy.linalg import LinAlgError
 from torch import Tensor
 
 from mlaconvert.conversion.plan import ConversionPlan, mla_of
@@ -24,6 +23,7 @@ from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.files.scratch import return_memory
 from mlaconvert.files.store import check_finite
 from mlaconvert.latent.factorize import Factors, factorize_layer
+from mlaconvert.latent.lapack import LINALG_ERRORS
 from mlaconvert.latent.moments import modulation_moments
 from mlaconvert.latent.pairs import mean_rotation
 from mlaconvert.latent.random_start import random_layer
@@ -152,7 +152,7 @@ def _factorize(
             q_lora_rank=mla.q_lora_rank,
             rope=mla.rope,
         )
-    except (torch.linalg.LinAlgError, LinAlgError):  # type: ignore[attr-defined]
+    except LINALG_ERRORS:
         factors = None
     if factors is None or not all(math.isfinite(error) for error in factors.errors.values()):
         raise CheckpointError(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mlaconvert.latent import lapack
+from mlaconvert.latent import lapack, plain
 
-_GRAM_BLOCK = 384  # columns of a Gram matrix that are made at once
+_MIRROR_BLOCK = 384  # rows that are mirrored at once
 
 
 def affine(weight: Tensor, bias: Tensor) -> Tensor:
@@ -20,29 +20,24 @@ def leading_directions(gram: Tensor, rank: int) -> tuple[Tensor, float]:
 
     `gram` is overwritten on a CPU. Raises LinAlgError when it is not finite.
     """
-    dim, trace = len(gram), float(gram.trace())
+    trace = float(gram.trace())
     if gram.device.type == "cpu":
         values, vectors = lapack.leading_eigenvectors(gram.contiguous(), rank)
     else:
-        values, vectors = torch.linalg.eigh(gram)
-        values, vectors = values[dim - rank :], vectors[:, dim - rank :]
+        values, vectors = plain.leading_eigenvectors(gram, rank)
     kept = float(values.clamp_min(0).sum()) / trace if trace > 0 else 1.0
     return vectors.flip(1).contiguous(), min(1.0, kept)
 
 
 def add_gram(total: Tensor, rows: Tensor) -> None:
     """Add `rows`^T `rows` to `total` [D, D], only on and above the diagonal; `mirror` does the rest."""
-    if _in_one_thread(total):
-        lapack.add_gram(total, rows)
-        return
-    for start in range(0, len(total), _GRAM_BLOCK):
-        total[start : start + _GRAM_BLOCK, start:].addmm_(rows[:, start : start + _GRAM_BLOCK].mT, rows[:, start:])
+    (lapack if _in_one_thread(total) else plain).add_gram(total, rows)
 
 
 def mirror(total: Tensor) -> Tensor:
     """Copy what lies above the diagonal of `total` [D, D] below it, in place."""
-    for start in range(0, len(total), _GRAM_BLOCK):
-        end = start + _GRAM_BLOCK
+    for start in range(0, len(total), _MIRROR_BLOCK):
+        end = start + _MIRROR_BLOCK
         block = total[start:end, start:end]
         block.copy_(block.triu() + block.triu(1).mT)
         total[end:, start:end] = total[start:end, end:].mT

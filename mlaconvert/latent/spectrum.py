@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mlaconvert.errors import ConfigError
-from mlaconvert.latent.lapack import eigenvalues
+from mlaconvert.latent import lapack, plain
 from mlaconvert.latent.matrices import add_gram, mirror
 
 _GRAM_ROWS = 1024  # rows of the float64 copy: 42 MB at width 5120
@@ -40,7 +40,7 @@ def singular_values_from_gram(gram_matrix: Tensor) -> Tensor:
 
     If W has fewer rows than D, the values beyond them are zero to rounding.
     """
-    found = eigenvalues(gram_matrix) if gram_matrix.device.type == "cpu" else torch.linalg.eigvalsh(gram_matrix)
+    found = (lapack if gram_matrix.device.type == "cpu" else plain).eigenvalues(gram_matrix)
     return found.clamp_min_(0).sqrt_().flip(0)  # rounding can leave a zero eigenvalue slightly negative
 
 
