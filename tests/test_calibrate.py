@@ -1095,7 +1095,6 @@ def test_the_disk_that_activations_take_is_known_beforehand(
         return made
 
     monkeypatch.setattr(Scratch, "empty", counted)
-    monkeypatch.setattr("mlaconvert.conversion.calibration.refit.QUERIES", 1)
     monkeypatch.setattr("mlaconvert.conversion.calibration.windows.QUERIES", 1)
     regime, clips, made = dataclasses.replace(FEW, streaming=streaming), make_clips(6), target("token")
     with open_checkpoint(folder if streaming else both_ways) as checkpoint:

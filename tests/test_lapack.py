@@ -103,6 +103,16 @@ def test_what_lapack_cannot_take() -> None:
         eigenvalues(symmetric(5).float())
     with pytest.raises(ValueError, match="contiguous float64"):
         eigenvalues(symmetric(6)[::2, ::2])
+    with pytest.raises(ValueError, match="contiguous float64"):
+        leading_eigenvectors(symmetric(6)[::2, ::2], 1)
+    right = torch.ones(2, 6, dtype=torch.float64)
+    for matrix, rows in (
+        (symmetric(6), right.float()),
+        (symmetric(6), right.T.contiguous().T),
+        (symmetric(12)[::2, ::2], right),
+    ):
+        with pytest.raises(ValueError, match="contiguous float64"):
+            solve_positive(matrix, rows)
 
 
 def test_the_benchmarks_floor_does_not_time_this_module(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,16 +128,6 @@ def test_the_benchmarks_floor_does_not_time_this_module(monkeypatch: pytest.Monk
     found = importlib.import_module("scale").eigenproblems(48, (7, 24))
     assert found.keys() == {"analyze", "convert --init svd"}
     assert all(seconds > 0 for seconds in found.values())
-    with pytest.raises(ValueError, match="contiguous float64"):
-        leading_eigenvectors(symmetric(6)[::2, ::2], 1)
-    right = torch.ones(2, 6, dtype=torch.float64)
-    for matrix, rows in (
-        (symmetric(6), right.float()),
-        (symmetric(6), right.T.contiguous().T),
-        (symmetric(12)[::2, ::2], right),
-    ):
-        with pytest.raises(ValueError, match="contiguous float64"):
-            solve_positive(matrix, rows)
 
 
 def test_only_what_is_on_and_above_the_diagonal_is_read() -> None:

@@ -39,6 +39,8 @@ from mlaconvert.model.schedule import Sampler
 from mlaconvert.progress import Progress
 
 MOMENTS_NAME = "calibration.json"
+# What linear algebra raises for a layer that gives zeros, or values that are not finite.
+_DEGENERATE: tuple[type[Exception], ...] = (*LINALG_ERRORS, ZeroDivisionError)
 CLIPS_NAME = "clips.safetensors"  # those that the teacher generated
 # What the record of moments says of them, in words.
 _ASPECTS = {
@@ -96,7 +98,7 @@ def _factorised(checkpoint: Checkpoint) -> Iterator[None]:
     try:
         yield
     # Errors are relative to what the layers and the model give, which may be nothing.
-    except (*LINALG_ERRORS, ZeroDivisionError):
+    except _DEGENERATE:
         raise CheckpointError(
             f"{checkpoint.store.path}: a layer's self-attention is degenerate on these clips (zero or not finite) and "
             "cannot be factorised; give more or other clips, or leave the layer dense with --layers"
