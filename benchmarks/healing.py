@@ -4,13 +4,14 @@
                                 [--only recipe,teacher,long,needs,starts,stages,students,noise]
     python benchmarks/healing.py --real-size [--small]      # one step of each stage at the size of Wan2.1 T2V 1.3B
 
-Every finished cell is kept as JSON in benchmarks/healing_cells, with the recipe of its run; started again, only what is
-missing or had another recipe is computed, and a run that was interrupted goes on from its saved state in the folder of
-runs. Cells of different seeds may be computed by processes side by side. Excess is the validation loss on held-back
-clips above the teacher's, in percent of it. A seed draws the conversion's random numbers and calibration noise, the
-training clips and their noise, and the four draws of validation noise. The shipped recipe is measured as it is;
-comparisons take fewer and smaller steps (`COMPARED`), alike in every row. Distance by step is a run's own validation,
-the mean squared distance of the velocity to the teacher's on 16 held-back clips, in percent of the teacher's loss.
+Every finished cell is kept in benchmarks/results/healing, a JSON file a table and one for what several need, with the
+recipe of its run; started again, only what is missing or had another recipe is computed, and a run that was interrupted
+goes on from its saved state in the folder of runs. Cells of different seeds may be computed by processes side by side.
+Excess is the validation loss on held-back clips above the teacher's, in percent of it. A seed draws the conversion's
+random numbers and calibration noise, the training clips and their noise, and the four draws of validation noise. The
+shipped recipe is measured as it is; comparisons take fewer and smaller steps (`COMPARED`), alike in every row. Distance
+by step is a run's own validation, the mean squared distance of the velocity to the teacher's on 16 held-back clips, in
+percent of the teacher's loss.
 
 The distance of few-step students: from held-back prompts, the student generates two videos each in four steps, and the
 teacher two in twenty guided ones. Both sides are described by what the teacher's middle block makes of every frame
@@ -25,14 +26,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
 import functools
 import json
 import math
+import os
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +75,8 @@ COMMON: dict[str, Any] = {"tracker": "none"}
 COMPARED: dict[str, Any] = {"steps": 100, "batch": 16}
 # Flow matching as the teacher itself was trained, at a rate for a model that is nearly there.
 FLOW: dict[str, Any] = {"stage": "teacher-forcing", "optimizer": "adamw", "lr": 1e-4}
+# What the rows are measured in that only show how far a start, or a teacher, has to go: they take long.
+LONG: dict[str, Any] = {"precision": "bf16"}
 # Stage behind stage, from the calibrated start.
 STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "distilled, in four steps": ("tiny-distill", COMPARED),
@@ -114,7 +120,10 @@ class Healed(Model):
 
 
 class Cells:
-    """Results by name, each kept in a file of its own as soon as it is known; `runs` has the models behind them."""
+    """Results by name, each kept as soon as it is known; `runs` has the models behind them.
+
+    What stands before a name's first dash is the file of its table, which processes side by side may add to.
+    """
 
     def __init__(self, results: Path, runs: Path) -> None:
         self.results, self.runs = results, runs
@@ -123,22 +132,47 @@ class Cells:
 
     def get(self, name: str, make: Callable[..., Any], *arguments: Any) -> Any:
         """What `make(*arguments)` gives, or gave."""
-        path = self.results / f"{name}.json"
-        if not path.is_file():
-            began = time.monotonic()
-            value = make(*arguments)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(value) + "\n")
-            partial.replace(path)
-            print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-        return json.loads(path.read_text())
+        found = self._find(name)
+        return self._make(name, make, *arguments) if found is None else found
 
     def train(self, model: Healed, measure: Measure) -> dict[str, Any]:
         """The model's recipe, the validation during its run, and what `measure` finds."""
-        path = self.results / f"{model.path.name}.json"
-        if path.is_file() and not model.is_of(json.loads(path.read_text())):
-            path.unlink()
-        return self.get(model.path.name, trained, model, measure)
+        found: dict[str, Any] | None = self._find(model.path.name)
+        if found is None or not model.is_of(found):
+            found = self._make(model.path.name, trained, model, measure)
+        return found
+
+    def _find(self, name: str) -> Any:
+        path, cell = self._place(name)
+        return json.loads(path.read_text()).get(cell) if path.is_file() else None
+
+    def _make(self, name: str, make: Callable[..., Any], *arguments: Any) -> Any:
+        began = time.monotonic()
+        value = make(*arguments)
+        path, cell = self._place(name)
+        with self._alone():
+            kept = (json.loads(path.read_text()) if path.is_file() else {}) | {cell: value}
+            lines = (f"{json.dumps(each)}: {json.dumps(kept[each])}" for each in sorted(kept))
+            partial = path.with_suffix(".partial")
+            partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+            partial.replace(path)
+        print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+        return value
+
+    def _place(self, name: str) -> tuple[Path, str]:
+        """The file of a cell, and its name there."""
+        table, cell = name.split("-", 1)
+        return self.results / f"{table}.json", cell
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process writes results meanwhile."""
+        folder = os.open(self.results, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
 
     def teacher(self) -> Model:
         """The shipped model as a folder that can be trained on."""
@@ -194,12 +228,12 @@ def loss(model: Model, seed: int) -> float:
 
 def teacher_loss(cells: Cells, seed: int) -> float:
     """Of the teacher as it is."""
-    return cells.get(f"teacher-{seed}", loss, cells.teacher(), seed)
+    return cells.get(f"unhealed-teacher-{seed}", loss, cells.teacher(), seed)
 
 
 def before_loss(cells: Cells, start: str, seed: int) -> float:
     """Of a conversion that is not healed."""
-    return cells.get(f"before-{start}-{seed}", loss, cells.converted(start, seed), seed)
+    return cells.get(f"unhealed-{start}-{seed}", loss, cells.converted(start, seed), seed)
 
 
 def shipped_recipe(cells: Cells, seeds: list[int]) -> list[str]:
@@ -212,9 +246,9 @@ def shipped_recipe(cells: Cells, seeds: list[int]) -> list[str]:
     return lines
 
 
-def recipe_run(cells: Cells, start: str, seed: int) -> dict[str, Any]:
-    """The recipe as it ships."""
-    return cells.train(cells.healed(f"recipe-{start}-{seed}", cells.converted(start, seed), seed), loss)
+def recipe_run(cells: Cells, start: str, seed: int, **options: Any) -> dict[str, Any]:
+    """The recipe as it ships, but for these options."""
+    return cells.train(cells.healed(f"recipe-{start}-{seed}", cells.converted(start, seed), seed, **options), loss)
 
 
 def trained_on(cells: Cells, seeds: list[int]) -> list[str]:
@@ -222,7 +256,7 @@ def trained_on(cells: Cells, seeds: list[int]) -> list[str]:
     lines = ["| seed | a teacher that trained on | the student above that one |", "|---|---|---|"]
     for seed in seeds:
         base, after = teacher_loss(cells, seed), recipe_run(cells, "calibrated", seed)["loss"]
-        more = cells.train(cells.healed(f"recipe-teacher-{seed}", cells.teacher(), seed, **FLOW), loss)["loss"]
+        more = cells.train(cells.healed(f"recipe-teacher-{seed}", cells.teacher(), seed, **FLOW | LONG), loss)["loss"]
         # More training may also hurt a teacher that had enough.
         lines.append(f"| {seed} | {_excess(more, base):.2f}% | {_excess(after, min(base, more)):.2f}% |")
     return lines
@@ -232,7 +266,7 @@ def long_runs(cells: Cells) -> list[str]:
     """What the other starts need: the shipped recipe, one seed."""
     lines = []
     for start in ("random", "svd"):
-        found, base = recipe_run(cells, start, 0), teacher_loss(cells, 0)
+        found, base = recipe_run(cells, start, 0, **LONG), teacher_loss(cells, 0)
         curve = ", ".join(f"{step}: {value:.0f}%" for step, value in _curve(found, base).items())
         lines.append(f"- {start}: {_excess(found['loss'], base):.0f}%; distance by step {curve}")
     return lines
@@ -307,9 +341,9 @@ def students(cells: Cells, seeds: list[int]) -> list[str]:
     for seed in seeds:
         model, teacher = cells.converted("calibrated", seed), cells.teacher()
         values = {
-            "teacher, twenty steps, other noise (floor)": cells.get(f"distance-floor-{seed}", floor, seed),
-            "teacher in four steps": cells.get(f"distance-teacher-{seed}", distance, teacher, seed),
-            "calibrated, untrained, in four steps": cells.get(f"distance-calibrated-{seed}", distance, model, seed),
+            "teacher, twenty steps, other noise (floor)": cells.get(f"students-floor-{seed}", floor, seed),
+            "teacher in four steps": cells.get(f"students-teacher-{seed}", distance, teacher, seed),
+            "calibrated, untrained, in four steps": cells.get(f"students-calibrated-{seed}", distance, model, seed),
         }
         for name, (base, options) in STUDENTS.items():
             model = cells.healed(f"students-{base}-{seed}", model, seed, base, **options)
@@ -531,9 +565,9 @@ def _wait(device: torch.device) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", default="0,1,2", help="seeds of the tables (default 0,1,2)")
-    results = Path(__file__).parent / "healing_cells"
+    results = Path(__file__).parent / "results" / "healing"
     parser.add_argument(
-        "--results", type=Path, default=results, help="finished cells (default benchmarks/healing_cells)"
+        "--results", type=Path, default=results, help="finished cells (default benchmarks/results/healing)"
     )
     parser.add_argument("--quick", action="store_true", help="one seed, 6 steps, 4 clips: to see that it runs")
     names = "recipe,teacher,long,needs,starts,stages,students,noise"
