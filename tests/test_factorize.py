@@ -341,6 +341,24 @@ def test_latent_is_the_best_subspace() -> None:
     assert convert(weights, layer).errors["latent"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("rank", [3, 13, 47])
+def test_a_compressed_query_keeps_the_length_that_its_directions_hold(rank: int) -> None:
+    """A normed query has the length sqrt(D), so its normed latent must have sqrt(D * the share of energy it holds)."""
+    weights = make_weights()
+    m = moments(weights)
+    root = torch.linalg.cholesky(m.covariance)
+    # Root mean squares over the inputs: what varies, and what their mean gives.
+    rows = torch.cat((weights.q_weight @ root, (weights.q_weight @ m.mean + weights.q_bias)[:, None]), 1)
+    energy = torch.linalg.svdvals(rows).square()
+    kept = float(energy[:rank].sum() / energy.sum())
+    factors = convert(weights, lossy(), q_rank=rank)
+    gain = factors.tensors["q_a_layernorm.weight"]
+    assert gain.shape == (rank,)
+    assert gain.unique().numel() == 1
+    assert float(gain.square().sum()) == pytest.approx(DIM * kept, rel=1e-5)
+    assert factors.errors["query"] == pytest.approx((1 - kept) ** 0.5, rel=1e-4)
+
+
 def test_shared_rotary_key_is_the_best_rank_one() -> None:
     """Against a float64 SVD of the importance-weighted complex keys of the kept pairs; a head mean does worse."""
     weights, pair = make_weights(), 4
@@ -417,6 +435,25 @@ def test_modulation_moments_are_those_of_sampled_inputs() -> None:
     assert relative(m.query, second) < 0.05
     k = x @ weights.k_weight.T + weights.k_bias
     assert m.inverse_norm == pytest.approx(float(k.square().mean(1).rsqrt().mean()), rel=0.05)
+
+
+def test_modulation_moments_in_closed_form() -> None:
+    """Timestep by timestep: an input is white noise times 1 + scale, plus shift, and all that is linear follows."""
+    weights, modulation = make_weights(), make_modulation()
+    m, share = moments(weights), 1 / len(modulation)
+    assert relative(m.mean, torch.stack([shift for shift, _ in modulation]).mean(0)) < EXACT
+    second = torch.zeros(3, DIM, DIM, dtype=torch.float64)  # of x, q and k, before their norms
+    for shift, scale in modulation:
+        noise = torch.diag((1 + scale) ** 2)
+        maps = ((torch.eye(DIM), 0), (weights.q_weight, weights.q_bias), (weights.k_weight, weights.k_bias))
+        for i, (matrix, bias) in enumerate(maps):
+            mean = matrix.double() @ shift + bias
+            second[i] += share * (matrix.double() @ noise @ matrix.double().T + torch.outer(mean, mean))
+    assert relative(m.covariance, second[0] - torch.outer(m.mean, m.mean)) < EXACT
+    assert m.inverse_norm == pytest.approx(float(second[2].trace() / DIM + EPS) ** -0.5, rel=1e-5)
+    normed = torch.diag(weights.norm_q) @ second[1] @ torch.diag(weights.norm_q) / (second[1].trace() / DIM + EPS)
+    heads = torch.stack([normed[h * WIDTH : (h + 1) * WIDTH, h * WIDTH : (h + 1) * WIDTH] for h in range(HEADS)])
+    assert relative(m.query, heads) < 1e-5  # its root is damped
 
 
 def test_roots_and_directions() -> None:

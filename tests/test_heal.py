@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -27,10 +28,11 @@ from mlaconvert.healing.stages.distill import Distill, noise_levels
 from mlaconvert.healing.stages.dmd import Critic, Generator
 from mlaconvert.healing.stages.few_step import FewStep, Steps, energy_distance, reference_features, stream
 from mlaconvert.healing.stages.teacher_forcing import TeacherForcing
-from mlaconvert.healing.state import choose_trained
+from mlaconvert.healing.state import Trained, choose_trained
 from mlaconvert.model.cache import LatentCache
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.wan import WanModel
+from mlaconvert.model.window import window_views
 
 STREAMING = StreamingConfig(chunk_frames=2, window_frames=5, sink_frames=1)
 TEACHER = WanConfig(
@@ -114,6 +116,18 @@ def test_views_are_what_the_newest_chunk_sees() -> None:
     absolute = dataclasses.replace(STREAMING, positions="absolute")
     assert views(8, absolute)[-1].positions == (0, 4, 5, 6, 7)
     assert [view.frames for view in views(3, None)] == [(0, 1, 2)]
+
+
+@pytest.mark.parametrize("sink", [0, 1, 2])
+def test_windows_hold_the_newest_frames_in_the_chunks_that_they_came_in(sink: int) -> None:
+    """Several chunks deep; the oldest one may have lost frames to the window's edge."""
+    streaming = StreamingConfig(chunk_frames=2, window_frames=9, sink_frames=sink)
+    for (frames, chunks), end in zip(window_views(14, streaming), range(2, 15, 2), strict=True):
+        recent = list(range(end)) if end <= 9 else list(range(end - 9 + sink, end))
+        groups = [len(list(group)) for _, group in groupby(recent, lambda frame: frame // 2)]
+        first = list(range(sink)) if end > 9 else []
+        assert frames == first + recent
+        assert chunks == (*([sink] if first else []), *groups)
 
 
 @pytest.mark.parametrize("config", [TEACHER, STUDENT], ids=["dense", "latent"])
@@ -202,9 +216,10 @@ def velocity_error(teacher: WanModel, student: WanModel, batch: Batch) -> float:
     return float((kept.square().mean((1, 2, 3)) * weight[sigma > 0]).mean())
 
 
-def test_distill_is_validated_by_the_same_error_always() -> None:
+@pytest.mark.parametrize("frames", [2, 4])
+def test_distill_is_validated_by_the_same_error_always(frames: int) -> None:
     """On 11 clips, more than go through the models at once."""
-    teacher, student, batch = model(TEACHER, 1), model(STUDENT, 2), make_batch(count=11)
+    teacher, student, batch = model(TEACHER, 1), model(STUDENT, 2), make_batch(frames, count=11)
     objective = Distill(student, teacher, recipe(steps=10, attention_steps=4), STREAMING)
     clips = Clips(batch.latents, batch.context)
     found = [objective("validate", clips) for _ in range(2)]
@@ -540,6 +555,47 @@ def test_gradients_reach_every_kind_of_layer(rope: Any, key_norm: Any, rank: int
             for p, g in zip(parameters, gradients, strict=True):
                 p.sub_(g, alpha=step / size)
     assert (values[0] - values[1]) / 0.1 == pytest.approx(size, rel=2e-2)
+
+
+# --- the average -----------------------------------------------------------------------------------------------------
+
+
+class Scalars(torch.nn.Module):
+    """Two trained parameters of a student, and one that is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = torch.nn.ParameterDict({"a": torch.zeros(3), "b": torch.zeros(()), "frozen": torch.ones(2)})
+        self.student["frozen"].requires_grad_(False)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9])
+def test_the_average_keeps_most_of_itself_and_takes_in_little_of_the_weights(decay: float) -> None:
+    """By hand: after step t it keeps min(decay, (1 + t) / (10 + t)) of itself; the rest comes from the weights."""
+    objective = Scalars()
+    trained = Trained(objective, torch.optim.AdamW(objective.parameters()), decay)
+    expected = 0.0
+    for step, value in ((0, 1.0), (1, -2.0), (8, 5.0), (200, 7.0), (201, 3.0)):
+        for parameter in trained.parameters.values():
+            parameter.data.fill_(value)
+        trained.follow(step)
+        kept = min(decay, (1 + step) / (10 + step))
+        expected = kept * expected + (1 - kept) * value
+        assert {name: found.unique().tolist() for name, found in trained.weights().items()} == {
+            name: [pytest.approx(expected, rel=1e-6)] for name in ("a", "b")
+        }
+    with trained.averaged():
+        assert objective.student["a"].tolist() == [pytest.approx(expected, rel=1e-6)] * 3
+    assert objective.student["a"].tolist() == [3.0] * 3
+
+
+def test_without_an_average_the_weights_are_what_counts() -> None:
+    objective = Scalars()
+    trained = Trained(objective, torch.optim.AdamW(objective.parameters()), 0.0)
+    objective.student["a"].data.fill_(2.0)
+    trained.follow(0)
+    with trained.averaged():
+        assert trained.weights()["a"].tolist() == objective.student["a"].tolist() == [2.0] * 3
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
