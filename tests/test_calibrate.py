@@ -29,7 +29,7 @@ from mlaconvert.conversion.calibration.run import Calibration, calibrate, refit_
 from mlaconvert.conversion.calibration.store import load_moments, save_moments
 from mlaconvert.conversion.calibration.target import ErrorTable, Target, share_budget
 from mlaconvert.conversion.calibration.walk import Sweep
-from mlaconvert.conversion.calibration.windows import BATCH, Regime, scratch_bytes, windows
+from mlaconvert.conversion.calibration.windows import BATCH, Regime, batch_size, scratch_bytes, windows
 from mlaconvert.conversion.recipe import Part
 from mlaconvert.errors import OutputError
 from mlaconvert.families.checkpoint import Checkpoint
@@ -1078,6 +1078,21 @@ def test_work_in_small_parts_is_the_same(folder: Path, monkeypatch: pytest.Monke
         assert relative(a, b) < EXACT
     for name in ("mean", "covariance", "query", "sensitivity"):
         assert relative(getattr(found[0][0], name), getattr(found[1][0], name)) < EXACT, name
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "expected"),
+    [
+        ((4, 8, 10), 64, 8),  # never more, and 80 tokens are few
+        ((21, 32, 20), 64, 4),  # 3360 tokens of 16384
+        ((5, 20, 20), 2048, 4),  # 500 tokens of 2048 scalars, of 4194304
+        ((21, 60, 104), 1536, 1),  # 32760 tokens: more than there may be, but one must go
+    ],
+)
+def test_as_many_clips_go_through_a_model_at_once_as_fit(shape: tuple[int, ...], dim: int, expected: int) -> None:
+    clips = Clips(torch.zeros(1).expand(9, 3, *shape), torch.zeros(9, 1, 1))
+    config = WanConfig(dim=dim, num_heads=dim // 64, num_layers=1, ffn_dim=8)
+    assert batch_size(clips, config) == expected
 
 
 @pytest.mark.parametrize("streaming", [STREAMING, None])

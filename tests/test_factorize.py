@@ -341,6 +341,36 @@ def test_latent_is_the_best_subspace() -> None:
     assert convert(weights, layer).errors["latent"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("rope", ["latent", "head"])
+def test_a_latent_weighs_keys_by_what_their_scores_do_to_the_output(rope: RopeMode) -> None:
+    """The error that is reported against the tail of a float64 SVD of keys and values, each weighed longhand.
+
+    A head's output moves with its scores as far as its values spread, |W_O,h (v_h - E v_h)|. Keys that do not turn meet
+    queries with all their correlations. Keys that turn meet each pair's power alone, half of it in either channel.
+    """
+    weights = make_weights()
+    m = moments(weights)
+    root = torch.linalg.cholesky(m.covariance)
+    keys = ((weights.norm_k[:, None] * weights.k_weight) @ root).reshape(HEADS, WIDTH, DIM)
+    out = weights.o_weight.reshape(DIM, HEADS, WIDTH).transpose(0, 1)
+    values = out @ (weights.v_weight @ root).reshape(HEADS, WIDTH, DIM)
+    spread = values.square().sum((1, 2)) * m.inverse_norm**2 / WIDTH
+    if rope == "latent":  # they turn by their mean rotation, conjugated
+        pairs = torch.complex(keys[:, 0::2], keys[:, 1::2]) * m.rho.conj()[:, None]
+        keys = torch.stack((pairs.real, pairs.imag), 2).flatten(1, 2)
+        grams = m.query
+    else:
+        grams = torch.zeros_like(m.query)
+        for channel in range(WIDTH):
+            pair = [channel // 2 * 2, channel // 2 * 2 + 1]
+            grams[:, channel, channel] = m.query[:, pair, pair].sum(1) / 2
+    weighted = torch.cat([(spread[h] ** 0.5) * torch.linalg.cholesky(grams[h]).T @ keys[h] for h in range(HEADS)])
+    sigma = torch.linalg.svdvals(torch.cat((weighted, values.flatten(0, 1))))
+    layer = lossy(qk_nope_head_dim=WIDTH, rope_components=())
+    expected = float((sigma[layer.kv_lora_rank :].square().sum() / sigma.square().sum()).sqrt())
+    assert convert(weights, layer, rope=rope).errors["latent"] == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("rank", [3, 13, 47])
 def test_a_compressed_query_keeps_the_length_that_its_directions_hold(rank: int) -> None:
     """A normed query has the length sqrt(D), so its normed latent must have sqrt(D * the share of energy it holds)."""
