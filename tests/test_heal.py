@@ -268,15 +268,24 @@ def test_a_steps_samples_cover_the_schedule_evenly() -> None:
     assert not torch.equal((12 * places(2, batch=12, accumulate=1, world=1)).int(), (12 * whole).int())
 
 
-def test_teacher_forcing_is_flow_matching_chunk_by_chunk() -> None:
-    student, batch = model(STUDENT, 2), make_batch()
+@pytest.mark.parametrize("length", [2, 4, 5])
+def test_teacher_forcing_is_flow_matching_chunk_by_chunk(length: int) -> None:
+    """With an empty prompt that is shorter than the captions, as long, or longer: zeros fill up either."""
+    count = 12
+    student, batch = model(STUDENT, 2), make_batch(count=count)
+    null = torch.randn(1, length, TEACHER.text_dim, generator=torch.Generator().manual_seed(3)).double()
+    batch = dataclasses.replace(batch, null=null)
     loss = TeacherForcing(student, recipe("teacher-forcing"), STREAMING)("loss", batch, 0)
-    rows = make_batch().rows
+    rows = make_batch(count=count).rows
     uniform = rows.strata(2)
     sigma = 5 * uniform / (1 + 4 * uniform)
     noise = rows.normal(*batch.latents.shape[1:]).double()
-    empty = rows.uniform(1, 1) < 0.1
-    context = torch.where(empty, batch.null, batch.context)  # type: ignore[arg-type]
+    empty = rows.uniform(1, 1).flatten() < 0.1
+    assert 0 < empty.sum() < count
+    context = torch.zeros(count, TEACHER.text_len, TEACHER.text_dim).double()
+    for i in range(count):
+        text = null[0] if empty[i] else batch.context[i]
+        context[i, : len(text)] = text
     total = torch.zeros(()).double()
     for chunk in range(2):
         part = slice(2 * chunk, 2 * chunk + 2)
