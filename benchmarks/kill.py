@@ -81,8 +81,9 @@ MAIN = "from mlaconvert.cli import main; main()"
 LIMITED = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); {MAIN}"
 FORKER = """
 import json, os, sys
-import torch, mlaconvert.cli, mlaconvert.convert, mlaconvert.encode, mlaconvert.generate, mlaconvert.heal
-import imageio_ffmpeg, matplotlib.figure, mlaconvert.plots, mlaconvert.sweep
+import torch, mlaconvert.cli, mlaconvert.clips.encode, mlaconvert.conversion.run
+import mlaconvert.generation.run, mlaconvert.healing.run
+import imageio_ffmpeg, matplotlib.figure, mlaconvert.evaluation.sweep, mlaconvert.reports.plots
 from diffusers import AutoencoderKLWan
 from transformers import AutoTokenizer, UMT5EncoderModel
 torch.set_num_threads(1)

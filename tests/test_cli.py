@@ -350,7 +350,7 @@ def test_exceptions_become_one_line(
 def test_a_killed_process_cleans_up(golden: Path, tmp_path: Path) -> None:
     """SIGTERM in the middle of the first layer, while the output is half written."""
     code = (
-        "import os, sys, time, mlaconvert.layers as c, mlaconvert.cli as cli\n"
+        "import os, sys, time, mlaconvert.conversion.from_weights as c, mlaconvert.cli as cli\n"
         # One write for each of the layers that are converted side by side: their lines do not mix.
         "c.convert_layer = lambda *a: (os.write(1, b'ready\\n'), time.sleep(5))\n"
         f"sys.argv = ['mlaconvert', 'convert', {str(golden)!r}, '-o', {str(tmp_path / 'out')!r}, '--init', 'svd']\n"

@@ -224,11 +224,11 @@ def test_nothing_is_left_when_nothing_was_made(tmp_path: Path, monkeypatch: pyte
 
 def test_a_killed_process_keeps_its_chunks(tmp_path: Path) -> None:
     code = (
-        "import sys, time, mlaconvert.generate as g, mlaconvert.cli as cli\n"
-        "write = g._ChunkFile.write\n"
+        "import sys, time, mlaconvert.generation.chunks as g, mlaconvert.cli as cli\n"
+        "write = g.ChunkFile.write\n"
         "def slow(self, start, chunk):\n"
         "    write(self, start, chunk); print(start, flush=True); time.sleep(60 if start else 0)\n"
-        "g._ChunkFile.write = slow\n"
+        "g.ChunkFile.write = slow\n"
         "sys.argv = ['mlaconvert', 'generate', 'tiny', '--frames', '9', '--steps', '1', "
         f"'-o', {str(tmp_path / 'out')!r}]\n"
         "cli.main()\n"

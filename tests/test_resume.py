@@ -36,7 +36,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE
 # A child that takes its time for each layer, and says when it begins one.
 SLOW = """
 import sys, time, signal
-import mlaconvert.layers as layers, mlaconvert.cli as cli
+import mlaconvert.conversion.from_weights as layers, mlaconvert.cli as cli
 signal.signal(signal.SIGINT, signal.default_int_handler)
 plain = layers.convert_layer
 def convert_layer(*arguments):
@@ -321,7 +321,7 @@ def launch(source: Path, output: Path, body: str = "", count: int = 2) -> subpro
 def test_two_ranks_write_what_one_process_writes(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     log = tmp_path / "log"
     body = (
-        "import mlaconvert.layers as layers\n"
+        "import mlaconvert.conversion.from_weights as layers\n"
         "plain = layers.convert_layer\n"
         "def convert_layer(checkpoint, plan, layer, *rest):\n"
         f"    open({str(log)!r}, 'a').write(f'{{os.environ[\"RANK\"]}}:{{layer}}\\n')\n"

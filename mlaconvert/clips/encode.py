@@ -1,4 +1,4 @@
-"""Videos and captions to clips that models are calibrated, healed and evaluated on (`mlaconvert.data`).
+"""Videos and captions to clips that models are calibrated, healed and evaluated on (`mlaconvert.clips.folder`).
 
 A clip is a shard of its own. What is there already is not made again, so an interrupted run goes on. Of a video that
 was changed, or turns out to be bad, no older shard stays.

@@ -63,9 +63,9 @@ def convert(
     `source`, `revision`, `subfolder`, `state_key`, `config` and `loras` are those of `open_models`; two experts become
     two subfolders. `on_plan` sees each model's plan once all checks have passed and before work starts; a `dry_run`
     ends there and writes nothing (`output` may then be None). The maths runs on `device`. `data` is a folder of clips
-    (`mlaconvert.data`) for init "calibrated"; what it measures of their inputs is kept in `moments`, by default beside
-    the output (`OUTPUT.moments`), and taken from there when it was made of the same model, in the same regime, from as
-    many clips of the same source. `verify` reads the output back and compares it.
+    (`mlaconvert.clips.folder`) for init "calibrated"; what it measures of their inputs is kept in `moments`, by default
+    beside the output (`OUTPUT.moments`), and taken from there when it was made of the same model, in the same regime,
+    from as many clips of the same source. `verify` reads the output back and compares it.
 
     What is finished is kept in the hidden folder `.NAME.partial` beside the output until all is: an interrupted call,
     made again, goes on after the last finished layer, with the same bytes in the end; `restart` begins again instead.

@@ -1,6 +1,6 @@
-"""Write a model folder that appears whole or not at all (`mlaconvert.staging`).
+"""Write a model folder that appears whole or not at all (`mlaconvert.files.staging`).
 
-Like `mlaconvert.checkpoint`, this module knows files and tensors only.
+Like `mlaconvert.files.store`, this module knows files and tensors only.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Video from a model folder: chunk by chunk through the sliding-window cache, onto the disk as it comes.
 
 The latents go into a file that is laid out beforehand, so a long video never lies in memory. What an interrupted run
-finished stays in `.<output>.partial` (`mlaconvert.staging`); the same call takes it up from there. Prompts are embedded
-first, by the text encoder of the model's base repository, and the latents are decoded last, by its VAE: of the three
-models, only one of the large ones is loaded at a time.
+finished stays in `.<output>.partial` (`mlaconvert.files.staging`); the same call takes it up from there. Prompts are
+embedded first, by the text encoder of the model's base repository, and the latents are decoded last, by its VAE: of the
+three models, only one of the large ones is loaded at a time.
 """
 
 from __future__ import annotations

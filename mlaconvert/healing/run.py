@@ -63,9 +63,9 @@ def heal(
     """Train the model folder `source` for one stage and write the result to `output`, whole or not at all.
 
     `teacher` is by default what the model was converted from, as its conversion.json says. `data` is a folder of clips
-    (`mlaconvert.data`); the built-in model draws its own, and distill can do without. The run keeps its state in
-    `state` (by default `output` with ".state" added): called again after an interruption it goes on from there, bit for
-    bit on a CPU; `restart` begins again. Afterwards the state stays, with a log. Processes that a launcher started
+    (`mlaconvert.clips.folder`); the built-in model draws its own, and distill can do without. The run keeps its state
+    in `state` (by default `output` with ".state" added): called again after an interruption it goes on from there, bit
+    for bit on a CPU; `restart` begins again. Afterwards the state stays, with a log. Processes that a launcher started
     share the work; each must call this.
 
     Raises InputError for what does not fit, OutputError for paths that cannot be written, DivergedError when training

@@ -28,7 +28,7 @@ class LatentAttnProcessor:
     _attention_backend: Any = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        """`mlaconvert.attention.attend` by diffusers' choice of backend."""
+        """`attend` by diffusers' choice of backend."""
         value, width = v.shape[-1], kernel_width(q.shape[-1], v.shape[-1])
         q, k, v = (x.to(v.dtype) for x in (q, k, v))
         q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))

@@ -46,8 +46,9 @@ def push(
     stay. An interrupted push changes nothing that can be seen, and when it is run again, files that had arrived whole
     are not sent again.
 
-    The card is generated (`mlaconvert.card`); a README.md edited by hand is kept, the folder's before the Hub's.
-    `license` (the Hub's identifier) and `base_model` default to the base model's own and to the conversion's source.
+    The card is generated (`mlaconvert.reports.card`); a README.md edited by hand is kept, the folder's before the
+    Hub's. `license` (the Hub's identifier) and `base_model` default to the base model's own and to the conversion's
+    source.
 
     A `dry_run` changes nothing anywhere; without a login it does not ask the Hub. `api` is a client with its own
     endpoint or token. Raises CheckpointError or UnsupportedModelError for a folder that is no converted model,
