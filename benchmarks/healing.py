@@ -57,15 +57,14 @@ from mlaconvert.files.shipped import TINY
 from mlaconvert.healing.batches import Batch, Batches, Drawn, Rows, mix
 from mlaconvert.healing.estimate import estimate
 from mlaconvert.healing.frames import views
-from mlaconvert.healing.objective import Objective, Uncast
-from mlaconvert.healing.recipe import STAGES, HealRecipe, load_heal_recipe
-from mlaconvert.healing.run import heal, trainable
-from mlaconvert.healing.stages import distill
-from mlaconvert.healing.stages.consistency import Consistency
-from mlaconvert.healing.stages.dmd import Critic, Generator
+from mlaconvert.healing.models import trainable
+from mlaconvert.healing.objective import Objective
+from mlaconvert.healing.recipe import HealRecipe, load_heal_recipe
+from mlaconvert.healing.run import heal
+from mlaconvert.healing.stages import STAGES, distill, stage_of
 from mlaconvert.healing.stages.few_step import FewStep, energy_distance, reference_features
-from mlaconvert.healing.stages.teacher_forcing import TeacherForcing
-from mlaconvert.healing.state import choose_trained, make_optimizer
+from mlaconvert.healing.stages.stage import Models
+from mlaconvert.healing.state import Trained, choose_trained, make_optimizer
 from mlaconvert.model.load import load_model
 from mlaconvert.model.wan import WanModel
 
@@ -378,7 +377,7 @@ def noise_scale(model: Model, seed: int, spread: float, batches: int = 48) -> fl
     gradients = []
     for step in range(batches):
         objective.zero_grad()
-        objective("loss", source.batch(step), step).backward()
+        objective.loss(source.batch(step), step).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]))
     distill.SPREAD = kept
     stacked = torch.stack(gradients)
@@ -477,20 +476,11 @@ def _measure(
     student, teacher = _random_model(student_config, device), _random_model(config, device)
     choose_trained(student, "all")
     teacher = teacher.to(torch.bfloat16)
-    critic: Objective | None = None
-    if recipe.stage == "distill":
-        objective: Objective = distill.Distill(student, teacher, recipe, config.streaming)
-    elif recipe.stage == "teacher-forcing":
-        objective = TeacherForcing(student, recipe, config.streaming)
-    elif recipe.stage == "consistency":
-        objective = Consistency(student, teacher, recipe, config.streaming)
-    else:
-        fake = _random_model(config, device)
-        choose_trained(fake, "all")
-        critic = Critic(fake, recipe)
-        objective = Generator(student, teacher, critic, recipe)
-    optimizers = [make_optimizer(one, recipe, 1e-6) for one in (objective, critic) if one is not None]
-    frames = 6 if recipe.stage == "dmd" else 9
+    stage = stage_of(recipe.stage)
+    models = Models(student=student, teacher=teacher, copy_teacher=lambda: _random_model(config, device))
+    objective = stage.objective(models, recipe, config.streaming)
+    optimizers = [make_optimizer(one, recipe, 1e-6) for one in (objective, objective.critic) if one is not None]
+    frames = 6 if stage.whole_clips else 9
     view = views(frames, config.streaming)[-1]
     count = len(view.frames)
     found = estimate(recipe, student_config, config, [], view, height=size[0], width=size[1])
@@ -509,7 +499,7 @@ def _measure(
         )
         _wait(device)
         began = time.monotonic()
-        _one_step(recipe, objective, critic, optimizers, batch, device)
+        _one_step(recipe, objective, optimizers, batch, device)
         _wait(device)
         seconds = time.monotonic() - began
     memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else "-"
@@ -523,24 +513,16 @@ def _measure(
 def _one_step(
     recipe: HealRecipe,
     objective: Objective,
-    critic: Objective | None,
     optimizers: list[torch.optim.Optimizer],
     batch: Batch,
     device: torch.device,
 ) -> None:
     with torch.autocast(device.type, torch.bfloat16):
-        for _ in range(recipe.critic_steps if critic is not None else 0):
-            with torch.no_grad():
-                clip = objective("rollout", batch, False)
-            assert critic is not None
-            critic("loss", batch, 0, Uncast((clip,))).backward()
+        for _ in range(recipe.critic_steps if objective.critic is not None else 0):
+            objective.critic_loss(batch, 0).backward()
             optimizers[1].step()
             optimizers[1].zero_grad()
-        extra: tuple[Any, ...] = ()
-        if isinstance(objective, Consistency):
-            with torch.no_grad():
-                extra = (objective("target", batch, 0),)
-        loss = objective("loss", batch, 0, *extra)
+        loss = objective.train_loss(batch, 0, Trained(objective, optimizers[0], 0.0))
     loss.backward()
     optimizers[0].step()
     optimizers[0].zero_grad()

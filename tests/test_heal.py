@@ -19,10 +19,12 @@ from mlaconvert.config.mla import MLAConfig, MLALayer
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError
 from mlaconvert.healing.batches import Batch, Batches, Drawn, Rows, mix
-from mlaconvert.healing.estimate import estimate, forward_flops
+from mlaconvert.healing.estimate import estimate
+from mlaconvert.healing.flops import forward_flops
 from mlaconvert.healing.frames import forcing_layout, guided, noisy_layout, velocity, views
 from mlaconvert.healing.objective import Uncast
-from mlaconvert.healing.recipe import STAGES, HealRecipe, heal_recipe_names, learning_rate, load_heal_recipe
+from mlaconvert.healing.recipe import HealRecipe, heal_recipe_names, learning_rate, load_heal_recipe
+from mlaconvert.healing.stages import STAGES
 from mlaconvert.healing.stages.consistency import Consistency
 from mlaconvert.healing.stages.distill import Distill, noise_levels
 from mlaconvert.healing.stages.dmd import Critic, Generator
@@ -171,7 +173,7 @@ def test_checkpointing_changes_nothing() -> None:
 def test_distill_matches_attention_on_the_teachers_inputs() -> None:
     teacher, student, batch = model(TEACHER, 1), model(STUDENT, 2), make_batch()
     choose_trained(student, "attention")
-    loss = Distill(student, teacher, recipe(steps=10, attention_steps=1), STREAMING)("loss", batch, 0)
+    loss = Distill(student, teacher, recipe(steps=10, attention_steps=1), STREAMING).loss(batch, 0)
     again = make_batch()
     sigma, _ = noise_levels(again)
     noise = again.rows.normal(*again.latents.shape[1:]).double()
@@ -195,13 +197,13 @@ def test_distill_computes_the_teachers_attention_once() -> None:
     calls: list[int] = []
     for i, block in enumerate(teacher.blocks):
         block.self_attn.register_forward_hook(lambda *_, i=i: calls.append(i))
-    Distill(student, teacher, recipe(steps=10, attention_steps=1), STREAMING)("loss", batch, 0)
+    Distill(student, teacher, recipe(steps=10, attention_steps=1), STREAMING).loss(batch, 0)
     assert calls == [0, 1]
 
 
 def test_distill_then_matches_velocities_where_frames_are_noisy() -> None:
     teacher, student, batch = model(TEACHER, 1), model(STUDENT, 2), make_batch(count=5)
-    loss = Distill(student, teacher, recipe(steps=10, attention_steps=1), STREAMING)("loss", batch, 1)
+    loss = Distill(student, teacher, recipe(steps=10, attention_steps=1), STREAMING).loss(batch, 1)
     assert loss.item() == pytest.approx(velocity_error(teacher, student, make_batch(count=5)), rel=1e-5)
 
 
@@ -222,7 +224,7 @@ def test_distill_is_validated_by_the_same_error_always(frames: int) -> None:
     teacher, student, batch = model(TEACHER, 1), model(STUDENT, 2), make_batch(frames, count=11)
     objective = Distill(student, teacher, recipe(steps=10, attention_steps=4), STREAMING)
     clips = Clips(batch.latents, batch.context)
-    found = [objective("validate", clips) for _ in range(2)]
+    found = [objective.validate(clips) for _ in range(2)]
     expected = dataclasses.replace(batch, rows=Rows([mix("validate", i) for i in range(11)]))
     assert found == [pytest.approx(velocity_error(teacher, student, expected), rel=1e-5)] * 2
 
@@ -275,7 +277,7 @@ def test_teacher_forcing_is_flow_matching_chunk_by_chunk(length: int) -> None:
     student, batch = model(STUDENT, 2), make_batch(count=count)
     null = torch.randn(1, length, TEACHER.text_dim, generator=torch.Generator().manual_seed(3)).double()
     batch = dataclasses.replace(batch, null=null)
-    loss = TeacherForcing(student, recipe("teacher-forcing"), STREAMING)("loss", batch, 0)
+    loss = TeacherForcing(student, recipe("teacher-forcing"), STREAMING).loss(batch, 0)
     rows = make_batch(count=count).rows
     uniform = rows.strata(2)
     sigma = 5 * uniform / (1 + 4 * uniform)
@@ -301,8 +303,8 @@ def test_consistency_is_one_guided_step_and_the_average_beyond_it() -> None:
     teacher, student, average = model(TEACHER, 1), model(STUDENT, 2), model(STUDENT, 5)
     settings = recipe("consistency", solver_steps=8, guidance=2.5)
     batch = make_batch()
-    target = Consistency(average, teacher, settings, STREAMING)("target", batch, 0)
-    loss = Consistency(student, teacher, settings, STREAMING)("loss", batch, 0, target)
+    target = Consistency(average, teacher, settings, STREAMING).target(batch)
+    loss = Consistency(student, teacher, settings, STREAMING).loss(batch, 0, target)
     rows = make_batch().rows
     index = rows.integers(8, 2)
     noise = rows.normal(*batch.latents.shape[1:]).double()
@@ -446,7 +448,7 @@ def test_the_dmd_loss_has_that_gradient(monkeypatch: pytest.MonkeyPatch) -> None
     batch = make_batch()
     clip = batch.latents.clone().requires_grad_()
     monkeypatch.setattr(generator, "rollout", lambda *_: clip)
-    generator("loss", batch, 0).backward()
+    generator.loss(batch, 0).backward()
     expected, _ = generator.gradient(make_batch(), clip.detach())
     assert clip.grad is not None
     assert relative(clip.grad, expected / expected.numel()) < 1e-5
@@ -454,7 +456,7 @@ def test_the_dmd_loss_has_that_gradient(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_critic_learns_what_the_student_makes() -> None:
     fake, batch = model(TEACHER, 6), make_batch()
-    loss = Critic(fake, recipe("dmd"))("loss", batch, 0, Uncast((batch.latents,)))
+    loss = Critic(fake, recipe("dmd")).loss(batch, 0, Uncast((batch.latents,)))
     rows = make_batch().rows
     uniform = 0.02 + 0.96 * rows.uniform(1)
     sigma = (5 * uniform / (1 + 4 * uniform)).double()
@@ -465,7 +467,7 @@ def test_the_critic_learns_what_the_student_makes() -> None:
 
 
 def test_the_exit_step_is_shared_and_every_step_gets_its_turn() -> None:
-    generator = Generator(model(STUDENT, 2), model(TEACHER, 1), torch.nn.Identity(), recipe("dmd"))
+    generator = Generator(model(STUDENT, 2), model(TEACHER, 1), Critic(model(TEACHER, 6), recipe("dmd")), recipe("dmd"))
     clips = {i: generator.rollout(make_batch(shared=(i + 0.5) / 4), False) for i in range(4)}
     for i in range(4):
         rows = make_batch().rows
@@ -526,7 +528,7 @@ def test_frozen_parts_get_no_gradients() -> None:
     for train in ("latent", "attention", "all"):
         names = choose_trained(net, train)  # type: ignore[arg-type]
         net.zero_grad(set_to_none=True)
-        TeacherForcing(net, recipe("teacher-forcing"), STREAMING)("loss", batch, 0).backward()
+        TeacherForcing(net, recipe("teacher-forcing"), STREAMING).loss(batch, 0).backward()
         assert sorted(names) == sorted(name for name, p in net.named_parameters() if p.grad is not None)
         counts[train] = len(names)
         if train != "all":
@@ -549,7 +551,7 @@ def test_gradients_reach_every_kind_of_layer(rope: Any, key_norm: Any, rank: int
     parameters = [p for p in net.parameters() if p.requires_grad]
 
     def loss() -> Tensor:
-        return TeacherForcing(net, recipe("teacher-forcing"), STREAMING)("loss", make_batch(), 0).double()
+        return TeacherForcing(net, recipe("teacher-forcing"), STREAMING).loss(make_batch(), 0).double()
 
     loss().backward()
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -646,7 +648,7 @@ def test_batches_never_repeat_and_see_every_view() -> None:
 def test_every_stage_has_a_shipped_recipe_that_parses() -> None:
     found = {name: load_heal_recipe(name, {}).resolved() for name in heal_recipe_names()}
     assert {r.stage for r in found.values()} == set(STAGES)
-    paper = [found[f"videomla-{stage}"] for stage in STAGES[1:]]
+    paper = [found[f"videomla-{stage}"] for stage in list(STAGES)[1:]]
     assert [r.lr for r in paper] == [5e-6, 2e-6, 2e-6]
     assert all(r.betas == (0.0, 0.999) for r in paper)
     assert (paper[2].critic_lr, paper[2].critic_steps, paper[2].ema, paper[2].guidance) == (4e-7, 5, 0.99, 3.0)
@@ -655,7 +657,7 @@ def test_every_stage_has_a_shipped_recipe_that_parses() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stage": "magic"}, "options: stage: Input should be 'distill'"),
+        ({"stage": "magic"}, "options: stage is 'magic': give distill, teacher-forcing"),
         ({}, "no stage; give one with --stage"),
         ({"stage": "distill", "stepz": 3}, "unknown field 'stepz'"),
         ({"stage": "distill", "steps": 0}, "steps is 0"),

@@ -139,7 +139,7 @@ def test_the_output_is_a_model_folder_like_any_other(home: Path, tmp_path: Path)
     context = load_file(home / "clips" / "1.safetensors")["context"][-3:]
     written, teacher = load_model(tmp_path / "out"), load_model(home / "teacher")
     again = Distill(written, teacher, settings("distill"), written.config.streaming)
-    assert again("validate", Clips(clips, context)) == pytest.approx(best[1], rel=1e-5)
+    assert again.validate(Clips(clips, context)) == pytest.approx(best[1], rel=1e-5)
     assert report.best[1] == best[1]
     assert [len(x) for x in data["rank_budget_occupancy"].values()] == [2, 2]
     assert "The model has not been trained since" not in (tmp_path / "out" / "README.md").read_text()
@@ -562,7 +562,7 @@ def sharded(home: Path, folder: Path) -> None:
 
     from mlaconvert.clips.folder import ClipFolder
     from mlaconvert.healing.batches import Batches, Stored
-    from mlaconvert.healing.run import trainable
+    from mlaconvert.healing.models import trainable
     from mlaconvert.healing.stages.distill import Distill
     from mlaconvert.healing.state import Trained, choose_trained, make_optimizer, save
 
@@ -595,14 +595,14 @@ def sharded(home: Path, folder: Path) -> None:
                 state = trained.state()
                 trained, objective = start()
                 trained.restore(state)
-            loss = torch.stack([objective("loss", share.batch(step), step) for share in shares]).mean()
+            loss = torch.stack([objective.call(objective.loss, share.batch(step), step) for share in shares]).mean()
             loss.backward()
             trained.optimizer.step()
             trained.optimizer.zero_grad()
             trained.follow(step)
             losses.append(loss.item())
         with torch.no_grad(), trained.averaged():
-            value = objective("loss", shares[0].batch(9), 9).item()
+            value = objective.call(objective.loss, shares[0].batch(9), 9).item()
         kinds = {type(p).__name__ for p in trained.parameters.values()}
         state = {"weights": trained.state()["weights"], "average": trained.weights()}
     if rank == 0:
@@ -667,7 +667,7 @@ def test_wrong_usage_is_one_sentence(home: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ((student, "--stage", "distill"), "give one with -o DIR"),
         ((student, "-o", out), "no stage"),
-        ((student, "-o", out, "--stage", "magic"), "stage: Input should be"),
+        ((student, "-o", out, "--stage", "magic"), "stage is 'magic': give distill, "),
         ((student, "-o", out, "--stage", "distill", "--train", "some"), "train: Input should be"),
         ((tmp_path / "none", "-o", out, "--stage", "distill"), "there is no such file or folder"),
         ((student, "-o", out, "--stage", "teacher-forcing"), "give a folder of them with --data DIR"),

@@ -12,6 +12,7 @@ import typer
 
 from mlaconvert.cli.options import Json, Output, among, recipes
 from mlaconvert.cli.show import console, print_json, progress_bar
+from mlaconvert.healing.stages import STAGES
 
 if TYPE_CHECKING:
     from mlaconvert.healing.estimate import Estimate
@@ -26,10 +27,9 @@ def heal(
     stage: Annotated[
         str | None,
         typer.Option(
-            metavar="distill|teacher-forcing|consistency|dmd",
-            autocompletion=among("distill", "teacher-forcing", "consistency", "dmd"),
-            help="What to train for: the teacher's outputs; flow matching behind a clean past; four steps; the "
-            "teacher's distribution. Default: the recipe's.",
+            metavar="|".join(STAGES),
+            autocompletion=among(*STAGES),
+            help=f"What to train for: {'; '.join(stage.goal for stage in STAGES.values())}. Default: the recipe's.",
         ),
     ] = None,
     steps: Annotated[
@@ -57,7 +57,7 @@ def heal(
         typer.Option(
             metavar="DIR",
             help="Clips: safetensors shards with latents and context. Default: what was made from tiny draws its own; "
-            "for distill other teachers generate some.",
+            "other teachers generate some, for a stage that does without a data set.",
         ),
     ] = None,
     bad_shards: Annotated[
@@ -88,7 +88,7 @@ def heal(
     ] = None,
     guidance: Annotated[
         float | None,
-        typer.Option(metavar="SCALE", help="The teacher's guidance in consistency and dmd, 1 for none. Default: 3."),
+        typer.Option(metavar="SCALE", help="The teacher's guidance, in few-step stages; 1 for none. Default: 3."),
     ] = None,
     precision: Annotated[
         str | None,

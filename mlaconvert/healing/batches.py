@@ -25,6 +25,7 @@ from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.files.inputs import is_folder
 from mlaconvert.healing.frames import View, views
 from mlaconvert.healing.recipe import HealRecipe
+from mlaconvert.healing.stages import stage_of
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.wan import WanModel
 from mlaconvert.model.window import default_chunks
@@ -32,6 +33,7 @@ from mlaconvert.model.window import default_chunks
 DRAWN_SEED = 1_200_000_000  # drawn clips take their seeds from here on; held-back ones begin at 2,000,000,000
 TINY_FRAMES = 9
 GENERATED = 4  # clips of one generated shard
+_FINE = 7919  # a prime, so that the remainders by any small count are even
 
 
 def mix(*parts: int | str) -> int:
@@ -82,6 +84,11 @@ class Batch:
     view: View
     rows: Rows
     shared: float
+
+    def shared_choice(self, count: int) -> int:
+        """One of `count`, alike in all processes; by the finer digits of `shared`, whose size may choose something
+        else."""
+        return int(self.shared * _FINE) % count
 
 
 class Source(Protocol):
@@ -168,7 +175,7 @@ def open_source(
         return _stored(recipe, data, config, say)
     if draws:
         return Drawn(recipe.frames)
-    if recipe.stage != "distill":
+    if stage_of(recipe.stage).needs_clips:
         raise ConfigError(f"stage {recipe.stage} needs clips; give a folder of them with --data DIR")
     return None
 

@@ -22,10 +22,8 @@ from torch import Tensor
 from mlaconvert.clips.folder import Clips
 from mlaconvert.errors import ConfigError, InputError, MLAConvertError
 from mlaconvert.healing.batches import Batches
-from mlaconvert.healing.objective import Objective, Uncast
+from mlaconvert.healing.objective import Objective
 from mlaconvert.healing.recipe import CHANGEABLE, HealRecipe, learning_rate
-from mlaconvert.healing.stages.consistency import Consistency
-from mlaconvert.healing.stages.dmd import Generator
 from mlaconvert.healing.state import BEST, LAST, Trained, load, make_optimizer, not_a_state, save
 
 MEMORY = 100  # losses that the running median is taken over
@@ -86,7 +84,6 @@ class Run:
     def __init__(
         self,
         objective: Objective,
-        critic: Objective | None,
         batches: Batches,
         validation: Clips,
         recipe: HealRecipe,
@@ -96,10 +93,9 @@ class Run:
     ) -> None:
         self.recipe, self.folder, self.accelerator, self.identity = recipe, folder, accelerator, identity
         self.batches, self.validation = batches, validation
-        self.stage = objective
+        self.objective = objective
+        critic = objective.critic
         self.critic = None if critic is None else self._trained(critic, recipe.critic_lr or 0, 0.0)
-        if self.critic is not None and isinstance(objective, Generator):
-            objective._critic = (self.critic.objective,)
         self.student = self._trained(objective, recipe.lr or 0, recipe.ema or 0)
         self.curves, self.step = Curves(), 0
         self.best: tuple[int, float] = (0, math.inf)
@@ -107,6 +103,7 @@ class Run:
 
     def _trained(self, objective: Objective, lr: float, ema: float) -> Trained:
         prepared, optimizer = self.accelerator.prepare(objective, make_optimizer(objective, self.recipe, lr))
+        objective.go_through(prepared)
         return Trained(prepared, optimizer, ema)
 
     # --- steps ---------------------------------------------------------------------------------------------------
@@ -143,24 +140,13 @@ class Run:
 
     def _student_loss(self, step: int) -> Callable[[int], Tensor]:
         def loss(micro: int) -> Tensor:
-            batch = self.batches.batch(step, micro)
-            if not isinstance(self.stage, Consistency):
-                return self.student.objective("loss", batch, step)
-            with torch.no_grad(), self.student.averaged():
-                target = self.student.objective("target", batch, step)
-            return self.student.objective("loss", batch, step, target)
+            return self.objective.train_loss(self.batches.batch(step, micro), step, self.student)
 
         return loss
 
     def _critic_loss(self, step: int) -> Callable[[int], Tensor]:
-        critic = self.critic
-        assert critic is not None
-
         def loss(micro: int) -> Tensor:
-            batch = self.batches.batch(step, micro, "critic")
-            with torch.no_grad():
-                clip = self.student.objective("rollout", batch, False)
-            return critic.objective("loss", batch, step, Uncast((clip,)))
+            return self.objective.critic_loss(self.batches.batch(step, micro, "critic"), step)
 
         return loss
 
@@ -190,8 +176,8 @@ class Run:
 
     def _check(self, loss: float) -> None:
         """Raise DivergedError when `loss` is far above what this phase had."""
-        phase = self.stage.phase(self.step)
-        known = [row[1] for row in self.curves.losses[-MEMORY:] if self.stage.phase(int(row[0]) - 1) == phase]
+        phase = self.objective.phase(self.step)
+        known = [row[1] for row in self.curves.losses[-MEMORY:] if self.objective.phase(int(row[0]) - 1) == phase]
         if len(known) >= SURE and loss > self.recipe.max_loss_ratio * statistics.median(known):
             self._diverged(f"loss {loss:.3g}, the running median is {statistics.median(known):.3g}")
 
@@ -206,7 +192,7 @@ class Run:
 
     def _validate(self, say: Callable[[str], None]) -> None:
         with torch.no_grad(), self.student.averaged():
-            value = float(self.student.objective("validate", self.validation))
+            value = self.objective.call(self.objective.validate, self.validation)
         if not math.isfinite(value) and not self.step:
             raise InputError(
                 f"before any step the validation is {value:.3g}: student or teacher overflows on these clips; check "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,12 @@ from mlaconvert.evaluation.losses import validation_loss
 from mlaconvert.healing.batches import Batch
 from mlaconvert.healing.frames import Layout, View, clean_frames, guided, velocity
 from mlaconvert.healing.recipe import HealRecipe
+from mlaconvert.healing.state import Trained
 from mlaconvert.model.schedule import warp
 from mlaconvert.model.wan import WanModel
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,9 @@ class Uncast:
 class Objective(nn.Module):
     """A loss around the model that it trains.
 
-    Everything that touches the weights goes through `forward`, because that is where DDP and FSDP hook in: call
-    objective("loss", ...), never objective.loss(...). Frozen models are kept out of the module tree.
+    Everything that touches the weights goes through `forward`, because that is where DDP and FSDP hook in: in a run
+    say objective.call(objective.loss, ...), never objective.loss(...). Models that it does not train, and what wraps
+    it, are kept out of the module tree, in tuples.
     """
 
     # A unit of FSDP each: blocks, and attention, which distillation calls by itself.
@@ -39,9 +45,32 @@ class Objective(nn.Module):
         self.student, self.recipe = student, recipe
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = tuple(name for name in self._no_split_modules if name in present)
+        self._prepared: tuple[nn.Module] = (self,)
 
-    def forward(self, method: str, *arguments: Any) -> Any:
-        return getattr(self, method)(*arguments)
+    def go_through(self, prepared: nn.Module) -> None:
+        """From here on `call` goes through `prepared`, which DDP or FSDP made of this objective."""
+        self._prepared = (prepared,)
+
+    def call(self, method: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What one of this objective's own methods gives, called where DDP and FSDP see it."""
+        result: T = self._prepared[0](method, *args, **kwargs)
+        return result
+
+    def forward(self, method: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return method(*args, **kwargs)
+
+    @property
+    def critic(self) -> Objective | None:
+        """A second model's objective, which takes `critic_steps` steps of its own before each of this one's."""
+        return None
+
+    def train_loss(self, batch: Batch, step: int, trained: Trained) -> Tensor:
+        """`loss` for a step of training, and whatever has to come before it. `trained` holds this one's weights."""
+        return self.call(self.loss, batch, step)
+
+    def critic_loss(self, batch: Batch, step: int) -> Tensor:
+        """The critic's loss at its own `step`."""
+        raise NotImplementedError
 
     def loss(self, batch: Batch, step: int) -> Tensor:
         """The scalar to minimise at `step`."""
@@ -50,6 +79,9 @@ class Objective(nn.Module):
     def phase(self, step: int) -> str:
         """Losses of one phase can be compared with each other."""
         return self.recipe.stage
+
+    def prepare_validation(self, clips: Clips, null: Tensor | None) -> None:
+        """Make once what `validate` compares with; `null` is the embedding of an empty prompt."""
 
     def validate(self, clips: Clips) -> float:
         """The smaller the better; averaged weights are in place when this is called, and gradients are off."""

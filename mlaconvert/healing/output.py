@@ -27,7 +27,8 @@ from mlaconvert.files.store import TensorStore, check_finite
 from mlaconvert.files.writer import ModelWriter, TensorSpec
 from mlaconvert.healing.loop import Curves
 from mlaconvert.healing.readme import CURVES_NAME, HEALED
-from mlaconvert.healing.recipe import FEW_STEP_STAGES, HealRecipe
+from mlaconvert.healing.recipe import HealRecipe
+from mlaconvert.healing.stages import stage_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ def write_model(student: Checkpoint, report: HealReport, weights: Mapping[str, T
     healed, folder = with_weights(student, weights), student.store.path
     folder = folder if folder.is_dir() else folder.parent
     writer = ModelWriter(report.output, specs_of(student), metadata={"format": "pt"}, staging=staging)
-    few_step = {"few_step": True} if report.recipe.stage in FEW_STEP_STAGES else {}
+    few_step = {"few_step": True} if stage_of(report.recipe.stage).few_step else {}
     with writer:
         for canonical in student.names:
             tensor = healed.read(canonical)

@@ -13,20 +13,10 @@ from mlaconvert.config.parsing import parse
 from mlaconvert.conversion.recipes import read_recipe
 from mlaconvert.errors import ConfigError
 from mlaconvert.files.shipped import recipe_folder, recipe_names
+from mlaconvert.healing.stages import STAGES, stage_of
 
-Stage = Literal["distill", "teacher-forcing", "consistency", "dmd"]
-STAGES: tuple[Stage, ...] = ("distill", "teacher-forcing", "consistency", "dmd")
-FEW_STEP_STAGES = frozenset(("consistency", "dmd"))  # what they write generates in a few steps
 Train = Literal["latent", "attention", "all"]
 
-# Learning rate, betas and decay of the average: the paper's (arXiv 2605.30351) from stage to stage, and for distill,
-# which it does not have, a rate that a converted model bears without data of its own.
-_DEFAULTS: dict[Stage, tuple[float, tuple[float, float], float]] = {
-    "distill": (1e-5, (0.9, 0.99), 0.99),
-    "teacher-forcing": (5e-6, (0.0, 0.999), 0.99),
-    "consistency": (2e-6, (0.0, 0.999), 0.99),
-    "dmd": (2e-6, (0.0, 0.999), 0.99),
-}
 _SOAP_BETAS = (0.95, 0.95)  # its paper's (arXiv 2409.11321), for whatever stage
 _MOST = 10**6  # of any count: steps, clips, frames
 # A run that goes on from its saved state may change these; anything else would make it another run.
@@ -57,7 +47,7 @@ class HealRecipe:
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
-    stage: Stage
+    stage: str
     steps: int = 300
     train: Train = "attention"
     batch: int = 8
@@ -88,6 +78,8 @@ class HealRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.stage not in STAGES:
+            raise ConfigError(f"stage is {self.stage!r}: give {', '.join(STAGES)}")
         positive = ("steps", "batch", "accumulate", "solver_steps", "critic_steps", "clips", "validation_clips")
         for name in (*positive, "validate_every", "save_every"):
             if not 1 <= getattr(self, name) <= _MOST:
@@ -116,16 +108,15 @@ class HealRecipe:
 
     def resolved(self) -> HealRecipe:
         """With every default of the stage filled in."""
-        lr, betas, ema = _DEFAULTS[self.stage]
-        if self.optimizer == "soap":
-            betas = _SOAP_BETAS
+        stage = stage_of(self.stage)
+        lr, betas = self.lr or stage.lr, _SOAP_BETAS if self.optimizer == "soap" else stage.betas
         return dataclasses.replace(
             self,
-            lr=self.lr or lr,
+            lr=lr,
             betas=self.betas or betas,
-            ema=ema if self.ema is None else self.ema,
+            ema=stage.ema if self.ema is None else self.ema,
             attention_steps=self.steps // 5 if self.attention_steps is None else self.attention_steps,
-            critic_lr=self.critic_lr or (self.lr or lr) / 5,
+            critic_lr=self.critic_lr or lr / 5,
         )
 
 
@@ -151,7 +142,7 @@ def load_heal_recipe(recipe: str | Path | None, options: dict[str, Any]) -> Heal
     """
     data: dict[str, Any] = {}
     if recipe is not None:
-        path, data = read_recipe(recipe, recipe_folder() / "heal", "healing recipes", "stage: distill")
+        path, data = read_recipe(recipe, recipe_folder() / "heal", "healing recipes", f"stage: {next(iter(STAGES))}")
         known = {field.name for field in dataclasses.fields(HealRecipe)}
         for name in data:
             if name not in known:

@@ -8,10 +8,13 @@ from torch import Tensor
 from mlaconvert.clips.folder import Clips
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.healing.batches import Batch
+from mlaconvert.healing.flops import Passes
 from mlaconvert.healing.frames import clean_frames, forcing_layout
 from mlaconvert.healing.objective import Uncast, draw_noise, per_frame, with_past
 from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.healing.stages.few_step import FewStep
+from mlaconvert.healing.stages.stage import Stage
+from mlaconvert.healing.state import Trained
 from mlaconvert.model.schedule import add_noise, warp
 from mlaconvert.model.wan import WanModel
 
@@ -40,7 +43,12 @@ class Consistency(FewStep):
         self._streaming = streaming
         self.grid = warp(torch.linspace(1, 0, recipe.solver_steps + 1, dtype=torch.float64)).float()
 
-    def target(self, batch: Batch, step: int) -> Uncast:
+    def train_loss(self, batch: Batch, step: int, trained: Trained) -> Tensor:
+        with torch.no_grad(), trained.averaged():
+            target = self.call(self.target, batch)
+        return self.call(self.loss, batch, step, target)
+
+    def target(self, batch: Batch) -> Uncast:
         """The noisy clips, their levels [B, F], and what f must give there; the average's weights are in place."""
         index = batch.rows.integers(self.recipe.solver_steps, len(batch.view.chunks))
         now, after = (per_frame(self.grid[i].to(batch.latents.device), batch.view) for i in (index, index + 1))
@@ -72,3 +80,25 @@ class Consistency(FewStep):
 def _scaled(sigma: Tensor, x: Tensor) -> Tensor:
     """Per-frame factors [B, F] times [B, C, F, H, W]."""
     return sigma[:, None, :, None, None] * x
+
+
+def _flops(passes: Passes) -> float:
+    ours, theirs = (
+        passes.forward(config, forcing_layout(passes.view, passes.student.streaming))
+        for config in (passes.student, passes.teacher)
+    )
+    return (passes.trained + 1) * ours + passes.guided * theirs
+
+
+STAGE = Stage(
+    objective=lambda models, recipe, streaming: Consistency(models.student, models.teacher, recipe, streaming),
+    flops=_flops,
+    lr=2e-6,  # these are the paper's (arXiv 2605.30351)
+    betas=(0.0, 0.999),
+    layout=forcing_layout,
+    needs_streaming_student=True,
+    needs_streaming_teacher=True,
+    guided=True,
+    few_step=True,
+    holds_average=True,
+)

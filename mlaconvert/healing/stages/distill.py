@@ -12,9 +12,11 @@ from mlaconvert.clips.folder import Clips
 from mlaconvert.config.streaming import SHIFT, StreamingConfig
 from mlaconvert.conversion.calibration.windows import batch_size
 from mlaconvert.healing.batches import Batch, Rows, mix
+from mlaconvert.healing.flops import Passes
 from mlaconvert.healing.frames import noisy_layout, prepare, views
 from mlaconvert.healing.objective import Objective, draw_noise, per_frame
 from mlaconvert.healing.recipe import HealRecipe
+from mlaconvert.healing.stages.stage import Stage
 from mlaconvert.model.blocks import Block
 from mlaconvert.model.schedule import add_noise, warp
 from mlaconvert.model.wan import WanModel
@@ -126,3 +128,21 @@ def noise_levels(batch: Batch) -> tuple[Tensor, Tensor]:
     device = batch.latents.device
     levels, weight = (x.masked_fill(clean, 0.0).to(device) for x in (levels, weight))
     return per_frame(levels, batch.view), per_frame(weight, batch.view)
+
+
+def _flops(passes: Passes) -> float:
+    ours, theirs = (
+        passes.forward(config, noisy_layout(passes.view, config.streaming))
+        for config in (passes.student, passes.teacher)
+    )
+    return passes.trained * ours + theirs
+
+
+STAGE = Stage(
+    objective=lambda models, recipe, streaming: Distill(models.student, models.teacher, recipe, streaming),
+    flops=_flops,
+    lr=1e-5,  # which a converted model bears without data of its own
+    betas=(0.9, 0.99),
+    needs_clips=False,
+    sees_as_teacher=True,
+)

@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 
 from mlaconvert.clips.folder import Clips
+from mlaconvert.config.streaming import FEW_STEPS, StreamingConfig
 from mlaconvert.healing.batches import Batch
+from mlaconvert.healing.flops import Passes
 from mlaconvert.healing.frames import View, noisy_layout, views
 from mlaconvert.healing.objective import Objective, Uncast
 from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.healing.stages.few_step import FewStep, Steps, stream
+from mlaconvert.healing.stages.stage import Models, Stage
+from mlaconvert.healing.state import choose_trained
 from mlaconvert.model.schedule import add_noise, warp
 from mlaconvert.model.wan import WanModel
 
@@ -32,12 +36,21 @@ class Generator(FewStep):
         self,
         student: WanModel,
         teacher: WanModel,
-        critic: Objective | torch.nn.Module,
+        critic: Critic,
         recipe: HealRecipe,
         reference: list[Tensor] | None = None,
     ) -> None:
         super().__init__(student, teacher, recipe, reference)
         self._critic = (critic,)
+
+    @property
+    def critic(self) -> Critic:
+        return self._critic[0]
+
+    def critic_loss(self, batch: Batch, step: int) -> Tensor:
+        with torch.no_grad():
+            clip = self.call(self.rollout, batch, False)
+        return self.critic.call(self.critic.loss, batch, step, Uncast((clip,)))
 
     def rollout(self, batch: Batch, live: bool) -> Tensor:
         """A self-generated clip [B, C, F, H, W]; `live` lets gradients into each chunk's last step."""
@@ -63,7 +76,7 @@ class Generator(FewStep):
         """(fake - real) / mean |x - real| of a view x of the clip, [B, C, f, H, W], and the view."""
         noisy, sigma, seen, x, _ = noised_view(batch, clip, self._teacher[0])
         real = x_zero(noisy, sigma, self.score(self._teacher[0], batch, noisy, sigma, seen))
-        fake = x_zero(noisy, sigma, self._critic[0]("score", batch, Uncast((noisy, sigma)), seen))
+        fake = x_zero(noisy, sigma, self.critic.call(self.critic.score, batch, Uncast((noisy, sigma)), seen))
         size = (x - real).abs().mean((1, 2, 3, 4), keepdim=True)
         return (fake - real) / size.clamp_min(1e-6), seen
 
@@ -99,7 +112,7 @@ def noised_view(batch: Batch, clip: Tensor, model: WanModel) -> tuple[Tensor, Te
     Noisy view [B, C, f, H, W], level [B, f], the view, the clean view, and the noise.
     """
     found = views(clip.shape[2], model.config.streaming)
-    seen = found[int(batch.shared * 7919) % len(found)]
+    seen = found[batch.shared_choice(len(found))]
     x = clip[:, :, list(seen.frames)]
     low, high = LEVELS
     level = warp(low + (high - low) * batch.rows.uniform(1)).to(x.device)
@@ -111,3 +124,33 @@ def noised_view(batch: Batch, clip: Tensor, model: WanModel) -> tuple[Tensor, Te
 def x_zero(noisy: Tensor, sigma: Tensor, flow: Tensor) -> Tensor:
     """The clean clip that a velocity points to, x - sigma v."""
     return noisy - sigma[:, None, :, None, None] * flow
+
+
+def _objective(models: Models, recipe: HealRecipe, streaming: StreamingConfig | None) -> Generator:
+    fake = models.copy_teacher()
+    choose_trained(fake, "all")
+    return Generator(models.student, models.teacher, Critic(fake, recipe), recipe)
+
+
+def _flops(passes: Passes) -> float:
+    ours, theirs = (
+        passes.forward(config, noisy_layout(passes.view, config.streaming))
+        for config in (passes.student, passes.teacher)
+    )
+    # On average half of the steps, then the clean pass; the critic learns from as many more rollouts.
+    generate = ((len(FEW_STEPS) + 1) / 2 + 1) * ours
+    critic = passes.recipe.critic_steps * (generate + passes.trained * theirs)
+    return generate + (passes.trained - 1) * ours + (1 + passes.guided) * theirs + critic
+
+
+STAGE = Stage(
+    objective=_objective,
+    flops=_flops,
+    lr=2e-6,  # these are the paper's (arXiv 2605.30351)
+    betas=(0.0, 0.999),
+    whole_clips=True,
+    needs_streaming_student=True,
+    guided=True,
+    few_step=True,
+    holds_critic=True,
+)

@@ -91,6 +91,9 @@ class FewStep(Objective):
         self._reference = reference or []
         self.timesteps = Sampler.few_step().timesteps
 
+    def prepare_validation(self, clips: Clips, null: Tensor | None) -> None:
+        self._reference = reference_features(self._teacher[0], clips, null, self.recipe.guidance)
+
     def distance(self, clips: Clips) -> float:
         """`energy_distance` of what the student makes of held-back prompts to what the many-step teacher does."""
         found = [self._generate(clips, draw) for draw in range(DRAWS)]

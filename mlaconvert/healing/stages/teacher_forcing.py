@@ -6,9 +6,11 @@ from torch import Tensor
 
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.healing.batches import Batch
+from mlaconvert.healing.flops import Passes
 from mlaconvert.healing.frames import clean_frames, forcing_layout
 from mlaconvert.healing.objective import Objective, draw_levels, draw_noise, per_frame, with_past
 from mlaconvert.healing.recipe import HealRecipe
+from mlaconvert.healing.stages.stage import Stage
 from mlaconvert.model.rollout import same_length
 from mlaconvert.model.schedule import add_noise
 from mlaconvert.model.wan import WanModel
@@ -39,3 +41,17 @@ class TeacherForcing(Objective):
         layout = forcing_layout(batch.view, self._streaming)
         found = self.run(self.student, latents, timestep, context, layout)[:, :, clean_frames(batch.view) :]
         return (found - (noise - batch.latents)).square().mean()
+
+
+def _flops(passes: Passes) -> float:
+    return passes.trained * passes.forward(passes.student, forcing_layout(passes.view, passes.student.streaming))
+
+
+STAGE = Stage(
+    objective=lambda models, recipe, streaming: TeacherForcing(models.student, recipe, streaming),
+    flops=_flops,
+    lr=5e-6,  # these are the paper's (arXiv 2605.30351)
+    betas=(0.0, 0.999),
+    layout=forcing_layout,
+    holds_teacher=False,
+)
