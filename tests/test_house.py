@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -89,3 +90,67 @@ def test_only_the_window_knows_the_rule_of_the_window() -> None:
     }
     assert "model.window" in readers
     assert readers <= allowed, f"{readers - allowed} reckon with the sink; ask model/window.py"
+
+
+def nodes() -> Iterator[tuple[str, ast.AST]]:
+    """Every node of every module, with the module's name."""
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            yield name, node
+
+
+def test_only_the_geometry_tells_latents_by_their_channels() -> None:
+    """Whether a model works on pixels, or has Wan2.2's latents, is a property of `WanConfig`."""
+    for name, node in nodes():
+        if isinstance(node, ast.Compare) and name not in ("config.geometry", "families.wan"):
+            sides = [node.left, *node.comparators]
+            channels = any(isinstance(side, ast.Attribute) and side.attr.endswith("_dim") for side in sides)
+            fixed = any(isinstance(side, ast.Constant) and side.value in (3, 16, 48) for side in sides)
+            assert not (channels and fixed), f"{name}:{node.lineno} knows a VAE by its channels; ask WanConfig"
+
+
+def test_only_origin_reads_where_a_model_came_from() -> None:
+    """What a conversion.json says of its source is read in files/origin.py."""
+    for name, node in nodes():
+        key = None
+        if isinstance(node, ast.Subscript):
+            key = node.slice
+        elif isinstance(node, ast.Call) and node.args and ast.unparse(node.func).endswith((".get", "_section")):
+            key = node.args[-1] if ast.unparse(node.func).endswith("_section") else node.args[0]
+        if isinstance(key, ast.Constant) and key.value == "source" and name != "files.origin":
+            raise AssertionError(f"{name}:{node.lineno} reads a recorded source; ask files/origin.py")  # type: ignore[attr-defined]
+
+
+def test_only_provenance_asks_whether_clips_can_be_drawn() -> None:
+    """The built-in model is known by where it lies (`Checkpoint.is_tiny`), what was made from it by `draws_clips`."""
+    knowing = {name for name, node in nodes() if isinstance(node, ast.Name) and node.id == "TINY"}
+    assert knowing == {"files.shipped", "files.select", "families.checkpoint", "conversion.provenance"}
+    asking = {name for name, node in nodes() if isinstance(node, ast.Attribute) and node.attr == "is_tiny"}
+    assert asking == {"conversion.provenance", "conversion.from_clips", "evaluation.sweep", "healing.models"}
+
+
+def test_tensors_are_changed_in_one_way() -> None:
+    """A checkpoint with other tensors is a `ChangedCheckpoint`; nothing else reads in its place or stands in for it."""
+    for name, node in nodes():
+        if isinstance(node, ast.ClassDef):
+            bases = {ast.unparse(base) for base in node.bases}
+            reads = any(isinstance(part, ast.FunctionDef) and part.name == "read" for part in node.body)
+            assert not (reads and any(base.endswith("Checkpoint") for base in bases)) or name == "families.changed"
+        assert not (isinstance(node, ast.Name) and node.id == "SimpleNamespace"), name
+
+
+def test_nobody_touches_what_another_keeps_private() -> None:
+    """`self._field` and a class's own are; torch's, diffusers' and accelerate's have no public way."""
+    foreign = {
+        *("_version", "_modules", "_foreach_lerp_", "_exit", "_asdict", "_replace"),  # torch, os, named tuples
+        *("_feat_map", "_enc_feat_map", "_diffusers_hook", "_keep_in_fp32_modules", "_no_split_modules"),  # diffusers
+        "_reset_state",  # accelerate
+    }
+    for name, path in MODULES.items():
+        tree = ast.parse(path.read_text())
+        own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Attribute) or not node.attr.startswith("_") or node.attr.startswith("__"):
+                continue
+            inside = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            assert inside or node.attr in foreign | own, f"{name}:{node.lineno} pokes {ast.unparse(node)}"

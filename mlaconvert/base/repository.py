@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from mlaconvert.errors import CheckpointError, InputError
-from mlaconvert.files.find import recorded_places
 from mlaconvert.files.hub_cache import fetch_files, list_files
 from mlaconvert.files.inputs import read_json, reason_of
 from mlaconvert.files.names import CONVERSION_NAME
+from mlaconvert.files.origin import folders_around, origin_of
 
 NATIVE_TEXT = "models_t5_umt5-xxl-enc-bf16.pth"
 NATIVE_TOKENIZER = "google/umt5-xxl"
@@ -114,24 +114,21 @@ def _candidates(model: str, revision: str | None, subfolder: str | None) -> Iter
     path = Path(model).expanduser()
     local = path.exists()
     home = str(path.parent if path.is_file() else path) if local else model
-    record = _record(home, revision, subfolder)
-    places = recorded_places(record) if isinstance(record, dict) else []
-    yield from places
-    if local:
-        name = places[0][0] if places else None
-        above = Path(home).absolute().parent
-        beside = [above] if name is None or "/" in name else [above, above / name]
-        yield from ((str(folder), None) for folder in beside if any((folder / part).is_file() for part in _VAES))
+    origin = origin_of(_conversion(home, revision, subfolder))
+    yield from origin.places
+    for folder in (*folders_around(home)[:1], origin.beside(home)):
+        if folder is not None and any((folder / part).is_file() for part in _VAES):
+            yield str(folder), None
     yield home, revision
 
 
-def _record(home: str, revision: str | None, subfolder: str | None) -> Any:
-    """What conversion.json says of the source; None without one."""
+def _conversion(home: str, revision: str | None, subfolder: str | None) -> dict[str, Any] | None:
+    """The model's conversion.json; None without one."""
     try:
         names = list_files(home, revision)
         inside = f"{subfolder}/{CONVERSION_NAME}" if subfolder else CONVERSION_NAME
         if inside not in names:
             return None
-        return read_json(fetch_files(home, [inside], revision) / inside).get("source")
+        return read_json(fetch_files(home, [inside], revision) / inside)
     except CheckpointError:
         return None

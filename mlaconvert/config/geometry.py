@@ -92,6 +92,16 @@ class WanConfig:
         return (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
 
     @property
+    def works_on_pixels(self) -> bool:
+        """Whether its latents are RGB pixels, as the built-in model's are: there is no VAE."""
+        return self.out_dim == 3
+
+    @property
+    def has_wan22_latents(self) -> bool:
+        """Whether its latents are of Wan2.2's VAE, known by its 48 channels."""
+        return self.out_dim == 48
+
+    @property
     def dense_scalars(self) -> int:
         """Scalars that a dense layer caches for one token: keys and values of all heads."""
         return 2 * self.dim
@@ -119,8 +129,8 @@ class Video(NamedTuple):
 def default_video(config: WanConfig) -> Video:
     """The video that a model is usually run at: 480 x 832, or the drawn clips of models that work on RGB pixels.
 
-    Wan2.2's VAE, known by its 48 channels, has a stride of 16, the others 8.
+    Wan2.2's VAE has a stride of 16, the others 8.
     """
-    if config.out_dim == 3:
+    if config.works_on_pixels:
         return Video(24, 32, 1, 1)
-    return Video(480, 832, 4, 16 if config.out_dim == 48 else 8)
+    return Video(480, 832, 4, 16 if config.has_wan22_latents else 8)

@@ -16,8 +16,9 @@ from mlaconvert.families.causal import Timing
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.merged import find_recorded, merge_loras
 from mlaconvert.families.open import open_checkpoint
-from mlaconvert.files.find import experts, recorded_places
+from mlaconvert.files.find import experts
 from mlaconvert.files.names import CONVERSION_NAME
+from mlaconvert.files.origin import folders_around, origin_of
 from mlaconvert.files.shipped import TINY
 from mlaconvert.progress import Progress
 
@@ -38,35 +39,34 @@ def open_teacher(
     merged before the conversion are looked for in the same places and merged again. Raises InputError when something
     is not found.
     """
-    recorded = (conversion or {}).get("source") or {}
-    inside = recorded.get("subfolder") or None
+    origin = origin_of(conversion)
+    inside = origin.subfolder or None
     if teacher is not None:
         pair = experts(teacher)
         with open_checkpoint(teacher, subfolder=next((f for f in (inside, subfolder) if f in pair), None)) as opened:
             # The base of a LoRA that was merged is not the teacher yet; what was merged by hand is.
-            base = bool(recorded.get("loras")) and source_sha256(opened, progress) == recorded.get("sha256")
-            with _with_loras(_as_taken(opened, conversion), recorded if base else {}, source) as merged:
+            base = bool(origin.loras) and source_sha256(opened, progress) == origin.sha256
+            with _with_loras(_as_taken(opened, conversion), origin.loras if base else None, source) as merged:
                 yield merged
         return
-    places = recorded_places(recorded)
-    if not places:
+    if origin.name is None:
         raise InputError(f"{source} does not record what it was converted from; name it with --teacher")
-    name, reason = places[0][0], ""
-    for candidate, revision in (*places, *((path, None) for path in _beside(source, name))):
+    reason, beside = "", origin.beside(source)
+    for candidate, revision in (*origin.places, *([(str(beside), None)] if beside is not None else [])):
         try:
-            opened = open_checkpoint(
-                candidate, revision=revision, subfolder=inside, state_key=recorded.get("state_key")
-            )
+            opened = open_checkpoint(candidate, revision=revision, subfolder=inside, state_key=origin.state_key)
         except CheckpointError as error:
             reason = reason or str(error)
             continue
         with opened:
-            if source_sha256(opened, progress) == recorded.get("sha256"):
-                with _with_loras(_as_taken(opened, conversion), recorded, source) as merged:
+            if source_sha256(opened, progress) == origin.sha256:
+                with _with_loras(_as_taken(opened, conversion), origin.loras, source) as merged:
                     yield merged
                 return
         reason = f"{candidate} is another model: its SHA-256 differs"
-    raise InputError(f"{source} was converted from {name}, which was not found ({reason}); name it with --teacher")
+    raise InputError(
+        f"{source} was converted from {origin.name}, which was not found ({reason}); name it with --teacher"
+    )
 
 
 def _as_taken(opened: Checkpoint, conversion: Mapping[str, Any] | None) -> Checkpoint:
@@ -80,22 +80,10 @@ def _as_taken(opened: Checkpoint, conversion: Mapping[str, Any] | None) -> Check
     return dataclasses.replace(opened, config=config, timing=Timing(streaming=streaming, few_step=True))
 
 
-def _with_loras(opened: Checkpoint, recorded: Mapping[str, Any], source: str) -> Checkpoint:
-    """`opened` with the LoRAs of a recorded source: from here, beside the converted model, or beside the base."""
-    folders = [Path(), *_around(source), *_around(str(opened.store.path))]
-    return merge_loras(opened, find_recorded(recorded.get("loras"), folders))
-
-
-def _beside(source: str, name: str) -> list[str]:
-    """Where `name` would lie beside a model on this disk."""
-    return [str(folder / name) for folder in _around(source)[:1] if "/" not in name]
-
-
-def _around(source: str) -> list[Path]:
-    """The folder that a model on this disk lies in, and its own."""
-    path = Path(source).expanduser().absolute()
-    folder = path.parent if path.is_file() else path
-    return [folder.parent, folder] if path.exists() else []
+def _with_loras(opened: Checkpoint, records: Any, source: str) -> Checkpoint:
+    """`opened` with the recorded LoRAs: from here, beside the converted model, or beside the base."""
+    folders = [Path(), *folders_around(source), *folders_around(opened.store.path)]
+    return merge_loras(opened, find_recorded(records, folders))
 
 
 def source_sha256(opened: Checkpoint, progress: Progress | None) -> str:
@@ -110,10 +98,9 @@ def source_sha256(opened: Checkpoint, progress: Progress | None) -> str:
     return opened.store.sha256(count)
 
 
-def comes_from_tiny(conversion: Mapping[str, Any] | None) -> bool:
-    """Whether the model with this conversion.json was made from the built-in one, and so knows its drawn clips."""
-    recorded = (conversion or {}).get("source") or {}
-    return recorded.get("sha256") == _tiny_sha256()
+def draws_clips(teacher: Checkpoint, conversion: Mapping[str, Any] | None) -> bool:
+    """Whether the clips of a model with this conversion.json and `teacher` can be drawn: one is the built-in model."""
+    return teacher.is_tiny or origin_of(conversion).sha256 == _tiny_sha256()
 
 
 @functools.cache

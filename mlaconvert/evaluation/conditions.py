@@ -14,7 +14,7 @@ from mlaconvert.clips.teacher_made import own_clips
 from mlaconvert.clips.tiny.clips import held_back, null_context
 from mlaconvert.config.geometry import default_video
 from mlaconvert.config.streaming import StreamingConfig
-from mlaconvert.conversion.provenance import comes_from_tiny
+from mlaconvert.conversion.provenance import draws_clips
 from mlaconvert.errors import ConfigError
 from mlaconvert.evaluation.drift import RolloutPlan
 from mlaconvert.evaluation.losses import BATCH, BATCH_TOKENS
@@ -48,7 +48,7 @@ def draw_conditions(
     by_hand: list[str] = []
     if request.teacher is not None:
         by_hand.append("The teacher was named by hand; its hash was not compared with the recorded one.")
-    if request.data is None and (opened.is_tiny or comes_from_tiny(record.conversion)):
+    if request.data is None and draws_clips(opened, record.conversion):
         drawn = tiny_conditions(
             teacher.config.streaming,
             clips=request.clips or 64,
@@ -61,7 +61,7 @@ def draw_conditions(
     notes = ["One seed: small differences mean nothing.", *by_hand]
     if opened.config.streaming != teacher.config.streaming:
         notes.append("The teacher runs with the converted model's window, which it was not trained with.")
-    if request.subfolder or record.recorded("subfolder"):
+    if request.subfolder or record.origin.subfolder:
         notes.append("One expert alone runs at every noise level.")
     usual = Sampler.usual(few_step=opened.config.few_step)
     sampler = Sampler.many_step(request.steps) if request.steps else usual

@@ -75,7 +75,7 @@ def make_report(
             "notes": list(conditions.notes),
         },
         versions={"mlaconvert": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        pixels=teacher.config.out_dim == 3,
+        pixels=teacher.config.works_on_pixels,
         models=tuple(models),
         **extra,
     )

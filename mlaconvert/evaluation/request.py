@@ -13,6 +13,7 @@ from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.parsing import check_fields
 from mlaconvert.conversion.records import read_record
 from mlaconvert.files.find import find_beside
+from mlaconvert.files.origin import Origin, origin_of
 from mlaconvert.files.store import TensorStore
 
 
@@ -53,10 +54,10 @@ class SourceRecord:
     conversion: dict[str, Any] | None
     healing: dict[str, Any] | None
 
-    def recorded(self, name: str) -> Any:
-        """A field of the source that conversion.json names, or None."""
-        source = (self.conversion or {}).get("source")
-        return source.get(name) if isinstance(source, dict) else None
+    @property
+    def origin(self) -> Origin:
+        """What it was made from, as its conversion.json says."""
+        return origin_of(self.conversion)
 
 
 def read_record_of(store: TensorStore, name: str) -> dict[str, Any] | None:

@@ -103,6 +103,6 @@ def _read_sources(sources: Sequence[str], request: Request) -> list[SourceRecord
     for record in records[1:]:
         if record.config.streaming != first.config.streaming:
             raise InputError(f"{first.name} and {record.name} see time differently; evaluate them one by one")
-        if request.teacher is None and record.recorded("sha256") != first.recorded("sha256"):
+        if request.teacher is None and record.origin.sha256 != first.origin.sha256:
             raise InputError(f"{first.name} and {record.name} come from different teachers; evaluate them one by one")
     return records

@@ -11,28 +11,17 @@ from typing import Any
 from torch import Tensor
 
 from mlaconvert.errors import ConfigError, InputError
+from mlaconvert.families.changed import Change, ChangedCheckpoint, fields_of
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.lora import Lora, LoraFile, lora_keys, open_lora, tensors_digest
 from mlaconvert.files.inputs import is_file
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergedCheckpoint(Checkpoint):
-    """A checkpoint whose tensors are read with `loras` merged; names, shapes and dtypes are the checkpoint's."""
+class MergedCheckpoint(ChangedCheckpoint):
+    """A checkpoint whose tensors are read with `loras` merged, CheckpointError for one that is not finite."""
 
     loras: tuple[Lora, ...]
-
-    def read(self, canonical: str) -> Tensor:
-        """One tensor, merged. Raises what `Checkpoint.read` raises, CheckpointError for a LoRA that is not finite."""
-        tensor = super().read(canonical)
-        for lora in self.loras:
-            tensor = lora.merge(canonical, tensor)
-        return tensor
-
-    def is_stored(self, canonical: str) -> bool:
-        """False for what a LoRA changes."""
-        module = canonical.rpartition(".")[0]
-        return super().is_stored(canonical) and all(module not in lora.modules for lora in self.loras)
 
     def describe(self) -> str:
         """The checkpoint's line, and the LoRAs."""
@@ -82,8 +71,20 @@ def merge_loras(checkpoint: Checkpoint, files: Sequence[LoraFile]) -> Checkpoint
             loras.append(open_lora(file, checkpoint))
             stack.callback(loras[-1].store.close)
         stack.pop_all()
-    fields = {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
-    return MergedCheckpoint(**fields, loras=tuple(loras))
+    modules = {module for lora in loras for module in lora.modules}
+    changes = {name: _merging(loras, name) for name in checkpoint.names if name.rpartition(".")[0] in modules}
+    return MergedCheckpoint(**fields_of(checkpoint), changes=changes, loras=tuple(loras))
+
+
+def _merging(loras: Sequence[Lora], canonical: str) -> Change:
+    """What merges `loras` into a tensor, in order."""
+
+    def change(tensor: Tensor) -> Tensor:
+        for lora in loras:
+            tensor = lora.merge(canonical, tensor)
+        return tensor
+
+    return change
 
 
 def find_recorded(records: Any, folders: Sequence[Path]) -> list[LoraFile]:

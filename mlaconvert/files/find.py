@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from mlaconvert.errors import CheckpointError
 from mlaconvert.files.headers import read_index
@@ -66,14 +65,6 @@ def find_beside(store: TensorStore, name: str, *, above: Collection[str] = ()) -
         return Path(HfApi().hf_hub_download(repo, "/".join((*inside, name)), revision=store.revision))
     except (EntryNotFoundError, OSError):
         return None
-
-
-def recorded_places(record: Mapping[str, Any]) -> list[tuple[str, str | None]]:
-    """Name and revision, likeliest first, of what a model was converted from, given its conversion.json's `source`."""
-    name, commit = record.get("name"), record.get("revision")
-    if not isinstance(name, str):
-        return []
-    return [(name, commit), (name, None)] if isinstance(commit, str) else [(name, None)]
 
 
 def experts(source: str | os.PathLike[str], revision: str | None = None) -> tuple[str, ...]:

@@ -117,8 +117,8 @@ def plan_generation(wanted: Generation, config: WanConfig, *, row: int | None = 
     With `row`, only that one of the prompts is shown. `text` has the prompts of a model without captions of its own.
     """
     video = default_video(config)
-    pixels = config.out_dim == 3
-    fps = 24 if config.out_dim == 48 else FPS  # Wan2.2 5B, known by its VAE
+    pixels = config.works_on_pixels
+    fps = 24 if config.has_wan22_latents else FPS  # Wan2.2 5B, known by its VAE
     if wanted.seconds is not None:
         frames = max(1, round(wanted.seconds * fps / video.frame_stride))
     else:
@@ -207,7 +207,7 @@ def make_contexts(wanted: Generation, config: WanConfig) -> tuple[list[Tensor], 
                 )
         empty = tensors.get("null_context")
         return list(tensors["context"].split(1)), None if empty is None else empty[:1]
-    if config.out_dim != 3 or null_context().shape[2] != config.text_dim:
+    if not config.works_on_pixels or null_context().shape[2] != config.text_dim:
         raise InputError(
             "this model needs text embeddings: give a prompt, or --embeddings FILE, a safetensors file with context "
             f"[prompts, T, {config.text_dim}]"

@@ -71,7 +71,7 @@ def generate(
     if say is not None:
         for note in notes:
             say(note)
-    if geometry.out_dim == 3 or not wanted.prompts:
+    if geometry.works_on_pixels or not wanted.prompts:
         plan_generation(wanted, geometry)  # what is wrong shows before anything large is read
     needs_base = bool(wanted.prompts) or movie in ("mp4", "gif")
     base = find_text_base(source, wanted, geometry, needs_base, revision, subfolder)

@@ -27,7 +27,7 @@ def find_text_base(
     subfolder: str | None,
 ) -> Base | None:
     """The repository of the text encoder and the VAE, None when nothing asks for one."""
-    if config.out_dim == 3:
+    if config.works_on_pixels:
         if wanted.base is not None:
             raise ConfigError("this model works on pixels and has its own captions; leave --base out")
         return None

@@ -69,14 +69,14 @@ def generate_for_vbench(
         for note in notes:
             say(note)
     base = find_text_base(source, wanted, geometry, wanted.embeddings is None, revision, subfolder)
-    if geometry.out_dim == 3 and not can_write_mp4():
+    if geometry.works_on_pixels and not can_write_mp4():
         raise InputError("VBench's file names end in .mp4, which needs an encoder: pip install 'mlaconvert[video]'")
     vae = None if base is None else load_vae(base, geometry, "mp4")
     embedded = base if wanted.embeddings is None else None
     if base is not None:
         shared["base"] = public_name(base.source)
     plans = [prompt_plan(wanted, geometry, prompts, number, embedded) for number in range(len(prompts))]
-    ending = ".safetensors" if geometry.out_dim != 3 and vae is None else ".mp4"
+    ending = ".safetensors" if not geometry.works_on_pixels and vae is None else ".mp4"
     files = [[folder / f"{prompt}-{i}{ending}" for i in range(wanted.samples)] for prompt in prompts]
     marks = {
         path: digests(shared | _own_settings(plan.sample(i)))

@@ -9,7 +9,7 @@ import torch
 
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.streaming import StreamingConfig
-from mlaconvert.conversion.provenance import comes_from_tiny, open_teacher
+from mlaconvert.conversion.provenance import draws_clips, open_teacher
 from mlaconvert.conversion.records import read_record
 from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.families.causal import assumption_line
@@ -46,7 +46,7 @@ def open_pair(
     named = None if teacher is None else str(teacher)
     found = stack.enter_context(open_teacher(str(folder), conversion, teacher=named, subfolder=subfolder))
     _check_pair(student, found)
-    return student, found, found.is_tiny or comes_from_tiny(conversion)
+    return student, found, draws_clips(found, conversion)
 
 
 def _check_pair(student: Checkpoint, teacher: Checkpoint) -> None:

@@ -7,8 +7,7 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -19,11 +18,12 @@ from mlaconvert.conversion.analyze import analyze
 from mlaconvert.conversion.readme import UNTRAINED
 from mlaconvert.conversion.records import read_record
 from mlaconvert.conversion.spectra import LatentSpectrum
+from mlaconvert.families.changed import with_tensors
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.classes import converted_config
 from mlaconvert.files.names import CONFIG_NAME, CONVERSION_NAME, HEALING_NAME, README_NAME
 from mlaconvert.files.staging import Staging
-from mlaconvert.files.store import TensorStore, check_finite
+from mlaconvert.files.store import check_finite
 from mlaconvert.files.writer import ModelWriter, TensorSpec
 from mlaconvert.healing.loop import Curves
 from mlaconvert.healing.readme import CURVES_NAME, HEALED
@@ -75,25 +75,12 @@ def occupancy(checkpoint: Checkpoint) -> list[float]:
     return [round(layer.occupancy, 6) for layer in found if isinstance(layer, LatentSpectrum)]
 
 
-def with_weights(student: Checkpoint, weights: Mapping[str, Tensor]) -> Checkpoint:
-    """The checkpoint with trained tensors (by canonical name) in place of its own, in its own dtypes."""
-    trained = {student.names[name]: tensor.to(student.info(name).dtype) for name, tensor in weights.items()}
-
-    def read(name: str) -> Tensor:
-        return trained[name] if name in trained else student.store.read(name)
-
-    store = SimpleNamespace(
-        read=read, tensors=student.store.tensors, path=student.store.path, source=student.store.source
-    )
-    return dataclasses.replace(student, store=cast(TensorStore, store))
-
-
 def write_model(student: Checkpoint, report: HealReport, weights: Mapping[str, Tensor], staging: Staging) -> None:
     """Write the healed model folder, whole or not at all, in the open `staging`.
 
     Raises OutputError, or CheckpointError for a NaN.
     """
-    healed, folder = with_weights(student, weights), student.store.path
+    healed, folder = with_tensors(student, weights), student.store.path
     folder = folder if folder.is_dir() else folder.parent
     writer = ModelWriter(report.output, specs_of(student), metadata={"format": "pt"}, staging=staging)
     few_step = {"few_step": True} if stage_of(report.recipe.stage).few_step else {}

@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from mlaconvert.config.geometry import default_video
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError, InputError, OutputError
+from mlaconvert.families.changed import with_tensors
 from mlaconvert.files.inputs import refuse_links
 from mlaconvert.files.staging import Staging, claim, disk_errors
 from mlaconvert.files.writer import is_model
@@ -24,7 +25,7 @@ from mlaconvert.healing.batches import Batches, Source, generate_source, open_so
 from mlaconvert.healing.estimate import Estimate, estimate
 from mlaconvert.healing.loop import Progress, Run, make_accelerator, tracker_missing
 from mlaconvert.healing.models import assumptions, identity_of, load_models, name_of, open_pair, regime_of
-from mlaconvert.healing.output import HealReport, occupancy, specs_of, with_weights, write_model
+from mlaconvert.healing.output import HealReport, occupancy, specs_of, write_model
 from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.healing.stages import stage_of
 from mlaconvert.healing.state import BEST, LAST, choose_trained, load
@@ -124,7 +125,7 @@ def heal(
             best=(int(best["step"]), float(best["validation"])),
             occupancy={
                 "before": occupancy(student_file),
-                "after": occupancy(with_weights(student_file, weights)),
+                "after": occupancy(with_tensors(student_file, weights)),
             },
         )
         if main:

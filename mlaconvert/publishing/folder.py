@@ -24,8 +24,9 @@ from mlaconvert.files.names import (
     INDEX_SUFFIX,
     README_NAME,
 )
+from mlaconvert.files.origin import origin_of
 from mlaconvert.publishing.api import hub_errors
-from mlaconvert.reports.card import CardFacts, CardModel, base_model_of
+from mlaconvert.reports.card import CardFacts, CardModel
 
 RECORDS = (CONFIG_NAME, CONVERSION_NAME, HEALING_NAME, EVALUATION_NAME)
 TEXTS = (README_NAME, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
@@ -104,7 +105,7 @@ def gather_facts(
     *,
     online: bool,
 ) -> CardFacts:
-    base = base_model or base_model_of(local.models[0].conversion)
+    base = base_model or origin_of(local.models[0].conversion).hub_id
     licensed: Mapping[str, str] = {"license": license} if license else {}
     if base is None:
         notes.append("the card names no base model: the source was not read from the Hub; give --base-model USER/REPO")

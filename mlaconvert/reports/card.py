@@ -20,9 +20,9 @@ from mlaconvert.config.geometry import WanConfig, default_video
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.readme import CONVERTED, UNTRAINED
 from mlaconvert.evaluation import figures
+from mlaconvert.files.origin import origin_of
 from mlaconvert.healing.readme import HEALED
 
-_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(/.*)?")
 _SEAL = "<!-- mlaconvert wrote this card. Edit it freely: an edited card is kept. sha256: {} -->\n"
 # The README.md that `convert` leaves in a folder, and what `heal` adds at each stage, whatever the figures.
 _STUB = re.compile(f"{CONVERTED.pattern}(?:{re.escape(UNTRAINED)})?(?:{HEALED.pattern})*\n")
@@ -67,12 +67,6 @@ class CardFacts:
     models: tuple[CardModel, ...]
     base_model: str | None
     license: Mapping[str, str]
-
-
-def base_model_of(conversion: Mapping[str, Any]) -> str | None:
-    """The Hub id (user/repo) that a conversion read from; None for a local source, whose path is not recorded."""
-    match = _HUB_ID.fullmatch(str(_section(conversion, "source").get("name", "")))
-    return match[1] if match else None
 
 
 def is_generated(text: str) -> bool:
@@ -139,7 +133,7 @@ def _titled(model: CardModel, text: str) -> str:
 
 def _introduction(facts: CardFacts) -> str:
     first = facts.models[0]
-    name = facts.base_model or _inline(_section(first.conversion, "source").get("name", "a Wan-family model"))
+    name = facts.base_model or _inline(origin_of(first.conversion).name or "a Wan-family model")
     source = f"[{name}](https://huggingface.co/{name})" if facts.base_model else name
     healed = any(model.healing for model in facts.models)
     mla, dense = sum(first.config.cached_scalars()), first.config.num_layers * first.config.dense_scalars
@@ -214,23 +208,23 @@ def without_curves(value: Any) -> Any:
 
 
 def _making(model: CardModel) -> str:
-    source, recipe = _section(model.conversion, "source"), _section(model.conversion, "recipe")
+    origin, recipe = origin_of(model.conversion), _section(model.conversion, "recipe")
     if not recipe:
         return _titled(model, "The folder holds no conversion.json, so its recipe is not known.")
     # What is None took the model's own value, and takes it again.
     settings = {name: value for name, value in recipe.items() if value is not None}
-    name, inside = source.get("name", "CHECKPOINT"), source.get("subfolder")
+    name, inside = origin.name or "CHECKPOINT", origin.subfolder
     where = f"`{name}`, folder `{inside}`" if inside else f"`{name}`"
-    records = source.get("loras")
-    loras = [record for record in records if isinstance(record, Mapping)] if isinstance(records, list) else []
+    records = origin.loras if isinstance(origin.loras, list) else []
+    loras = [record for record in records if isinstance(record, Mapping)]
     merged = "".join(f" --lora {lora.get('name')} --lora-scale {lora.get('scale')}" for lora in loras)
     parts = [
         f"Converted from {where} by `mlaconvert convert {name} -o DIR --recipe recipe.yaml"
         f"{f' --subfolder {inside}' if inside else ''}{merged}` with this recipe.yaml:",
         _fenced(settings),
     ]
-    if source.get("sha256"):
-        parts.append(f"SHA-256 of the source's weight files, in order of their names: `{source['sha256']}`")
+    if origin.sha256:
+        parts.append(f"SHA-256 of the source's weight files, in order of their names: `{origin.sha256}`")
     parts += [f"SHA-256 of the LoRA {_inline(lora.get('name'))}: `{lora.get('sha256')}`" for lora in loras]
     for stage in model.stages:
         settings = {name: value for name, value in stage["recipe"].items() if value is not None}

@@ -21,6 +21,7 @@ from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.open import open_checkpoint
 from mlaconvert.families.wrappers import unwrap
 from mlaconvert.files.names import CONVERSION_NAME
+from mlaconvert.files.origin import origin_of
 from mlaconvert.integrations.streaming.attention import KvCache, Streaming, StreamingLatentAttention, Turns, latents
 from mlaconvert.integrations.streaming.codebase import (
     Codebase,
@@ -142,8 +143,8 @@ def _adapters(causal: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
 def _check_adapters(checkpoint: Checkpoint, source: str | Path, name: str) -> None:
     """Raise InputError unless a LoRA is in the converted weights already."""
     path = checkpoint.store.path
-    record = read_record((path if path.is_dir() else path.parent) / CONVERSION_NAME) or {}
-    if not (record.get("source") or {}).get("loras"):
+    record = read_record((path if path.is_dir() else path.parent) / CONVERSION_NAME)
+    if not origin_of(record).loras:
         raise InputError(
             f"{name} carries a LoRA, and {source} was not converted with one (its {CONVERSION_NAME} names none): "
             "convert it with --lora FILE, or take the LoRA off the model (model.unload()) before swap_attention"

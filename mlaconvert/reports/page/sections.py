@@ -17,6 +17,7 @@ from mlaconvert.evaluation.drift import STATISTICS
 from mlaconvert.evaluation.report import EvaluationReport
 from mlaconvert.evaluation.vbench import SIX
 from mlaconvert.files.names import EVALUATION_NAME, REPORT_NAME
+from mlaconvert.files.origin import origin_of
 from mlaconvert.latent.spectrum import cumulative_energy
 from mlaconvert.reports.evaluation_tables import summary_notes
 from mlaconvert.reports.page.html import details, document, section, settings, table
@@ -282,8 +283,8 @@ def _making(report: EvaluationReport) -> str:
     for model in report.models:
         if model.conversion is None:
             continue
-        source = model.conversion.get("source") or {}
-        facts = {"source": source.get("name"), "source SHA-256": source.get("sha256")}
+        origin = origin_of(model.conversion)
+        facts = {"source": origin.name, "source SHA-256": origin.sha256}
         parts.append(settings(f"Recipe of {model.path}", facts | (model.conversion.get("recipe") or {})))
         if model.healing is not None:
             written = {f"written {name}": value for name, value in (model.healing.get("written") or {}).items()}
