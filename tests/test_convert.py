@@ -771,7 +771,7 @@ def test_without_data_the_teacher_supplies_the_clips(
         monkeypatch.setattr(calibrated, "BATCH_TOKENS", 1)
         alone = calibrated.calibration_clips(checkpoint, plan, None)
         kept = calibrated.calibration_clips(checkpoint, plan, None, kept=tmp_path / "kept")
-        monkeypatch.setattr(calibrated, "own_clips", None)
+        monkeypatch.setattr(calibrated.OwnClips, "make", None)
         again = calibrated.calibration_clips(checkpoint, plan, None, kept=tmp_path / "kept")
     assert together.latents.shape == (3, CONFIG.out_dim, 9, 4, 6)
     assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))

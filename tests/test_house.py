@@ -154,3 +154,10 @@ def test_nobody_touches_what_another_keeps_private() -> None:
                 continue
             inside = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
             assert inside or node.attr in foreign | own, f"{name}:{node.lineno} pokes {ast.unparse(node)}"
+
+
+def test_only_own_clips_generate_from_an_empty_caption() -> None:
+    """A teacher's own clips are made in clips/teacher_made.py; other rollouts continue clips or follow prompts."""
+    rolling = {name for name, node in nodes() if isinstance(node, ast.Call) and ast.unparse(node.func) == "rollout"}
+    others = {"evaluation.drift", "evaluation.bench.runner", "generation.passes", "healing.stages.few_step"}
+    assert rolling == {"clips.teacher_made"} | others

@@ -3,45 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from mlaconvert.clips.folder import Clips
+from mlaconvert.config.geometry import WanConfig, default_video
 from mlaconvert.config.streaming import StreamingConfig
-from mlaconvert.model.rollout import rollout
+from mlaconvert.model.rollout import passes, rollout
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.wan import WanModel
 
 
-def own_clips(
-    model: WanModel,
-    count: int,
-    *,
-    frames: int,
-    height: int,
-    width: int,
-    sampler: Sampler,
-    seed: int,
-    streaming: StreamingConfig,
-    batch: int,
-    on_step: Callable[[], None] | None = None,
-) -> Clips:
-    """`count` clips that the model makes of an empty caption, `batch` at a time, in float32 on the CPU.
+@dataclass(frozen=True, kw_only=True)
+class OwnClips:
+    """What clips a model makes of an empty caption: `frames` of `height` x `width`, all latent.
 
-    The arguments are `rollout`'s; `seed` is the first clip's.
+    `streaming` and `sampler` are how it makes them; a bidirectional model is given a window, too.
     """
-    context, parts = torch.zeros(count, 1, model.config.text_dim), []
-    for first, some in zip(range(0, count, batch), context.split(batch), strict=True):
-        chunks = rollout(
-            model,
-            some,
+
+    frames: int
+    height: int
+    width: int
+    streaming: StreamingConfig
+    sampler: Sampler
+
+    @classmethod
+    def usual(
+        cls, config: WanConfig, frames: int, *, streaming: StreamingConfig | None = None, sampler: Sampler | None = None
+    ) -> OwnClips:
+        """Of the size that such a model is usually run at, as it sees time and is sampled where nobody says else."""
+        video = default_video(config)
+        return cls(
             frames=frames,
-            height=height,
-            width=width,
-            sampler=sampler,
-            seed=seed + first,
-            streaming=streaming,
-            on_step=on_step,
+            height=video.height // video.vae_stride,
+            width=video.width // video.vae_stride,
+            streaming=streaming or config.streaming or StreamingConfig(),
+            sampler=sampler or Sampler.usual(few_step=config.few_step),
         )
-        parts.append(torch.cat([chunk.float().cpu() for chunk in chunks], 2))
-    return Clips(torch.cat(parts), context)
+
+    def shape(self, config: WanConfig) -> tuple[int, int, int, int]:
+        """Of one clip [C, F, H, W]."""
+        return config.out_dim, self.frames, self.height, self.width
+
+    def make(
+        self,
+        model: WanModel,
+        count: int,
+        *,
+        seed: int,
+        batch: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Clips:
+        """`count` clips, `batch` at a time, in float32 on the CPU. `seed` is the first clip's, one more each next's.
+
+        `progress` is told how many passes of the model are done, and of how many.
+        """
+        context, parts, done = torch.zeros(count, 1, model.config.text_dim), [], 0
+        total = passes(self.frames, self.sampler, self.streaming, slices=-(-count // batch))
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, total)
+
+        for first, some in zip(range(0, count, batch), context.split(batch), strict=True):
+            chunks = rollout(
+                model,
+                some,
+                frames=self.frames,
+                height=self.height,
+                width=self.width,
+                sampler=self.sampler,
+                seed=seed + first,
+                streaming=self.streaming,
+                on_step=step,
+            )
+            parts.append(torch.cat([chunk.float().cpu() for chunk in chunks], 2))
+        return Clips(torch.cat(parts), context)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mlaconvert.clips.folder import ClipFolder, Clips, clip_files, load_clips, load_shard, save_shard
-from mlaconvert.clips.teacher_made import own_clips
+from mlaconvert.clips.teacher_made import OwnClips
 from mlaconvert.clips.tiny.clips import training_clips
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import MLALayer
@@ -34,7 +34,6 @@ from mlaconvert.files.staging import write_whole
 from mlaconvert.latent.factorize import Factors
 from mlaconvert.latent.lapack import LINALG_ERRORS
 from mlaconvert.model.load import load_widened
-from mlaconvert.model.rollout import passes
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.progress import Progress
 
@@ -124,17 +123,23 @@ def room_needed(plan: ConversionPlan, data: Path | None) -> tuple[int, int]:
     """Bytes on the disk of a calibrated conversion: of moments, which stay, and about how many of activations."""
     config, recipe = plan.source_config, plan.recipe
     if data is None:
-        shape: tuple[int, ...] = (config.out_dim, CALIBRATION_FRAMES, *_latent_size(plan))
+        shape: tuple[int, ...] = _own_clips(plan).shape(config)
     else:
         shape = ClipFolder(data, config).clip_shape
     moments = len(plan.layers) * 8 * config.dim * (2 * config.dim + config.head_dim)
     return moments, _activations(plan, (recipe.clips or 1, *shape))
 
 
-def _latent_size(plan: ConversionPlan) -> tuple[int, int]:
-    """Height and width in latent pixels of the video that the conversion is made for."""
+def _own_clips(plan: ConversionPlan) -> OwnClips:
+    """The teacher's own, of the video that the conversion is made for."""
     (rows, columns), (_, high, wide) = token_grid(plan.recipe, plan.source_config), plan.source_config.patch_size
-    return rows * high, columns * wide
+    return OwnClips(
+        frames=CALIBRATION_FRAMES,
+        height=rows * high,
+        width=columns * wide,
+        streaming=plan.recipe.streaming or StreamingConfig(),
+        sampler=Sampler.usual(few_step=plan.config.few_step),
+    )
 
 
 def _activations(plan: ConversionPlan, shape: Sequence[int]) -> int:
@@ -258,30 +263,14 @@ def calibration_clips(
         return training_clips(count)
     if kept is not None and kept.exists():
         return _kept_clips(kept, config, count)
-    height, width = _latent_size(plan)
-    streaming = recipe.streaming or StreamingConfig()
-    model = load_widened(checkpoint, streaming, device)
-    sampler = Sampler.usual(few_step=plan.config.few_step)
-    size = max(1, BATCH_TOKENS // (CALIBRATION_FRAMES * config.tokens_per_frame(height, width)))
-    total, done = passes(CALIBRATION_FRAMES, sampler, streaming, slices=-(-count // size)), 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress("generate clips", done, total)
-
-    clips = own_clips(
-        model,
+    wanted = _own_clips(plan)
+    size = max(1, BATCH_TOKENS // (wanted.frames * config.tokens_per_frame(wanted.height, wanted.width)))
+    clips = wanted.make(
+        load_widened(checkpoint, wanted.streaming, device),
         count,
-        frames=CALIBRATION_FRAMES,
-        height=height,
-        width=width,
-        sampler=sampler,
         seed=recipe.seed,
-        streaming=streaming,
         batch=size,
-        on_step=step,
+        progress=None if progress is None else lambda done, total: progress("generate clips", done, total),
     )
     if kept is not None:
         save_shard(kept, clips._asdict())

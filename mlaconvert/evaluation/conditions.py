@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mlaconvert.clips.folder import Clips, load_clips
-from mlaconvert.clips.teacher_made import own_clips
+from mlaconvert.clips.teacher_made import OwnClips
 from mlaconvert.clips.tiny.clips import held_back, null_context
 from mlaconvert.config.geometry import default_video
 from mlaconvert.config.streaming import StreamingConfig
@@ -20,7 +20,6 @@ from mlaconvert.evaluation.drift import RolloutPlan
 from mlaconvert.evaluation.losses import BATCH, BATCH_TOKENS
 from mlaconvert.evaluation.request import Request, SourceRecord
 from mlaconvert.families.checkpoint import Checkpoint
-from mlaconvert.model.rollout import passes
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.wan import WanModel
 from mlaconvert.progress import Progress
@@ -159,28 +158,16 @@ def generated_clips(
     """
     config, video = teacher.config, default_video(teacher.config)
     stride = recipe.get("vae_stride") or video.vae_stride
-    height, width = ((recipe.get(name) or getattr(video, name)) // stride for name in ("height", "width"))
-    streaming = config.streaming or _whole(frames)
-    tokens = min(frames, streaming.window_frames) * config.tokens_per_frame(height, width)
-    size = max(1, min(BATCH, BATCH_TOKENS // tokens))
-    done = 0
-    total = -(-count // size) * passes(frames, sampler, streaming)
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        progress("clips", done, total)
-
-    return own_clips(
+    size = {name: (recipe.get(name) or getattr(video, name)) // stride for name in ("height", "width")}
+    usual = OwnClips.usual(config, frames, streaming=config.streaming or _whole(frames), sampler=sampler)
+    wanted = dataclasses.replace(usual, **size)
+    seen = min(frames, wanted.streaming.window_frames)
+    tokens = seen * config.tokens_per_frame(wanted.height, wanted.width)
+    return wanted.make(
         teacher,
         count,
-        frames=frames,
-        height=height,
-        width=width,
-        sampler=sampler,
         # A calibration starts its rollouts at the recipe's seed; these are far from it.
         seed=1_000_000_007 + count * seed,
-        streaming=streaming,
-        batch=size,
-        on_step=step,
+        batch=max(1, min(BATCH, BATCH_TOKENS // tokens)),
+        progress=lambda done, total: progress("clips", done, total),
     )

@@ -17,16 +17,15 @@ import torch
 from torch import Tensor
 
 from mlaconvert.clips.folder import ClipFolder, Clips, load_null_context, save_shard
-from mlaconvert.clips.teacher_made import own_clips
+from mlaconvert.clips.teacher_made import OwnClips
 from mlaconvert.clips.tiny.clips import held_back, null_context, training_clips
-from mlaconvert.config.geometry import WanConfig, default_video
+from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.files.inputs import is_folder
 from mlaconvert.healing.frames import View, views
 from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.healing.stages import stage_of
-from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.wan import WanModel
 from mlaconvert.model.window import default_chunks
 
@@ -192,6 +191,11 @@ def _stored(recipe: HealRecipe, folder: Path, config: WanConfig, say: Callable[[
     return found
 
 
+def clips_to_generate(recipe: HealRecipe, config: WanConfig) -> OwnClips:
+    """What the teacher generates where there is no data set; by default three chunks a clip."""
+    return OwnClips.usual(config, recipe.frames or 3 * (config.streaming or StreamingConfig()).chunk_frames)
+
+
 def generate_source(
     recipe: HealRecipe,
     teacher: WanModel,
@@ -205,10 +209,7 @@ def generate_source(
 
     Only the process told to `write` writes; the others must wait for it.
     """
-    config, video = teacher.config, default_video(teacher.config)
-    height, width = video.height // video.vae_stride, video.width // video.vae_stride
-    sampler = Sampler.usual(few_step=config.few_step)
-    frames = recipe.frames or 3 * (config.streaming or StreamingConfig()).chunk_frames
+    config, wanted = teacher.config, clips_to_generate(recipe, teacher.config)
     total = -(-recipe.clips // GENERATED)
     for number in range(total if write else 0):
         path = folder / f"clips-{number:05d}.safetensors"
@@ -216,17 +217,8 @@ def generate_source(
         if path.is_file():
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        clips = own_clips(
-            teacher,
-            GENERATED,
-            frames=frames,
-            height=height,
-            width=width,
-            sampler=sampler,
-            seed=mix(recipe.seed, "generate", number) >> 38,
-            streaming=config.streaming or StreamingConfig(),
-            batch=GENERATED,
-        )
+        seed = mix(recipe.seed, "generate", number) >> 38
+        clips = wanted.make(teacher, GENERATED, seed=seed, batch=GENERATED)
         save_shard(path, clips._asdict())
     progress("generate", total, total)
     return _stored(recipe, folder, config, say)

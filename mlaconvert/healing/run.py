@@ -14,14 +14,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import gather_object
 
-from mlaconvert.config.geometry import default_video
-from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError, InputError, OutputError
 from mlaconvert.families.changed import with_tensors
 from mlaconvert.files.inputs import refuse_links
 from mlaconvert.files.staging import Staging, claim, disk_errors
 from mlaconvert.files.writer import is_model
-from mlaconvert.healing.batches import Batches, Source, generate_source, open_source
+from mlaconvert.healing.batches import Batches, Source, clips_to_generate, generate_source, open_source
 from mlaconvert.healing.estimate import Estimate, estimate
 from mlaconvert.healing.loop import Progress, Run, make_accelerator, tracker_missing
 from mlaconvert.healing.models import assumptions, identity_of, load_models, name_of, open_pair, regime_of
@@ -153,12 +151,7 @@ def plan(
         found = open_source(recipe, data, student_file.config, lambda _: None, draws=draws)
         _check_guidance(recipe, found)
         config = student_file.config
-        if found is None:
-            video = default_video(config)
-            frames = recipe.frames or 3 * (config.streaming or StreamingConfig()).chunk_frames
-            shape = (config.out_dim, frames, video.height // video.vae_stride, video.width // video.vae_stride)
-        else:
-            shape = found.clip_shape  # type: ignore[assignment]
+        shape = clips_to_generate(recipe, config).shape(config) if found is None else found.clip_shape
         with torch.device("meta"):
             model = WanModel(config)
         names = set(choose_trained(model, recipe.train))
