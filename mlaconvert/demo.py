@@ -30,14 +30,12 @@ from mlaconvert.generation.movies import contact_sheet, save_movie, side_by_side
 from mlaconvert.model.load import load_model
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.wan import WanModel
+from mlaconvert.progress import Progress
 
 FRAMES = 60
 CAPTIONS = 3
 STEPS, GUIDANCE = TINY_STEPS, TINY_GUIDANCE
 CLIPS = 64
-
-# progress(stage, done, total)
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +79,7 @@ def run_demo(output: Path, progress: Progress, *, overwrite: bool = False) -> De
     if (output / "tiny-mla").exists() and not overwrite:
         raise OutputError(f"{output / 'tiny-mla'} exists; choose another folder with -o DIR, or delete it")
     with open_checkpoint("tiny") as checkpoint:
-        analysis = analyze(checkpoint, progress=lambda done, total: progress("analyze", done, total))
+        analysis = analyze(checkpoint, progress=progress)
     path = output / "tiny-mla"
     report = convert("tiny", path, load_recipe("tiny"), overwrite=overwrite, progress=progress)
     teacher, student = load_model("tiny"), load_model(path)

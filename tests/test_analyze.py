@@ -156,9 +156,9 @@ def test_mla_layers_equal_the_svd_of_the_product(key_norm: str) -> None:
 
 def test_only_the_chosen_layers_are_read_and_progress_counts_them() -> None:
     checkpoint, calls = dense_weights(), []
-    analysis = analyze(checkpoint, layers=[2, 0, 2], progress=lambda *call: calls.append(call))
+    analysis = analyze(checkpoint, layers=[2, 0, 2], progress=lambda *call: calls.append(call[:3]))
     assert [layer.layer for layer in analysis.layers] == [0, 2]
-    assert calls == [(1, 2), (2, 2)]
+    assert calls == [("analyze", 1, 2), ("analyze", 2, 2)]
     assert checkpoint.names == [f"blocks.{i}.self_attn.{m}.weight" for i in (0, 2) for m in "kv"]
 
 
@@ -372,7 +372,7 @@ class Case:
 
     folder: Path
     analysis: Analysis
-    calls: list[tuple[int, int]]
+    calls: list[tuple[str, int, int]]
     layers: list[tuple[AttentionWeights, LayerMoments]]
     powers: list[float]  # mean square of each layer's output, a token that is read
 
@@ -386,7 +386,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     save_file(model.state_dict(), folder / "diffusion_pytorch_model.safetensors")
     raw = wan.WanFamily().raw_config(config) | {"streaming": dataclasses.asdict(STREAMING)}
     (folder / "config.json").write_text(json.dumps(raw))
-    calls: list[tuple[int, int]] = []
+    calls: list[tuple[str, int, int]] = []
     with families.open_checkpoint(folder) as checkpoint:
         layers, powers = [], []
         for layer in Sweep(checkpoint, CLIPS, REGIME):
@@ -394,7 +394,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
             tokens = sum(batch.x.shape[0] * batch.x.shape[1] for batch in layer.inputs)
             powers.append(float(sum(out.double().square().sum() for out in layer.expected)) / tokens)
         analysis = analyze(
-            checkpoint, clips=CLIPS, regime=REGIME, threshold=0.9, progress=lambda *call: calls.append(call)
+            checkpoint, clips=CLIPS, regime=REGIME, threshold=0.9, progress=lambda *call: calls.append(call[:3])
         )
     return Case(folder=folder, analysis=analysis, calls=calls, layers=layers, powers=powers)
 
@@ -418,7 +418,7 @@ def test_weighted_spectra_are_the_eigenvalues_of_covariance_times_metric(case: C
     analysis = case.analysis
     assert sorted(analysis.weighted) == [0, 1, 2]
     assert analysis.kv_rank == 7  # 7/48 of the width: no rotary key is cached beside the latent
-    assert case.calls == [(1, 3), (2, 3), (3, 3)]
+    assert case.calls == [("analyze", 1, 3), ("analyze", 2, 3), ("analyze", 3, 3)]
     for index, (_, moments) in enumerate(case.layers):
         values, _ = directions(moments)
         spectrum = analysis.weighted[index]
@@ -471,12 +471,14 @@ def test_budgets_run_from_a_48th_to_a_quarter_of_the_width(case: Case) -> None:
 
 
 def test_weighted_layers_are_the_same_alone_and_later_ones_are_not_run(case: Case) -> None:
-    calls: list[tuple[int, int]] = []
+    calls: list[tuple[str, int, int]] = []
     with families.open_checkpoint(case.folder) as checkpoint:
-        found = analyze(checkpoint, layers=[1], clips=CLIPS, regime=REGIME, progress=lambda *call: calls.append(call))
+        found = analyze(
+            checkpoint, layers=[1], clips=CLIPS, regime=REGIME, progress=lambda *call: calls.append(call[:3])
+        )
     assert list(found.weighted) == [1]
     assert torch.equal(found.weighted[1].singular_values, case.analysis.weighted[1].singular_values)
-    assert calls == [(1, 2), (2, 2)]
+    assert calls == [("analyze", 1, 2), ("analyze", 2, 2)]
 
 
 def test_clips_need_a_dense_model() -> None:

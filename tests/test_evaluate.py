@@ -40,14 +40,11 @@ from mlaconvert.model.load import load_model
 from mlaconvert.model.rollout import rollout
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.wan import WanModel
+from mlaconvert.progress import silent
 
 SaveFolder = Callable[..., Path]
 STREAMING = StreamingConfig(chunk_frames=2, window_frames=5, sink_frames=1)
 QUICK = Request(clips=3, frames=8, videos=2, steps=2)
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    pass
 
 
 def invoke(*arguments: object) -> Result:
@@ -171,9 +168,9 @@ def test_clips_of_many_tokens_go_in_smaller_batches(
     monkeypatch.setattr("mlaconvert.evaluation.conditions.BATCH_TOKENS", 2 * 6 * 8)
     batches = losses_module.noisy_batches(teacher, clips)
     assert [len(batch.noisy) for batch in batches] == [2, 2, 1]
-    seen: list[tuple[int, int]] = []
-    parts = evaluate(teacher, student, clips, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    seen: list[tuple[str, int, int]] = []
+    parts = evaluate(teacher, student, clips, progress=lambda *told: seen.append(told[:3]))
+    assert seen == [("losses", 0, 3), ("losses", 1, 3), ("losses", 2, 3), ("losses", 3, 3)]
     assert parts.student_loss == pytest.approx(whole.student_loss, rel=1e-6)
     assert parts.attention_errors == pytest.approx(whole.attention_errors, rel=1e-5)
 
@@ -318,7 +315,7 @@ def test_models_side_by_side(made: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     report = evaluate_models(
         [str(made / name) for name in ("small", "large", "lossless")],
         QUICK,
-        progress=lambda stage, done, total: stages.setdefault(stage, []).append((done, total)),
+        progress=lambda stage, done, total, _="": stages.setdefault(stage, []).append((done, total)),
         on_model=lambda index, one: found.append((index, one.models[0].path)),
     )
     small, large, lossless = report.models

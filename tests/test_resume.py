@@ -95,7 +95,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 def interrupted(source: Path, output: Path, after: int, recipe: ConvertRecipe = SVD, **options: Any) -> str:
     """Interrupt a conversion when `after` layers are handed over; what the interruption says."""
 
-    def stop(stage: str, done: int, total: int) -> None:
+    def stop(stage: str, done: int, total: int, _note: str = "") -> None:
         if stage == "convert" and done == after:
             raise KeyboardInterrupt
 
@@ -153,7 +153,7 @@ def test_a_source_that_hides_its_change_is_noticed(own_source: Path, tmp_path: P
     weights = own_source / WEIGHTS_NAME
     state = weights.stat()
 
-    def stop(stage: str, done: int, total: int) -> None:
+    def stop(stage: str, done: int, total: int, _note: str = "") -> None:
         if stage == "convert" and done == 4:
             deadline = time.monotonic() + 30
             while not hashed and time.monotonic() < deadline:
@@ -177,7 +177,7 @@ def test_a_source_that_hides_its_change_is_noticed(own_source: Path, tmp_path: P
 
 
 def test_a_source_that_changes_during_the_run_is_noticed(own_source: Path, tmp_path: Path) -> None:
-    def change(stage: str, done: int, total: int) -> None:
+    def change(stage: str, done: int, total: int, _note: str = "") -> None:
         if stage == "convert" and done == 2:
             os.utime(own_source / WEIGHTS_NAME, (1, 1))
 
@@ -211,7 +211,7 @@ def test_weights_that_went_missing_are_made_again(
 def test_two_runs_do_not_meet(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     messages: list[str] = []
 
-    def again(stage: str, done: int, total: int) -> None:
+    def again(stage: str, done: int, total: int, _note: str = "") -> None:
         if stage == "convert" and done == 2:
             with pytest.raises(OutputError, match=r"another run is writing .*out; wait for it") as caught:
                 convert(source, tmp_path / "out", SVD)
@@ -228,7 +228,7 @@ def test_the_second_expert_goes_on_alone(source: Path, tmp_path: Path, made: lis
     convert(tmp_path / "pair", tmp_path / "whole", SVD)
     counted = 0
 
-    def stop(stage: str, done: int, total: int) -> None:
+    def stop(stage: str, done: int, total: int, _note: str = "") -> None:
         nonlocal counted
         counted += stage == "convert" and done == 2
         if counted == 2:

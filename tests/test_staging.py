@@ -352,7 +352,7 @@ def test_a_demo_that_was_killed_is_begun_again(tmp_path: Path, monkeypatch: pyte
 def test_an_earlier_conversion_is_gone_on_with_by_convert_only(tmp_path: Path) -> None:
     """A lock file and no note of the owner."""
 
-    def stop(stage: str, done: int, total: int) -> None:
+    def stop(stage: str, done: int, total: int, _note: str = "") -> None:
         if stage == "convert" and done == 2:
             raise KeyboardInterrupt
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -138,7 +137,7 @@ def analyze(
                     layers=parse_layers(layers, model.config.num_layers) if layers is not None else None,
                     **inputs,
                     device=chosen_device,
-                    progress=partial(progress, "analyze"),
+                    progress=progress,
                 )
             if plot is not None:
                 from mlaconvert.reports.plots import plot_analysis

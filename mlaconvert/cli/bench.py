@@ -144,7 +144,7 @@ def bench(
     )
     out, err = console(), console(stderr=True)
     with progress_bar(err) as progress:
-        report = measure(setting, lambda done, total, note: progress("bench", done, total, note))
+        report = measure(setting, progress)
     if as_json:
         print_json(report.to_json())
     else:

@@ -9,7 +9,6 @@ import typer
 
 from mlaconvert.cli.options import Json, RunDevice, TextDevice, among
 from mlaconvert.cli.show import console, print_json, progress_bar
-from mlaconvert.clips import videos as videos_module
 
 
 def encode(
@@ -62,12 +61,13 @@ def encode(
     """Make clips for --data of other commands from videos and captions; interrupted, the same command goes on."""
     from mlaconvert.base.repository import open_base
     from mlaconvert.clips import encode as encoding
+    from mlaconvert.clips.videos import find_videos
     from mlaconvert.errors import ConfigError
 
     if bad_videos not in ("refuse", "skip"):
         raise ConfigError(f"--bad-videos is {bad_videos!r}: give refuse or skip")
     wanted = encoding.Encoding(height=height, width=width, frames=frames, fps=fps, clips=clips)
-    found = videos_module.find_videos(videos, captions)
+    found = find_videos(videos, captions)
     err = console(stderr=True)
     with progress_bar(err) as report:
         made = encoding.encode(

@@ -29,8 +29,6 @@ from mlaconvert.cli.options import (
     among,
 )
 from mlaconvert.cli.show import console, print_json, progress_bar
-from mlaconvert.generation import request
-from mlaconvert.generation import vbench_names as vbench_names_module
 
 if TYPE_CHECKING:
     from mlaconvert.generation.request import GenerationReport, Movie
@@ -180,8 +178,10 @@ def generate(
     """Generate video chunk by chunk, with constant memory; interrupted, the same command goes on."""
     from mlaconvert.errors import ConfigError
     from mlaconvert.generation import run as generation
+    from mlaconvert.generation.request import Generation, Runtime
+    from mlaconvert.generation.vbench_names import VBENCH_SAMPLES, generate_for_vbench
 
-    wanted = request.Generation(
+    wanted = Generation(
         frames=frames,
         seconds=seconds,
         prompts=(*(text or ()), *(prompt or ())),
@@ -189,7 +189,7 @@ def generate(
         negative=negative,
         embeddings=embeddings,
         switch=None if switch is None else _numbers("switch", switch),
-        samples=samples if samples is not None else vbench_names_module.VBENCH_SAMPLES if vbench_names else 1,
+        samples=samples if samples is not None else VBENCH_SAMPLES if vbench_names else 1,
         seed=seed,
         timesteps=None if timesteps is None else _numbers("timesteps", timesteps),
         steps=steps,
@@ -200,7 +200,7 @@ def generate(
         chunk_frames=chunk_frames,
         window_frames=window_frames,
         sink_frames=sink_frames,
-        positions=positions,
+        positions=cast(Any, positions),  # which Generation checks
         few_step=few_step,
         given=given,
     )
@@ -208,7 +208,7 @@ def generate(
         raise ConfigError(f"--format is {movie!r}: give auto, mp4, gif or none")
     if vbench_names != (prompts is not None):
         raise ConfigError("--vbench-names and --prompts FILE go together; give both, or --prompt TEXT for one video")
-    runtime = request.Runtime.of(
+    runtime = Runtime.of(
         device=device,
         text_device=text_device,
         dtype=dtype,
@@ -224,7 +224,7 @@ def generate(
 
     with progress_bar(err) as progress:
         if prompts is not None:
-            files = vbench_names_module.generate_for_vbench(
+            files = generate_for_vbench(
                 model,
                 output,
                 _lines(prompts),

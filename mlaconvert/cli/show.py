@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
+
+from mlaconvert.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,12 +26,13 @@ def print_json(data: Any) -> None:
 
 
 @contextmanager
-def progress_bar(console: Console) -> Iterator[Callable[..., None]]:
+def progress_bar(console: Console) -> Iterator[Progress]:
     """A progress bar for each stage on a terminal, with the time that is left; nothing elsewhere.
 
-    Yields report(stage, done, total, note=""); the note, such as a rate, stands at the end.
+    The note, such as a rate, stands at the end.
     """
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+    import rich.progress
+    from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 
     columns = (
         TextColumn("{task.description}"),
@@ -39,7 +42,7 @@ def progress_bar(console: Console) -> Iterator[Callable[..., None]]:
         TextColumn("{task.fields[note]}"),
     )
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with rich.progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
 
         def report(stage: str, done: int, total: int, note: str = "") -> None:
             if stage not in tasks:

@@ -34,11 +34,10 @@ from mlaconvert.files.inputs import read_json
 from mlaconvert.files.names import public_name
 from mlaconvert.files.staging import claim, disk_errors, visible, write_whole
 from mlaconvert.model.device import resolve_device
+from mlaconvert.progress import Counter, Progress, silent
 
 SETTINGS_NAME = "encoding.json"
 BadVideos = Literal["refuse", "skip"]
-# progress(stage, done, total, note)
-Progress = Callable[[str, int, int, str], None]
 _HEADER = "clip"  # the only entry: the order of several is not the same in every process
 _TEXTS = ".text"  # embeddings that wait for their videos
 _PARTS = 1000  # steps of the progress in one video
@@ -103,7 +102,7 @@ def encode(
     clips of other settings, or that another run has.
     """
     require("imageio_ffmpeg", "diffusers", "transformers", "ftfy")
-    wanted, folder, report = wanted or Encoding(), Path(output), progress or (lambda *_: None)
+    wanted, folder, report = wanted or Encoding(), Path(output), progress or silent
     for name in (device, text_device or device):
         resolve_device(name, torch.float32)
     with claim(folder, "encode"):
@@ -246,11 +245,12 @@ def _embed(folder: Path, base: Base, videos: Sequence[Video], device: str, repor
     places = {_text_file(folder, caption): caption for caption in ("", *(video.caption for video in videos))}
     missing = [path for path in places if _read_text(path) is None]
     found = embed_texts(base, [places[path] for path in missing], device=device)
+    count = Counter(report, "text", len(missing))
     if missing:
-        report("text", 0, len(missing), "")
-    for done, (path, text) in enumerate(zip(missing, found, strict=True), 1):
+        count.show()
+    for path, text in zip(missing, found, strict=True):
         save_shard(path, {"text": text})
-        report("text", done, len(missing), "")
+        count.step()
     save_shard(folder / NULL_CONTEXT, {"context": _context(folder, "")})
 
 

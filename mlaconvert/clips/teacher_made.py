@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.model.rollout import passes, rollout
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.wan import WanModel
+from mlaconvert.progress import Counter, Progress, silent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,21 +53,16 @@ class OwnClips:
         *,
         seed: int,
         batch: int,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress = silent,
+        stage: str = "clips",
     ) -> Clips:
         """`count` clips, `batch` at a time, in float32 on the CPU. `seed` is the first clip's, one more each next's.
 
-        `progress` is told how many passes of the model are done, and of how many.
+        `progress` counts passes of the model, as those of `stage`.
         """
-        context, parts, done = torch.zeros(count, 1, model.config.text_dim), [], 0
+        context, parts = torch.zeros(count, 1, model.config.text_dim), []
         total = passes(self.frames, self.sampler, self.streaming, slices=-(-count // batch))
-
-        def step() -> None:
-            nonlocal done
-            done += 1
-            if progress is not None:
-                progress(done, total)
-
+        counter = Counter(progress, stage, total)
         for first, some in zip(range(0, count, batch), context.split(batch), strict=True):
             chunks = rollout(
                 model,
@@ -78,7 +73,7 @@ class OwnClips:
                 sampler=self.sampler,
                 seed=seed + first,
                 streaming=self.streaming,
-                on_step=step,
+                on_step=counter.step,
             )
             parts.append(torch.cat([chunk.float().cpu() for chunk in chunks], 2))
         return Clips(torch.cat(parts), context)

@@ -49,6 +49,7 @@ from mlaconvert.latent.spectrum import (
     relative_error,
     singular_values_from_gram,
 )
+from mlaconvert.progress import Counter, Progress, silent
 
 T = TypeVar("T")
 
@@ -62,15 +63,15 @@ def analyze(
     clips: Clips | None = None,
     regime: Regime | None = None,
     device: str | torch.device = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> Analysis:
     """Spectra of the self-attention weights of `layers` (all by default), one layer in memory at a time.
 
     `kv_rank` is the latent rank at which dense layers are judged, by default that of `config.default_budget`; with
     clips the latent is the whole cache of a token but its key norm, so it takes the rotary key's channels too.
     `clips` go through a dense model layer by layer and add the weighted spectra; `regime` says which queries see
-    which keys, by default as the model streams. The float64 maths runs on `device`. `progress(done, total)` is called
-    after each layer; with clips, layers that are only passed through count too.
+    which keys, by default as the model streams. The float64 maths runs on `device`. `progress` counts
+    layers; with clips, those that are only passed through too.
 
     Raises ConfigError for a rank, threshold or layer that the model cannot have, or a device without float64;
     CheckpointError for a weight that is missing or not finite, or a layer that the clips leave degenerate;
@@ -102,8 +103,9 @@ def analyze(
         visits, total = ((layer.index, layer) for layer in islice(sweep, chosen[-1] + 1)), chosen[-1] + 1
 
     found: list[DenseSpectra | LatentSpectrum] = []
+    count = Counter(progress, "analyze", total)
     with closing(read_ahead(partial(_weights, checkpoint), chosen)) as weights:
-        for done, (index, layer) in enumerate(visits, start=1):
+        for index, layer in visits:
             mla = config.mla.layers[index] if config.mla is not None else None
             if index in chosen and mla is None:
                 weighted = None if layer is None else _weighted_spectrum(checkpoint, layer, kv_rank, threshold)
@@ -111,8 +113,7 @@ def analyze(
             elif mla is not None:
                 found.append(_latent_spectrum(checkpoint, index, next(weights), mla, threshold, device))
             return_memory()
-            if progress is not None:
-                progress(done, total)
+            count.step()
     return Analysis(
         source=checkpoint.store.source,
         description=checkpoint.describe(),

@@ -137,17 +137,12 @@ class Assembly:
             yield copy
 
     def _hash(self, visit: Visit) -> str:
-        store, hashed = self._checkpoint.store, 0
-        total = sum(file.stat().st_size for file in store.files)
-
-        def count(piece: int) -> None:
-            nonlocal hashed
+        def progress(stage: str, done: int, total: int, note: str = "") -> None:
             if self._stop.is_set():
                 raise _StoppedError
-            hashed += piece
-            self._progress("hash", hashed, total)
+            self._progress(stage, done, total, note)
 
-        return store.sha256(count, visit)
+        return self._checkpoint.store.sha256(progress, visit)
 
     def _store(self, tensors: dict[str, Tensor], done: Callable[[], None]) -> None:
         with self._clock("write"):

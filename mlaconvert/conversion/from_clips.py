@@ -35,7 +35,7 @@ from mlaconvert.latent.factorize import Factors
 from mlaconvert.latent.lapack import LINALG_ERRORS
 from mlaconvert.model.load import load_widened
 from mlaconvert.model.schedule import Sampler
-from mlaconvert.progress import Progress
+from mlaconvert.progress import Progress, silent
 
 MOMENTS_NAME = "calibration.json"
 # What linear algebra raises for a layer that gives zeros, or values that are not finite.
@@ -159,7 +159,6 @@ def choose_splits(
             f"{folder}: activations take about {needed / 1e9:.1f} GB there for a while, {free / 1e9:.1f} GB are free; "
             "make room, take fewer --clips, or name a folder on another disk with --moments"
         )
-    progress("calibrate", 0, plan.config.num_layers)
     with _factorised(checkpoint):
         return calibrate(
             checkpoint,
@@ -171,7 +170,7 @@ def choose_splits(
             adaptive=recipe.allocation == "adaptive",
             folder=folder,
             device=device,
-            progress=lambda done, total: progress("calibrate", done, total),
+            progress=progress,
         )
 
 
@@ -247,7 +246,7 @@ def calibration_clips(
     data: Path | None,
     *,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
+    progress: Progress = silent,
     kept: Path | None = None,
 ) -> Clips:
     """Clips of the folder `data`, or without one what the teacher generates on `device` from an empty caption.
@@ -270,7 +269,8 @@ def calibration_clips(
         count,
         seed=recipe.seed,
         batch=size,
-        progress=None if progress is None else lambda done, total: progress("generate clips", done, total),
+        progress=progress,
+        stage="generate clips",
     )
     if kept is not None:
         save_shard(kept, clips._asdict())

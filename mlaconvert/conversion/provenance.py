@@ -20,7 +20,7 @@ from mlaconvert.files.find import experts
 from mlaconvert.files.names import CONVERSION_NAME
 from mlaconvert.files.origin import folders_around, origin_of
 from mlaconvert.files.shipped import TINY
-from mlaconvert.progress import Progress
+from mlaconvert.progress import Progress, silent
 
 
 @contextmanager
@@ -87,15 +87,7 @@ def _with_loras(opened: Checkpoint, records: Any, source: str) -> Checkpoint:
 
 
 def source_sha256(opened: Checkpoint, progress: Progress | None) -> str:
-    total, done = sum(file.stat().st_size for file in opened.store.files), 0
-
-    def count(piece: int) -> None:
-        nonlocal done
-        done += piece
-        if progress is not None:
-            progress("hash", done, total)
-
-    return opened.store.sha256(count)
+    return opened.store.sha256(progress or silent)
 
 
 def draws_clips(teacher: Checkpoint, conversion: Mapping[str, Any] | None) -> bool:

@@ -20,7 +20,7 @@ from mlaconvert.model.attention.dense import DenseAttention
 from mlaconvert.model.attention.kernel import AttentionPlan
 from mlaconvert.model.attention.latent import LatentAttention
 from mlaconvert.model.rope import rotary
-from mlaconvert.progress import Progress, silent
+from mlaconvert.progress import Counter, Progress, silent
 
 _VERIFY_GRID = (3, 4, 5)  # frames, height and width in tokens
 
@@ -49,7 +49,8 @@ def verify_conversion(
     """
     passed = [operation for operation in plan.operations if operation.layer is None]
     errors: dict[int, float] = {}
-    progress("verify", 0, len(plan.layers))
+    count = Counter(progress, "verify", len(plan.layers))
+    count.show()
     with open_checkpoint(path) as converted:
         for operation in passed:
             expected = checkpoint.read(operation.canonical).to(operation.spec.dtype)
@@ -63,7 +64,7 @@ def verify_conversion(
             errors[layer] = _attention_error(checkpoint, converted, plan, layer, x)
             if not math.isfinite(errors[layer]):
                 raise MLAConvertError(f"{path}: the attention output of layer {layer} is not finite")
-            progress("verify", len(errors), len(plan.layers))
+            count.step()
     return Verification(passed_through=len(passed), attention_errors=errors)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from mlaconvert.evaluation.timesteps import TimestepError, velocity_by_timestep
 from mlaconvert.evaluation.vbench import VBenchScores
 from mlaconvert.model.cache import LatentCache
 from mlaconvert.model.wan import WanModel
-from mlaconvert.progress import Progress
+from mlaconvert.progress import Counter, Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +66,8 @@ def compare(
 ) -> ModelEvaluation:
     """Measure `student` against `teacher` under `conditions`. Raises InputError when they do not belong together."""
     clips, seed, plan = conditions.clips, conditions.seed, conditions.rollout
-    fidelity = evaluate(teacher, student, clips, seed=seed, progress=_stage(progress, "losses"))
-    timesteps = velocity_by_timestep(teacher, student, clips, seed=seed, progress=_stage(progress, "timesteps"))
+    fidelity = evaluate(teacher, student, clips, seed=seed, progress=progress)
+    timesteps = velocity_by_timestep(teacher, student, clips, seed=seed, progress=progress)
     height, width = clips.latents.shape[-2:]
     streaming = plan.streaming if plan is not None else student.config.streaming
     cache_bytes = {
@@ -92,15 +91,9 @@ def compare(
     )
     if plan is None:
         return evaluation
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        progress("rollouts", done, 3 * plan.passes)
-
-    expected, video, speed = paired_rollouts(teacher, student, plan, step)
-    other = torch.cat(list(plan.chunks(teacher, seed=plan.other_seed, on_step=step)), 2)
+    count = Counter(progress, "rollouts", 3 * plan.passes)
+    expected, video, speed = paired_rollouts(teacher, student, plan, count.step)
+    other = torch.cat(list(plan.chunks(teacher, seed=plan.other_seed, on_step=count.step)), 2)
     return dataclasses.replace(
         evaluation,
         drift=compare_videos(expected, video, other, given=plan.given),
@@ -108,8 +101,3 @@ def compare(
         teacher_video=expected,
         video=video,
     )
-
-
-def _stage(progress: Progress, name: str) -> Callable[[int, int], None]:
-    progress(name, 0, 1)
-    return lambda done, total: progress(name, done, total)

@@ -169,5 +169,5 @@ def generated_clips(
         # A calibration starts its rollouts at the recipe's seed; these are far from it.
         seed=1_000_000_007 + count * seed,
         batch=max(1, min(BATCH, BATCH_TOKENS // tokens)),
-        progress=lambda done, total: progress("clips", done, total),
+        progress=progress,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,6 +15,7 @@ from mlaconvert.model.blocks import Block
 from mlaconvert.model.schedule import add_noise, warp
 from mlaconvert.model.wan import WanModel
 from mlaconvert.model.window import default_chunks
+from mlaconvert.progress import Counter, Progress, silent
 
 BATCH = 8
 BATCH_TOKENS = 16384  # clips of more tokens than this go through the models one by one
@@ -101,9 +102,9 @@ def evaluate(
     clips: Clips,
     *,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> Fidelity:
-    """Compare `student` with the `teacher` that it was converted from; `progress(done, total)` counts batches.
+    """Compare `student` with the `teacher` that it was converted from; `progress` counts batches.
 
     One layer's activations are held at a time. Raises InputError when their geometries differ.
     """
@@ -116,13 +117,14 @@ def evaluate(
     velocity = torch.zeros(2, dtype=torch.float64)
     attention = torch.zeros(2, teacher.config.num_layers, dtype=torch.float64)
     batches = noisy_batches(teacher, clips, seed=seed)
-    for done, batch in enumerate(batches, start=1):
+    count = Counter(progress, "losses", len(batches))
+    count.show()
+    for batch in batches:
         expected = _trace(teacher, student, batch, attention).float()
         predicted = student(batch.noisy, batch.timestep, batch.context).float()
         losses += sums_of_squares(expected - batch.target, predicted - batch.target)
         velocity += sums_of_squares(predicted - expected, expected)
-        if progress is not None:
-            progress(done, len(batches))
+        count.step()
     per_value = losses / clips.latents.numel()
     errors = (attention[0] / attention[1]).sqrt()
     return Fidelity(

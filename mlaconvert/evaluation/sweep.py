@@ -150,9 +150,7 @@ def _measure(
     """The converted `model` beside the dense one; both are in memory only here."""
     student = load_model(model, device=device)
     teacher = _dense(checkpoint, plan, student.dtype, device)
-    fidelity = evaluate(
-        teacher, student, clips, seed=plan.recipe.seed, progress=lambda done, total: progress("losses", done, total)
-    )
+    fidelity = evaluate(teacher, student, clips, seed=plan.recipe.seed, progress=progress)
     return CellResult(
         name=cell.name,
         init=plan.recipe.init,

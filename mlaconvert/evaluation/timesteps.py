@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from mlaconvert.clips.folder import Clips
 from mlaconvert.evaluation.losses import batches_at, chunks_of, sums_of_squares
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.wan import WanModel
+from mlaconvert.progress import Counter, Progress, silent
 
 LEVELS = 8  # noise levels at which velocities are compared
 
@@ -32,7 +32,7 @@ def velocity_by_timestep(
     clips: Clips,
     *,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> tuple[TimestepError, ...]:
     """Velocities of both models along the sampler's schedule: `LEVELS` levels of the shift-5 grid.
 
@@ -45,7 +45,9 @@ def velocity_by_timestep(
     timesteps = Sampler.many_step(LEVELS).timesteps
     noise = torch.randn(clips.latents.shape, generator=torch.Generator().manual_seed(seed))
     errors = []
-    for done, timestep in enumerate(timesteps, start=1):
+    progressed = Counter(progress, "timesteps", len(timesteps))
+    progressed.show()
+    for timestep in timesteps:
         sigma = torch.zeros(clips.latents.shape[0], clips.latents.shape[2])
         sigma[:, newest] = timestep / 1000
         sums, count = torch.zeros(4, dtype=torch.float64), 0
@@ -64,6 +66,5 @@ def velocity_by_timestep(
                 student_loss=float(sums[3]) / count,
             )
         )
-        if progress is not None:
-            progress(done, len(timesteps))
+        progressed.step()
     return tuple(errors)

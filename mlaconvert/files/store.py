@@ -18,6 +18,7 @@ from mlaconvert.errors import CheckpointError, is_plain
 from mlaconvert.files.headers import FLOATS, TensorInfo, read_header
 from mlaconvert.files.inputs import reason_of
 from mlaconvert.files.pickles import load_pickle
+from mlaconvert.progress import Counter, Progress, silent
 
 _PIECE = 1 << 20  # bytes of a file that are read at a time
 
@@ -96,14 +97,14 @@ class TensorStore:
                 raise CheckpointError(f"{file}: it cannot be opened ({reason_of(error)}); download it again") from None
         return self._handles[file]
 
-    def sha256(self, progress: Callable[[int], None] | None = None, visit: Visit | None = None) -> str:
-        """Hash of the weight files' names and contents, read once; `progress` is told the bytes of each piece.
+    def sha256(self, progress: Progress = silent, visit: Visit | None = None) -> str:
+        """Hash of the weight files' names and contents, read once; `progress` counts bytes.
 
         On the way, `visit` is asked about each tensor of a .safetensors file by name, and may give a function that
         takes the tensor's elements, some [n] at a time, in memory that is used again.
         Raises CheckpointError when a file cannot be read to its end.
         """
-        total = hashlib.sha256()
+        total, count = hashlib.sha256(), Counter(progress, "hash", sum(file.stat().st_size for file in self.files))
         for file in sorted(self.files):
             total.update(f"{file.name}\0{file.stat().st_size}\0".encode())
             with file.open("rb", buffering=0) as stream:
@@ -113,8 +114,7 @@ class TensorStore:
                             total.update(piece.numpy().data)
                             if take is not None:
                                 take(piece.view(info.dtype))
-                            if progress is not None:
-                                progress(len(piece))
+                            count.step(len(piece))
         return total.hexdigest()
 
     def _regions(self, file: Path) -> list[TensorInfo]:

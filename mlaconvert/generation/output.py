@@ -11,7 +11,8 @@ from mlaconvert.base.vae import Vae
 from mlaconvert.files.staging import disk_errors
 from mlaconvert.generation.movies import can_write_mp4, contact_sheet, save_movie
 from mlaconvert.generation.plan import Plan
-from mlaconvert.generation.request import FPS, KEPT, Movie, Progress
+from mlaconvert.generation.request import FPS, KEPT, Movie
+from mlaconvert.progress import Progress
 
 SHEET_NAME = "frames.png"
 
@@ -25,23 +26,21 @@ def save_pictures(latents: Tensor, folder: Path, seeds: Sequence[int], ending: s
     return [*names, SHEET_NAME]
 
 
-def decode_movies(latents: Tensor, folder: Path, plan: Plan, vae: Vae, progress: Progress | None) -> list[str]:
+def decode_movies(latents: Tensor, folder: Path, plan: Plan, vae: Vae, progress: Progress) -> list[str]:
     """A movie of each sample by the VAE, frame by frame; those of an interrupted run are kept."""
     names = [f"video-{seed}.mp4" for seed in plan.seeds]
     total = len(names) * plan.frames
 
     def counted(number: int) -> Iterator[Tensor]:
         for i, frame in enumerate(latents[number].unbind(1)):
-            if progress is not None:
-                progress("decode", number * plan.frames + i, total, "")
+            progress("decode", number * plan.frames + i, total)
             yield frame
 
     for number, name in enumerate(names):
         if not (folder / name).exists():
             with disk_errors(folder, KEPT):
                 save_movie(vae.decode(counted(number)), folder / name, fps=plan.fps, scale=1)
-        if progress is not None:
-            progress("decode", (number + 1) * plan.frames, total, "")
+        progress("decode", (number + 1) * plan.frames, total)
     return names
 
 

@@ -9,27 +9,23 @@ from torch import Tensor
 
 from mlaconvert.generation.chunks import ChunkFile
 from mlaconvert.generation.plan import Plan
-from mlaconvert.generation.request import Progress, Runtime
+from mlaconvert.generation.request import Runtime
 from mlaconvert.model.cache import LatentCache
 from mlaconvert.model.rollout import passes, rollout
 from mlaconvert.model.wan import WanModel
+from mlaconvert.progress import Counter, Progress
 
 
-class PassCounter:
-    """Counts passes through the model for a progress bar, and the video frames that came out of them."""
+class PassCounter(Counter):
+    """Counts passes through the model, and notes how fast video frames come out of them."""
 
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.done, self.total, self.progress = 0, total, progress
+    def __init__(self, progress: Progress, total: int) -> None:
+        super().__init__(progress, "generate", total)
         self.frames, self.started = 0, time.monotonic()
 
-    def step(self) -> None:
-        self.done += 1
-        self.show()
-
-    def show(self) -> None:
-        if self.progress is not None:
-            rate = self.frames / (time.monotonic() - self.started)
-            self.progress("generate", self.done, self.total, f"{rate:.3g} frames/s" if self.frames else "")
+    def show(self, note: str = "") -> None:
+        rate = self.frames / (time.monotonic() - self.started)
+        super().show(note or (f"{rate:.3g} frames/s" if self.frames else ""))
 
 
 def count_passes(plan: Plan, runtime: Runtime, given: int | None = None) -> int:
@@ -66,11 +62,11 @@ def chunk_passes(
         yield chunk
 
 
-def run_passes(model: WanModel, plan: Plan, runtime: Runtime, store: ChunkFile, progress: Progress | None) -> int:
+def run_passes(model: WanModel, plan: Plan, runtime: Runtime, store: ChunkFile, progress: Progress) -> int:
     """Generate what the file lacks; the bytes of the cache that it takes."""
     if store.done < plan.frames:
         prefix = store.latents[:, :, : store.done] if store.done else plan.prefix
-        count = PassCounter(count_passes(plan, runtime, 0 if prefix is None else prefix.shape[2]), progress)
+        count = PassCounter(progress, count_passes(plan, runtime, 0 if prefix is None else prefix.shape[2]))
         start = 0
         for chunk in chunk_passes(model, plan, runtime, prefix, count):
             if start >= store.done:

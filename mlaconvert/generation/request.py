@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,8 +27,6 @@ KEPT = "finished frames are kept: the same command goes on from them"
 
 Movie = Literal["auto", "gif", "mp4", "none"]
 MOVIES = (".mp4", ".gif")  # endings that make an output a single file
-# progress(stage, done, total, note): "text" counts prompts, "generate" passes through the model, "decode" latent frames
-Progress = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,10 +31,10 @@ from mlaconvert.generation.request import (
     Generation,
     GenerationReport,
     Movie,
-    Progress,
     Runtime,
 )
 from mlaconvert.generation.text import embed_prompts, find_text_base, load_vae
+from mlaconvert.progress import Progress, silent
 
 
 def generate(
@@ -63,6 +63,7 @@ def generate(
     and what `plan_generation`, `open_checkpoint`, `find_base` and `rollout` raise.
     """
     wanted, runtime, target = wanted or Generation(), runtime or Runtime(), Path(output)
+    progress = progress or silent
     staging = Staging(target, "generate", overwrite=overwrite, inside="video")
     movie = _check_target(staging, wanted, movie)
     place: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "state_key": state_key}

@@ -14,8 +14,9 @@ from mlaconvert.base.vae import Vae
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.generation.plan import Text, unembedded
-from mlaconvert.generation.request import Generation, Movie, Progress, Runtime
+from mlaconvert.generation.request import Generation, Movie, Runtime
 from mlaconvert.model.device import resolve_device
+from mlaconvert.progress import Counter, Progress
 
 
 def find_text_base(
@@ -55,7 +56,7 @@ def embed_prompts(
     wanted: Generation,
     config: WanConfig,
     runtime: Runtime,
-    progress: Progress | None,
+    progress: Progress,
     one_each: bool = False,
 ) -> Text:
     """Embed the prompts, and with guidance the negative one; everything else is checked before."""
@@ -65,6 +66,7 @@ def embed_prompts(
     guided = text.negative is not None
     texts = [*wanted.prompts, *([wanted.negative] if guided else [])]
     found: list[Tensor] = []
+    count = Counter(progress, "text", len(texts))
     for embedding in embed_texts(base, texts, device=device, max_tokens=config.text_len):
         if embedding.shape[1] != config.text_dim:
             raise InputError(
@@ -72,7 +74,6 @@ def embed_prompts(
                 f"{config.text_dim}; give the repository of the model's own base with --base"
             )
         found.append(embedding[None].float())
-        if progress is not None:
-            progress("text", len(found), len(texts), "")
+        count.step()
     contexts, negative = found[: len(wanted.prompts)], found[-1] if guided else None
     return dataclasses.replace(text, contexts=tuple(contexts), negative=negative)

@@ -21,8 +21,9 @@ from mlaconvert.generation.marks import MARK, digests, fingerprint_of, read_mark
 from mlaconvert.generation.movies import SCALE, can_write_mp4, remove_unfinished, save_movie
 from mlaconvert.generation.passes import PassCounter, chunk_passes, count_passes
 from mlaconvert.generation.plan import OF_ONE, Plan, assumptions, plan_generation, prompt_plan
-from mlaconvert.generation.request import Generation, Progress, Runtime
+from mlaconvert.generation.request import Generation, Runtime
 from mlaconvert.generation.text import embed_prompts, find_text_base, load_vae
+from mlaconvert.progress import Progress, silent
 
 VBENCH_SAMPLES = 5
 _LONGEST_NAME = 255  # bytes of a file name
@@ -63,7 +64,7 @@ def generate_for_vbench(
     place: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "state_key": state_key, "config": config}
     with open_checkpoint(source, **place) as checkpoint:
         geometry, notes = checkpoint.config, assumptions(checkpoint, wanted)
-        dtype = runtime.chosen_dtype() or checkpoint.info("patch_embedding.weight").dtype
+        dtype = runtime.chosen_dtype() or checkpoint.dtype
         shared: dict[str, Any] = {"model": fingerprint_of(checkpoint), "dtype": str(dtype)}
     if say is not None:
         for note in notes:
@@ -90,14 +91,14 @@ def generate_for_vbench(
         missing = [number for number, paths in enumerate(files) if not left.isdisjoint(paths)]
         if missing and embedded is not None:
             chosen = dataclasses.replace(wanted, prompts=tuple(prompts[number] for number in missing))
-            text = embed_prompts(embedded, chosen, geometry, runtime, progress, one_each=True)
+            text = embed_prompts(embedded, chosen, geometry, runtime, progress or silent, one_each=True)
             for row, number in enumerate(missing):
                 plans[number] = plan_generation(wanted, geometry, row=row, text=text)
         if missing:
             with disk_errors(folder):
                 folder.mkdir(exist_ok=True)
             model = runtime.load(source, **place)
-        count = PassCounter(sum(count_passes(plans[number], runtime) for number in missing), progress)
+        count = PassCounter(progress or silent, sum(count_passes(plans[number], runtime) for number in missing))
         for number in missing:
             plan = plans[number]
             chunks = list(chunk_passes(model, plan, runtime, plan.prefix, count))

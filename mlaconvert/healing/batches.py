@@ -28,6 +28,7 @@ from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.healing.stages import stage_of
 from mlaconvert.model.wan import WanModel
 from mlaconvert.model.window import default_chunks
+from mlaconvert.progress import Progress
 
 DRAWN_SEED = 1_200_000_000  # drawn clips take their seeds from here on; held-back ones begin at 2,000,000,000
 TINY_FRAMES = 9
@@ -201,7 +202,7 @@ def generate_source(
     teacher: WanModel,
     folder: Path,
     say: Callable[[str], None],
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
     *,
     write: bool,
 ) -> Source:

@@ -25,10 +25,10 @@ from mlaconvert.healing.batches import Batches
 from mlaconvert.healing.objective import Objective
 from mlaconvert.healing.recipe import CHANGEABLE, HealRecipe, learning_rate
 from mlaconvert.healing.state import BEST, LAST, Trained, load, make_optimizer, not_a_state, save
+from mlaconvert.progress import Progress
 
 MEMORY = 100  # losses that the running median is taken over
 SURE = 10  # how many of them it needs before it is relied on
-Progress = Callable[[str, int, int], None]
 
 
 class DivergedError(MLAConvertError):

@@ -21,13 +21,14 @@ from mlaconvert.files.staging import Staging, claim, disk_errors
 from mlaconvert.files.writer import is_model
 from mlaconvert.healing.batches import Batches, Source, clips_to_generate, generate_source, open_source
 from mlaconvert.healing.estimate import Estimate, estimate
-from mlaconvert.healing.loop import Progress, Run, make_accelerator, tracker_missing
+from mlaconvert.healing.loop import Run, make_accelerator, tracker_missing
 from mlaconvert.healing.models import assumptions, identity_of, load_models, name_of, open_pair, regime_of
 from mlaconvert.healing.output import HealReport, occupancy, specs_of, write_model
 from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.healing.stages import stage_of
 from mlaconvert.healing.state import BEST, LAST, choose_trained, load
 from mlaconvert.model.wan import WanModel
+from mlaconvert.progress import Progress, silent
 
 Say = Callable[[str], None]
 
@@ -58,7 +59,7 @@ def heal(
     Raises InputError for what does not fit, OutputError for paths that cannot be written, DivergedError when training
     has to stop.
     """
-    report, tell = progress or (lambda *_: None), say or (lambda _: None)
+    report, tell = progress or silent, say or (lambda _: None)
     recipe, output, stage = recipe.resolved(), Path(output), stage_of(recipe.stage)
     folder = state or output.with_name(f"{output.name}.state")
     accelerator: Accelerator | None = None
@@ -73,7 +74,7 @@ def heal(
         stack.callback(_forget)
         main = accelerator.is_main_process
         tell = tell if main else (lambda _: None)
-        report = report if main else (lambda *_: None)
+        report = report if main else silent
         for note in assumptions(student_file, teacher_file):
             tell(note)
         if tracker_missing(recipe):

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Literal
 from huggingface_hub import RepoFile
 
 from mlaconvert.files.names import CONVERSION_NAME, README_NAME
-from mlaconvert.progress import Progress
+from mlaconvert.progress import Counter, Progress, silent
 from mlaconvert.publishing.api import RemoteFiles
 from mlaconvert.publishing.folder import RECORDS, WEIGHTS, ModelFolder
 
@@ -82,21 +82,14 @@ def compare_files(
     there = remote.files if remote is not None else {}
     sizes = {name: local.size(name) for name in local.names} | {README_NAME: len(card)}
     alike = {path for path, size in sizes.items() if path in there and there[path].size == size}
-    total, hashed = sum(sizes[path] for path in alike), 0
-
-    def count(piece: int) -> None:
-        nonlocal hashed
-        hashed += piece
-        if progress is not None:
-            progress("hash", hashed, total)
-
+    count = Counter(progress or silent, "hash", sum(sizes[path] for path in alike))
     for path, size in sorted(sizes.items()):
         state: Literal["new", "changed", "same", "kept"] = "changed" if path in there else "new"
         if path == README_NAME and card_state == "kept":
             state = "kept"
         elif path in alike:
             with io.BytesIO(card) if path == README_NAME else local.open(path) as stream:
-                state = "same" if _same(stream, size, there[path], count) else state
+                state = "same" if _same(stream, size, there[path], count.step) else state
         yield FileChange(path=path, size=size, state=state)
     for path in sorted(there.keys() - sizes.keys()):
         if _is_stale(path, there):

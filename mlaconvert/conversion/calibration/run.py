@@ -25,6 +25,7 @@ from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.files.scratch import return_memory
 from mlaconvert.latent.moments import LayerMoments
 from mlaconvert.model.attention.latent import LatentAttention
+from mlaconvert.progress import Counter, Progress, silent
 
 BUDGETS = (0.4, 0.55, 0.75, 1.0, 1.35, 1.8, 2.4)  # of the average, measured in every layer
 
@@ -48,7 +49,7 @@ def calibrate(
     adaptive: bool,
     folder: Path,
     device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> Calibration:
     """First sweep: moments of `layers`, kept in `folder`, and the split of `budget` scalars that measures best.
 
@@ -62,6 +63,8 @@ def calibrate(
     budgets = [b for b in budgets if b <= largest]
     tables: dict[int, ErrorTable] = {}
     sweep = Sweep(checkpoint, clips, regime, device=device, probes=8 if adaptive else 0, scratch=folder)
+    count = Counter(progress, "calibrate", checkpoint.config.num_layers)
+    count.show()
     for layer in sweep:
         if layer.index in layers:
             if not moments_file(folder, layer.index).exists():
@@ -74,8 +77,7 @@ def calibrate(
                 student = target.convert(layer, target.layer(budget, table.best(budget)[1]), moments)
                 target.fit_output(layer, student)
                 layer.follow(layer.index, student)
-        if progress is not None:
-            progress(layer.index + 1, checkpoint.config.num_layers)
+        count.step()
     ordered = [tables[i] for i in sorted(tables)]
     shares = [budget] * len(ordered)
     if adaptive:

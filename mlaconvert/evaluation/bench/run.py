@@ -24,13 +24,14 @@ from mlaconvert.evaluation.bench.setting import BenchReport, BenchSetting, Side,
 from mlaconvert.model.attention.cost import cheaper_mode, flops_per_byte
 from mlaconvert.model.device import resolve_device
 from mlaconvert.model.memory import MemoryPlan, plan_memory
-
-# progress(done, total, what is being measured)
-Progress = Callable[[int, int, str], None]
+from mlaconvert.progress import Counter, Progress, silent
 
 
-def bench(setting: BenchSetting, progress: Progress | None = None) -> BenchReport:
-    """Measure every side of `setting`. Raises ConfigError for a setting that is impossible."""
+def bench(setting: BenchSetting, progress: Progress = silent) -> BenchReport:
+    """Measure every side of `setting`; notes of `progress` say what is being measured.
+
+    Raises ConfigError for a setting that is impossible.
+    """
     device = resolve_device(setting.device, setting.dtype or torch.float32)
     dtype = setting.dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     configs = side_configs(setting)
@@ -53,13 +54,10 @@ def bench(setting: BenchSetting, progress: Progress | None = None) -> BenchRepor
         frame_tokens=dense.tokens_per_frame(height, width),
         context=torch.zeros(setting.batch, dense.text_len, dense.text_dim, device=device, dtype=dtype),
     )
-    done, total = 0, len(configs) * (2 * resolved.filling + setting.rounds + 1) + 1
+    count = Counter(progress, "bench", len(configs) * (2 * resolved.filling + setting.rounds + 1) + 1)
 
     def step(note: str) -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, total, note)
+        count.step(note=note)
 
     ceilings = [_ceilings(resolved, dense)]
     step("ceilings")

@@ -1,0 +1,77 @@
+"""One kind of progress callback, one counter, and what a terminal shows of it."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+from pathlib import Path
+
+from rich.console import Console
+
+import mlaconvert
+from mlaconvert.cli.show import progress_bar
+from mlaconvert.progress import Counter, silent
+
+ROOT = Path(mlaconvert.__file__).parent
+KIND = re.compile(r"Progress( \| None)?")
+
+
+def other_kinds(tree: ast.Module) -> list[str]:
+    """What is called progress in a module and is not of the one kind: aliases, parameters, attributes."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            found += [ast.unparse(target) for target in node.targets if ast.unparse(target).endswith("Progress")]
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Progress"):
+            found.append(node.name)
+        if isinstance(node, (ast.arg, ast.AnnAssign)) and node.annotation is not None:
+            name = node.arg if isinstance(node, ast.arg) else ast.unparse(node.target)
+            kind = ast.unparse(node.annotation)
+            if name.rpartition(".")[2] in ("progress", "_progress") and not KIND.fullmatch(kind):
+                found.append(f"{name}: {kind}")
+    return found
+
+
+def test_there_is_one_kind_of_progress() -> None:
+    found = {
+        str(path.relative_to(ROOT)): kinds
+        for path in ROOT.rglob("*.py")
+        if path != ROOT / "progress.py" and (kinds := other_kinds(ast.parse(path.read_text())))
+    }
+    assert found == {}
+
+
+def test_another_kind_shows() -> None:
+    code = "Progress = Callable\ndef f(progress: Callable[[int], None]): pass\nclass A:\n progress: int"
+    assert sorted(other_kinds(ast.parse(code))) == ["Progress", "progress: Callable[[int], None]", "progress: int"]
+
+
+def test_a_counter_reports_what_it_counts() -> None:
+    told: list[tuple[object, ...]] = []
+    count = Counter(lambda *state: told.append(state), "hash", 70)
+    assert told == []
+    count.show()
+    count.step(30)
+    count.step(note="slow")
+    assert told == [("hash", 0, 70, ""), ("hash", 30, 70, ""), ("hash", 31, 70, "slow")]
+    Counter(silent, "hash", 70).step()
+
+
+def test_a_terminal_shows_stages_with_the_time_that_is_left() -> None:
+    shown = io.StringIO()
+    with progress_bar(Console(file=shown, force_terminal=True, width=100)) as progress:
+        for done in range(4):
+            progress("generate", done, 4, "3 frames/s" if done else "")
+        progress("decode", 1, 2)
+        progress("decode", 0, 2)  # the next model
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
+    assert re.search(r"generate .* 75% \d:\d\d:\d\d 3 frames/s", lines)
+    assert re.search(r"decode .* 0% ", lines)
+
+
+def test_a_log_shows_none() -> None:
+    shown = io.StringIO()
+    with progress_bar(Console(file=shown)) as progress:
+        progress("generate", 1, 4)
+    assert shown.getvalue().strip() == ""
