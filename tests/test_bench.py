@@ -152,7 +152,7 @@ def test_sides_take_turns(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None
     streaming = StreamingConfig(chunk_frames=1, window_frames=2)
     notes: list[tuple[int, int]] = []
     setting = BenchSetting(geometry=str(golden), height=16, width=16, streaming=streaming, steps=1, rounds=2)
-    sides = bench(setting, lambda done, total, _: notes.append((done, total))).sides
+    sides = bench(setting, lambda _, done, total, __="": notes.append((done, total))).sides
     dense, latent = "dense", "MLA 8+6, heads 18+6/24"
     assert order[12:16] == [dense, latent, latent, dense]
     assert [side.speedup for side in sides] == [1, 3]
@@ -213,7 +213,7 @@ def test_the_command_prints_tables_or_json(golden: Path) -> None:
         (["tiny", "--dtype", "int8"], "error: dtype is 'int8'"),
         (["tiny", "--attention", "magic"], "error: attention is 'magic'"),
         (["tiny", "--window-frames", "2"], "window_frames is 2"),
-        (["tiny", "--slice", "0"], "slice is 0"),
+        (["tiny", "--slice", "0"], "slice_size is 0: give 1 or more"),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str) -> None:
@@ -229,7 +229,7 @@ def test_settings_from_python_are_checked_too(name: str) -> None:
     with pytest.raises(ConfigError, match=f"^{name} is 0: give 1 or more$"):
         BenchSetting(**values)
     wrong: Any = {"rope": "magic"}
-    with pytest.raises(ConfigError, match=r"^rope: Input should be 'cached', 'latent' or 'head'$"):
+    with pytest.raises(ConfigError, match=r"^rope is 'magic': give cached, latent or head$"):
         BenchSetting(**wrong)
 
 

@@ -289,7 +289,10 @@ def test_a_gpu_is_used_where_there_is_one(golden: Path, monkeypatch: pytest.Monk
     [
         (["convert", "{golden}", "-o", "{out}", "--kv-rank", "97"], "error: kv_rank is 97"),
         (["convert", "{golden}", "-o", "{out}", "--q-rank", "some"], "error: options: q_rank is 'some'"),
-        (["convert", "{golden}", "-o", "{out}", "--init", "magic"], "error: options: init: Input should be"),
+        (
+            ["convert", "{golden}", "-o", "{out}", "--init", "magic"],
+            "error: options: init is 'magic': give svd",
+        ),
         (["convert", "{golden}", "-o", "{out}", "--recipe", "none.yaml"], "error: none.yaml: no such recipe"),
         (["convert", "{golden}", "-o", "{out}", "--layers", "7"], "layer 7 does not exist"),
         (["convert", "{golden}", "-o", "{out}", "--device", "abacus"], "error: device 'abacus'"),

@@ -515,7 +515,7 @@ def test_every_option_says_its_default() -> None:
         (["--attention", "magic"], "attention is 'magic'"),
         (["--dtype", "int8"], "dtype is 'int8'"),
         (["--device", "abacus"], "device 'abacus'"),
-        (["--slice", "0"], "slice is 0"),
+        (["--slice", "0"], "slice_size is 0: give 1 or more"),
         (["--vbench-names"], "go together"),
         (["--prompts", "none.txt", "--vbench-names"], "none.txt: there is no such file"),
         (["--embeddings", "none.safetensors"], "none.safetensors: there is no such file"),

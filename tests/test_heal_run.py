@@ -668,7 +668,7 @@ def test_wrong_usage_is_one_sentence(home: Path, tmp_path: Path) -> None:
         ((student, "--stage", "distill"), "give one with -o DIR"),
         ((student, "-o", out), "no stage"),
         ((student, "-o", out, "--stage", "magic"), "stage is 'magic': give distill, "),
-        ((student, "-o", out, "--stage", "distill", "--train", "some"), "train: Input should be"),
+        ((student, "-o", out, "--stage", "distill", "--train", "some"), "train is 'some': give latent, "),
         ((tmp_path / "none", "-o", out, "--stage", "distill"), "there is no such file or folder"),
         ((student, "-o", out, "--stage", "teacher-forcing"), "give a folder of them with --data DIR"),
     ):

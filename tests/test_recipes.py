@@ -199,10 +199,10 @@ def test_a_recipe_of_the_lossless_setting() -> None:
         ("q_rank: all", "q_rank is 'all'"),
         ("q_rank: -1", "q_rank is -1"),
         ("nope_dim: -1", "nope_dim is -1"),
-        ("rope_dim: 31", "rope_dim is 31: give an even number"),
-        ("init: magic", "init: Input should be 'svd', 'calibrated', 'random' or 'lossless'"),
-        ("key_norm: both", "key_norm: Input should be 'latent' or 'token'"),
-        ("dtype: int8", "dtype: Input should be 'float32', 'bfloat16' or 'float16'"),
+        ("rope_dim: 31", "rope_dim is 31: give a multiple of 2"),
+        ("init: magic", "init is 'magic': give svd, calibrated, random or lossless"),
+        ("key_norm: both", "key_norm is 'both': give latent or token"),
+        ("dtype: int8", "dtype is 'int8': give float32, bfloat16 or float16"),
         ("seed: -1", "seed is -1"),
         ("layers: 3-1", "the range 3-1 runs backwards"),
         ("layers: first", "layers is 'first'"),
@@ -235,6 +235,6 @@ def test_recipes_of_an_installed_wheel_are_found(tmp_path: Path, monkeypatch: py
     package: Any = tmp_path / "mlaconvert"
     (package / "recipes").mkdir(parents=True)
     (package / "recipes" / "house.yaml").write_text("kv_rank: 5")
-    monkeypatch.setattr(shipped, "__file__", str(package / "shipped.py"))
+    monkeypatch.setattr(shipped, "__file__", str(package / "files" / "shipped.py"))
     assert recipe_names() == ["house"]
     assert load_recipe("house") == ConvertRecipe(kv_rank=5)

@@ -225,11 +225,11 @@ def test_the_command_draws_and_tables(golden: Path, data: Path, tmp_path: Path) 
     [
         (["--kv-ranks", "4,x"], "--kv-ranks is '4,x': give whole numbers separated by commas"),
         (["--kv-ranks", "0"], "options: kv_ranks.0 is 0: give 1 or more"),
-        (["--kv-ranks", "4", "--init", "magic"], "inits.0: Input should be"),
+        (["--kv-ranks", "4", "--init", "magic"], "inits.0 is 'magic': give svd, "),
         ([], "nothing to sweep"),
         (["--rope-dims", "4,8", "--nope-dims", "3"], "nope_dims has 1 values for 2 rope_dims"),
         (["--kv-ranks", "4,97", "--init", "svd"], "cell svd-kv97: kv_rank is 97, larger than the layer"),
-        (["--rope-dims", "6,7", "--init", "svd"], "rope_dim is 7: give an even number"),
+        (["--rope-dims", "6,7", "--init", "svd"], "rope_dim is 7: give a multiple of 2"),
         (["--recipe", "none"], "none: no such recipe file; shipped sweep recipes: tiny-budgets"),
         (["--kv-ranks", "4", "--convert", "none"], "none: no such recipe file"),
     ],

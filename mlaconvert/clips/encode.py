@@ -16,9 +16,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,6 +30,7 @@ from mlaconvert.base.vae import Vae
 from mlaconvert.clips.folder import NULL_CONTEXT, save_shard
 from mlaconvert.clips.footage import Footage, to_pixels
 from mlaconvert.clips.videos import Video
+from mlaconvert.config.parsing import Count, check_fields
 from mlaconvert.errors import ConfigError, InputError, OutputError
 from mlaconvert.files.inputs import read_json
 from mlaconvert.files.names import public_name
@@ -45,24 +47,21 @@ _PARTS = 1000  # steps of the progress in one video
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """How videos become clips.
+    """How videos become clips. Raises ConfigError naming the field."""
 
-    `height` and `width` are pixels, `frames` the latent frames of a clip, `fps` the rate that videos are resampled to;
-    at most `clips` are cut from one video, one after the other from its start.
-    """
-
-    height: int = 480
-    width: int = 832
-    frames: int = 21
-    fps: float = 16.0
-    clips: int = 1
+    height: Count = 480
+    """Pixels of a clip, which is cropped to fit; a multiple of twice the VAE's stride."""
+    width: Count = 832
+    """Pixels of a clip, as `height`."""
+    frames: Count = 21
+    """Latent frames of a clip."""
+    fps: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 16.0
+    """Frames a second that videos are resampled to; Wan2.1 was trained at 16."""
+    clips: Count = 1
+    """Clips that are cut from one video at most, one after the other from its start."""
 
     def __post_init__(self) -> None:
-        for name in ("height", "width", "frames", "clips"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}: give 1 or more")
-        if not 0 < self.fps <= 1000:
-            raise ConfigError(f"fps is {self.fps}: give frames a second, 16 for Wan2.1")
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)

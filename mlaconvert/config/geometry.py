@@ -3,67 +3,64 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+from pydantic import Field
 
 from mlaconvert.config.mla import MLAConfig
-from mlaconvert.config.parsing import MOST_TEXT, STRICT, check_positive
+from mlaconvert.config.parsing import MOST, MOST_TEXT, STRICT, Size, check_fields
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError, is_plain
 
 
 @dataclass(frozen=True, kw_only=True)
 class WanConfig:
-    """Geometry of a Wan-family transformer, whatever the layout of its files.
-
-    `image_dim` is the width of CLIP image features (Wan2.1 image-to-video), None without that branch.
-    `streaming` is None for a bidirectional model, `mla` None for a dense one. `few_step` tells a student that was
-    distilled to generate in a few steps.
-    """
+    """Geometry of a Wan-family transformer, whatever the layout of its files. Raises ConfigError naming the field."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-    dim: int
-    num_heads: int
-    num_layers: int
-    ffn_dim: int
+    dim: Size
+    """Channels of a token between the layers; `num_heads` heads of an even width, at least 6."""
+    num_heads: Size
+    """Heads of self- and cross-attention."""
+    num_layers: Size
+    """Transformer blocks."""
+    ffn_dim: Size
+    """Hidden channels of a block's feed-forward network."""
     model_type: str = "t2v"
-    in_dim: int = 16
-    out_dim: int = 16
-    freq_dim: int = 256
-    text_dim: int = 4096
-    text_len: int = 512
-    image_dim: int | None = None
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    eps: float = 1e-6
+    """What the config.json calls its task, such as t2v or i2v; at most 40 characters."""
+    in_dim: Size = 16
+    """Latent channels that go in; more than `out_dim` where an image is given as well."""
+    out_dim: Size = 16
+    """Latent channels that come out."""
+    freq_dim: Annotated[int, Field(ge=1, le=MOST, multiple_of=2)] = 256
+    """Width of the sinusoidal embedding of a timestep; even."""
+    text_dim: Size = 4096
+    """Channels of a text embedding."""
+    text_len: Annotated[int, Field(ge=1, le=MOST_TEXT)] = 512
+    """Tokens that a text embedding is padded to."""
+    image_dim: Size | None = None
+    """Channels of CLIP image features (Wan2.1 image-to-video); None without that branch."""
+    patch_size: tuple[Size, Size, Size] = (1, 2, 2)
+    """Latent frames, rows and columns that one token stands for."""
+    eps: Annotated[float, Field(gt=0, lt=1)] = 1e-6
+    """What every norm adds to the mean square."""
     cross_attn_norm: bool = True
+    """Whether a LayerNorm with weights stands before cross-attention."""
     streaming: StreamingConfig | None = None
+    """How a causal model sees time; None for a bidirectional one."""
     mla: MLAConfig | None = None
+    """The latent attention of a converted model; None for a dense one."""
     few_step: bool = False
+    """Whether it is a student that was distilled to generate in a few steps."""
 
     def __post_init__(self) -> None:
-        check_positive(
-            self,
-            "dim",
-            "num_heads",
-            "num_layers",
-            "ffn_dim",
-            "in_dim",
-            "out_dim",
-            "freq_dim",
-            "text_dim",
-        )
-        check_positive(self, "text_len", limit=MOST_TEXT)
+        check_fields(self)
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ConfigError(
                 f"dim {self.dim} does not split into {self.num_heads} heads of an even width; check dim and num_heads"
             )
         if self.head_dim < 6:
             raise ConfigError(f"heads are {self.head_dim} wide; a three-axis rotary embedding needs at least 6")
-        if self.freq_dim % 2:
-            raise ConfigError(f"freq_dim is {self.freq_dim}: it must be even")
-        if len(self.patch_size) != 3 or min(self.patch_size) < 1:
-            raise ConfigError(f"patch_size is {list(self.patch_size)}: give three positive numbers")
-        if not 0 < self.eps < 1:
-            raise ConfigError(f"eps is {self.eps}: it must lie between 0 and 1")
         if not is_plain(self.model_type) or len(self.model_type) > 40:
             raise ConfigError(f"model_type is {self.model_type!r}: give a short name, such as t2v")
         if self.mla is not None:

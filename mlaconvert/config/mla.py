@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from mlaconvert.config.parsing import MOST, MOST_LAYERS, STRICT, parse
+from pydantic import Field
+
+from mlaconvert.config.parsing import MOST, MOST_LAYERS, STRICT, Count, Positive, Size, check_fields, parse
 from mlaconvert.errors import ConfigError
 
 KeyNorm = Literal["latent", "token"]
@@ -18,25 +19,24 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class MLALayer:
-    """One converted self-attention layer.
-
-    `rope_components` lists, in ascending pair order, (pair, count): how many shared rotary key components each
-    complex rotary pair keeps. Pairs are numbered over the time, height and width axes in that order.
-    """
+    """One converted self-attention layer. Widths are scalars. Raises ConfigError naming the field."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    v_head_dim: int
-    rope_components: tuple[tuple[int, int], ...]
+    kv_lora_rank: Size
+    """The latent that a token caches, of which keys and values are made."""
+    qk_nope_head_dim: Annotated[int, Field(ge=0, le=MOST)]
+    """A head's channels of query and key that no position rotates."""
+    v_head_dim: Size
+    """A head's channels of value."""
+    rope_components: tuple[tuple[Annotated[int, Field(ge=0)], Count], ...]
+    """(pair, count) in ascending order of pairs: how many shared rotary key components each complex rotary pair keeps.
+    Pairs are numbered over the time, height and width axes in that order."""
 
     def __post_init__(self) -> None:
-        widths = (self.kv_lora_rank, self.v_head_dim, self.qk_nope_head_dim)
-        if min(widths[:2]) < 1 or self.qk_nope_head_dim < 0 or max(widths) > MOST:
-            raise ConfigError(f"an MLA layer needs positive widths, not {self}")
+        check_fields(self)
         pairs = [pair for pair, _ in self.rope_components]
-        if pairs != sorted(set(pairs)) or any(p < 0 or c < 1 for p, c in self.rope_components):
-            raise ConfigError(f"rope_components must ascend by pair with positive counts, not {pairs}")
+        if pairs != sorted(set(pairs)):
+            raise ConfigError(f"rope_components must ascend by pair, not {pairs}")
 
     @property
     def qk_rope_head_dim(self) -> int:
@@ -51,30 +51,28 @@ class MLALayer:
 
 @dataclass(frozen=True, kw_only=True)
 class MLAConfig:
-    """The `mla` section of a converted model's config.json. A layer that is None stays dense.
+    """The `mla` section of a converted model's config.json. Raises ConfigError naming the field."""
 
-    `q_lora_rank` None means the exact query path: the teacher's own projection and norm. `key_norm` "latent" is
-    the paper's RMSNorm on the latent; "token" keeps the teacher's key norm exactly, for one more cached scalar.
-    `rope`: "cached" is DeepSeek's and the paper's shared rotary key, cached beside the latent. Keys are cached
-    unrotated and turned when they are used, so it can as well be read from the latent (k_rope_proj): "latent"; every
-    cached scalar then serves rotary keys, content keys and values. "head" turns each head's own content keys by all
-    its pairs, as the teacher does; nothing is shared, and there is no absorbed form.
-    """
-
-    q_lora_rank: int | None
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+    q_lora_rank: Count | None
+    """Scalars of the query latent; None means the exact query path: the teacher's own projection and norm."""
     key_norm: KeyNorm
-    softmax_scale: float
+    """What of a key is normalised: "latent" is the paper's RMSNorm on the latent; "token" keeps the teacher's key norm
+    exactly, for one more cached scalar."""
+    softmax_scale: Positive
+    """What scores are multiplied by before the softmax."""
     layers: tuple[MLALayer | None, ...]
+    """Every layer of the model, in order; one that is None stays dense."""
     rope: RopeMode = "cached"
+    """Where rotary keys come from: "cached" is DeepSeek's and the paper's shared rotary key, cached beside the latent.
+    Keys are cached unrotated and turned when they are used, so it can as well be read from the latent (k_rope_proj):
+    "latent"; every cached scalar then serves rotary keys, content keys and values. "head" turns each head's own content
+    keys by all its pairs, as the teacher does; nothing is shared, and there is no absorbed form."""
     calibration: Mapping[str, Any] | None = None
+    """What a calibrated conversion notes of itself; None for the others. Nothing is computed from it."""
 
     def __post_init__(self) -> None:
-        if self.q_lora_rank is not None and self.q_lora_rank < 1:
-            raise ConfigError(f"mla.q_lora_rank is {self.q_lora_rank}: give a positive rank, or null to keep it exact")
-        if not self.softmax_scale > 0 or not math.isfinite(self.softmax_scale):
-            raise ConfigError(f"mla.softmax_scale is {self.softmax_scale}: it must be positive")
-        if self.key_norm not in ("latent", "token"):
-            raise ConfigError(f"mla.key_norm is {self.key_norm!r}: give latent or token")
+        check_fields(self)
         if self.rope == "head" and any(layer is not None and layer.rope_components for layer in self.layers):
             raise ConfigError("mla.rope head shares no rotary key; leave rope_components of all layers empty")
 
@@ -122,22 +120,4 @@ class MLAConfig:
             for i, layer in enumerate(layers)
         )
         rest = {k: v for k, v in data.items() if k not in ("format_version", "layers")}
-        head = parse(_MLAHead, rest, f"{where}: mla")
-        return cls(
-            q_lora_rank=head.q_lora_rank,
-            key_norm=head.key_norm,
-            softmax_scale=head.softmax_scale,
-            layers=parsed,
-            rope=head.rope,
-            calibration=head.calibration,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _MLAHead:
-    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
-    q_lora_rank: int | None
-    key_norm: KeyNorm
-    softmax_scale: float
-    rope: RopeMode = "cached"
-    calibration: dict[str, Any] | None = None
+        return dataclasses.replace(parse(cls, rest | {"layers": []}, f"{where}: mla"), layers=parsed)

@@ -1,14 +1,17 @@
-"""Strict reading of plain data (JSON, YAML) into frozen dataclasses, and limits that several of them share.
+"""Strict reading of plain data (JSON, YAML) into frozen dataclasses, and ranges that several of them share.
 
-An unknown field or a wrong type is a `ConfigError` that names it.
+An unknown field, a wrong type or a value out of range is a `ConfigError` that names it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from mlaconvert.errors import ConfigError
 
@@ -22,13 +25,29 @@ MOST_TEXT = 1 << 14  # tokens
 MOST_PIXELS = 1 << 14
 
 
-def check_positive(config: Any, *names: str, limit: int = MOST) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value < 1:
-            raise ConfigError(f"{name} is {value}: it must be a positive number")
-        if value > limit:
-            raise ConfigError(f"{name} is {value}: give at most {limit}")
+Size = Annotated[int, Field(ge=1, le=MOST)]
+"""A width or a count of which there is at least one."""
+Count = Annotated[int, Field(ge=1)]
+"""A count of which there is at least one."""
+Frames = Annotated[int, Field(ge=1, le=MOST_FRAMES)]
+"""Latent frames."""
+Pixels = Annotated[int, Field(ge=1, le=MOST_PIXELS)]
+"""Pixels of a side of a video."""
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""A seed of random numbers."""
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+"""A finite number above 0."""
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""A finite number, 0 or more."""
+
+# What to give instead of a value that pydantic's error, by its type, is about.
+_GIVE = {
+    "greater_than_equal": "{ge:.12g} or more",
+    "greater_than": "more than {gt:.12g}",
+    "less_than_equal": "at most {le:.12g}",
+    "less_than": "less than {lt:.12g}",
+    "multiple_of": "a multiple of {multiple_of}",
+}
 
 
 def check_fields(config: Any) -> None:
@@ -37,27 +56,31 @@ def check_fields(config: Any) -> None:
     For `__post_init__`, so that what Python code gives is checked as what files give. Raises ConfigError naming the
     field.
     """
-    from pydantic import TypeAdapter, ValidationError
-
-    hints = get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
-        value, annotation = getattr(config, field.name), hints[field.name]
+        value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):  # checked when it was made
             continue
         try:
-            TypeAdapter(annotation, config={"arbitrary_types_allowed": True}).validate_python(value)
+            _adapter(type(config), field.name).validate_python(value)  # type: ignore[arg-type]  # classes are hashable
         except ValidationError as error:
-            first = error.errors()[0]
-            raise ConfigError(_complaint(".".join(map(str, (field.name, *first["loc"]))), first)) from None
+            raise ConfigError(_complaint(error.errors()[0], field.name)) from None
 
 
-def _complaint(name: str, error: Mapping[str, Any]) -> str:
-    """What pydantic has against the field `name`, and what to give instead."""
-    match error["type"]:
-        case "greater_than_equal":
-            return f"{name} is {error['input']}: give {error['ctx']['ge']} or more"
-        case "less_than_equal":
-            return f"{name} is {error['input']}: give at most {error['ctx']['le']}"
+@functools.cache
+def _adapter(cls: type, field: str) -> TypeAdapter[Any]:
+    return TypeAdapter(get_type_hints(cls, include_extras=True)[field], config={"arbitrary_types_allowed": True})
+
+
+def _complaint(error: Mapping[str, Any], *within: str) -> str:
+    """Which field pydantic complains of, below the fields `within`, and what to give instead."""
+    # A part that could be no field's name is pydantic's own, of the members of a union.
+    parts = [str(part) for part in (*within, *error["loc"]) if isinstance(part, int) or part.isidentifier()]
+    name = ".".join(parts) or "value"
+    if error["type"] in _GIVE:
+        return f"{name} is {error['input']}: give {_GIVE[error['type']].format(**error['ctx'])}"
+    if error["type"] == "literal_error":
+        choices = error["ctx"]["expected"].replace("'", "")
+        return f"{name} is {error['input']!r}: give {choices}"
     return f"{name}: {error['msg']}"
 
 
@@ -66,8 +89,6 @@ def parse(cls: type[T], data: Any, where: str) -> T:
 
     Raises ConfigError, which names `where`, the field, and what is expected.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     try:
         # Through JSON: strict JSON mode takes a list for a tuple, and nothing but plain data survives.
         return TypeAdapter(cls).validate_json(json.dumps(data))
@@ -78,7 +99,7 @@ def parse(cls: type[T], data: Any, where: str) -> T:
             known = ", ".join(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
             hint = f"; known fields: {known}" if len(first["loc"]) == 1 else ""
             raise ConfigError(f"{where}: unknown field {name!r}{hint}") from None
-        raise ConfigError(f"{where}: {_complaint(name or 'value', first)}") from None
+        raise ConfigError(f"{where}: {_complaint(first)}") from None
     except ConfigError as error:  # an impossible value, found by the class itself
         raise ConfigError(f"{where}: {error}") from None
     except (TypeError, ValueError, RecursionError) as error:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from mlaconvert.config.mla import KeyNorm, RopeMode
-from mlaconvert.config.parsing import MOST, MOST_FRAMES, MOST_PIXELS, STRICT, check_positive
+from mlaconvert.config.parsing import MOST, STRICT, Frames, Pixels, Seed, Size, check_fields
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError
-
-_MOST_CLIPS = 10_000
 
 Init = Literal["svd", "calibrated", "random", "lossless"]
 Part = Literal["centring", "rho", "components", "weights", "sensitivity", "refit"]
@@ -20,72 +20,72 @@ _LOSSLESS_SETS = ("kv_rank", "q_rank", "nope_dim", "rope_dim", "v_dim", "key_nor
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertRecipe:
-    """What `convert` does. A field that is None takes its default from the model (`default_budget`).
+    """What `convert` does. Widths are scalars; one that is None takes its default from the model (`default_budget`).
 
-    `init`: "svd" factorises the pretrained weights, "calibrated" does so in the metric of the inputs that `clips`
-    clips bring (queries exact and `key_norm` "token" by default), "random" draws the new ones from `seed`, "lossless"
-    keeps every pair of every head, so that only rounding changes the model; it fixes all widths. A calibrated
-    conversion divides `kv_rank` + `rope_dim` scalars a layer by what it measures (`allocation` "fixed": as they are
-    given), and with `allocation` "adaptive" the total between layers as well. `rope` as in `MLAConfig` (calibrated:
-    "head", or "latent" where `nope_dim` narrows heads; otherwise "cached"). `kv_rank`, `nope_dim` and `rope_dim`
-    (scalars), `v_dim` and `q_rank` are the widths of the latent attention; `q_rank` "none" keeps the teacher's query
-    path. `rope_selection` chooses the pairs that keep their rotation: the "highest" frequencies, as the paper does
-    (the default of weights alone), or by the "energy" that losing it costs (of a calibrated conversion). `without`
-    switches parts of a calibrated conversion off, to see what each is worth: "centring" of the inputs, the mean
-    rotation "rho", several shared "components" of one pair, the "weights" of heads by their queries and outputs, the
-    "sensitivity" of the output to each direction of the inputs, the "refit" of output and queries. `key_norm` as in
-    `MLAConfig` ("latent" by default). `dtype` is that of the output, by default each tensor's own, and `layout` says
-    whose tensor names and config.json it has, by default the source's. `layers` ("0-3,7") are converted, the others
-    stay dense.
-
-    `streaming` is how the converted model sees time, by default as its source does; `bidirectional` has it see whole
-    clips whatever the source says. `few_step` tells that the source was distilled to a few steps, or that it was not;
-    None leaves it to the source. With `height` and `width`
-    (video pixels), `vae_stride` and, for a bidirectional model, `frames` (latent), it says between which positions
-    attention will run: pairs that lose their rotation are set to its mean. Raises ConfigError naming the field.
+    Raises ConfigError naming the field.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     init: Init = "calibrated"
-    kv_rank: int | None = None
-    q_rank: int | str | None = None
-    nope_dim: int | None = None
-    rope_dim: int | None = None
-    v_dim: int | None = None
+    """Where the new weights come from. "svd" factorises the pretrained weights, "calibrated" does so in the metric of
+    the inputs that clips bring, "random" draws the new ones, "lossless" keeps every pair of every head, so that only
+    rounding changes the model; it fixes all widths."""
+    kv_rank: Size | None = None
+    """The latent of keys and values. A calibrated conversion divides `kv_rank` + `rope_dim` a layer by what it
+    measures."""
+    q_rank: Annotated[int, Field(ge=1, le=MOST)] | str | None = None
+    """The query latent, or "none" for the teacher's query path as it is (the default of a calibrated conversion)."""
+    nope_dim: Annotated[int, Field(ge=0, le=MOST)] | None = None
+    """A head's channels of query and key that no position rotates."""
+    rope_dim: Annotated[int, Field(ge=1, le=MOST, multiple_of=2)] | None = None
+    """The rotary key that all heads share: an even number, two scalars a rotary pair."""
+    v_dim: Size | None = None
+    """A head's channels of value; by default the head's own."""
     key_norm: KeyNorm | None = None
+    """As in `MLAConfig`; by default "token" of a calibrated conversion, otherwise "latent"."""
     rope: RopeMode | None = None
+    """As in `MLAConfig`; by default "cached", of a calibrated conversion "head", or "latent" where `nope_dim` narrows
+    heads."""
     rope_selection: Literal["highest", "energy"] | None = None
+    """Which pairs keep their rotation: the "highest" frequencies, as the paper does (the default of weights alone), or
+    those whose loss costs most "energy" (of a calibrated conversion)."""
     allocation: Literal["fixed", "uniform", "adaptive"] | None = None
+    """How a calibrated conversion divides its scalars: "fixed" as they are given, "uniform" by what each layer
+    measures, "adaptive" (the default) the total between layers as well."""
     without: tuple[Part, ...] = ()
-    clips: int | None = None
+    """Parts of a calibrated conversion to switch off, to see what each is worth: "centring" of the inputs, the mean
+    rotation "rho", several shared "components" of one pair, the "weights" of heads by their queries and outputs, the
+    "sensitivity" of the output to each direction of the inputs, the "refit" of output and queries."""
+    clips: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """How many clips a calibrated conversion measures; by default 5 to 40, the fewer the larger their frames."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the output; None keeps each tensor's own."""
     layout: Literal["native", "diffusers"] | None = None
+    """Whose tensor names and config.json the output has; None keeps the source's."""
     layers: str | None = None
-    seed: int = 0
+    """The layers to convert, such as "0-3,7"; the others stay dense. None converts all."""
+    seed: Seed = 0
+    """Of "random" weights, and of the clips that the teacher generates."""
     streaming: StreamingConfig | None = None
+    """How the converted model sees time; None leaves it as the source does."""
     bidirectional: bool = False
+    """Have the converted model see whole clips, whatever the source says."""
     few_step: bool | None = None
-    frames: int = 21
-    height: int | None = None
-    width: int | None = None
-    vae_stride: int | None = None
+    """Whether the source was distilled to a few steps; None leaves it to its files."""
+    frames: Frames = 21
+    """Latent frames of a clip of a bidirectional model. With the next three it says between which positions attention
+    will run: pairs that lose their rotation are set to its mean."""
+    height: Pixels | None = None
+    """Pixels of a video; None is what such a model is usually run at."""
+    width: Pixels | None = None
+    """Pixels of a video; None is what such a model is usually run at."""
+    vae_stride: Pixels | None = None
+    """Video pixels a latent one; None is what the VAE of such a model has."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if isinstance(self.q_rank, str) and self.q_rank != "none":
             raise ConfigError(f"q_rank is {self.q_rank!r}: give a rank, or none to keep the query path exact")
-        for limit, names in (
-            (MOST, ("kv_rank", "q_rank", "rope_dim", "v_dim")),
-            (_MOST_CLIPS, ("clips",)),
-            (MOST_FRAMES, ("frames",)),
-            (MOST_PIXELS, ("height", "width", "vae_stride")),
-        ):
-            check_positive(self, *(name for name in names if isinstance(getattr(self, name), int)), limit=limit)
-        if self.nope_dim is not None and self.nope_dim < 0:
-            raise ConfigError(f"nope_dim is {self.nope_dim}: give 0 or more")
-        if self.rope_dim is not None and self.rope_dim % 2:
-            raise ConfigError(f"rope_dim is {self.rope_dim}: give an even number, two scalars a rotary pair")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed is {self.seed}: give 0 to {2**32 - 1}")
         if self.layers is not None:
             parse_layers(self.layers, 10**6)
         if self.allocation is not None and self.init != "calibrated":

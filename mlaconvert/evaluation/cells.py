@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from mlaconvert.config.parsing import STRICT, check_fields, parse
+from mlaconvert.config.parsing import STRICT, Count, check_fields, parse
 from mlaconvert.conversion.plan import ConversionPlan, plan_conversion
 from mlaconvert.conversion.recipe import ConvertRecipe, Init
 from mlaconvert.conversion.recipes import load_recipe, read_recipe, with_init
@@ -27,17 +27,21 @@ from mlaconvert.files.shipped import recipe_folder, recipe_names
 class SweepRecipe:
     """The cells of a sweep: every value of `inits` with each of `kv_ranks` and each split of a head.
 
-    `convert` names the recipe that all cells start from, None the defaults. `rope_dims` are rotated channels of a head,
-    shared by all heads; `nope_dims` are as many unrotated ones, by default what is left of the head. A split is that
-    of a shared rotary key, cached as the paper does unless the recipe reads it from the latent. Raises ConfigError.
+    A split is that of a shared rotary key, cached as the paper does unless the recipe reads it from the latent.
+    Raises ConfigError naming the field.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     convert: str | None = None
+    """The recipe that all cells start from: a file or a shipped one; None is the defaults."""
     inits: tuple[Init, ...] = ()
-    kv_ranks: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    rope_dims: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Ways to make the new weights; none is the recipe's."""
+    kv_ranks: tuple[Count, ...] = ()
+    """Ranks of the latent; none is the recipe's."""
+    rope_dims: tuple[Count, ...] = ()
+    """Rotated channels of a head, shared by all heads; none is the recipe's."""
     nope_dims: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Unrotated channels of a head, one for each of `rope_dims`; by default what is left of the head."""
 
     def __post_init__(self) -> None:
         check_fields(self)

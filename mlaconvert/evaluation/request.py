@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from mlaconvert.config.geometry import WanConfig
-from mlaconvert.config.parsing import check_fields
+from mlaconvert.config.parsing import Count, check_fields
 from mlaconvert.conversion.records import read_record
 from mlaconvert.files.find import find_beside
 from mlaconvert.files.origin import Origin, origin_of
@@ -19,25 +19,31 @@ from mlaconvert.files.store import TensorStore
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What `evaluate_models` may be asked for; None takes the default.
-
-    `data` is a folder of clips, `clips` how many (by default 64 of the built-in model's, else 8). `frames` is the
-    length of the rollouts in latent frames (0 for none), `videos` their number. `steps` are Euler steps (by default 12
-    for the built-in model, the few-step schedule for streaming checkpoints, 20 for others). `dtype` is that of both
-    models, by default the first converted one's.
-    """
+    """What `evaluate_models` may be asked for. Raises ConfigError naming the field."""
 
     teacher: str | None = None
+    """The dense model; None is what the first model was converted from, as its conversion.json says."""
     data: Path | None = None
-    clips: Annotated[int, Field(ge=1)] | None = None
+    """A folder of clips; None has the teacher make them, or draws the built-in model's."""
+    clips: Count | None = None
+    """Clips that losses are measured on; by default 64 of the built-in model's, else 8."""
     frames: Annotated[int, Field(ge=0)] = 60
-    videos: Annotated[int, Field(ge=1)] = 3
-    steps: Annotated[int, Field(ge=1)] | None = None
+    """Latent frames of the rollouts; 0 for none."""
+    videos: Count = 3
+    """Rollouts of each model."""
+    steps: Count | None = None
+    """Euler steps; by default 12 for the built-in model, the few-step schedule for streaming checkpoints, 20 for
+    others."""
     seed: Annotated[int, Field(ge=0)] = 0
-    revision: str | None = None  # of the models, not of the teacher
+    """Of noise, in losses and rollouts."""
+    revision: str | None = None
+    """Hub revision of the models, not of the teacher."""
     subfolder: str | None = None
+    """Folder inside the models, such as one of two experts, and of the teacher."""
     device: torch.device | str = "cpu"
+    """Where models run: torch's name."""
     dtype: torch.dtype | None = None
+    """Of both models; None is the first converted one's."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
+from pydantic import Field
 
-from mlaconvert.config.streaming import SHIFT
+from mlaconvert.config.parsing import Count, NotNegative, Pixels, Positive, check_fields
+from mlaconvert.config.streaming import SHIFT, Positions
 from mlaconvert.errors import ConfigError
 from mlaconvert.families.open import open_checkpoint
 from mlaconvert.model.attention.kernel import AttentionMode
@@ -21,8 +22,8 @@ from mlaconvert.model.wan import WanModel
 LATENTS_NAME = "latents.safetensors"
 REPORT_NAME = "generation.json"
 FPS = 16  # of Wan2.1 and the tiny model
-# Euler steps and guidance that Wan's own code takes by default, for models that were not distilled to few steps.
-WAN_STEPS, WAN_GUIDANCE = 50, 5.0
+# Euler steps and guidance of models that were not distilled to few steps, as Wan's own code has them.
+MANY_STEPS, MANY_STEP_GUIDANCE = 50, 5.0
 KEPT = "finished frames are kept: the same command goes on from them"
 
 Movie = Literal["auto", "gif", "mp4", "none"]
@@ -31,46 +32,56 @@ MOVIES = (".mp4", ".gif")  # endings that make an output a single file
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """What to generate. None leaves a choice to the model.
+    """What to generate. None leaves a choice to the model. Raises ConfigError naming the field."""
 
-    `frames` are latent frames, `seconds` video; give one of them (81 video frames, 21 latent ones, by default).
-    `prompts` play one after the other and change at `switch` (seconds of video, one fewer than prompts; by default they
-    share the time evenly). Texts are embedded by the text encoder of `base`, a folder or Hub repo, by default the one
-    that the model came with (the tiny model has a caption table of its own); guidance other than 1 compares with the
-    text `negative`. Instead, `embeddings` is a safetensors file whose `context` [P, T, text_dim] has a row a prompt,
-    and whose `null_context` [1, T, text_dim] guidance needs. `samples` videos differ in their seeds: `seed`,
-    `seed` + 1, ...
-
-    `timesteps`, given before the warp by `shift`, make a few-step schedule; `steps` integrates the flow in so many.
-    `few_step` says whether the model is a few-step student, if its files do not. `height` and `width` are video pixels.
-    `chunk_frames`, `window_frames`, `sink_frames` and `positions` replace the model's own.
-    `given` is a safetensors file with any of `latents` [samples or 1, C, F, H, W], whole chunks that are continued,
-    `image_latents` [samples or 1, in_dim - C, frames, H, W] and `image_features` [samples or 1, I, image_dim].
-    """
-
-    frames: int | None = None
-    seconds: float | None = None
+    frames: Annotated[int, Field(ge=1, le=10**6)] | None = None
+    """Latent frames; this or `seconds`. By default 21, which are 81 video frames."""
+    seconds: Annotated[float, Field(gt=0, le=10**5, allow_inf_nan=False)] | None = None
+    """Seconds of video."""
     prompts: tuple[str, ...] = ()
+    """Texts that play one after the other."""
     embeddings: Path | None = None
+    """Instead of prompts, a safetensors file whose `context` [P, T, text_dim] has a row a prompt, and whose
+    `null_context` [1, T, text_dim] guidance needs."""
     base: str | None = None
+    """The folder or Hub repo whose text encoder embeds texts; by default what the model came with (the tiny model has a
+    caption table of its own)."""
     negative: str = ""
-    switch: tuple[float, ...] | None = None
-    samples: int = 1
-    seed: int = 0
+    """The text that guidance compares with."""
+    switch: tuple[Positive, ...] | None = None
+    """When prompts change, in seconds of video, one fewer than prompts; by default they share the time evenly."""
+    samples: Annotated[int, Field(ge=1, le=10**4)] = 1
+    """Videos, which differ in their seeds: `seed`, `seed` + 1, ..."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the first video's noise; all seeds are below 2^32."""
     timesteps: tuple[float, ...] | None = None
-    steps: int | None = None
-    shift: float = SHIFT
-    guidance: float | None = None
-    height: int | None = None
-    width: int | None = None
+    """A few-step schedule, descending from 1000, before the warp by `shift`."""
+    steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Euler steps that integrate the flow, instead of a few-step schedule."""
+    shift: Annotated[float, Field(gt=0, le=10**3, allow_inf_nan=False)] = SHIFT
+    """How far timesteps are warped towards noise."""
+    guidance: NotNegative | None = None
+    """Of the prompt over `negative`; 1 is off, and takes one pass where others take two."""
+    height: Pixels | None = None
+    """Video pixels; by default what such a model is usually run at."""
+    width: Pixels | None = None
+    """Video pixels; by default what such a model is usually run at."""
     chunk_frames: int | None = None
+    """Replaces the model's own, as do the next three (`StreamingConfig`, which checks them)."""
     window_frames: int | None = None
+    """Latent frames that a query sees."""
     sink_frames: int | None = None
-    positions: str | None = None
+    """First latent frames, which stay in the window."""
+    positions: Positions | None = None
+    """Where positions are counted from."""
     few_step: bool | None = None
+    """Whether the model is a few-step student, if its files do not say so."""
     given: Path | None = None
+    """A safetensors file with any of `latents` [samples or 1, C, F, H, W], whole chunks that are continued,
+    `image_latents` [samples or 1, in_dim - C, frames, H, W] and `image_features` [samples or 1, I, image_dim]."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.frames is not None and self.seconds is not None:
             raise ConfigError("frames and seconds both say how long; give one of them")
         if self.steps is not None and self.timesteps is not None:
@@ -79,40 +90,31 @@ class Generation:
             raise ConfigError("few_step and steps (many-step) exclude each other; give one of them")
         if self.few_step is False and self.timesteps is not None:
             raise ConfigError("timesteps (few-step) and many steps exclude each other; give one of them")
-        if self.positions not in (None, "window", "absolute"):
-            raise ConfigError(f"positions is {self.positions!r}: give window or absolute")
         if self.prompts and self.embeddings is not None:
             raise ConfigError("prompts and embeddings both say what to show; give one of them")
-        for name, most in (("frames", 10**6), ("samples", 10**4), ("steps", 1000), ("height", 2**14), ("width", 2**14)):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= most:
-                raise ConfigError(f"{name} is {value}: give 1 to {most}")
-        for name, longest in (("seconds", 10**5), ("shift", 10**3)):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= longest:
-                raise ConfigError(f"{name} is {value}: give more than 0, at most {longest}")
-        if self.switch is not None and not all(0 < second < math.inf for second in self.switch):
-            raise ConfigError(f"switch is {list(self.switch)}: give positive seconds")
-        if self.guidance is not None and not 0 <= self.guidance < math.inf:
-            raise ConfigError(f"guidance is {self.guidance}: give 0 or more; 1 is off")
-        if not 0 <= self.seed <= self.seed + self.samples <= 2**32:
+        if self.seed + self.samples > 2**32:
             raise ConfigError(f"seed is {self.seed}: give 0 to {2**32 - self.samples}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """How to run a model: nothing here changes what is generated, but for rounding.
-
-    `device` is torch's name, of the text encoder `text_device` (by default the same); `dtype` None keeps the file's on
-    a CPU and takes bfloat16 elsewhere. `slice_size` videos go through the model at a time, all by default.
-    """
+    """How to run a model: nothing here changes what is generated, but for rounding. Raises ConfigError."""
 
     device: str = "cpu"
+    """Torch's name of the model's device."""
     text_device: str | None = None
+    """Torch's name of the text encoder's device; None is the model's."""
     dtype: torch.dtype | None = None
+    """None keeps the file's own on a CPU and takes bfloat16 elsewhere."""
     attention: AttentionMode = "auto"
+    """How latent attention computes: absorbed, expanded, or whatever is cheaper."""
     compile: bool = False
-    slice_size: int | None = None
+    """Compile every block: slower to begin with, faster afterwards."""
+    slice_size: Count | None = None
+    """Videos that go through the model at a time; None is all of them."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @classmethod
     def of(
@@ -126,12 +128,8 @@ class Runtime:
         text_device: str | None = None,
     ) -> Runtime:
         """From names, as a command line has them. Raises ConfigError for one that does not exist."""
-        if attention not in ("auto", "expanded", "absorbed"):
-            raise ConfigError(f"attention is {attention!r}: give auto, expanded or absorbed")
         if dtype not in (None, "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype is {dtype!r}: give float32, bfloat16 or float16")
-        if slice_size is not None and slice_size < 1:
-            raise ConfigError(f"slice is {slice_size}: give 1 or more videos at a time")
         return cls(
             device=device,
             text_device=text_device,

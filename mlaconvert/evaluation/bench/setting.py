@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from itertools import product
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import KeyNorm, RopeMode
-from mlaconvert.config.parsing import check_fields
+from mlaconvert.config.parsing import Count, check_fields
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.recipes import mla_config, resolve_recipe
@@ -24,37 +23,52 @@ GEOMETRIES = {
     "1.3b": WanConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960),
     "14b": WanConfig(dim=5120, num_heads=40, num_layers=40, ffn_dim=13824),
 }
-_Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSetting:
-    """What both sides share. Sizes are video pixels, windows latent frames, `steps` passes before the clean one.
-
-    `slice_size` videos of the batch go through a model at a time, all by default. `rounds` chunks of each side are
-    timed, with a full window, after as many as fill it.
-    """
+    """What both sides share. Raises ConfigError naming the field."""
 
     geometry: str = "1.3b"
-    height: _Count | None = None
-    width: _Count | None = None
-    batch: _Count = 1
+    """A name in `GEOMETRIES`, or a checkpoint."""
+    height: Count | None = None
+    """Video pixels; None is what such a model is usually run at."""
+    width: Count | None = None
+    """Video pixels; None is what such a model is usually run at."""
+    batch: Count = 1
+    """Videos that are generated together."""
     streaming: StreamingConfig | None = None
-    steps: _Count = 4
-    rounds: _Count = 5
+    """How both sides see time; None is the checkpoint's own, or the default."""
+    steps: Count = 4
+    """Passes before the clean one."""
+    rounds: Count = 5
+    """Chunks of each side that are timed, with a full window, after as many as fill it."""
     device: str = "cpu"
+    """Torch's name."""
     dtype: torch.dtype | None = None
+    """None is float32 on a CPU and bfloat16 elsewhere."""
     attention: AttentionMode = "auto"
+    """How latent attention computes: absorbed, expanded, or whatever is cheaper."""
     compile: bool = False
-    slice_size: _Count | None = None
+    """Compile every block of both sides."""
+    slice_size: Count | None = None
+    """Videos of the batch that go through a model at a time; None is all of them."""
     keeps_text: bool = True
+    """Whether the cache keeps the prompt's keys and values, too."""
     kv_ranks: tuple[int, ...] = ()
-    heads: tuple[tuple[int | None, int | None], ...] = ()  # (nope, value) widths
+    """Latent sides to compare, by the rank of keys and values; none is the default of `ConvertRecipe`."""
+    heads: tuple[tuple[int | None, int | None], ...] = ()
+    """Latent sides to compare, by a head's unrotated and value channels; None is the default of `ConvertRecipe`."""
     rope_dim: int | None = None
+    """As in `ConvertRecipe`, as are the next three."""
     rope: RopeMode | None = None
+    """Where rotary keys come from."""
     q_rank: int | str | None = None
+    """The query latent, or "none"."""
     key_norm: KeyNorm | None = None
+    """What of a key is normalised."""
     search_batch: bool = True
+    """Whether the largest batch that fits into memory is searched for."""
 
     def __post_init__(self) -> None:
         check_fields(self)
