@@ -94,7 +94,7 @@ def _read_sources(sources: Sequence[str], request: Request) -> list[SourceRecord
                     source=source,
                     name=name,
                     config=opened.config,
-                    dtype=opened.info("patch_embedding.weight").dtype,
+                    dtype=opened.dtype,
                     conversion=read_record_of(opened.store, CONVERSION_NAME),
                     healing=read_record_of(opened.store, HEALING_NAME),
                 )

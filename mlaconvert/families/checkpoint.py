@@ -42,6 +42,11 @@ class Checkpoint:
         """Whether it is the built-in model."""
         return TINY.resolve() in self.store.path.resolve().parents
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the first weights, which is the one that activations have."""
+        return self.info("patch_embedding.weight").dtype
+
     def read(self, canonical: str) -> torch.Tensor:
         """One tensor, lazily. Raises CheckpointError for a name that this model has not."""
         return self.store.read(self.names.get(canonical, canonical))

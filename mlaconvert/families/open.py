@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from mlaconvert.config.geometry import WanConfig
 from mlaconvert.errors import ConfigError, InputError, UnsupportedModelError
 from mlaconvert.families.causal import Timing, is_causal_class, read_timing
 from mlaconvert.families.checkpoint import Checkpoint
@@ -42,6 +43,12 @@ _REFUSED = (
     ("a VAE", r"Autoencoder|VAE", r"(decoder|encoder)\.(conv_in|conv1|middle|mid_block)\.", "give the transformer's "
      "weights instead"),
 )  # fmt: skip
+
+
+def family_of(config: WanConfig) -> Family:
+    """The family that a model of this geometry is of; a family with a geometry of its own is told by its class."""
+    assert isinstance(config, WanConfig)
+    return _FAMILIES[0]
 
 
 def open_checkpoint(

@@ -22,7 +22,7 @@ from mlaconvert.families.causal import SETTINGS, assumption_line
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.files.store import read_tensors
 from mlaconvert.generation.marks import raw_bytes
-from mlaconvert.generation.request import FPS, WAN_GUIDANCE, WAN_STEPS, Generation
+from mlaconvert.generation.request import FPS, MANY_STEP_GUIDANCE, MANY_STEPS, Generation
 from mlaconvert.model.rollout import Images
 from mlaconvert.model.schedule import Sampler
 
@@ -135,7 +135,7 @@ def plan_generation(wanted: Generation, config: WanConfig, *, row: int | None = 
     contexts, empty = make_contexts(wanted, config) if text is None else (list(text.contexts), text.negative)
     if row is not None:
         contexts = [contexts[row]]
-    steps, scale = (TINY_STEPS, TINY_GUIDANCE) if pixels else (WAN_STEPS, WAN_GUIDANCE)
+    steps, scale = (TINY_STEPS, TINY_GUIDANCE) if pixels else (MANY_STEPS, MANY_STEP_GUIDANCE)
     few_step = config.few_step if wanted.few_step is None else wanted.few_step
     many = wanted.steps or (None if few_step or wanted.timesteps is not None else steps)
     guidance = wanted.guidance if wanted.guidance is not None else (scale if many and empty is not None else 1.0)

@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 from mlaconvert.config.geometry import WanConfig
-from mlaconvert.families.wan import WanFamily
+from mlaconvert.families.open import family_of
 from mlaconvert.healing.flops import Passes
 from mlaconvert.healing.frames import View
 from mlaconvert.healing.recipe import HealRecipe
@@ -89,7 +89,7 @@ def estimate(
 
 
 def _shapes(config: WanConfig) -> list[tuple[int, ...]]:
-    return list(WanFamily().expected_shapes(config).values())
+    return list(family_of(config).expected_shapes(config).values())
 
 
 def _elements(shapes: Sequence[Sequence[int]]) -> int:

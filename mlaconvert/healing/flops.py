@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 from mlaconvert.config.geometry import WanConfig
-from mlaconvert.families.wan import WanFamily
+from mlaconvert.families.open import family_of
 from mlaconvert.healing.frames import Layout, View
 from mlaconvert.healing.recipe import HealRecipe
 
@@ -23,7 +23,7 @@ def forward_flops(config: WanConfig, layout: Layout, height: int, width: int) ->
     size = height * width
     tokens, pairs = len(layout.positions) * size, int(layout.visible.sum()) * size * size
     total = 0.0
-    for name, shape in WanFamily().expected_shapes(config).items():
+    for name, shape in family_of(config).expected_shapes(config).items():
         if len(shape) < 2 or "modulation" in name:
             continue
         count = tokens

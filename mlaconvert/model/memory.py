@@ -14,7 +14,7 @@ from mlaconvert.config.budget import default_budget
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import MLAConfig, MLALayer
 from mlaconvert.errors import ConfigError
-from mlaconvert.families.wan import WanFamily
+from mlaconvert.families.open import family_of
 
 _GIB = 2**30
 
@@ -79,8 +79,8 @@ class MemoryPlan:
 
 
 def parameter_count(config: WanConfig) -> int:
-    """Number of weights and biases of a Wan transformer, with the MLA layers that `config.mla` says."""
-    return sum(math.prod(shape) for shape in WanFamily().expected_shapes(config).values())
+    """Number of weights and biases of a transformer, with the MLA layers that `config.mla` says."""
+    return sum(math.prod(shape) for shape in family_of(config).expected_shapes(config).values())
 
 
 def plan_memory(

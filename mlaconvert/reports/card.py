@@ -20,13 +20,14 @@ from mlaconvert.config.geometry import WanConfig, default_video
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.readme import CONVERTED, UNTRAINED
 from mlaconvert.evaluation import figures
+from mlaconvert.families.open import family_of
 from mlaconvert.files.origin import origin_of
 from mlaconvert.healing.readme import HEALED
 
 _SEAL = "<!-- mlaconvert wrote this card. Edit it freely: an edited card is kept. sha256: {} -->\n"
 # The README.md that `convert` leaves in a folder, and what `heal` adds at each stage, whatever the figures.
 _STUB = re.compile(f"{CONVERTED.pattern}(?:{re.escape(UNTRAINED)})?(?:{HEALED.pattern})*\n")
-_TAGS = ("multi-head-latent-attention", "mla", "kv-cache", "video-diffusion", "wan")
+_TAGS = ("multi-head-latent-attention", "mla", "kv-cache", "video-diffusion")
 _CONDITIONS = ("teacher", "data", "conditions", "versions")
 _LONGEST_LIST = 16  # longer ones are curves, which the JSON files keep
 
@@ -84,7 +85,7 @@ def write_card(facts: CardFacts) -> str:
         base_model_relation="finetune" if facts.base_model else None,
         library_name="mlaconvert",
         pipeline_tag="image-to-video" if first.config.model_type.startswith("i2v") else "text-to-video",
-        tags=list(_TAGS),
+        tags=[*_TAGS, family_of(first.config).name],
         license=facts.license.get("license"),
         license_name=facts.license.get("license_name"),
         license_link=facts.license.get("license_link"),
@@ -127,13 +128,17 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
+def _family(model: CardModel) -> str:
+    return family_of(model.config).name.capitalize()
+
+
 def _titled(model: CardModel, text: str) -> str:
     return f"### {_inline(model.subfolder)}\n\n{text}" if model.subfolder else text
 
 
 def _introduction(facts: CardFacts) -> str:
     first = facts.models[0]
-    name = facts.base_model or _inline(origin_of(first.conversion).name or "a Wan-family model")
+    name = facts.base_model or _inline(origin_of(first.conversion).name or f"a {_family(first)}-family model")
     source = f"[{name}](https://huggingface.co/{name})" if facts.base_model else name
     healed = any(model.healing for model in facts.models)
     mla, dense = sum(first.config.cached_scalars()), first.config.num_layers * first.config.dense_scalars
@@ -313,7 +318,9 @@ def _limits(facts: CardFacts) -> list[str]:
             "It generates causally, chunk by chunk, and remembers what its window holds; what leaves the window is "
             "forgotten but for the sink."
         )
-    limits.append("Libraries that do not know Multi-Head Latent Attention in Wan models cannot load its weights.")
+    limits.append(
+        f"Libraries that do not know Multi-Head Latent Attention in {_family(first)} models cannot load its weights."
+    )
     limits.append(
         "What the base model cannot do or does wrong, this one does too"
         + ("." if facts.license else "; no licence is known for it, so ask its authors before you use it.")
