@@ -399,7 +399,7 @@ def test_options_and_recipes_set_what_a_bare_file_leaves_open(
 def test_options_that_exclude_each_other(bare: Path, tmp_path: Path) -> None:
     convert_ = ("convert", bare, "-o", tmp_path / "out", "--init", "svd")
     refused(tmp_path, *convert_, "--bidirectional", "--window-frames", "9", says="bidirectional and window_frames excl")
-    refused(tmp_path, *convert_, "--positions", "x", says="options: positions: ")
+    refused(tmp_path, *convert_, "--positions", "x", says="options: positions is 'x': give window or absolute")
     refused(tmp_path, *convert_, "--window-frames", "2", says="window_frames is 2")
     generate = ("generate", bare, "-o", tmp_path / "video", "--embeddings", tmp_path / "text.safetensors")
     refused(tmp_path, *generate, "--few-step", "--steps", "3", says="few_step and steps")

@@ -3,10 +3,36 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from conftest import randomize, relative
+from torch import Tensor
 
 import mlaconvert
+from mlaconvert.clips.folder import Clips
+from mlaconvert.config import parsing
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.mla import MLAConfig, MLALayer
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion import from_weights, recipe
+from mlaconvert.conversion.calibration.windows import Regime, windows
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.conversion.run import convert
+from mlaconvert.files.inputs import read_json
+from mlaconvert.healing.frames import forcing_layout, noisy_layout, views
+from mlaconvert.latent.factorize import Factors
+from mlaconvert.model import window
+from mlaconvert.model.load import load_model
+from mlaconvert.model.rollout import rollout
+from mlaconvert.model.schedule import Sampler
+from mlaconvert.model.wan import WanModel
 
 ROOT = Path(mlaconvert.__file__).parent
 MODULES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
@@ -68,3 +94,100 @@ def test_a_name_of_a_model_shows() -> None:
     )
     assert models_named(ast.parse(code)) == {"WanModel2", "LTX", "wan_steps"}
     assert models_named(ast.parse("wants = 'unwanted'")) == set()
+
+
+# --- how the cache evicts ----------------------------------------------------------------------------------------
+
+
+def without_sink(rule: Callable[..., Any]) -> Callable[..., Any]:
+    def changed(*given: Any, **named: Any) -> Any:
+        forget = [
+            dataclasses.replace(value, sink_frames=0) if isinstance(value, StreamingConfig) else value
+            for value in given
+        ]
+        assert not any(isinstance(value, StreamingConfig) for value in named.values())
+        return rule(*forget, **named)
+
+    return changed
+
+
+def rewrite_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if `model/window.py` had been edited: its rules forget that there is a sink."""
+    rules = {name: rule for name, rule in vars(window).items() if getattr(rule, "__module__", "") == window.__name__}
+    assert len(rules) > 5
+    for module in [module for name, module in sys.modules.items() if name.startswith("mlaconvert.")]:
+        for name, rule in rules.items():
+            if getattr(module, name, None) is rule:
+                monkeypatch.setattr(module, name, without_sink(rule))
+
+
+def seen_by_every_room(sink: int) -> dict[str, Any]:
+    """What cache, mask, calibration and healing make of a video that has left its window."""
+    streaming = StreamingConfig(chunk_frames=2, window_frames=7, sink_frames=sink)
+    layer = MLALayer(kv_lora_rank=7, qk_nope_head_dim=8, v_head_dim=11, rope_components=((0, 1), (2, 2)))
+    model = WanModel(
+        WanConfig(
+            **{"dim": 60, "num_heads": 5, "num_layers": 2, "ffn_dim": 20, "freq_dim": 8, "text_dim": 9, "text_len": 4},
+            in_dim=3,
+            out_dim=3,
+            streaming=streaming,
+            mla=MLAConfig(q_lora_rank=17, key_norm="token", softmax_scale=0.3, layers=(layer, None)),
+        )
+    ).requires_grad_(False)
+    randomize(model)
+    generator = torch.Generator().manual_seed(5)
+    context, latents = torch.randn(1, 3, 9, generator=generator), torch.randn(1, 3, 10, 4, 6, generator=generator)
+    sampler = Sampler.few_step((1000, 400))
+    clip = Clips(latents, context)
+    layouts = [layout(view, streaming) for view in views(10, streaming) for layout in (noisy_layout, forcing_layout)]
+    return {
+        "rollout": torch.cat([*rollout(model, context, frames=10, height=4, width=6, sampler=sampler)], 2),
+        "mask": model(latents, torch.full((1, 10), 300.0), context),
+        "calibration": [(w.latents, w.timestep, w.chunks) for w in windows(clip, Regime.of(streaming))],
+        "healing": [(layout.positions, layout.visible) for layout in layouts],
+    }
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        close = relative(one, other) < 1e-5 if one.is_floating_point() and one.shape == other.shape else False
+        return close or torch.equal(one, other)
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+def test_how_the_cache_evicts_is_changed_in_the_window_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the sink forgotten there, every room does what it did for a model that has none."""
+    expected, other = seen_by_every_room(sink=0), seen_by_every_room(sink=2)
+    assert not any(same(other[room], expected[room]) for room in expected)
+    rewrite_window(monkeypatch)
+    found = seen_by_every_room(sink=2)
+    assert {room for room in expected if not same(found[room], expected[room])} == set()
+
+
+# --- a new way to choose the latent ------------------------------------------------------------------------------
+
+
+def test_a_new_way_to_choose_the_latent_is_one_function_and_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A function in `latent/`, its name in `Init` and in `STARTS`: recipes, plan, journal and records take it."""
+
+    def constant(_checkpoint: Any, plan: Any, weights: Any, layer: int, time: Any, device: Any) -> Factors:
+        assert time is not None
+        made = from_weights._draw(_checkpoint, plan, weights, layer, time, device)
+        return Factors(tensors={name: torch.full_like(t, 0.25) for name, t in made.tensors.items()}, errors={})
+
+    parsing._adapter.cache_clear()
+    monkeypatch.setattr(recipe, "Init", Literal["svd", "calibrated", "random", "lossless", "constant"])
+    monkeypatch.setitem(from_weights.STARTS, "constant", constant)
+    wanted: Any = "constant"
+    try:
+        report = convert("tiny", tmp_path / "out", ConvertRecipe(init=wanted, kv_rank=9), verify=True)
+    finally:
+        parsing._adapter.cache_clear()
+    assert [len(model.layers) for model in report.models] == [len(load_model(tmp_path / "out").blocks)]
+    attention = load_model(tmp_path / "out").blocks[1].self_attn
+    assert float(attention.kv_b_proj.weight.float().std()) == 0  # type: ignore[union-attr]
+    assert read_json(tmp_path / "out" / "conversion.json")["recipe"]["init"] == "constant"

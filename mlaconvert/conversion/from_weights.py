@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -96,22 +96,9 @@ def layer_modulation(checkpoint: Checkpoint, layer: int, time: Tensor) -> Tensor
 def convert_layer(
     checkpoint: Checkpoint, plan: ConversionPlan, layer: int, time: Tensor | None, device: torch.device
 ) -> tuple[Factors, LayerReport]:
-    """Factors of one layer; `time` is None when they are drawn at random."""
-    config, mla, target = plan.source_config, mla_of(plan.config), plan.layers[layer]
+    """Factors of one layer, made as `plan.recipe.init` says; `time` is what `time_modulation` gives."""
     weights = checkpoint.attention(layer)
-    if time is None:
-        factors = random_layer(
-            weights,
-            target,
-            num_heads=config.num_heads,
-            key_norm=mla.key_norm,
-            q_lora_rank=mla.q_lora_rank,
-            # A generator a layer: a layer comes out the same whichever others are converted.
-            generator=torch.Generator().manual_seed((plan.recipe.seed << 16) + layer),
-            rope=mla.rope,
-        )
-    else:
-        factors = _factorize(checkpoint, plan, weights, layer, time, device)
+    factors = STARTS[plan.recipe.init](checkpoint, plan, weights, layer, time, device)
     return factors, layer_report(weights, plan, layer, factors.errors, device)
 
 
@@ -128,14 +115,36 @@ def layer_report(
     )
 
 
+def _draw(
+    _checkpoint: Checkpoint,
+    plan: ConversionPlan,
+    weights: AttentionWeights,
+    layer: int,
+    _time: Tensor | None,
+    _device: torch.device,
+) -> Factors:
+    mla = mla_of(plan.config)
+    return random_layer(
+        weights,
+        plan.layers[layer],
+        num_heads=plan.source_config.num_heads,
+        key_norm=mla.key_norm,
+        q_lora_rank=mla.q_lora_rank,
+        # A generator a layer: a layer comes out the same whichever others are converted.
+        generator=torch.Generator().manual_seed((plan.recipe.seed << 16) + layer),
+        rope=mla.rope,
+    )
+
+
 def _factorize(
     checkpoint: Checkpoint,
     plan: ConversionPlan,
     weights: AttentionWeights,
     layer: int,
-    time: Tensor,
+    time: Tensor | None,
     device: torch.device,
 ) -> Factors:
+    assert time is not None
     config, mla, target = plan.source_config, mla_of(plan.config), plan.layers[layer]
     height, width = token_grid(plan.recipe, config)
     queries, keys = full_window(plan.recipe.streaming, plan.recipe.frames)
@@ -162,6 +171,12 @@ def _factorize(
     return factors
 
 
+# How each `init` that needs no clips makes a layer, of a checkpoint and plan, from its attention weights; a tensor is
+# what `time_modulation` gives.
+_Start = Callable[[Checkpoint, ConversionPlan, AttentionWeights, int, Tensor | None, torch.device], Factors]
+STARTS: dict[str, _Start] = {"svd": _factorize, "lossless": _factorize, "random": _draw}
+
+
 def from_weights(
     checkpoint: Checkpoint, plan: ConversionPlan, layers: Sequence[int], device: torch.device
 ) -> Generator[tuple[int, Factors, LayerReport], None, None]:
@@ -170,7 +185,8 @@ def from_weights(
     Eigenproblems hardly use several threads, layers side by side do: on a CPU as many as there are threads, as far as
     their matrices fit in a bounded room. Such a layer has one thread in any case: its bits do not depend on the others.
     """
-    time = None if plan.recipe.init == "random" else time_modulation(checkpoint, timesteps_of(plan.recipe))
+    drawn = STARTS[plan.recipe.init] is _draw
+    time = None if drawn else time_modulation(checkpoint, timesteps_of(plan.recipe))
     room = _ROOM // (_MATRICES * 8 * plan.config.dim**2)
     if device.type != "cpu" or room < 2:
         for layer in layers:
