@@ -6,13 +6,14 @@ import ast
 import dataclasses
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 from conftest import randomize, relative
+from safetensors.torch import load_file
 from torch import Tensor
 
 import mlaconvert
@@ -25,7 +26,11 @@ from mlaconvert.conversion import from_weights, recipe
 from mlaconvert.conversion.calibration.windows import Regime, windows
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.run import convert
+from mlaconvert.families import open as families
+from mlaconvert.families.protocol import Layout
+from mlaconvert.families.wan import WanFamily
 from mlaconvert.files.inputs import read_json
+from mlaconvert.files.names import WEIGHTS_NAME
 from mlaconvert.healing.frames import forcing_layout, noisy_layout, views
 from mlaconvert.latent.factorize import Factors
 from mlaconvert.model import window
@@ -94,6 +99,46 @@ def test_a_name_of_a_model_shows() -> None:
     )
     assert models_named(ast.parse(code)) == {"WanModel2", "LTX", "wan_steps"}
     assert models_named(ast.parse("wants = 'unwanted'")) == set()
+
+
+class Renamed(WanFamily):
+    """A family that calls its blocks and their self-attention something else."""
+
+    name = "renamed"
+
+    def detect(self, raw_config: Any, names: Collection[str]) -> bool:
+        return any(name.startswith("stack.0.mixer.") for name in names)
+
+    def layout(self, _names: Collection[str]) -> Layout:
+        return "native"
+
+    def canonical(self, name: str, layout: Layout) -> str | None:
+        return super().canonical(name.replace("stack.", "blocks.").replace("mixer.", "self_attn."), layout)
+
+    def source(self, name: str, layout: Layout) -> str:
+        return super().source(name, layout).replace("blocks.", "stack.").replace("self_attn.", "mixer.")
+
+
+def test_a_family_is_one_line_in_open(
+    golden: Path, golden_state: dict[str, Tensor], golden_config: dict[str, Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, save_folder: Callable[..., Path],
+) -> None:  # fmt: skip
+    """A checkpoint under another family's names converts to the same tensors, under the names of its own family."""
+    renamed = Renamed()
+    theirs = {renamed.source(name, "native"): tensor for name, tensor in golden_state.items()}
+    folder = save_folder(theirs, golden_config)
+    monkeypatch.setattr(families, "_FAMILIES", (*families._FAMILIES, renamed))
+    wanted = ConvertRecipe(init="svd", kv_rank=9, seed=3)
+    for source, output in ((golden, "ours"), (folder, "theirs")):
+        convert(source, tmp_path / output, wanted)
+    ours, found = (load_file(tmp_path / name / WEIGHTS_NAME) for name in ("ours", "theirs"))
+    assert found.keys() == {renamed.source(name, "native") for name in ours} != ours.keys()
+    assert all(torch.equal(found[renamed.source(name, "native")], tensor) for name, tensor in ours.items())
+    with families.open_checkpoint(tmp_path / "theirs") as opened:
+        assert opened.describe().startswith("renamed t2v, native layout")
+    assert same(
+        load_model(tmp_path / "theirs").state_dict()["blocks.1.self_attn.o.bias"], ours["blocks.1.self_attn.o.bias"]
+    )
 
 
 # --- how the cache evicts ----------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import importlib
 import inspect
 import pkgutil
@@ -58,3 +60,40 @@ def test_the_command_that_makes_the_reference_is_told() -> None:
     extras = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
     assert set(command.split(",")) <= set(re.findall(r"^(\w+) = ", extras, re.MULTILINE))
     assert "docs" in command
+
+
+PACKAGES = sorted(path.parent for path in Path(mlaconvert.__file__).parent.rglob("__init__.py"))
+
+
+def example(package: Path) -> str:
+    """The indented lines of a package's docstring."""
+    text = ast.get_docstring(ast.parse((package / "__init__.py").read_text()), clean=False) or ""
+    return "\n".join(line[4:] for line in text.splitlines() if line.startswith("    ") or not line)
+
+
+@pytest.mark.parametrize("package", PACKAGES[1:], ids=lambda path: path.name)
+def test_a_package_shows_its_use(package: Path) -> None:
+    """What its example imports is there, takes what it is given, and all else is the example's own
+    (but the `pipeline` of another codebase)."""
+    shown = example(package).strip()
+    assert shown, f"{package.name} shows no use"
+    if package.name == "cli":
+        assert shown.startswith("mlaconvert ")
+        return
+    tree, known = ast.parse(shown), dict(vars(builtins))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            known |= {alias.name: importlib.import_module(alias.name) for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(str(node.module))
+            known |= {alias.name: getattr(module, alias.name) for alias in node.names}
+    own = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            assert node.id in known or node.id in own or node.id == "pipeline", f"{node.id} is not imported"
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and inspect.isfunction(known.get(node.func.id))
+        ):
+            inspect.signature(known[node.func.id]).bind(*node.args, **{str(k.arg): k.value for k in node.keywords})

@@ -1,7 +1,9 @@
 """The command line: thin wiring, one file a command.
 
 Data goes to stdout, everything else to stderr. torch and all that needs it are imported inside the commands, so that
---help answers at once.
+--help answers at once. `options` are those that several commands share, `show` prints.
+
+    mlaconvert convert tiny -o tiny-mla --recipe tiny --verify
 """
 
 from __future__ import annotations

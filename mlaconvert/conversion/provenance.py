@@ -87,6 +87,7 @@ def _with_loras(opened: Checkpoint, records: Any, source: str) -> Checkpoint:
 
 
 def source_sha256(opened: Checkpoint, progress: Progress | None) -> str:
+    """The hash that tells which weights these are."""
     return opened.store.sha256(progress or silent)
 
 

@@ -3,4 +3,10 @@
 `run.evaluate_models` measures models beside one teacher: `conditions` says on what, `compare` measures one model
 (`losses`, `timesteps`, `drift`), `figures` defines every figure once for JSON, tables, page and card. `sweep` measures
 many conversions of one checkpoint, `bench` the speed of random weights.
+
+    from mlaconvert.clips.tiny.clips import held_back
+    from mlaconvert.evaluation.losses import evaluate
+    from mlaconvert.model.load import load_model
+
+    evaluate(load_model("tiny"), load_model("tiny-mla"), held_back(16)).velocity_error
 """

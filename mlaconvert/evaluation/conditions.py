@@ -44,6 +44,7 @@ class Conditions:
 def draw_conditions(
     opened: Checkpoint, teacher: WanModel, record: SourceRecord, request: Request, progress: Progress
 ) -> Conditions:
+    """What models are compared on, and the notes that a reader of the figures needs."""
     by_hand: list[str] = []
     if request.teacher is not None:
         by_hand.append("The teacher was named by hand; its hash was not compared with the recorded one.")

@@ -87,7 +87,7 @@ _RELATIVES = (
 
 
 class WanFamily:
-    """See `mlaconvert.families.base.Family`."""
+    """See `mlaconvert.families.protocol.Family`."""
 
     name = "wan"
 

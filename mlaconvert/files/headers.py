@@ -128,5 +128,6 @@ def _counts(value: Any) -> tuple[int, ...] | None:
 
 
 def check_name(path: Path, name: str) -> None:
+    """Raise CheckpointError for a tensor's name that cannot be printed."""
     if not name or not name.isprintable():
         raise CheckpointError(f"{path}: a tensor is named {name!r}; expected printable text, get an intact copy")

@@ -15,6 +15,7 @@ from mlaconvert.files.select import local_path, select
 
 
 def checked_subfolder(subfolder: str) -> str:
+    """`subfolder` in plain form. Raises CheckpointError for one that leads outside."""
     inside = PurePosixPath(subfolder)
     if inside.is_absolute() or ".." in inside.parts:
         raise CheckpointError(f"subfolder {subfolder!r} leads outside the source; give a folder inside it")

@@ -61,11 +61,13 @@ def list_folder(folder: Path) -> list[str]:
 
 
 def find_experts(names: Iterable[str]) -> tuple[str, ...]:
+    """The folders of two experts among these file names, high noise first; () without."""
     folders = {n.split("/")[0] for n in names if n.endswith(".safetensors") and n.count("/") == 1}
     return next((pair for pair in EXPERT_FOLDERS if folders.issuperset(pair)), ())
 
 
 def offer_experts(folder: Path) -> str:
+    """What a message adds of the two experts in a folder; nothing without."""
     found = find_experts(list_folder(folder))
     return f"; it has {' and '.join(found)}" if found else ""
 

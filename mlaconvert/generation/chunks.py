@@ -154,6 +154,7 @@ def _read_note(path: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Replace a JSON file at once. Raises OSError."""
     write_whole(path, (json.dumps(data, indent=2) + "\n").encode())
 
 

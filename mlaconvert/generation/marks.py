@@ -23,6 +23,7 @@ _SAMPLES = 16  # values of a matrix that stand for it
 
 
 def raw_bytes(tensor: Tensor) -> bytes:
+    """A tensor's values in float32, as bytes."""
     return tensor.detach().float().cpu().contiguous().numpy().tobytes()
 
 

@@ -45,4 +45,5 @@ def decode_movies(latents: Tensor, folder: Path, plan: Plan, vae: Vae, progress:
 
 
 def movie_ending(movie: Movie) -> str:
+    """The ending of a movie's file: mp4 where it was asked for, or can be written."""
     return ".mp4" if movie == "mp4" or (movie == "auto" and can_write_mp4()) else ".gif"

@@ -39,6 +39,7 @@ def count_passes(plan: Plan, runtime: Runtime, given: int | None = None) -> int:
 def chunk_passes(
     model: WanModel, plan: Plan, runtime: Runtime, prefix: Tensor | None, count: PassCounter
 ) -> Iterator[Tensor]:
+    """Run the model over a plan behind `prefix`; yields chunks [samples, C, f, H, W]."""
     given, start = 0 if prefix is None else prefix.shape[2], 0
     for chunk in rollout(
         model,

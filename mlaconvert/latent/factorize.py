@@ -140,6 +140,7 @@ def narrower(tensors: Mapping[str, Tensor], rank: int, width: int) -> dict[str, 
 
 
 def norms(w: AttentionWeights, key_norm: KeyNorm, rank: int) -> dict[str, Tensor]:
+    """The tensors of a layer's key norm: weights of ones [rank], or the teacher's key projection."""
     if key_norm == "latent":
         return {"kv_a_layernorm.weight": torch.ones(rank, dtype=torch.float64)}
     return {"k_norm_proj.weight": w.k_weight, "k_norm_proj.bias": w.k_bias}

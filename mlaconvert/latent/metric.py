@@ -33,6 +33,7 @@ class DenseLayer:
     def of(
         cls, weights: AttentionWeights, moments: LayerMoments, num_heads: int, *, weighted: bool = True
     ) -> DenseLayer:
+        """A layer in the metric of `moments`; `weighted` False counts all heads alike."""
         root = moments.root or TriangularRoot(cholesky(moments.covariance))
         return cls(weights=weights, moments=moments, num_heads=num_heads, root=root, weighted=weighted)
 
@@ -63,6 +64,7 @@ class DenseLayer:
 
     @property
     def head_dim(self) -> int:
+        """Channels of a head."""
         return self.moments.query.shape[1]
 
     @cached_property

@@ -1,1 +1,9 @@
-"""The transformer itself: window, cache, attention, blocks, schedule and rollout."""
+"""The transformer itself: window, cache, attention, blocks, schedule and rollout.
+
+`window` alone knows who sees whom; `cache` keeps what it says, `rope` turns keys, `attention` and `blocks` compute,
+`wan` is the whole model, `load` reads it, `schedule` and `rollout` generate with it, `memory` says what it will take.
+
+    from mlaconvert.model.load import load_model
+
+    model = load_model("tiny")  # dense or converted: a path or a Hub id
+"""

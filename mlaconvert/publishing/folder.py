@@ -92,6 +92,7 @@ def _card_model(subfolder: str, checkpoint: Checkpoint, home: Path) -> CardModel
 
 
 def read_record_of(path: Path) -> dict[str, Any]:
+    """A JSON file of the folder, {} without it."""
     return read_json(path) if is_file(path) else {}  # the card takes records as far as they go
 
 
@@ -105,6 +106,7 @@ def gather_facts(
     *,
     online: bool,
 ) -> CardFacts:
+    """What the card tells: the folder's records, and what the Hub says of the base model."""
     base = base_model or origin_of(local.models[0].conversion).hub_id
     licensed: Mapping[str, str] = {"license": license} if license else {}
     if base is None:

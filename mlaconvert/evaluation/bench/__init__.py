@@ -2,4 +2,9 @@
 
 `run.bench` measures what a `setting.BenchSetting` describes: `runner` is a side as it runs, `memory` and `flops` are
 what it takes, `rates` what the machine can do.
+
+    from mlaconvert.evaluation.bench.run import bench
+    from mlaconvert.evaluation.bench.setting import BenchSetting
+
+    report = bench(BenchSetting(geometry="tiny", kv_ranks=(9, 18)))
 """

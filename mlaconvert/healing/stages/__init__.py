@@ -2,6 +2,10 @@
 
 A stage's file holds its losses, and as `STAGE` what the rest of the house asks of it (`stages.stage.Stage`). It has a
 line in `STAGES` here, from which recipes, the command line, runs and estimates know it. Light, for `--help`.
+
+    from mlaconvert.healing.recipe import HealRecipe
+
+    HealRecipe(stage="consistency").resolved()  # with the stage's own defaults
 """
 
 from __future__ import annotations

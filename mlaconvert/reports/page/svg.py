@@ -128,8 +128,10 @@ def ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[f
 
 
 def number_tick(value: float) -> str:
+    """A plain number on an axis."""
     return f"{value:.6g}"
 
 
 def percent_tick(value: float) -> str:
+    """A share on an axis."""
     return f"{100 * value:.6g}%"
