@@ -60,6 +60,17 @@ NAMED = {
 }
 
 
+def test_the_table_of_changes_names_what_is_there() -> None:
+    text = (ROOT.parent / "CONTRIBUTING.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "/" in line]
+    assert len(rows) == 5
+    for path in re.findall(r"`([\w/]+(?:/|\.py))`", "".join(rows)):
+        assert (ROOT / path).exists(), path
+    for link in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
+        assert (ROOT.parent / link).exists(), link
+    assert {"Init", "STARTS"} <= set(re.findall(r"`(\w+)`", rows[-1]))
+
+
 def docstrings(tree: ast.AST) -> set[int]:
     """Texts that stand alone: of modules, classes, functions and fields."""
     bodies = [node.body for node in ast.walk(tree) if isinstance(getattr(node, "body", None), list)]

@@ -61,11 +61,11 @@ def is_folder(path: Path) -> bool:
         return False
 
 
-def open_inside(folder: Path, name: str, error: type[InputError] = InputError) -> BinaryIO:
+def open_inside(folder: Path, name: str) -> BinaryIO:
     """Open the regular file `name` ("/" between folders) of `folder`, through no link but one to the folder itself.
 
-    What is opened is what was looked at, whatever changes meanwhile. Raises `error` naming the link, or the file that
-    cannot be read.
+    What is opened is what was looked at, whatever changes meanwhile. Raises InputError naming the link, or the
+    file that cannot be read.
     """
     path, parts = folder / name, PurePosixPath(name).parts
     try:
@@ -73,14 +73,14 @@ def open_inside(folder: Path, name: str, error: type[InputError] = InputError) -
     except OSError as failure:
         link = next((at for at in [*reversed(path.parents), path][-len(parts) :] if at.is_symlink()), None)
         if link is None:
-            raise error(f"{path}: it cannot be read ({reason_of(failure)}); check the path") from None
-        raise error(
+            raise InputError(f"{path}: it cannot be read ({reason_of(failure)}); check the path") from None
+        raise InputError(
             f"{link} is a link, and only files of the folder itself are taken; put a copy of what it leads to in its "
             "place (cp -L), or delete it"
         ) from None
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()
-        raise error(f"{path}: it is no regular file; delete it")
+        raise InputError(f"{path}: it is no regular file; delete it")
     return stream
 
 

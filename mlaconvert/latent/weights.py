@@ -26,9 +26,9 @@ class AttentionWeights:
     norm_q: Tensor  # [D]
     norm_k: Tensor  # [D]
 
-    def double(self, device: torch.device | str = "cpu") -> AttentionWeights:
-        """The same in float64 on `device`."""
-        return AttentionWeights(**{k: v.detach().to(device, torch.float64) for k, v in vars(self).items()})
+    def double(self) -> AttentionWeights:
+        """The same in float64 on the CPU."""
+        return AttentionWeights(**{k: v.detach().to("cpu", torch.float64) for k, v in vars(self).items()})
 
 
 def float64_rows(weight: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor]]:

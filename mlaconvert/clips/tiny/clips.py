@@ -119,9 +119,9 @@ def null_context() -> Tensor:
     return embed_captions(torch.zeros(1, CAPTION_LEN, dtype=torch.long))
 
 
-def held_back(count: int, *, frames: int = 6, seed: int = HELD_BACK) -> Clips:
+def held_back(count: int, *, frames: int = 6) -> Clips:
     """Clips that training never drew, with their captions."""
-    scenes = sample_scenes(count, seed)
+    scenes = sample_scenes(count, HELD_BACK)
     return Clips(scenes.draw(torch.arange(frames)), embed_captions(scenes.tokens()))
 
 
