@@ -326,8 +326,8 @@ def test_mp4_holds_the_pixels(tmp_path: Path) -> None:
 
 
 def test_without_an_encoder_gif_is_written_and_mp4_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in ("generate", "pictures"):
-        monkeypatch.setattr(f"mlaconvert.{room}.can_write_mp4", lambda: False)
+    for room in ("run", "output", "movies", "vbench_names"):
+        monkeypatch.setattr(f"mlaconvert.generation.{room}.can_write_mp4", lambda: False)
     report = generate("tiny", tmp_path / "out", dataclasses.replace(SHORT, frames=3))
     assert "video-0.gif" in report.files
     for call in (

@@ -78,7 +78,7 @@ for step in itertools.count():
         break
 """
 SMALL_JOB = """
-from mlaconvert.staging import Staging
+from mlaconvert.files.staging import Staging
 OUT, NEW = place / NAME, "new"
 def prepare():
     if overwrite and MOVIE:
@@ -99,8 +99,8 @@ def run():
 """
 VIDEO_JOB = """
 import torch
-from mlaconvert import generate as generation
-from mlaconvert.model import load_model
+from mlaconvert.generation import run as generation
+from mlaconvert.model.load import load_model
 from safetensors.torch import load_file
 torch.set_num_threads(1)
 OUT, NEW = place / NAME, "new"
