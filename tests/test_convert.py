@@ -871,6 +871,7 @@ def test_moments_are_kept_and_reused(state: State, save_folder: SaveFolder, tmp_
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_calibrated_conversion_end_to_end(state: State, save_folder: SaveFolder, tmp_path: Path) -> None:
     """From clips in a folder: the total is kept, layers differ, and the result is closer than from weights alone."""
     streaming = {"chunk_frames": 2, "window_frames": 5, "sink_frames": 1, "positions": "window"}

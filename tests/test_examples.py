@@ -17,6 +17,7 @@ import io
 import json
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from mlaconvert.files.shipped import recipe_folder
 from mlaconvert.model.wan import WanModel
 
 # The client's own way of sending files.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CONFIG = WanConfig(dim=256, num_heads=2, num_layers=1, ffn_dim=40, freq_dim=16, text_dim=wan_base.TEXT_DIM)
@@ -186,6 +187,7 @@ def run(words: list[str], folder: Path) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_from_wan21_to_a_published_model(published: Hub, place: Path, tmp_path: Path) -> None:
     """wan21.md, and publish.md with the model that it leaves."""
     for words in shell_lines((EXAMPLES / "wan21.md").read_text()):
@@ -201,6 +203,7 @@ def test_from_wan21_to_a_published_model(published: Hub, place: Path, tmp_path: 
     assert f"base_model: {BASE}" in files["README.md"].data.decode()
 
 
+@pytest.mark.slow
 def test_a_self_forcing_checkpoint(published: Hub, place: Path, tmp_path: Path) -> None:
     for words in shell_lines((EXAMPLES / "convert_self_forcing.md").read_text()):
         run(words, tmp_path / "recipes")
@@ -209,6 +212,7 @@ def test_a_self_forcing_checkpoint(published: Hub, place: Path, tmp_path: Path) 
     assert (place / "waves.mp4").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_healing_on_one_and_on_eight_gpus(published: Hub, place: Path, tmp_path: Path) -> None:
     for words in shell_lines((EXAMPLES / "heal.md").read_text()):
         run(words, tmp_path / "recipes")
@@ -224,6 +228,12 @@ def test_every_page_is_listed() -> None:
         assert path.name == "README.md" or f"]({path.name})" in index, path.name
 
 
+@cache
+def help_of(command: str) -> str:
+    """Typer builds all commands anew for every call."""
+    return CliRunner().invoke(app, [command, "--help"]).stdout
+
+
 @pytest.mark.parametrize("page", sorted(path.name for path in EXAMPLES.glob("*.md")))
 def test_options_that_a_page_names_exist(page: str) -> None:
     text = (EXAMPLES / page).read_text()
@@ -231,6 +241,5 @@ def test_options_that_a_page_names_exist(page: str) -> None:
     for words in (*shell_lines(text), *inline):
         if "mlaconvert" in words[:-1]:
             command, *rest = words[words.index("mlaconvert") + 1 :]
-            shown = CliRunner().invoke(app, [command, "--help"]).stdout
             for word in rest:
-                assert not word.startswith("--") or re.search(rf"{word}\b", shown), f"{command} {word}"
+                assert not word.startswith("--") or re.search(rf"{word}\b", help_of(command)), f"{command} {word}"

@@ -1021,6 +1021,7 @@ print(status["VmHWM"].split()[0])  # not getrusage, which counts what the proces
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts in kilobytes")
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_what_a_file_can_cost(tmp_path: Path, shelf: Shelf) -> None:
     for case, (name, make) in FILLED.items():
         folder = tmp_path / case

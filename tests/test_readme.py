@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,12 @@ def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
 
 
+@cache
+def help_of(*command: str) -> Result:
+    """What a command's --help prints; Typer builds all commands anew for every call."""
+    return invoke(*command, "--help")
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_local_links_resolve(document: str) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / document).read_text()):
@@ -55,7 +62,7 @@ def test_commands_and_their_flags_exist() -> None:
     shown = [words for words in commands() if not words[0].startswith("-")]
     assert {words[0] for words in shown} >= {"analyze", "convert", "demo"}
     for name, *words in shown:
-        result = invoke(name, "--help")
+        result = help_of(name)
         assert result.exit_code == 0, name
         for flag in (word for word in words if word.startswith("--")):
             assert re.search(rf"{flag}\b", result.stdout), f"{name} {flag}"
@@ -63,7 +70,7 @@ def test_commands_and_their_flags_exist() -> None:
 
 def test_flags_named_in_the_text_exist() -> None:
     texts = "".join(
-        invoke(*name, "--help").stdout
+        help_of(*name).stdout
         for name in ([], *([info.callback.__name__] for info in app.registered_commands if info.callback))
     )
     named = re.findall(r"`(--[a-z-]+)", README)
@@ -72,6 +79,7 @@ def test_flags_named_in_the_text_exist() -> None:
         assert re.search(rf"{flag}\b", texts), flag
 
 
+@pytest.mark.slow
 def test_the_three_commands_and_the_python_snippet_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,7 +88,7 @@ def test_the_three_commands_and_the_python_snippet_run(
     three = [words for words in short if any(word.startswith("tiny") for word in words)]
     assert [words[0] for words in three] == ["analyze", "convert", "analyze"]
     for words in three:
-        result = invoke(*words, *(("--clips", "5") if words[0] == "convert" else ()))  # not 40, for time's sake
+        result = invoke(*words, *(("--clips", "2") if words[0] == "convert" else ()))  # not 40, for time's sake
         assert result.exit_code == 0, result.stderr
     files = {path.name for path in (tmp_path / "tiny-mla").iterdir()}
     table = README.split("## The output folder")[1].split("```")[0]
