@@ -99,33 +99,41 @@ def test_values_complete(command: str) -> None:
             assert info.autocompletion(""), name
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["co"], ["convert"]),
-        (["heal", "folder", "--stage", "d"], ["distill", "dmd"]),
-        (["heal", "folder", "--recipe", "videomla-d"], ["videomla-distill", "videomla-dmd"]),
-        (["convert", "tiny", "--recipe", "video"], ["videomla"]),
-        (["sweep", "tiny", "--recipe", "tiny-s"], ["tiny-splits"]),
-        (["convert", "ti"], ["tiny"]),
-        (["analyze", "mo"], ["model.safetensors", "models/"]),
-        (["convert", "models/"], ["models/one.pt"]),
-    ],
+COMPLETIONS = (
+    ("co", ["convert"]),
+    ("heal folder --stage d", ["distill", "dmd"]),
+    ("heal folder --recipe videomla-d", ["videomla-distill", "videomla-dmd"]),
+    ("convert tiny --recipe video", ["videomla"]),
+    ("sweep tiny --recipe tiny-s", ["tiny-splits"]),
+    ("convert ti", ["tiny"]),
+    ("analyze mo", ["model.safetensors", "models/"]),
+    ("convert models/", ["models/one.pt"]),
 )
-def test_a_shell_completes_words(tmp_path: Path, words: list[str], expected: list[str]) -> None:
+COMPLETE = """
+import contextlib, io, json, os, sys
+from mlaconvert.cli import app
+lines, sys.argv = sys.argv[1:], ["mlaconvert"]
+for line in lines:
+    os.environ |= {"COMP_WORDS": f"mlaconvert {line}", "COMP_CWORD": str(len(line.split()))}
+    with contextlib.redirect_stdout(io.StringIO()) as found, contextlib.suppress(SystemExit):
+        app()
+    print(json.dumps([line, found.getvalue().split()]))
+    assert "torch" not in sys.modules, line
+"""
+
+
+def test_a_shell_completes_words(tmp_path: Path) -> None:
     """What bash asks for, answered without anything heavy."""
     (tmp_path / "models").mkdir()
     for name in ("model.safetensors", "model.txt", "models/one.pt", "models/.hidden.pt"):
         (tmp_path / name).touch()
-    environment = {**os.environ, "_MLACONVERT_COMPLETE": "complete_bash", "COMP_CWORD": str(len(words))}
-    environment["COMP_WORDS"] = " ".join(["mlaconvert", *words])
-    code = "import sys; sys.argv = ['mlaconvert']; from mlaconvert.cli import main\ntry: main()\nfinally: "
-    code += "assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", COMPLETE, *(line for line, _ in COMPLETIONS)]
+    environment = os.environ | {"_MLACONVERT_COMPLETE": "complete_bash"}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60,
-        check=False,
-    )  # fmt: skip
-    assert (done.stdout.split(), done.stderr) == (expected, "")
+        command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60, check=False
+    )
+    assert done.stderr == ""
+    assert [tuple(json.loads(line)) for line in done.stdout.splitlines()] == list(COMPLETIONS)
 
 
 def test_completion_can_be_shown() -> None:

@@ -452,6 +452,7 @@ def test_group_offloading(model: WanMLATransformer3DModel, expected: Tensor) -> 
 
 
 @pytest.mark.parametrize("name", ["svd", "streaming"])
+@pytest.mark.slow
 def test_compiled_without_breaks(folders: dict[str, Path], name: str) -> None:
     """The graph is captured whole; the backend that would turn it into kernels is left out."""
     model = WanMLATransformer3DModel.from_pretrained(folders[name])

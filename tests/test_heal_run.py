@@ -286,6 +286,7 @@ def _killed(home: Path, output: Path, recipe: HealRecipe) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
+@pytest.mark.slow
 def test_a_killed_process_leaves_a_state_to_go_on_from(home: Path, tmp_path: Path) -> None:
     recipe = settings("teacher-forcing", steps=6)
     straight = run(home, tmp_path / "straight", recipe)
@@ -528,6 +529,7 @@ def test_the_plot_draws_short_and_long_runs() -> None:
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_resume(home: Path, tmp_path: Path) -> None:
     """Through the launcher, as users start it, and without the bad clips, which both leave out."""
     clips = with_bad_clips(home, tmp_path / "clips", 1, 7)
@@ -609,6 +611,7 @@ def sharded(home: Path, folder: Path) -> None:
         save(folder / f"{world}.pt", {"state": state, "losses": losses, "value": value, "kinds": sorted(kinds)})
 
 
+@pytest.mark.slow
 def test_a_sharded_run_is_the_whole_run(home: Path, tmp_path: Path) -> None:
     sharded(home, tmp_path)
     assert in_processes(_in_group, *((rank, home, tmp_path) for rank in range(2))) == [0, 0]

@@ -318,6 +318,7 @@ def launch(source: Path, output: Path, body: str = "", count: int = 2) -> subpro
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=120)
 
 
+@pytest.mark.slow
 def test_two_ranks_write_what_one_process_writes(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     log = tmp_path / "log"
     body = (
