@@ -27,7 +27,7 @@ from mlaconvert.clips.tiny.clips import held_back, training_clips
 from mlaconvert.config.mla import MLALayer
 from mlaconvert.conversion.calibration.layer import Layer
 from mlaconvert.conversion.calibration.measure import layer_moments
-from mlaconvert.conversion.calibration.walk import Sweep
+from mlaconvert.conversion.calibration.walk import LayerWalk
 from mlaconvert.conversion.calibration.windows import Regime
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.recipes import load_recipe
@@ -161,7 +161,7 @@ def head_mean(teacher: WanModel) -> WanModel:
         student = load_model(Path(folder) / "out")
     state = student.state_dict()
     with open_checkpoint("tiny") as checkpoint:
-        for layer in Sweep(checkpoint, training_clips(16), Regime.of(config.streaming)):
+        for layer in LayerWalk(checkpoint, training_clips(16), Regime.of(config.streaming)):
             shape = student.config.mla.layers[layer.index] if student.config.mla else None
             assert shape is not None
             for name, tensor in head_mean_layer(layer, layer_moments(layer), shape, config.num_heads).items():

@@ -26,7 +26,7 @@ from mlaconvert.config.mla import MLAConfig, MLALayer
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.analyze import analyze, read_ahead
 from mlaconvert.conversion.calibration.measure import layer_moments
-from mlaconvert.conversion.calibration.walk import Sweep
+from mlaconvert.conversion.calibration.walk import LayerWalk
 from mlaconvert.conversion.calibration.windows import Regime
 from mlaconvert.conversion.spectra import Analysis
 from mlaconvert.errors import CheckpointError, ConfigError, OutputError, UnsupportedModelError
@@ -389,7 +389,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     calls: list[tuple[str, int, int]] = []
     with families.open_checkpoint(folder) as checkpoint:
         layers, powers = [], []
-        for layer in Sweep(checkpoint, CLIPS, REGIME):
+        for layer in LayerWalk(checkpoint, CLIPS, REGIME):
             layers.append((layer.weights, layer_moments(layer)))
             tokens = sum(batch.x.shape[0] * batch.x.shape[1] for batch in layer.inputs)
             powers.append(float(sum(out.double().square().sum() for out in layer.expected)) / tokens)

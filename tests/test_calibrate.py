@@ -28,7 +28,7 @@ from mlaconvert.conversion.calibration.refit import attention_error, refit_outpu
 from mlaconvert.conversion.calibration.run import Calibration, calibrate, refit_layers
 from mlaconvert.conversion.calibration.store import load_moments, save_moments
 from mlaconvert.conversion.calibration.target import ErrorTable, Target, share_budget
-from mlaconvert.conversion.calibration.walk import Sweep
+from mlaconvert.conversion.calibration.walk import LayerWalk
 from mlaconvert.conversion.calibration.windows import BATCH, Regime, batch_size, scratch_bytes, windows
 from mlaconvert.conversion.recipe import Part
 from mlaconvert.errors import OutputError
@@ -90,11 +90,11 @@ def both_ways(save_folder: SaveFolder) -> Path:
     return save_folder(model.state_dict(), native(CONFIG), "bidirectional")
 
 
-def make_sweep(checkpoint: Checkpoint, clips: Clips, regime: Regime = FEW, probes: int = 0) -> Sweep:
-    return Sweep(checkpoint, clips, regime, dtype=torch.float64, probes=probes)
+def make_sweep(checkpoint: Checkpoint, clips: Clips, regime: Regime = FEW, probes: int = 0) -> LayerWalk:
+    return LayerWalk(checkpoint, clips, regime, dtype=torch.float64, probes=probes)
 
 
-def nth(sweep: Sweep, index: int) -> Layer:
+def nth(sweep: LayerWalk, index: int) -> Layer:
     """One layer of a sweep, which stops there and keeps the layer's weights."""
     return next(layer for layer in sweep if layer.index == index)
 
@@ -401,7 +401,7 @@ def test_moments_count_every_pair(folder: Path, both_ways: Path, streaming: Stre
 def test_moments_are_summed_in_float64(folder: Path) -> None:
     """A float32 sweep's moments are those of its own float32 inputs, to more digits than float32 has."""
     with open_checkpoint(folder) as checkpoint:
-        layer = nth(Sweep(checkpoint, make_clips(3), FEW), 0)
+        layer = nth(LayerWalk(checkpoint, make_clips(3), FEW), 0)
         found = layer_moments(layer)
     total, pairs = torch.zeros(DIM, dtype=torch.float64), 0
     for batch in layer.inputs:
@@ -702,7 +702,7 @@ def test_more_budget_loses_less(folder: Path, rope: RopeMode, key_norm: KeyNorm,
 
 def test_converted_modules_take_the_layers_dtype(folder: Path) -> None:
     with open_checkpoint(folder) as checkpoint:
-        layer = nth(Sweep(checkpoint, make_clips(1), FEW), 0)
+        layer = nth(LayerWalk(checkpoint, make_clips(1), FEW), 0)
         student = target().convert(layer, target().layer(84, EVERY), layer_moments(layer))
         refit_query(layer, student)
         refit_output(layer, student)
@@ -867,7 +867,7 @@ def test_two_sweeps_convert_a_model(save_folder: SaveFolder, tmp_path: Path, ada
         assert sum(budgets) == 28
         assert budgets[0] > 16 if adaptive else budgets == [14, 14]
         refitted = refit_layers(checkpoint, clips, FEW, made, calibration)
-        sweep = (layer for layer in Sweep(checkpoint, clips, FEW) if layer.index != 1)
+        sweep = (layer for layer in LayerWalk(checkpoint, clips, FEW) if layer.index != 1)
         for (index, tensors, errors), layer in zip(refitted, sweep, strict=True):
             assert index == layer.index
             assert list(errors) == [
@@ -905,7 +905,7 @@ def test_a_killed_sweep_goes_on_behind_the_finished_layers(
     shape = made.layer(13, SMALL)
     passed: list[int] = []
     with open_checkpoint(folder) as checkpoint:
-        for layer in Sweep(checkpoint, clips, FEW):
+        for layer in LayerWalk(checkpoint, clips, FEW):
             save_moments(tmp_path, layer.index, layer_moments(layer))
         calibration = Calibration(folder=tmp_path, layers={0: shape, 2: shape})
 
@@ -927,8 +927,8 @@ def test_a_killed_sweep_goes_on_behind_the_finished_layers(
         interrupted.close()  # type: ignore[attr-defined]
         assert not list(state.glob("*.partial"))
         assert len(list(state.iterdir())) <= 2
-        load = Sweep._load
-        monkeypatch.setattr(Sweep, "_load", lambda self, index: passed.append(index) or load(self, index))
+        load = LayerWalk._load
+        monkeypatch.setattr(LayerWalk, "_load", lambda self, index: passed.append(index) or load(self, index))
         losses: dict[str, float] = {}
         again = {index: (tensors, errors) for index, tensors, errors in refit(losses, state=state, finished=finished)}
     assert passed == {(): [0, 1, 2], (0,): [2], (0, 2): []}[finished]
@@ -981,8 +981,8 @@ def test_nothing_of_a_bad_state_is_taken_over(folder: Path, tmp_path: Path, case
     said: list[str] = []
     with open_checkpoint(folder) as checkpoint:
 
-        def fresh() -> Sweep:
-            return Sweep(checkpoint, make_clips(2), FEW, validation=make_clips(1, seed=7))
+        def fresh() -> LayerWalk:
+            return LayerWalk(checkpoint, make_clips(2), FEW, validation=make_clips(1, seed=7))
 
         first = fresh()
         first.resume(tmp_path, lambda _: True)
@@ -1023,9 +1023,10 @@ def test_moments_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
 
 
 def test_moments_on_a_full_disk(tmp_path: Path) -> None:
-    (tmp_path / "layer-012.partial").mkdir()  # nothing can be written there
+    (tmp_path / "layer-012.safetensors").mkdir()  # nothing can be put there
     with pytest.raises(OutputError, match=r"layer-012\.safetensors: the moments cannot be kept"):
         save_moments(tmp_path, 12, layer_moments(make_layer(5)))
+    assert [path.name for path in tmp_path.iterdir()] == ["layer-012.safetensors"]
 
 
 def test_weights_of_another_dtype_are_widened_as_they_are_used(folder: Path, save_folder: SaveFolder) -> None:
@@ -1040,7 +1041,7 @@ def test_weights_of_another_dtype_are_widened_as_they_are_used(folder: Path, sav
     found = []
     for source in (narrow, wide):
         with open_checkpoint(source) as checkpoint:
-            sweep = Sweep(checkpoint, make_clips(2), FEW)
+            sweep = LayerWalk(checkpoint, make_clips(2), FEW)
             for layer in sweep:
                 kept = layer.attention.k.weight.dtype
                 moments = layer_moments(layer)
@@ -1113,7 +1114,7 @@ def test_the_disk_that_activations_take_is_known_beforehand(
     monkeypatch.setattr("mlaconvert.conversion.calibration.windows.QUERIES", 1)
     regime, clips, made = dataclasses.replace(FEW, streaming=streaming), make_clips(6), target("token")
     with open_checkpoint(folder if streaming else both_ways) as checkpoint:
-        for layer in Sweep(checkpoint, clips, regime, probes=9, scratch=tmp_path):
+        for layer in LayerWalk(checkpoint, clips, regime, probes=9, scratch=tmp_path):
             if layer.index == 0:
                 assert len(layer.expected) == len(layer.inputs)
                 student = made.convert(layer, made.layer(13, SMALL), layer_moments(layer))

@@ -34,7 +34,8 @@ from mlaconvert.config.parsing import Count, check_fields
 from mlaconvert.errors import ConfigError, InputError, OutputError
 from mlaconvert.files.inputs import read_json
 from mlaconvert.files.names import public_name
-from mlaconvert.files.staging import claim, disk_errors, visible, write_whole
+from mlaconvert.files.staging import claim, disk_errors, visible
+from mlaconvert.files.whole import remove_partial, write_whole
 from mlaconvert.model.device import resolve_device
 from mlaconvert.progress import Counter, Progress, silent
 
@@ -177,7 +178,8 @@ def _check_folder(folder: Path, settings: dict[str, Any]) -> None:
     if note.is_file():
         if read_json(note).get("settings") != settings:
             raise OutputError(f"{folder} holds clips of other settings ({SETTINGS_NAME}); choose another folder")
-        _delete(folder.glob("*.safetensors.partial"))
+        with disk_errors(folder):
+            remove_partial(folder)
     elif folder.exists() and (not folder.is_dir() or visible(folder)):
         raise OutputError(f"{folder} exists and holds no encoded clips; choose another folder")
 

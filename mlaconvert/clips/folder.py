@@ -24,8 +24,8 @@ from mlaconvert.config.geometry import WanConfig
 from mlaconvert.errors import InputError, OutputError
 from mlaconvert.files.headers import read_header
 from mlaconvert.files.inputs import reason_of
-from mlaconvert.files.staging import write_whole
 from mlaconvert.files.store import check_floats, read_tensors
+from mlaconvert.files.whole import write_whole
 
 NULL_CONTEXT = "null_context.safetensors"
 _NAMED = 20  # clips of a shard that a message names

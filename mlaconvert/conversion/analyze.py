@@ -30,7 +30,7 @@ from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import MLALayer
 from mlaconvert.conversion.calibration.layer import Layer
 from mlaconvert.conversion.calibration.measure import layer_moments
-from mlaconvert.conversion.calibration.walk import Sweep
+from mlaconvert.conversion.calibration.walk import LayerWalk
 from mlaconvert.conversion.calibration.windows import Regime
 from mlaconvert.conversion.spectra import Analysis, DenseSpectra, LatentSpectrum, Spectrum, WeightedSpectrum
 from mlaconvert.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -98,9 +98,9 @@ def analyze(
             )
         regime = regime or Regime.of(config.streaming)
         calibration = {"clips": len(clips.latents), **regime.to_json()}
-        sweep = Sweep(checkpoint, clips, regime, device=device)
+        walk = LayerWalk(checkpoint, clips, regime, device=device)
         # Layers after the last one that was asked for need not be run.
-        visits, total = ((layer.index, layer) for layer in islice(sweep, chosen[-1] + 1)), chosen[-1] + 1
+        visits, total = ((layer.index, layer) for layer in islice(walk, chosen[-1] + 1)), chosen[-1] + 1
 
     found: list[DenseSpectra | LatentSpectrum] = []
     count = Counter(progress, "analyze", total)

@@ -30,7 +30,7 @@ from mlaconvert.errors import CheckpointError, ConfigError, InputError, OutputEr
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.merged import merged
 from mlaconvert.files.inputs import file_states, read_json, refuse_links
-from mlaconvert.files.staging import write_whole
+from mlaconvert.files.whole import write_whole
 from mlaconvert.latent.factorize import Factors
 from mlaconvert.latent.lapack import LINALG_ERRORS
 from mlaconvert.model.load import load_widened
@@ -67,7 +67,7 @@ def from_clips(
 ) -> Generator[tuple[int, Factors, LayerReport], None, None]:
     """Layers converted in the metric of what the first `clips` bring, and refitted to it; `losses` on the others.
 
-    `state` is a folder where an interrupted sweep finds its way back behind the `finished` layers, some of which come
+    `state` is a folder where an interrupted walk finds its way back behind the `finished` layers, some of which come
     again; `say` is told of what cannot be used there. Raises CheckpointError for a layer that cannot be factorised.
     """
     state.mkdir(exist_ok=True)

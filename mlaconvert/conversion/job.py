@@ -38,7 +38,8 @@ from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.classes import converted_config
 from mlaconvert.files.inputs import file_states
 from mlaconvert.files.names import CONFIG_NAME, CONVERSION_NAME, README_NAME
-from mlaconvert.files.staging import Staging, disk_errors, write_whole
+from mlaconvert.files.staging import Staging, disk_errors
+from mlaconvert.files.whole import write_whole
 from mlaconvert.files.writer import ModelFiles
 from mlaconvert.latent.factorize import Factors
 from mlaconvert.progress import Progress

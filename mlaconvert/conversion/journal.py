@@ -19,7 +19,8 @@ from mlaconvert.errors import ConfigError, OutputError
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.merged import merged
 from mlaconvert.files.inputs import file_states, parse_json
-from mlaconvert.files.staging import Staging, write_whole
+from mlaconvert.files.staging import Staging
+from mlaconvert.files.whole import write_whole
 
 COPIED = "copied"  # the note that all tensors that pass through are on the disk
 SPLITS = "splits"  # how a calibration divides each layer's scalars

@@ -37,7 +37,8 @@ from mlaconvert.families.lora import LoraFile
 from mlaconvert.families.merged import merged
 from mlaconvert.files.inputs import file_states, read_json
 from mlaconvert.files.names import public_name
-from mlaconvert.files.staging import claim, visible, write_whole
+from mlaconvert.files.staging import claim, visible
+from mlaconvert.files.whole import write_whole
 from mlaconvert.model.device import resolve_device
 from mlaconvert.model.load import load_model
 from mlaconvert.model.schedule import Sampler

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from mlaconvert.errors import InputError, OutputError, is_plain
 from mlaconvert.files.inputs import read_json, refuse_links
+from mlaconvert.files.whole import PARTIAL, sync_file, sync_folder, write_whole
 
 _LOCK, _OWNER, _TRASH = "lock", "owner.json", "trash"
 _TRIES = 100  # to lock a folder that other runs remove meanwhile
@@ -85,7 +86,7 @@ class Staging:
     def left(self) -> set[str]:
         """Names of what runs of the command left in the folder, but for what this class keeps there."""
         names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-        return {name for name in names if not name.endswith(".partial")} - {_LOCK, _OWNER, _TRASH}
+        return {name for name in names if not name.endswith(PARTIAL)} - {_LOCK, _OWNER, _TRASH}
 
     def owner(self) -> str | None:
         """The command that the folder belongs to; None when nothing in it can be gone on from.
@@ -307,32 +308,6 @@ def disk_errors(path: Path, fate: str = "nothing was left there") -> Iterator[No
         raise OutputError(f"{path}: writing failed ({error.strerror or error}); {fate}") from None
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, even when the machine stops. Raises OSError."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until a folder's entries are on the disk. Raises OSError."""
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def _sync(path: Path) -> None:
     """Wait until a file, or a folder with all that is in it, is on the disk. Raises OSError."""
     if path.is_dir():
@@ -340,8 +315,7 @@ def _sync(path: Path) -> None:
             _sync(entry)
         sync_folder(path)
     else:
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
+        sync_file(path)
 
 
 def _allocated(folder: Path) -> int:

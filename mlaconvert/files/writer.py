@@ -24,7 +24,8 @@ from mlaconvert.errors import OutputError
 from mlaconvert.files.find import experts
 from mlaconvert.files.headers import DTYPE_NAMES
 from mlaconvert.files.names import CONFIG_NAME, INDEX_SUFFIX, WEIGHTS_NAME
-from mlaconvert.files.staging import Staging, disk_errors, sync_folder, write_whole
+from mlaconvert.files.staging import Staging, disk_errors
+from mlaconvert.files.whole import sync_folder, write_whole
 
 MAX_SHARD_BYTES = 5_000_000_000
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.errors import InputError, OutputError
 from mlaconvert.files.inputs import is_file, read_json
-from mlaconvert.files.staging import Staging, disk_errors, write_whole
+from mlaconvert.files.staging import Staging, disk_errors
+from mlaconvert.files.whole import write_whole
 from mlaconvert.generation.marks import raw_bytes
 from mlaconvert.generation.plan import Plan
 from mlaconvert.generation.request import KEPT, LATENTS_NAME, MOVIES, REPORT_NAME

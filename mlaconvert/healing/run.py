@@ -18,6 +18,7 @@ from mlaconvert.errors import ConfigError, InputError, OutputError
 from mlaconvert.families.changed import with_tensors
 from mlaconvert.files.inputs import refuse_links
 from mlaconvert.files.staging import Staging, claim, disk_errors
+from mlaconvert.files.whole import remove_partial
 from mlaconvert.files.writer import is_model
 from mlaconvert.healing.batches import Batches, Source, clips_to_generate, generate_source, open_source
 from mlaconvert.healing.estimate import Estimate, estimate
@@ -84,6 +85,8 @@ def heal(
         if main:
             stack.enter_context(staging.held())
             stack.enter_context(claim(folder, "heal"))  # which another run may have as well, whatever its output
+            with disk_errors(folder):
+                remove_partial(folder)
             stack.enter_context(_left_only_by_work(folder))
         with accelerator.main_process_first():
             _make_folder(folder, restart=restart and main)

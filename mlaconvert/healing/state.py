@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from mlaconvert.errors import CheckpointError, OutputError
 from mlaconvert.files.inputs import file_size
 from mlaconvert.files.pickles import check_zip
+from mlaconvert.files.whole import whole_file
 from mlaconvert.healing.recipe import HealRecipe, Train
 from mlaconvert.model.blocks import Block
 from mlaconvert.model.wan import WanModel
@@ -147,13 +147,9 @@ class Trained:
 
 def save(path: Path, data: dict[str, Any]) -> None:
     """Write `data` so that `path` is always whole: the old file or the new one. Raises OutputError."""
-    partial = path.with_suffix(".partial")
     try:
-        with partial.open("wb") as stream:
+        with whole_file(path) as partial, partial.open("wb") as stream:
             torch.save(data, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
         if isinstance(error.__context__, KeyboardInterrupt | SystemExit):  # and over what interrupts its writer
             raise error.__context__ from None

@@ -20,7 +20,7 @@ from torch import Tensor
 from mlaconvert.conversion.spectra import Analysis, Summary
 from mlaconvert.evaluation.cells import CellResult, SweepReport
 from mlaconvert.latent.spectrum import cumulative_energy
-from mlaconvert.reports.tables import write_whole
+from mlaconvert.reports.save import save_report
 from mlaconvert.units import percent
 
 
@@ -52,7 +52,7 @@ def plot_analysis(analysis: Analysis, path: str | Path) -> None:
         colorbar.update_ticks()
         image = io.BytesIO()
         figure.savefig(image, format="png")
-    write_whole(Path(path), image.getvalue(), "the plot")
+    save_report(Path(path), image.getvalue(), "the plot")
 
 
 def _plot_energy(axes: Axes, analysis: Analysis) -> None:
@@ -225,4 +225,4 @@ def plot_sweep(report: SweepReport, path: str | Path) -> None:
             share.set_xlabel("of the dense cache; labels: " + ("split" if one_budget else "latent channels"))
         image = io.BytesIO()
         figure.savefig(image, format="png")
-    write_whole(Path(path), image.getvalue(), "the plot")
+    save_report(Path(path), image.getvalue(), "the plot")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from rich.table import Table
 
 from mlaconvert.conversion.plan import ConversionPlan
 from mlaconvert.conversion.report import ModelReport
 from mlaconvert.conversion.spectra import Analysis, DenseSpectra, LatentSpectrum
-from mlaconvert.errors import OutputError
-from mlaconvert.files import staging
 from mlaconvert.model.memory import MemoryPlan
 from mlaconvert.units import format_bytes, percent
 
@@ -216,11 +213,3 @@ def memory_table(plan: MemoryPlan) -> Table:
 
 def _bound(count: int | None, unit: str = "") -> str:
     return f"{count}{unit}" if count else "does not fit"
-
-
-def write_whole(path: Path, data: bytes, what: str) -> None:
-    """Replace `path` by `data`, at once and only when all is on the disk. Raises OutputError, which says `what`."""
-    try:
-        staging.write_whole(path, data)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot write {what} ({error.strerror}); choose another path") from error

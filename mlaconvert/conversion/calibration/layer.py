@@ -62,7 +62,7 @@ class ChosenInputs(Sequence[Inputs]):
 
 @dataclass(kw_only=True)
 class Layer:
-    """One layer of a sweep: its pretrained attention and its inputs, which change when the sweep goes on."""
+    """One layer of a walk: its pretrained attention and its inputs, which change when the walk goes on."""
 
     index: int
     weights: AttentionWeights
@@ -82,7 +82,7 @@ class Layer:
         return found
 
     def follow(self, name: int | str, attention: LatentAttention) -> None:
-        """Put `attention` in this layer's place in the converted model of that name, which the sweep carries along."""
+        """Put `attention` in this layer's place in the converted model of that name, which the walk carries along."""
         self.followers[name] = attention
 
     def some(self, count: int) -> Layer:

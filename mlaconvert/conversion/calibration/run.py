@@ -1,4 +1,4 @@
-"""The two sweeps of a calibration: measure and divide, then convert and refit."""
+"""The two walks of a calibration: measure and divide, then convert and refit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mlaconvert.conversion.calibration.measure import layer_moments
 from mlaconvert.conversion.calibration.refit import attention_error, refit_output, refit_query
 from mlaconvert.conversion.calibration.store import load_moments, moments_file, save_moments
 from mlaconvert.conversion.calibration.target import REFITTED, ErrorTable, Target, share_budget
-from mlaconvert.conversion.calibration.walk import Sweep
+from mlaconvert.conversion.calibration.walk import LayerWalk
 from mlaconvert.conversion.calibration.windows import Regime
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.files.scratch import return_memory
@@ -51,7 +51,7 @@ def calibrate(
     device: torch.device | str = "cpu",
     progress: Progress = silent,
 ) -> Calibration:
-    """First sweep: moments of `layers`, kept in `folder`, and the split of `budget` scalars that measures best.
+    """First walk: moments of `layers`, kept in `folder`, and the split of `budget` scalars that measures best.
 
     Moments that are in `folder` already are taken from there. With `adaptive`, layers share the total by what a scalar
     buys the model's velocity.
@@ -62,10 +62,10 @@ def calibrate(
     largest = max(budget, checkpoint.config.dim)  # no latent is wider than the model
     budgets = [b for b in budgets if b <= largest]
     tables: dict[int, ErrorTable] = {}
-    sweep = Sweep(checkpoint, clips, regime, device=device, probes=8 if adaptive else 0, scratch=folder)
+    walk = LayerWalk(checkpoint, clips, regime, device=device, probes=8 if adaptive else 0, scratch=folder)
     count = Counter(progress, "calibrate", checkpoint.config.num_layers)
     count.show()
-    for layer in sweep:
+    for layer in walk:
         if layer.index in layers:
             if not moments_file(folder, layer.index).exists():
                 save_moments(folder, layer.index, layer_moments(layer))
@@ -81,7 +81,7 @@ def calibrate(
     ordered = [tables[i] for i in sorted(tables)]
     shares = [budget] * len(ordered)
     if adaptive:
-        shares = share_budget(ordered, [sweep.velocity_errors[i] for i in sorted(tables)], budget, largest=largest)
+        shares = share_budget(ordered, [walk.velocity_errors[i] for i in sorted(tables)], budget, largest=largest)
     chosen = {
         index: target.layer(share, table.best(share)[1])
         for index, table, share in zip(sorted(tables), ordered, shares, strict=True)
@@ -103,16 +103,16 @@ def refit_layers(
     finished: Collection[int] = (),
     say: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[int, dict[str, Tensor], dict[str, float]]]:
-    """Second sweep: each layer's tensors, its queries and output refitted, with its attention error by stage.
+    """Second walk: each layer's tensors, its queries and output refitted, with its attention error by stage.
 
     With `validation` clips, `losses` has the model's loss on them at the end, with all layers at each stage. In the
-    folder `state`, the sweep keeps how far it is; called again, it goes on behind the `finished` layers, and whatever
+    folder `state`, the walk keeps how far it is; called again, it goes on behind the `finished` layers, and whatever
     it has to pass again comes out the same. `say` is told of a state that is damaged and left alone.
     """
-    sweep = Sweep(checkpoint, clips, regime, device=device, validation=validation, scratch=calibration.folder)
+    walk = LayerWalk(checkpoint, clips, regime, device=device, validation=validation, scratch=calibration.folder)
     if state is not None:
-        sweep.resume(state, lambda index: index in finished or index not in calibration.layers, say)
-    for layer in sweep:
+        walk.resume(state, lambda index: index in finished or index not in calibration.layers, say)
+    for layer in walk:
         if layer.index not in calibration.layers:
             continue
         moments = load_moments(calibration.folder, layer.index, checkpoint.config, device)
@@ -124,7 +124,7 @@ def refit_layers(
             return_memory()
         yield layer.index, dict(student.state_dict()), errors
     if losses is not None:
-        losses |= {str(name): loss for name, loss in sweep.losses.items()}
+        losses |= {str(name): loss for name, loss in walk.losses.items()}
 
 
 def _stages(

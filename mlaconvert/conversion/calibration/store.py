@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from mlaconvert.config.geometry import WanConfig
-from mlaconvert.conversion.calibration.walk import read_exactly, write_whole
+from mlaconvert.conversion.calibration.kept import read_exactly, write_tensors
 from mlaconvert.errors import CheckpointError
 from mlaconvert.latent.moments import LayerMoments
 
 # What moments on the disk were made by. Raise it with any change after which the same checkpoint and clips give other
-# moments or other generated clips: of `windows`, `Sweep`, `layer_moments`, or what `save_moments` writes.
+# moments or other generated clips: of `windows`, `LayerWalk`, `layer_moments`, or what `save_moments` writes.
 MOMENTS_VERSION = 1
 
 
@@ -35,7 +35,7 @@ def save_moments(folder: Path, index: int, moments: LayerMoments) -> None:
     path = moments_file(folder, index)
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise torch.linalg.LinAlgError(f"the moments of layer {index} are not finite")  # type: ignore[attr-defined]
-    write_whole(path, tensors, "the moments")
+    write_tensors(path, tensors, "the moments")
 
 
 def load_moments(folder: Path, index: int, config: WanConfig, device: torch.device | str = "cpu") -> LayerMoments:

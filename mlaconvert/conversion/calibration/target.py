@@ -197,7 +197,7 @@ def share_budget(
     """Scalars of each layer, `budget` on average, from measured errors.
 
     A layer's squared attention error counts by what it did to the model's velocity when that layer alone was converted
-    at `budget` scalars (`Sweep.velocity_errors`). No layer gets less than 1/spread or more than `spread` times the
+    at `budget` scalars (`LayerWalk.velocity_errors`). No layer gets less than 1/spread or more than `spread` times the
     average, and none more than `largest`.
     """
 

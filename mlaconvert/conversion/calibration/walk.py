@@ -7,25 +7,23 @@ however many layers and clips there are.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mlaconvert.clips.folder import Clips
+from mlaconvert.conversion.calibration.kept import read_exactly, write_tensors
 from mlaconvert.conversion.calibration.layer import ChosenInputs, Inputs, Layer, draw_some
 from mlaconvert.conversion.calibration.pieces import PIECE_SCALARS
 from mlaconvert.conversion.calibration.windows import PROBE_SCALARS, Regime, batch_size, windows
-from mlaconvert.errors import CheckpointError, OutputError
+from mlaconvert.errors import CheckpointError
 from mlaconvert.families.checkpoint import Checkpoint
-from mlaconvert.files.inputs import reason_of
 from mlaconvert.files.scratch import Scratch, return_memory
-from mlaconvert.files.store import TensorStore, check_finite
+from mlaconvert.files.whole import remove_partial
 from mlaconvert.model.attention.dense import DenseAttention
 from mlaconvert.model.attention.kernel import AttentionPlan
 from mlaconvert.model.attention.latent import LatentAttention
@@ -34,7 +32,7 @@ from mlaconvert.model.load import load_tensors
 from mlaconvert.model.wan import Prepared, WanModel
 
 
-class Sweep:
+class LayerWalk:
     """Clips going through a dense checkpoint layer by layer. Iterate once; then read what became of the followers.
 
     A converted model that a layer asks to `follow` sees the windows of `validation` clips, which no layer's inputs
@@ -144,13 +142,15 @@ class Sweep:
             self.velocity_errors[name], self.losses[name] = self._judge(stream)
 
     def resume(self, state: Path, finished: Callable[[int], bool], say: Callable[[str], None] | None = None) -> None:
-        """Keep in the folder `state` how far the sweep is after each layer, and go on from what is kept there.
+        """Keep in the folder `state` how far the walk is after each layer, and go on from what is kept there.
 
-        Never beyond a layer that is not `finished`. Two states are kept: when a sweep goes on to the next layer, what
+        Never beyond a layer that is not `finished`. Two states are kept: when a walk goes on to the next layer, what
         was made of the last one may not have reached the disk. Nothing of a damaged state is taken over: `say` is told,
-        and the sweep goes on from the state before it, or begins again.
+        and the walk goes on from the state before it, or begins again.
         """
         self.state = state
+        with suppress(OSError):  # they only take room
+            remove_partial(state)
         for file in sorted(state.glob("sweep-*.safetensors"), reverse=True):
             number = file.stem.removeprefix("sweep-")
             start = int(number) if number.isdecimal() else self.model.config.num_layers + 1
@@ -183,7 +183,7 @@ class Sweep:
         tensors = {f"hidden {i}": x for i, x in enumerate(self.hidden)}
         for name, stream in self.streams.items():
             tensors |= {f"stream {name} {i}": x for i, x in enumerate(stream)}
-        write_whole(state / f"sweep-{start:03d}.safetensors", tensors, "how far the calibration is")
+        write_tensors(state / f"sweep-{start:03d}.safetensors", tensors, "how far the calibration is")
         with suppress(OSError):  # it only takes room
             for old in sorted(state.glob("sweep-*.safetensors"))[:-2]:
                 old.unlink()
@@ -235,32 +235,3 @@ class Sweep:
 def _streams(names: Collection[str]) -> set[str]:
     """The followed models whose activations a state holds as "stream NAME NUMBER"."""
     return {name.partition(" ")[2].rpartition(" ")[0] for name in names} - {""}
-
-
-def write_whole(path: Path, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Write a safetensors file by way of one beside it. Raises OutputError, which calls its contents `what`."""
-    partial = path.with_suffix(".partial")
-    try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{path}: {what} cannot be kept ({reason_of(error)}); make room there") from None
-
-
-def read_exactly(
-    path: Path, shapes_of: Callable[[Collection[str]], Mapping[str, tuple[int, ...]]], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """All tensors of a file of ours: finite, of that dtype, and just those that its names call for (`shapes_of`).
-
-    Raises CheckpointError for any other file.
-    """
-    with TensorStore(str(path), path, [path], None) as store:
-        shapes = shapes_of(store.tensors)
-        if {name: info.shape for name, info in store.tensors.items()} != shapes:
-            raise CheckpointError(f"{path}: it has other tensors than were kept")
-        tensors = {name: store.read(name) for name in shapes}
-    for name, tensor in tensors.items():
-        check_finite(tensor, name, path)
-        if tensor.dtype != dtype:
-            raise CheckpointError(f"{path}: {name} is {tensor.dtype}, not {dtype}")
-    return tensors

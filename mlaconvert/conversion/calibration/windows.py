@@ -113,6 +113,6 @@ def scratch_bytes(config: WanConfig, shape: Sequence[int], regime: Regime, *, fo
     hidden = config.dim * tokens * frames
     held = hidden + config.dim * (tokens * counted + 7 * frames + count * config.text_len)
     held += channels * height * width * counted
-    # The first sweep follows models; the second keeps two states of its own, and the curvatures of its queries.
+    # The first walk follows models; the second keeps two states of its own, and the curvatures of its queries.
     first = followed * min(PROBE_SCALARS, hidden)
     return 4 * (held + max(first, 2 * hidden + QUERIES * config.dim * config.head_dim))

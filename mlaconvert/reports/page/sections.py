@@ -23,21 +23,21 @@ from mlaconvert.reports.evaluation_tables import summary_notes
 from mlaconvert.reports.page.html import details, document, section, settings, table
 from mlaconvert.reports.page.pictures import STRIP, data_uri, previews
 from mlaconvert.reports.page.svg import Series, chart, number_tick, percent_tick
-from mlaconvert.reports.tables import write_whole
+from mlaconvert.reports.save import save_report
 from mlaconvert.units import percent
 
 
 def save(report: EvaluationReport, folder: Path) -> Path:
     """Put evaluation.json and the page into a model's folder; the page's path. Raises OutputError."""
     text = json.dumps(report.to_json(), indent=2) + "\n"
-    write_whole(folder / EVALUATION_NAME, text.encode(), "the results")
+    save_report(folder / EVALUATION_NAME, text.encode(), "the results")
     write_page(report, folder / REPORT_NAME)
     return folder / REPORT_NAME
 
 
 def write_page(report: EvaluationReport, path: Path) -> None:
     """Write the page of `report` to `path`, whole or not at all. Raises OutputError when it cannot be written."""
-    write_whole(path, render(report).encode(), "the page")
+    save_report(path, render(report).encode(), "the page")
 
 
 def render(report: EvaluationReport) -> str:
