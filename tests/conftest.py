@@ -12,7 +12,7 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 )
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,9 @@ import hub_server
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import SaveFolder
 
 from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
-
-SaveFolder = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -76,19 +75,3 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_server.
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
         yield server
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Frobenius norm of the difference, relative to `expected`."""
-    assert found.shape == expected.shape
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
-
-
-def randomize(module: torch.nn.Module, seed: int = 0) -> None:
-    """Random weights of a trained model's size: norms near one, biases and modulations that matter."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * (0.3 if p.ndim == 1 else 0.15))
-            if "norm" in name and name.endswith("weight"):
-                p.add_(1)

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from conftest import randomize, relative
 from safetensors.torch import load_file
+from support import randomize, relative
 from torch import Tensor
 
 import mlaconvert

@@ -6,7 +6,7 @@ from typing import Any
 
 import diffusers
 import torch
-from conftest import randomize
+from support import randomize
 from torch import Tensor
 
 SMALL: dict[str, Any] = {

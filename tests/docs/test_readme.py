@@ -1,0 +1,140 @@
+"""What the README shows is what the program does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+from documents import blocks, shell_lines
+from typer.testing import CliRunner, Result
+
+from mlaconvert.cli import app
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.mla import MLAConfig, MLALayer
+from mlaconvert.conversion.recipes import load_recipe
+from mlaconvert.families.wan import WanFamily
+from mlaconvert.files.shipped import recipe_names
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = [path.relative_to(ROOT).as_posix() for folder in ("", "examples") for path in (ROOT / folder).glob("*.md")]
+
+
+def commands() -> list[list[str]]:
+    """Arguments of every `mlaconvert` call that the README shows, in code blocks and in running text."""
+    inline = [shlex.split(line, comments=True) for line in re.findall(r"`(mlaconvert [^`\n]+)`", README)]
+    return [words[1:] for words in (*shell_lines(README), *inline) if words[0] == "mlaconvert"]
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+@cache
+def help_of(*command: str) -> Result:
+    """What a command's --help prints; Typer builds all commands anew for every call."""
+    return invoke(*command, "--help")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_local_links_resolve(document: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / document).read_text()):
+        if "://" not in target:
+            assert ((ROOT / document).parent / target.partition("#")[0]).exists(), target
+
+
+def test_the_first_screen_shows_what_one_gets() -> None:
+    """A picture, three commands and one table within the first lines."""
+    screen = "\n".join(README.splitlines()[:25])
+    assert re.search(r"!\[.+\]\(examples/.+\.png\)", screen)
+    (shown,) = blocks(screen, "bash")
+    assert len(shown.splitlines()) == 3
+    assert len(re.findall(r"^\|.*\|$", screen, re.MULTILINE)) == 5
+
+
+def test_commands_and_their_flags_exist() -> None:
+    shown = [words for words in commands() if not words[0].startswith("-")]
+    assert {words[0] for words in shown} >= {"analyze", "convert", "demo"}
+    for name, *words in shown:
+        result = help_of(name)
+        assert result.exit_code == 0, name
+        for flag in (word for word in words if word.startswith("--")):
+            assert re.search(rf"{flag}\b", result.stdout), f"{name} {flag}"
+
+
+def test_flags_named_in_the_text_exist() -> None:
+    texts = "".join(
+        help_of(*name).stdout
+        for name in ([], *([info.callback.__name__] for info in app.registered_commands if info.callback))
+    )
+    named = re.findall(r"`(--[a-z-]+)", README)
+    assert named
+    for flag in named:
+        assert re.search(rf"{flag}\b", texts), flag
+
+
+@pytest.mark.slow
+def test_the_three_commands_and_the_python_snippet_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = [words for words in commands() if words[0] in ("analyze", "convert") and "--init" not in words]
+    three = [words for words in short if any(word.startswith("tiny") for word in words)]
+    assert [words[0] for words in three] == ["analyze", "convert", "analyze"]
+    for words in three:
+        result = invoke(*words, *(("--clips", "2") if words[0] == "convert" else ()))  # not 40, for time's sake
+        assert result.exit_code == 0, result.stderr
+    files = {path.name for path in (tmp_path / "tiny-mla").iterdir()}
+    table = README.split("## The output folder")[1].split("```")[0]
+    assert files == set(re.findall(r"^\| `([^`]+)`", table, re.MULTILINE))
+    (snippet,) = blocks(README, "python")
+    scope: dict[str, object] = {}
+    exec(compile(snippet, "README.md", "exec"), scope)
+    assert getattr(scope["velocity"], "shape", None) == getattr(scope["latents"], "shape", ())
+    assert capsys.readouterr().out.count("torch.Size([1, 3, 3, 24, 32])") == 3
+
+
+def test_recipes_are_listed_with_what_they_cache() -> None:
+    section = README.split("## Recipes")[1].split("##")[0]
+    listed = {name: int(count) for name, count in re.findall(r"^\| `(\S+)` \|.*\| (\d+) \|$", section, re.MULTILINE)}
+    recipes = {name: load_recipe(name) for name in recipe_names()}
+    assert listed == {
+        name: (recipe.kv_rank or 0) + (recipe.rope_dim or 0) + (recipe.key_norm == "token")
+        for name, recipe in recipes.items()
+    }
+
+
+def test_the_config_and_the_tensors_are_those_of_the_format() -> None:
+    (shown,) = blocks(README, "json")
+    example = MLAConfig.from_json(json.loads(shown)["mla"], "README.md")
+    latent = example.layers[0]
+    fields = {field.name for cls in (MLAConfig, MLALayer) for field in dataclasses.fields(cls)}
+    format_section = README.split("## The output folder")[1].split("Names follow")[0]
+    assert fields <= set(re.findall(r"\w+", format_section))
+    names: set[str] = set()
+    for key_norm, rope in (("latent", "cached"), ("token", "latent")):
+        mla = MLAConfig(q_lora_rank=None, key_norm=key_norm, softmax_scale=1.0, layers=(latent,), rope=rope)
+        config = WanConfig(dim=1536, num_heads=12, num_layers=1, ffn_dim=64, mla=mla)
+        prefix = "blocks.0.self_attn."
+        names |= {name.removeprefix(prefix) for name in WanFamily().expected_shapes(config) if prefix in name}
+    section = README.split("Names follow DeepSeek-V2")[1].split("##")[0]
+    found: set[str] = set()
+    for module, leaf, second in re.findall(r"^\| `(\w+)\.(\w+)`(?:, `\.(\w+)`)?", section, re.MULTILINE):
+        found |= {f"{module}.{one}" for one in (leaf, second) if one}
+    assert found == names
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    (line,) = re.findall(r"^test_command=\$\((.*?)\)", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    read = subprocess.run(
+        ["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    shown = [line for block in blocks(README, "bash") for line in block.splitlines() if "pytest" in line]
+    assert read == shown
+    assert len(shown) == 1

@@ -1,0 +1,208 @@
+"""Whole healing runs: interrupted and resumed, diverged, on two processes, sharded, and from the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from heal_run_cases import in_processes, run, settings, with_bad_clips
+from safetensors.torch import load_file, save_file
+
+from mlaconvert.errors import ConfigError, InputError
+from mlaconvert.files.names import WEIGHTS_NAME
+from mlaconvert.healing import run as heal_run
+from mlaconvert.healing.recipe import HealRecipe
+from mlaconvert.healing.state import LAST, load, save
+from mlaconvert.model.load import load_model
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("stage", ["distill", "teacher-forcing", "consistency", "dmd"])
+def test_an_interrupted_run_goes_on_bit_for_bit(home: Path, tmp_path: Path, stage: str) -> None:
+    recipe = settings(stage, accumulate=2 if stage == "distill" else 1)
+    straight = run(home, tmp_path / "straight", recipe)
+    # In the step after a save; at first also before anything was saved.
+    for stop in (1, 3) if stage == "distill" else (3,):
+
+        def interrupt(_: str, done: int, total: int, stop: int = stop) -> None:
+            if done == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(home, tmp_path / "again", recipe, progress=interrupt)
+        assert not (tmp_path / "again").exists()
+    again = run(home, tmp_path / "again", recipe)
+    assert again.curves == straight.curves
+    assert load_model(tmp_path / "again").config.few_step == (stage in ("consistency", "dmd"))
+    first, second = contents(tmp_path / "straight"), contents(tmp_path / "again")
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] in ([], ["README.md"])
+    logs = [(tmp_path / f"{name}.state" / "log.jsonl").read_text().splitlines() for name in ("straight", "again")]
+    assert sorted(logs[0]) == sorted(logs[1])
+
+
+def test_soap_goes_on_bit_for_bit(home: Path, tmp_path: Path) -> None:
+    """Through a turn of its eigenbases before and after the interruption."""
+    recipe = settings("distill", steps=13, save_every=7, optimizer="soap", train="all", attention_steps=2)
+    straight = run(home, tmp_path / "straight", recipe)
+    with pytest.raises(KeyboardInterrupt):
+        run(home, tmp_path / "again", recipe, progress=stop_at(8))
+    state = load(tmp_path / "again.state" / LAST)["parts"]["student"]
+    assert state["steps"] == [7]
+    bases = state["optimizer"]["blocks.0.self_attn.kv_a_proj_with_mqa.weight"]["Q"]
+    assert [len(basis) for basis in bases] == [11, 48]  # latent 7 and rotary key 4, of width 48
+    for basis in bases:
+        assert torch.allclose(basis.T @ basis, torch.eye(len(basis)), atol=1e-5)
+    assert run(home, tmp_path / "again", recipe).curves == straight.curves
+    first, second = (load_file(tmp_path / name / WEIGHTS_NAME) for name in ("straight", "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    adam = run(home, tmp_path / "adam", dataclasses.replace(recipe, optimizer="adamw"))
+    assert adam.curves.losses[0][1] == straight.curves.losses[0][1]
+    assert adam.curves.losses[-1][1] != straight.curves.losses[-1][1]
+
+
+def test_soap_is_not_for_sharded_runs(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"optimizer soap needs whole matrices; launch without --use_fsdp"):
+        run(home, tmp_path / "out", settings("distill", optimizer="soap"), cpu=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _killed(home: Path, output: Path, recipe: HealRecipe) -> None:
+    """In a process of its own: a run that is killed in its fifth step."""
+
+    def die(_: str, done: int, total: int) -> None:
+        if done == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run(home, output, recipe, progress=die)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
+@pytest.mark.slow
+def test_a_killed_process_leaves_a_state_to_go_on_from(home: Path, tmp_path: Path) -> None:
+    recipe = settings("teacher-forcing", steps=6)
+    straight = run(home, tmp_path / "straight", recipe)
+    assert in_processes(_killed, (home, tmp_path / "killed", recipe)) == [-signal.SIGKILL]
+    assert load(tmp_path / "killed.state" / LAST)["step"] == 4
+    lines: list[str] = []
+    assert run(home, tmp_path / "killed", recipe, say=lines.append).curves == straight.curves
+    assert lines[0] == f"going on from step 4, saved in {tmp_path / 'killed.state'}"
+
+
+def stop_at(step: int) -> Callable[[str, int, int], None]:
+    def interrupt(_: str, done: int, total: int) -> None:
+        if done == step:
+            raise KeyboardInterrupt
+
+    return interrupt
+
+
+def test_the_state_of_another_run_is_refused(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(home, tmp_path / "out", settings("distill"), progress=stop_at(3))
+    for change, name in (({"seed": 1}, "seed"), ({"train": "latent"}, "train"), ({"steps": 9}, "steps")):
+        with pytest.raises(ConfigError, match=f"holds a run with another {name}; .*--restart"):
+            run(home, tmp_path / "out", settings("distill", **change))
+    other = tmp_path / "clips"
+    other.mkdir()
+    save_file(load_file(home / "clips" / "1.safetensors"), other / "1.safetensors")
+    with pytest.raises(ConfigError, match="holds a run with another data"):
+        run(home, tmp_path / "out", settings("distill"), data=other)
+    run(home, tmp_path / "out", settings("distill", steps=9), restart=True)
+
+
+def test_a_lower_rate_may_go_on(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(home, tmp_path / "out", settings("distill"), progress=stop_at(3))
+    report = run(home, tmp_path / "out", settings("distill", lr=1e-3))
+    assert [row[2] for row in report.curves.losses][:2] == [1e-3, 2e-3]
+    assert report.curves.losses[2][2] == 1e-3
+
+
+def test_a_run_without_bad_clips_goes_on_bit_for_bit(home: Path, tmp_path: Path) -> None:
+    """Eleven good clips of thirteen, of which the last two were held back when there were three."""
+    clips = with_bad_clips(home, tmp_path / "clips", 2, 6)
+    recipe = settings("teacher-forcing", steps=6, bad_shards="skip")
+    lines: list[str] = []
+    straight = run(home, tmp_path / "straight", recipe, data=clips, say=lines.append)
+    assert lines[0].endswith("(2 of its 8 clips: 2, 6, counted from 0)")
+    assert "2 of 13 clips and 0 whole shards are left out; 9 clips are trained on, 2 validated on" in lines[1]
+    with pytest.raises(KeyboardInterrupt):
+        run(home, tmp_path / "out", recipe, data=clips, progress=stop_at(3))
+    assert run(home, tmp_path / "out", recipe, data=clips).curves == straight.curves
+    # Others that are left out make another run.
+    other = with_bad_clips(home, tmp_path / "other", 2)
+    with pytest.raises(ConfigError, match="holds a run with another data"):
+        run(home, tmp_path / "out", recipe, data=other, overwrite=True)
+    with pytest.raises(InputError, match="has values that are not finite"):
+        run(home, tmp_path / "out", dataclasses.replace(recipe, bad_shards="refuse"), data=clips, overwrite=True)
+
+
+def test_a_run_that_meets_a_bad_clip_goes_on_without_it(home: Path, tmp_path: Path) -> None:
+    """What it had done stays. With this seed the bad clip is the tenth that is drawn, two a step."""
+    clips = with_bad_clips(home, tmp_path / "clips", 2)
+    recipe = settings("teacher-forcing", steps=7, save_every=1)
+    with pytest.raises(InputError, match=r"1\.safetensors: has values that are not finite"):
+        run(home, tmp_path / "out", recipe, data=clips)
+    assert load(tmp_path / "out.state" / LAST)["step"] == 4
+    lines: list[str] = []
+    skipping = dataclasses.replace(recipe, bad_shards="skip")
+    report = run(home, tmp_path / "out", skipping, data=clips, say=lines.append)
+    assert f"going on from step 4, saved in {tmp_path / 'out.state'}" in lines
+    assert len(report.curves.losses) == 7
+    with pytest.raises(ConfigError, match="holds a run with another data"):
+        run(home, tmp_path / "out", skipping, data=with_bad_clips(home, tmp_path / "more", 2, 4), overwrite=True)
+
+
+def test_processes_that_see_different_clips_are_told(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heal_run, "gather_object", lambda mine: [*mine, "0123456789abcdef"])
+    with pytest.raises(InputError, match="processes see different clips there"):
+        run(home, tmp_path / "out", settings("distill"))
+    assert not (tmp_path / "out.state").exists()
+
+
+def test_a_torn_state_is_named(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(home, tmp_path / "out", settings("distill"), progress=stop_at(3))
+    last = tmp_path / "out.state" / LAST
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"last\.pt: cannot be read .*--restart"):
+        run(home, tmp_path / "out", settings("distill"))
+
+
+@pytest.mark.parametrize("signal_raised", [KeyboardInterrupt, SystemExit])
+def test_an_interruption_of_a_save_is_no_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal_raised: type[BaseException]
+) -> None:
+    class Stops(torch.nn.Parameter):
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            raise signal_raised
+
+    save(tmp_path / LAST, {"step": 1})
+    with pytest.raises(signal_raised):
+        save(tmp_path / LAST, {"first": torch.zeros(9), "second": Stops(torch.zeros(2))})
+
+    def interrupted(*_: Any) -> None:  # as torch's zip writer does when it is closed half-way
+        error = RuntimeError("unexpected pos 27648960 vs 27648848")
+        error.__context__ = signal_raised()
+        raise error
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(signal_raised):
+        save(tmp_path / LAST, {"step": 2})
+    assert load(tmp_path / LAST)["step"] == 1
