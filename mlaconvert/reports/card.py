@@ -249,11 +249,12 @@ def _usage(facts: CardFacts) -> str:
     height, width = video.height // video.vae_stride, video.width // video.vae_stride
     frames = (config.streaming or StreamingConfig()).chunk_frames
     subfolder = f', subfolder="{model.subfolder}"' if model.subfolder else ""
-    lines = ["import torch", "", "from mlaconvert.model.load import load_model"]
     streams = config.streaming is not None and config.in_dim == config.out_dim and config.image_dim is None
-    if streams:
-        lines += ["from mlaconvert.model.rollout import rollout", "from mlaconvert.model.schedule import Sampler"]
-    lines += [
+    names = "Sampler, load_model, rollout" if streams else "load_model"
+    lines = [
+        "import torch",
+        "",
+        f"from mlaconvert import {names}",
         "",
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
         f'model = load_model("{facts.repo}"{subfolder}, device=device)',

@@ -62,7 +62,7 @@ def still(monkeypatch: pytest.MonkeyPatch) -> HealRecipe:
     return HealRecipe(stage="still", steps=2, batch=2, warmup=0, validation_clips=2, tracker="none")
 
 
-def test_a_stage_of_ones_own_needs_one_line(home: Path, tmp_path: Path, still: HealRecipe) -> None:  # noqa: F811
+def test_a_stage_of_ones_own_needs_one_line(home: Path, tmp_path: Path, still: HealRecipe) -> None:
     resolved = still.resolved()
     assert (resolved.lr, resolved.betas, resolved.ema) == (3e-3, (0.1, 0.2), 0.25)
     report = heal(home / "student", tmp_path / "out", still, data=home / "clips", cpu=True)
