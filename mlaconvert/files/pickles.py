@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,7 +26,9 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
     try:
         is_zip = zipfile.is_zipfile(path)  # older pickles cannot be mapped
         available = check_zip(path, size) if is_zip else size
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of sparse tensors, which are refused below
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,20 @@ def test_pickled_code_is_never_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"m\.pt"):
         open_store(tmp_path / "m.pt")
     assert not (tmp_path / "owned").exists()
+
+
+def test_what_torch_warns_of_a_pickle_is_not_the_users_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some versions warn of sparse tensors, before they are refused here."""
+    plain = torch.load
+
+    def warned(*arguments: Any, **options: Any) -> Any:
+        warnings.warn("validating sparse tensor invariants", UserWarning, stacklevel=2)
+        return plain(*arguments, **options)
+
+    torch.save({"w": torch.eye(3).to_sparse()}, tmp_path / "model.pt")
+    monkeypatch.setattr(torch, "load", warned)
+    with pytest.raises(CheckpointError, match="'w' is not a plain dense"):
+        open_store(tmp_path / "model.pt")
 
 
 def test_bad_pickles(tmp_path: Path) -> None:
