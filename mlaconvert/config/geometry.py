@@ -94,7 +94,7 @@ class WanConfig:
         return self.out_dim == 3
 
     @property
-    def has_wan22_latents(self) -> bool:
+    def has_high_compression_latents(self) -> bool:
         """Whether its latents are of Wan2.2's VAE, known by its 48 channels."""
         return self.out_dim == 48
 
@@ -130,4 +130,4 @@ def default_video(config: WanConfig) -> Video:
     """
     if config.works_on_pixels:
         return Video(24, 32, 1, 1)
-    return Video(480, 832, 4, 16 if config.has_wan22_latents else 8)
+    return Video(480, 832, 4, 16 if config.has_high_compression_latents else 8)

@@ -118,7 +118,7 @@ def plan_generation(wanted: Generation, config: WanConfig, *, row: int | None = 
     """
     video = default_video(config)
     pixels = config.works_on_pixels
-    fps = 24 if config.has_wan22_latents else FPS  # Wan2.2 5B, known by its VAE
+    fps = 24 if config.has_high_compression_latents else FPS  # Wan2.2 5B, known by its VAE
     if wanted.seconds is not None:
         frames = max(1, round(wanted.seconds * fps / video.frame_stride))
     else:

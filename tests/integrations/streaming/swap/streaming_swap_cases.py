@@ -6,12 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import streaming_fixtures
 import torch
 from streaming_codebases import TheirPipeline
 from torch import nn
-
-vectors, folders, make = (getattr(streaming_fixtures, name) for name in ("vectors", "folders", "make"))
 
 
 def attentions(pipe: TheirPipeline) -> list[nn.Module]:
