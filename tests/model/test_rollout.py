@@ -100,6 +100,16 @@ def test_a_rollout_continues_what_it_is_given(model: WanModel) -> None:
     assert relative(found[:, :, 2:4], x) < 1e-5
 
 
+def test_many_steps_are_eulers(model: WanModel) -> None:
+    """By hand, the first chunk: along the velocity from one level to the next, and to zero at last; no new noise."""
+    sampler, context = Sampler.many_step(3, shift=2), text(1)
+    (x,) = chunk_noise((0, 1), 0, (3, 2, H, W), 1)
+    levels = [1.0, 0.8, 0.5]  # of 1, 2/3 and 1/3: 2 s / (1 + s)
+    for level, following in zip(levels, [*levels[1:], 0.0], strict=True):
+        x = x + (following - level) * model(x, torch.full((2,), 1000 * level), context, chunks=[2])
+    assert relative(run(model, context, frames=2, sampler=sampler), x) < 1e-5
+
+
 @pytest.mark.parametrize("sampler", [FEW, Sampler.many_step(3, shift=2)])
 def test_continuing_ones_own_frames_gives_the_same_video(model: WanModel, sampler: Sampler) -> None:
     whole = run(model, text(1), frames=11, sampler=sampler)

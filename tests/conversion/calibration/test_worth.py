@@ -355,5 +355,12 @@ def test_the_disk_that_activations_take_is_known_beforehand(
                 assert len(layer.expected) == len(layer.inputs)
                 student = made.convert(layer, made.layer(13, SMALL), layer_moments(layer))
             layer.follow(layer.index, student)
-        expected = scratch_bytes(checkpoint.config, clips.latents.shape, regime, followed=3)
+        config, shape = checkpoint.config, clips.latents.shape
+        expected = scratch_bytes(config, shape, regime, followed=3)
+        # The curvatures of a refit's queries are [queries, heads, width, width]; few of them do not count here.
+        found = []
+        for queries in (10**6, 10**6 + 7):
+            monkeypatch.setattr("mlaconvert.conversion.calibration.windows.QUERIES", queries)
+            found.append(scratch_bytes(config, shape, regime, followed=3))
+        assert found[1] - found[0] == 4 * 7 * config.num_heads * config.head_dim**2
     assert 0.85 * expected < taken < 1.05 * expected

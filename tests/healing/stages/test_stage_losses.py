@@ -14,7 +14,7 @@ from torch import Tensor
 from mlaconvert.clips.folder import Clips
 from mlaconvert.healing.batches import Batch, Batches, Drawn, Rows, mix
 from mlaconvert.healing.frames import guided, noisy_layout, velocity
-from mlaconvert.healing.objective import Uncast
+from mlaconvert.healing.objective import Uncast, with_past
 from mlaconvert.healing.stages.consistency import Consistency
 from mlaconvert.healing.stages.distill import Distill, noise_levels
 from mlaconvert.healing.stages.dmd import Critic, Generator
@@ -142,6 +142,15 @@ def test_a_steps_samples_cover_the_schedule_evenly() -> None:
     assert not torch.equal((12 * whole[:, 0]).int(), (12 * whole[:, 1]).int())
     assert torch.equal(places(1, batch=2, accumulate=3, world=2), whole)
     assert not torch.equal((12 * places(2, batch=12, accumulate=1, world=1)).int(), (12 * whole).int())
+
+
+def test_the_past_that_noisy_frames_see_is_clean() -> None:
+    """In a view of chunks of 1, 2 and 2 frames the past is the first three: unlike the rest in number."""
+    batch = make_batch(8, view=-1)
+    noisy, sigma = batch.latents + 0.5, torch.rand(3, 5, generator=torch.Generator().manual_seed(4))
+    latents, timestep = with_past(batch, noisy, sigma)
+    assert torch.equal(latents, torch.cat((batch.latents[:, :, :3], noisy), 2))
+    assert torch.equal(timestep, torch.cat((torch.zeros(3, 3), 1000 * sigma), 1))
 
 
 @pytest.mark.parametrize("length", [2, 4, 5])

@@ -246,6 +246,7 @@ def test_a_latent_weighs_keys_by_what_their_scores_do_to_the_output(rope: RopeMo
     weighted = torch.cat([(spread[h] ** 0.5) * torch.linalg.cholesky(grams[h]).T @ keys[h] for h in range(HEADS)])
     sigma = torch.linalg.svdvals(torch.cat((weighted, values.flatten(0, 1))))
     layer = lossy(qk_nope_head_dim=WIDTH, rope_components=())
+    assert convert(weights, layer, rope=rope).errors.get("rope", 0.0) == 0.0
     expected = float((sigma[layer.kv_lora_rank :].square().sum() / sigma.square().sum()).sqrt())
     assert convert(weights, layer, rope=rope).errors["latent"] == pytest.approx(expected, rel=1e-5)
 
@@ -296,5 +297,8 @@ def test_directions_of_a_degenerate_matrix() -> None:
     basis, kept = leading_directions(torch.diag((torch.arange(40) < 5).double()), 9)
     assert relative(basis.T @ basis, torch.eye(9, dtype=torch.float64)) < EXACT
     assert kept == 1.0
+    basis, kept = leading_directions(torch.zeros(5, 5, dtype=torch.float64), 2)
+    assert relative(basis.T @ basis, torch.eye(2, dtype=torch.float64)) < EXACT
+    assert kept == 1.0  # there is nothing to lose
     with pytest.raises(np.linalg.LinAlgError):
         leading_directions(torch.full((5, 5), torch.nan, dtype=torch.float64), 2)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from factorize_cases import (
     DIM,
-    EPS,
     EXACT,
     HEADS,
     SPLIT,
@@ -29,6 +28,7 @@ from mlaconvert.latent.allocate import allocate
 from mlaconvert.latent.components import choose_components
 from mlaconvert.latent.factorize import Factors
 from mlaconvert.latent.matrices import affine, leading_directions
+from mlaconvert.latent.moments import modulation_moments
 from mlaconvert.latent.pairs import highest_pairs, mean_rotation
 from mlaconvert.latent.random_start import random_layer
 from mlaconvert.latent.roots import DiagonalRoot, Root, TriangularRoot, cholesky
@@ -164,7 +164,9 @@ def test_modulation_moments_are_those_of_sampled_inputs() -> None:
 def test_modulation_moments_in_closed_form() -> None:
     """Timestep by timestep: an input is white noise times 1 + scale, plus shift, and all that is linear follows."""
     weights, modulation = make_weights(), make_modulation()
-    m, share = moments(weights), 1 / len(modulation)
+    eps, share = 0.2, 1 / len(modulation)  # large enough to see
+    rho = torch.zeros(WIDTH // 2, dtype=torch.complex128)
+    m = modulation_moments(weights, modulation, num_heads=HEADS, eps=eps, rho=rho)
     assert relative(m.mean, torch.stack([shift for shift, _ in modulation]).mean(0)) < EXACT
     second = torch.zeros(3, DIM, DIM, dtype=torch.float64)  # of x, q and k, before their norms
     for shift, scale in modulation:
@@ -174,8 +176,8 @@ def test_modulation_moments_in_closed_form() -> None:
             mean = matrix.double() @ shift + bias
             second[i] += share * (matrix.double() @ noise @ matrix.double().T + torch.outer(mean, mean))
     assert relative(m.covariance, second[0] - torch.outer(m.mean, m.mean)) < EXACT
-    assert m.inverse_norm == pytest.approx(float(second[2].trace() / DIM + EPS) ** -0.5, rel=1e-5)
-    normed = torch.diag(weights.norm_q) @ second[1] @ torch.diag(weights.norm_q) / (second[1].trace() / DIM + EPS)
+    assert m.inverse_norm == pytest.approx(float(second[2].trace() / DIM + eps) ** -0.5, rel=1e-5)
+    normed = torch.diag(weights.norm_q) @ second[1] @ torch.diag(weights.norm_q) / (second[1].trace() / DIM + eps)
     heads = torch.stack([normed[h * WIDTH : (h + 1) * WIDTH, h * WIDTH : (h + 1) * WIDTH] for h in range(HEADS)])
     assert relative(m.query, heads) < 1e-5  # its root is damped
 

@@ -191,14 +191,21 @@ def test_auto_takes_the_cheaper_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     model = latent_model(WIDE)
     x, t, context = torch.ones(1, 3, 2, 4, 6), torch.full((1,), 300.0), torch.ones(1, 2, 9)
     assert model.attention_mode == "auto"
-    outputs = {}
+    outputs, asked = {}, []
     for chosen in ("expanded", "absorbed"):
-        monkeypatch.setattr("mlaconvert.model.attention.latent.cheaper_mode", lambda *_, chosen=chosen, **__: chosen)
+
+        def cheaper(*_: Any, chosen: str = chosen, **sizes: Any) -> str:
+            asked.append(sizes)
+            return chosen
+
+        monkeypatch.setattr("mlaconvert.model.attention.latent.cheaper_mode", cheaper)
         automatic = model(x, t, context)
         model.attention_mode = chosen  # type: ignore[assignment]
         assert torch.equal(model(x, t, context), automatic)
         outputs[chosen], model.attention_mode = automatic, "auto"
     assert not torch.equal(outputs["expanded"], outputs["absorbed"])  # they differ by rounding
+    sizes = {"num_heads": 4, "content": WIDE.kv_lora_rank, "queries": 12, "keys": 12, "itemsize": 4}  # 2 * 2 * 3 tokens
+    assert all(sizes.items() <= given.items() for given in asked)
     assert relative(outputs["expanded"], outputs["absorbed"]) < 1e-5
 
 
