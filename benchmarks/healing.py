@@ -65,6 +65,7 @@ from mlaconvert.healing.stages import STAGES, distill, stage_of
 from mlaconvert.healing.stages.few_step import FewStep, energy_distance, reference_features
 from mlaconvert.healing.stages.stage import Models
 from mlaconvert.healing.state import Trained, choose_trained, make_optimizer
+from mlaconvert.listener import Listener
 from mlaconvert.model.load import load_model
 from mlaconvert.model.wan import WanModel
 
@@ -210,7 +211,7 @@ def convert_shipped(start: str, seed: int, output: Path) -> None:
 def heal_shipped(start: Model, recipe: HealRecipe, output: Path) -> None:
     """`start` healed towards the built-in model."""
     say = functools.partial(print, " ", file=sys.stderr, flush=True)
-    heal(start.folder(), output, recipe, teacher="tiny", say=say)
+    heal(start.folder(), output, recipe, listener=Listener(say=say), teacher="tiny")
 
 
 def trained(model: Healed, measure: Measure) -> dict[str, Any]:
@@ -483,7 +484,7 @@ def _measure(
     frames = 6 if stage.whole_clips else 9
     view = views(frames, config.streaming)[-1]
     count = len(view.frames)
-    found = estimate(recipe, student_config, config, [], view, height=size[0], width=size[1])
+    found = estimate(recipe, student_config, config, [], view, size=size)
     seconds = 0.0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

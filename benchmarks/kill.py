@@ -47,6 +47,7 @@ from mlaconvert.errors import OutputError
 from mlaconvert.families.wan import WanFamily
 from mlaconvert.files import staging, writer
 from mlaconvert.files.names import CONFIG_NAME
+from mlaconvert.files.output import Output
 from mlaconvert.files.writer import ModelWriter, TensorSpec
 from mlaconvert.generation.movies import save_movie
 
@@ -246,7 +247,7 @@ def break_everything(source: Path, folder: Path, expected: Snapshot, *, overwrit
 
     fresh()
     with watched(Disk()) as clean:
-        convert(source, output, SVD, overwrite=overwrite)
+        convert(source, Output(output, overwrite=overwrite), SVD)
     found = Counter[str]()
     for operation in clean.operations():
         fresh()
@@ -254,13 +255,13 @@ def break_everything(source: Path, folder: Path, expected: Snapshot, *, overwrit
         allowed = [None, expected, *([other] if overwrite else [])]
         try:
             with watched(Disk(broken=operation, error=errno.ENOSPC)):
-                convert(source, output, SVD, overwrite=overwrite)
+                convert(source, Output(output, overwrite=overwrite), SVD)
             found["ended well"] += 1
         except OutputError:
             pass
         between = snapshot(output) if output.exists() else None
         if between != expected:
-            convert(source, output, SVD, overwrite=overwrite)
+            convert(source, Output(output, overwrite=overwrite), SVD)
         if between not in allowed or snapshot(output) != expected:
             found["lost"] += 1
             print(f"LOST: {operation}", file=sys.stderr)

@@ -59,8 +59,8 @@ from mlaconvert.generation.request import Runtime
 from mlaconvert.integrations.streaming import swap_attention
 from mlaconvert.model.attention.kernel import attend
 from mlaconvert.model.load import load_model
-from mlaconvert.model.memory import plan_memory
-from mlaconvert.model.rollout import chunk_noise, rollout
+from mlaconvert.model.memory import StreamedVideo, plan_memory
+from mlaconvert.model.rollout import CacheUse, LatentSize, chunk_noise, rollout
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.wan import WanModel
 
@@ -113,11 +113,9 @@ class Case:
         return rollout(
             model,
             context,
-            frames=frames,
-            height=self.size[0],
-            width=self.size[1],
+            size=LatentSize(frames=frames, height=self.size[0], width=self.size[1]),
+            cache=CacheUse(streaming=self.streaming),
             sampler=Sampler.few_step(self.timesteps),
-            streaming=self.streaming,
         )
 
 
@@ -435,8 +433,14 @@ def measure(code: Code, device: torch.device, arguments: argparse.Namespace) -> 
     video = default_video(dense)
     pixels = (setting.height or video.height, setting.width or video.width)
     strides = (video.frame_stride, video.vae_stride, video.vae_stride)
-    sizes: dict[str, Any] = {"window_frames": streaming.window_frames, "batch": setting.batch, "vae_stride": strides}
-    plan_memory(dense, None, height=pixels[0], width=pixels[1], **sizes)  # says what is wrong with a size
+    shown = StreamedVideo(
+        height=pixels[0],
+        width=pixels[1],
+        window_frames=streaming.window_frames,
+        batch=setting.batch,
+        vae_stride=strides,
+    )
+    plan_memory(dense, None, video=shown)  # says what is wrong with a size
     case = Case(
         config=dense,
         streaming=streaming,

@@ -19,7 +19,7 @@ from mlaconvert.clips.tiny.clips import HEIGHT, HELD_BACK, WIDTH, embed_captions
 from mlaconvert.demo import CAPTIONS, FRAMES, GUIDANCE, STEPS, generate
 from mlaconvert.generation.movies import contact_sheet
 from mlaconvert.model.load import load_model
-from mlaconvert.model.rollout import rollout
+from mlaconvert.model.rollout import Given, LatentSize, rollout
 from mlaconvert.model.schedule import Sampler
 
 
@@ -29,11 +29,9 @@ def main() -> None:
     fresh = rollout(
         model,
         embed_captions(sample_scenes(2, HELD_BACK + 2).tokens()),
-        frames=FRAMES,
-        height=HEIGHT,
-        width=WIDTH,
+        size=LatentSize(frames=FRAMES, height=HEIGHT, width=WIDTH),
+        given=Given(null_context=null_context()),
         sampler=Sampler.many_step(STEPS, guidance=GUIDANCE),
-        null_context=null_context(),
     )
     strips = [
         contact_sheet([generate(model), scenes.draw(torch.arange(FRAMES))]),

@@ -29,7 +29,7 @@ from mlaconvert.clips.tiny.clips import CAPTION_LEN, HEIGHT, VOCABULARY, WIDTH, 
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.model.blocks import Block
-from mlaconvert.model.rollout import rollout
+from mlaconvert.model.rollout import Given, LatentSize, rollout
 from mlaconvert.model.schedule import Sampler, add_noise, warp
 from mlaconvert.model.wan import WanModel
 
@@ -181,12 +181,10 @@ def own_pasts(model: WanModel, tables: dict[str, Tensor], first_seed: int) -> It
                     rollout(
                         model,
                         embed_captions(tokens, tables),
-                        frames=OWN_CHUNKS * chunk,
-                        height=HEIGHT,
-                        width=WIDTH,
+                        size=LatentSize(frames=OWN_CHUNKS * chunk, height=HEIGHT, width=WIDTH),
+                        given=Given(prefix=clips[:, :, :chunk]),
                         sampler=OWN_SAMPLER,
                         seed=seed,
-                        prefix=clips[:, :, :chunk],
                     )
                 ),
                 2,

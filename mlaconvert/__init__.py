@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mlaconvert.conversion.analyze import analyze as analyze
     from mlaconvert.conversion.recipe import ConvertRecipe as ConvertRecipe
     from mlaconvert.conversion.run import convert as convert
-    from mlaconvert.evaluation.run import evaluate_models as evaluate_models
+    from mlaconvert.evaluation.run import evaluate as evaluate
     from mlaconvert.families.open import open_checkpoint as open_checkpoint
     from mlaconvert.generation.run import generate as generate
     from mlaconvert.healing.recipe import HealRecipe as HealRecipe
@@ -39,7 +39,7 @@ _HOMES = {
     "Sampler": "model.schedule",
     "analyze": "conversion.analyze",
     "convert": "conversion.run",
-    "evaluate_models": "evaluation.run",
+    "evaluate": "evaluation.run",
     "generate": "generation.run",
     "heal": "healing.run",
     "load_model": "model.load",

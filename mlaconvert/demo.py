@@ -26,7 +26,9 @@ from mlaconvert.evaluation.report import EvaluationReport, make_report
 from mlaconvert.families.open import open_checkpoint
 from mlaconvert.files.inputs import read_json
 from mlaconvert.files.names import CONVERSION_NAME
+from mlaconvert.files.output import Output
 from mlaconvert.generation.movies import contact_sheet, save_movie, side_by_side
+from mlaconvert.listener import Listener
 from mlaconvert.model.load import load_model
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.wan import WanModel
@@ -81,7 +83,9 @@ def run_demo(output: Path, progress: Progress, *, overwrite: bool = False) -> De
     with open_checkpoint("tiny") as checkpoint:
         analysis = analyze(checkpoint, progress=progress)
     path = output / "tiny-mla"
-    report = convert("tiny", path, load_recipe("tiny"), overwrite=overwrite, progress=progress)
+    report = convert(
+        "tiny", Output(path, overwrite=overwrite), load_recipe("tiny"), listener=Listener(progress=progress)
+    )
     teacher, student = load_model("tiny"), load_model(path)
     conditions = dataclasses.replace(
         tiny_conditions(teacher.config.streaming, clips=CLIPS), rollout=rollout_plan(teacher)

@@ -13,6 +13,7 @@ import mlaconvert
 ORDER = (
     "errors",
     "progress",
+    "listener",
     "units",
     "config",
     "files",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlaconvert.errors import CheckpointError, InputError
+from mlaconvert.families.source import AnySource, as_source
 from mlaconvert.files.hub_cache import fetch_files, list_files
 from mlaconvert.files.inputs import read_json, reason_of
 from mlaconvert.files.names import CONVERSION_NAME
@@ -81,14 +82,14 @@ def open_base(source: str, revision: str | None = None) -> Base:
     return base
 
 
-def find_base(model: str | Path, revision: str | None = None, subfolder: str | None = None) -> Base:
+def find_base(model: AnySource) -> Base:
     """The base that `model` came with: its own repository, or the one that its conversion.json names as its source.
 
     A source without a user's name is looked for from here and beside the model. Raises InputError when none has the
     components, and says to name one.
     """
-    reasons = []
-    for source, at in _candidates(str(model), revision, subfolder):
+    model, reasons = as_source(model), []
+    for source, at in _candidates(str(model), model.revision, model.subfolder):
         try:
             return open_base(source, at)
         except CheckpointError as error:

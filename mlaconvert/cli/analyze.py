@@ -7,16 +7,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlaconvert.cli.options import ConfigFile, Device, Json, KvRank, Layers, Revision, Source, StateKey, Subfolder
+from mlaconvert.cli.options import (
+    Checkpoint,
+    ConfigFile,
+    Device,
+    Json,
+    KvRank,
+    Layers,
+    Revision,
+    StateKey,
+    Subfolder,
+    source_of,
+)
 from mlaconvert.cli.show import console, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from mlaconvert.families.checkpoint import Checkpoint
+    from mlaconvert.families.checkpoint import Checkpoint as OpenCheckpoint
     from mlaconvert.model.memory import MemoryPlan
 
 
 def analyze(
-    checkpoint: Source,
+    checkpoint: Checkpoint,
     revision: Revision = None,
     subfolder: Subfolder = None,
     state_key: StateKey = None,
@@ -89,7 +100,7 @@ def analyze(
     from mlaconvert.families.causal import assumption_line
     from mlaconvert.families.merged import remarks
     from mlaconvert.model.device import resolve_device
-    from mlaconvert.model.memory import plan_memory
+    from mlaconvert.model.memory import StreamedVideo, plan_memory
     from mlaconvert.reports.tables import analysis_table, budget_table, memory_table, titled
 
     if not calibrated and (data is not None or clips is not None):
@@ -99,22 +110,25 @@ def analyze(
         options |= {"init": "calibrated"} | ({} if clips is None else {"clips": clips})
     recipe = parse(ConvertRecipe, options, "options")
 
-    def plan(model: Checkpoint) -> MemoryPlan:
+    def plan(model: OpenCheckpoint) -> MemoryPlan:
         geometry, video = model.config, default_video(model.config)
         return plan_memory(
             geometry,
             geometry.mla or mla_config(resolve_recipe(recipe, geometry), geometry),
-            height=height or video.height,
-            width=width or video.width,
-            window_frames=window_frames or (geometry.streaming or StreamingConfig()).window_frames,
-            batch=batch,
-            vae_stride=(video.frame_stride, video.vae_stride, video.vae_stride),
+            video=StreamedVideo(
+                height=height or video.height,
+                width=width or video.width,
+                window_frames=window_frames or (geometry.streaming or StreamingConfig()).window_frames,
+                batch=batch,
+                vae_stride=(video.frame_stride, video.vae_stride, video.vae_stride),
+            ),
             gpu_gb=gpu_gb,
         )
 
     chosen_device, out, err = resolve_device(device), console(), console(stderr=True)
     results: dict[str, Any] = {}
-    with open_models(checkpoint, revision=revision, subfolder=subfolder, state_key=state_key, config=config) as models:
+    source = source_of(checkpoint, revision=revision, subfolder=subfolder, state_key=state_key, config=config)
+    with open_models(source) as models:
         for name, model in models.items():
             err.print(f"{titled(name)}{model.describe()}", markup=False)
             seen = model.config.streaming

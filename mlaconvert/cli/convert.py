@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlaconvert.cli.options import (
+    Checkpoint,
     ConfigFile,
     Device,
     FewStep,
@@ -19,14 +20,14 @@ from mlaconvert.cli.options import (
     Layers,
     Loras,
     LoraScales,
-    Output,
+    OutputFolder,
     Positions,
     Revision,
-    Source,
     StateKey,
     Subfolder,
     among,
     recipes,
+    source_of,
 )
 from mlaconvert.cli.show import console, print_json, progress_bar
 
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 
 
 def convert(
-    checkpoint: Source,
-    output: Output = None,
+    checkpoint: Checkpoint,
+    output: OutputFolder = None,
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -139,14 +140,6 @@ def convert(
             "Default: DIR.moments beside the output.",
         ),
     ] = None,
-    without: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LIST",
-            help="Parts of --init calibrated to switch off, to see their worth: centring, rho, components, weights, "
-            "sensitivity, refit; separated by commas. Default: none.",
-        ),
-    ] = None,
     clips: Annotated[
         int | None,
         typer.Option(
@@ -211,7 +204,9 @@ def convert(
     not those of --init calibrated, where a layer sees what the layers before it do.
     """
     from mlaconvert.conversion import run as conversion
-    from mlaconvert.families.lora import pair
+    from mlaconvert.conversion.calibration.method import CalibrationSetup
+    from mlaconvert.errors import ConfigError
+    from mlaconvert.files.output import Output
     from mlaconvert.reports.tables import layer_table, loss_table
 
     options = {
@@ -223,7 +218,6 @@ def convert(
         "v_dim": v_dim,
         "rope": rope,
         "rope_selection": rope_selection,
-        "without": None if without is None else without.split(","),
         "key_norm": key_norm,
         "allocation": allocation,
         "clips": clips,
@@ -244,29 +238,34 @@ def convert(
     speaks = os.environ.get("RANK", "0") == "0"
     out, err = console(quiet=not speaks), console(stderr=True, quiet=not speaks)
     plans = out if dry_run and not as_json else err
+    source = source_of(
+        checkpoint,
+        revision=revision,
+        subfolder=subfolder,
+        state_key=state_key,
+        config=config,
+        loras=(lora, lora_scale),
+    )
+    target = None if output is None else Output(output, overwrite=overwrite, restart=restart)
     started = time.monotonic()
     with progress_bar(err) as progress:
-        report = conversion.convert(
-            checkpoint,
-            output,
-            resolved,
-            streaming={name: value for name, value in window.items() if value is not None},
-            revision=revision,
-            subfolder=subfolder,
-            state_key=state_key,
-            config=config,
-            loras=pair(lora or (), lora_scale or ()),
-            device=device,
-            data=data,
-            moments=moments,
-            overwrite=overwrite,
-            verify=verify,
-            dry_run=dry_run,
-            on_plan=lambda plan: _print_plan(plans, plan, data, details=dry_run),
-            progress=progress,
-            restart=restart,
-            say=lambda line: err.print(line, markup=False, soft_wrap=True),
-        )
+        asked: dict[str, Any] = {
+            "streaming": {name: value for name, value in window.items() if value is not None},
+            "data": CalibrationSetup(data=data, moments=moments),
+            "device": device,
+            "listener": conversion.ConversionListener(
+                on_plan=lambda plan: _print_plan(plans, plan, data, details=dry_run),
+                progress=progress,
+                say=lambda line: err.print(line, markup=False, soft_wrap=True),
+            ),
+        }
+        asked["data"].check(resolved.init)
+        if dry_run:
+            report = conversion.preview(source, target, resolved, **asked)
+        elif target is None:
+            raise ConfigError("no folder to write to; give one with -o DIR (output), or --dry-run to see the plan")
+        else:
+            report = conversion.convert(source, target, resolved, **asked, verify=verify)
     if not speaks:
         return
     if as_json:

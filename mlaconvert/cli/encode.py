@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
@@ -69,6 +69,10 @@ def encode(
     wanted = encoding.Encoding(height=height, width=width, frames=frames, fps=fps, clips=clips)
     found = find_videos(videos, captions)
     err = console(stderr=True)
+
+    def skipped(message: str) -> None:
+        err.print(message, markup=False, soft_wrap=True)
+
     with progress_bar(err) as report:
         made = encoding.encode(
             found,
@@ -77,8 +81,7 @@ def encode(
             wanted,
             device=device,
             text_device=text_device,
-            bad=cast(encoding.BadVideos, bad_videos),
-            on_bad=lambda message: err.print(message, markup=False, soft_wrap=True),
+            on_bad=skipped if bad_videos == "skip" else None,
             progress=report,
         )
     if as_json:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlaconvert.cli.options import Json, Revision, RunDevice
+from mlaconvert.cli.options import Json, Revision, RunDevice, source_of
 from mlaconvert.cli.show import console, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def evaluate(
 
     from mlaconvert.errors import ConfigError, OutputError
     from mlaconvert.evaluation.request import Request
-    from mlaconvert.evaluation.run import evaluate_models
+    from mlaconvert.evaluation.run import evaluate as run
     from mlaconvert.evaluation.vbench import load_vbench
     from mlaconvert.files.staging import claim
     from mlaconvert.model.device import resolve_device
@@ -110,8 +110,6 @@ def evaluate(
         videos=videos,
         steps=steps,
         seed=seed,
-        revision=revision,
-        subfolder=subfolder,
         device=resolve_device(device),
         dtype=getattr(torch, dtype) if dtype is not None else None,
     )
@@ -128,8 +126,8 @@ def evaluate(
         for folder in dict.fromkeys(Path(source).resolve() for source in models) if save else ():
             stack.enter_context(claim(folder, "evaluate"))
         progress = stack.enter_context(progress_bar(err))
-        report = evaluate_models(
-            models,
+        report = run(
+            [source_of(source, revision=revision, subfolder=subfolder) for source in models],
             request,
             vbench=scores,
             teacher_vbench=teacher_scores,

@@ -10,6 +10,7 @@ import typer
 from mlaconvert.cli.options import (
     Attention,
     BaseRepo,
+    Checkpoint,
     ChunkFrames,
     Compile,
     ConfigFile,
@@ -21,12 +22,12 @@ from mlaconvert.cli.options import (
     Revision,
     RunDevice,
     SinkFrames,
-    Source,
     StateKey,
     TextDevice,
     Width,
     WindowFrames,
     among,
+    source_of,
 )
 from mlaconvert.cli.show import console, print_json, progress_bar
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: Source,
+    model: Checkpoint,
     text: Annotated[
         list[str] | None,
         typer.Argument(
@@ -216,7 +217,7 @@ def generate(
         compile=compiled,
         slice_size=slice_size,
     )
-    place = {"revision": revision, "subfolder": subfolder, "state_key": state_key, "config": config}
+    source = source_of(model, revision=revision, subfolder=subfolder, state_key=state_key, config=config)
     err = console(stderr=True)
 
     def say(line: str) -> None:
@@ -225,23 +226,21 @@ def generate(
     with progress_bar(err) as progress:
         if prompts is not None:
             files = generate_for_vbench(
-                model,
+                source,
                 output,
                 _lines(prompts),
                 wanted,
                 runtime,
-                **cast(Any, place),
                 overwrite=overwrite,
                 progress=progress,
                 say=say,
             )
         else:
             found = generation.generate(
-                model,
+                source,
                 output,
                 wanted,
                 runtime,
-                **cast(Any, place),
                 movie=cast("Movie", movie),
                 overwrite=overwrite,
                 progress=progress,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlaconvert.cli.options import Json, Output, among, recipes
+from mlaconvert.cli.options import Json, OutputFolder, among, recipes, source_of
 from mlaconvert.cli.show import console, print_json, progress_bar
 from mlaconvert.healing.stages import STAGES
 
@@ -23,7 +23,7 @@ def heal(
     model: Annotated[
         Path, typer.Argument(metavar="DIR", help="A converted model folder; it is not changed.", show_default=False)
     ],
-    output: Output = None,
+    output: OutputFolder = None,
     stage: Annotated[
         str | None,
         typer.Option(
@@ -138,9 +138,11 @@ def heal(
 ) -> None:
     """Train a converted model for one stage. Interrupted, the same command goes on where it was."""
     from mlaconvert.errors import ConfigError
+    from mlaconvert.files.output import Output
     from mlaconvert.healing.recipe import load_heal_recipe
     from mlaconvert.healing.run import heal as run
     from mlaconvert.healing.run import plan
+    from mlaconvert.listener import Listener
 
     options = {
         "stage": stage,
@@ -160,10 +162,10 @@ def heal(
         "tracker": tracker,
     }
     chosen = load_heal_recipe(recipe, {name: value for name, value in options.items() if value is not None})
-    out, err = console(), console(stderr=True)
+    source, out, err = source_of(str(model), subfolder=subfolder), console(), console(stderr=True)
     if dry_run:
         rate = None if tflops is None else 1e12 * tflops
-        found = plan(model, chosen, teacher=teacher, subfolder=subfolder, data=data, flops_per_second=rate)
+        found = plan(source, chosen, teacher=teacher, data=data, flops_per_second=rate)
         if as_json:
             print_json(found.to_json())
         else:
@@ -175,18 +177,17 @@ def heal(
     started, speaks = time.monotonic(), int(os.environ.get("RANK", "0")) == 0
     with progress_bar(err) as progress:
         report = run(
-            model,
-            output,
+            source,
+            Output(output, overwrite=overwrite, restart=restart),
             chosen,
             teacher=teacher,
-            subfolder=subfolder,
             data=data,
             state=state,
             cpu=cpu,
-            overwrite=overwrite,
-            restart=restart,
-            progress=progress,
-            say=lambda line: err.print(line, markup=False, soft_wrap=True) if speaks else None,
+            listener=Listener(
+                progress=progress,
+                say=lambda line: err.print(line, markup=False, soft_wrap=True) if speaks else None,
+            ),
         )
     if speaks:
         if as_json:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from mlaconvert.families.source import Source
 
 
 def among(*values: str) -> Callable[[str], list[str]]:
@@ -26,6 +29,23 @@ def files(incomplete: str, *endings: str) -> list[str]:
     return [f"{path}/" if path.is_dir() else str(path) for path in shown if path.is_dir() or path.suffix in endings]
 
 
+def source_of(
+    path: str,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    state_key: str | None = None,
+    config: Path | None = None,
+    loras: tuple[list[Path] | None, list[float] | None] = (None, None),
+) -> Source:
+    """The model that these options name; `loras` are the values of --lora and --lora-scale."""
+    from mlaconvert.families.lora import pair
+    from mlaconvert.families.source import Source
+
+    files = tuple(pair(loras[0] or (), loras[1] or ()))
+    return Source(path, revision=revision, subfolder=subfolder, state_key=state_key, config=config, loras=files)
+
+
 def models(incomplete: str) -> list[str]:
     """The built-in model, weight files and folders."""
     return among("tiny")(incomplete) + files(incomplete, ".safetensors", ".json", ".pt", ".pth", ".ckpt", ".bin")
@@ -42,7 +62,7 @@ def recipes(kind: str = "") -> Callable[[str], list[str]]:
     return complete
 
 
-Source = Annotated[
+Checkpoint = Annotated[
     str,
     typer.Argument(
         metavar="CHECKPOINT",
@@ -144,7 +164,7 @@ Compile = Annotated[
         "on a GPU, a C++ compiler on a CPU.",
     ),
 ]
-Output = Annotated[
+OutputFolder = Annotated[
     Path | None,
     typer.Option(
         "--output",

@@ -53,10 +53,8 @@ def push(
             public=public,
             update=update,
             dry_run=dry_run,
-            license=license,
-            base_model=base_model,
-            on_plan=lambda plan: _print_plan(show, plan),
-            progress=progress,
+            stated=hub.Stated(license=license, base_model=base_model),
+            listener=hub.PushListener(on_plan=lambda plan: _print_plan(show, plan), progress=progress),
         )
     if as_json:
         print_json(report.plan.to_json() | {"commit_url": report.commit_url})

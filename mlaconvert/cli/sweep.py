@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlaconvert.cli.options import ConfigFile, Json, Loras, LoraScales, Revision, RunDevice, Source, StateKey, recipes
+from mlaconvert.cli.options import (
+    Checkpoint,
+    ConfigFile,
+    Json,
+    Loras,
+    LoraScales,
+    Revision,
+    RunDevice,
+    StateKey,
+    recipes,
+    source_of,
+)
 from mlaconvert.cli.show import console, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -15,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    checkpoint: Source,
+    checkpoint: Checkpoint,
     output: Annotated[
         Path,
         typer.Option("--output", "-o", metavar="DIR", help="Folder of the results; one of the same sweep goes on."),
@@ -116,8 +127,8 @@ def sweep(
     Interrupted, the same command goes on; finished cells are kept.
     """
     from mlaconvert.evaluation.cells import load_sweep_recipe
+    from mlaconvert.evaluation.sweep import SweepClips, SweepListener
     from mlaconvert.evaluation.sweep import sweep as run
-    from mlaconvert.families.lora import pair
     from mlaconvert.reports.evaluation_tables import sweep_table
     from mlaconvert.reports.plots import plot_sweep
     from mlaconvert.units import percent
@@ -141,25 +152,25 @@ def sweep(
 
     with progress_bar(err) as progress:
         report = run(
-            checkpoint,
+            source_of(
+                checkpoint,
+                revision=revision,
+                subfolder=subfolder,
+                state_key=state_key,
+                config=config,
+                loras=(lora, lora_scale),
+            ),
             output,
             resolved,
-            revision=revision,
-            subfolder=subfolder,
-            state_key=state_key,
-            config=config,
-            loras=pair(lora or (), lora_scale or ()),
-            data=data,
-            clips=clips,
-            validation_clips=validation_clips,
-            moments=moments,
-            seed=seed,
+            clips=SweepClips(data=data, calibration=clips, validation=validation_clips, moments=moments, seed=seed),
             device=device,
             keep=keep,
             restart=restart,
-            on_cell=say,
-            progress=progress,
-            say=lambda line: err.print(line, markup=False, soft_wrap=True),
+            listener=SweepListener(
+                on_cell=say,
+                progress=progress,
+                say=lambda line: err.print(line, markup=False, soft_wrap=True),
+            ),
         )
     plot_sweep(report, output / "sweep.png")
     if as_json:

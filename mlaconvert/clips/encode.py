@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -40,7 +40,6 @@ from mlaconvert.model.device import resolve_device
 from mlaconvert.progress import Counter, Progress, silent
 
 SETTINGS_NAME = "encoding.json"
-BadVideos = Literal["refuse", "skip"]
 _HEADER = "clip"  # the only entry: the order of several is not the same in every process
 _TEXTS = ".text"  # embeddings that wait for their videos
 _PARTS = 1000  # steps of the progress in one video
@@ -88,7 +87,6 @@ def encode(
     *,
     device: str = "cpu",
     text_device: str | None = None,
-    bad: BadVideos = "refuse",
     on_bad: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> EncodingReport:
@@ -97,8 +95,8 @@ def encode(
     Every clip becomes a shard with `latents` [1, C, F, h, w] in float32, normalised as the transformer sees them, and
     `context` [1, 512, text_dim] in bfloat16; `null_context.safetensors` holds the empty prompt's. Shards appear whole;
     those whose video, caption and settings are unchanged are kept, so an interrupted run goes on. A video that cannot
-    be decoded, or is too short for one clip, raises InputError naming it, or is left out with `bad` "skip", which
-    tells `on_bad` and deletes what shards there are of it. Raises OutputError for a folder that holds something else or
+    be decoded, or is too short for one clip, raises InputError naming it, or is left out with `on_bad`, which
+    is told, and what shards there are of it are deleted. Raises OutputError for a folder that holds something else or
     clips of other settings, or that another run has.
     """
     require("imageio_ffmpeg", "diffusers", "transformers", "ftfy")
@@ -107,7 +105,7 @@ def encode(
         resolve_device(name, torch.float32)
     with claim(folder, "encode"):
         _check_folder(folder, _settings(base, wanted))
-        return _encode(videos, folder, base, wanted, device, text_device or device, bad, on_bad, report)
+        return _encode(videos, folder, base, wanted, (device, text_device or device), on_bad, report)
 
 
 def _encode(
@@ -115,13 +113,12 @@ def _encode(
     folder: Path,
     base: Base,
     wanted: Encoding,
-    device: str,
-    text_device: str,
-    bad: BadVideos,
+    devices: tuple[str, str],
     on_bad: Callable[[str], None] | None,
     report: Progress,
 ) -> EncodingReport:
-    """`encode` in a folder that nobody else writes to."""
+    """`encode` in a folder that nobody else writes to; `devices` are those of the VAE and of the text encoder."""
+    device, text_device = devices
     shards, kept, stale = _shards(folder), {}, {}
     for video in videos:
         kept[video.name], stale[video.name] = _kept(video, shards.get(_stem(video), {}), wanted)
@@ -150,13 +147,12 @@ def _encode(
             raise
         except InputError as error:
             there = _shards(folder).get(_stem(video), {})
-            _delete(path for clip, path in there.items() if bad == "skip" or clip not in clips)
-            if bad == "refuse":
+            _delete(path for clip, path in there.items() if on_bad is not None or clip not in clips)
+            if on_bad is None:
                 raise InputError(f"{error}; mend or remove it, or pass --bad-videos skip") from None
             kept[video.name] = []
             skipped.append(str(error))
-            if on_bad is not None:
-                on_bad(f"skipped: {error}")
+            on_bad(f"skipped: {error}")
         show(1)
     if not skipped:  # a second try needs the encoder no more
         shutil.rmtree(folder / _TEXTS, ignore_errors=True)

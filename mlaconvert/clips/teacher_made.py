@@ -9,7 +9,7 @@ import torch
 from mlaconvert.clips.folder import Clips
 from mlaconvert.config.geometry import WanConfig, default_video
 from mlaconvert.config.streaming import StreamingConfig
-from mlaconvert.model.rollout import passes, rollout
+from mlaconvert.model.rollout import CacheUse, LatentSize, passes, rollout
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.wan import WanModel
 from mlaconvert.progress import Counter, Progress, silent
@@ -67,12 +67,10 @@ class OwnClips:
             chunks = rollout(
                 model,
                 some,
-                frames=self.frames,
-                height=self.height,
-                width=self.width,
+                size=LatentSize(frames=self.frames, height=self.height, width=self.width),
                 sampler=self.sampler,
                 seed=seed + first,
-                streaming=self.streaming,
+                cache=CacheUse(streaming=self.streaming),
                 on_step=counter.step,
             )
             parts.append(torch.cat([chunk.float().cpu() for chunk in chunks], 2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import MLALayer
 from mlaconvert.config.parsing import parse
 from mlaconvert.config.streaming import StreamingConfig
-from mlaconvert.conversion.calibration.run import Calibration, calibrate, refit_layers
+from mlaconvert.conversion.calibration.run import Calibration, KeptWalk, Task, calibrate, refit_layers
 from mlaconvert.conversion.calibration.store import MOMENTS_VERSION, moments_file
 from mlaconvert.conversion.calibration.target import Target
 from mlaconvert.conversion.calibration.windows import BATCH_TOKENS, scratch_bytes
@@ -61,29 +61,16 @@ def from_clips(
     losses: dict[str, float],
     device: torch.device,
     *,
-    state: Path,
-    finished: Collection[int],
-    say: Callable[[str], None] | None = None,
+    kept: KeptWalk,
 ) -> Generator[tuple[int, Factors, LayerReport], None, None]:
     """Layers converted in the metric of what the first `clips` bring, and refitted to it; `losses` on the others.
 
-    `state` is a folder where an interrupted walk finds its way back behind the `finished` layers, some of which come
-    again; `say` is told of what cannot be used there. Raises CheckpointError for a layer that cannot be factorised.
+    By what is `kept`, an interrupted walk finds its way back behind the finished layers, some of which come again.
+    Raises CheckpointError for a layer that cannot be factorised.
     """
-    state.mkdir(exist_ok=True)
-    made = refit_layers(
-        checkpoint,
-        clips[0],
-        regime_of(plan.recipe),
-        _target(plan),
-        calibration,
-        validation=clips[1],
-        losses=losses,
-        device=device,
-        state=state,
-        finished=finished,
-        say=say,
-    )
+    kept.folder.mkdir(exist_ok=True)
+    task = _task(checkpoint, plan, clips[0], device)
+    made = refit_layers(task, calibration, validation=clips[1], losses=losses, kept=kept)
     with _factorised(checkpoint):
         for layer, tensors, errors in made:
             report = layer_report(checkpoint.attention(layer), plan, layer, errors, device)
@@ -104,9 +91,9 @@ def _factorised(checkpoint: Checkpoint) -> Iterator[None]:
         ) from None
 
 
-def _target(plan: ConversionPlan) -> Target:
+def _task(checkpoint: Checkpoint, plan: ConversionPlan, clips: Clips, device: torch.device) -> Task:
     mla, recipe = mla_of(plan.config), plan.recipe
-    return Target(
+    target = Target(
         config=plan.source_config,
         key_norm=mla.key_norm,
         q_lora_rank=mla.q_lora_rank,
@@ -115,8 +102,9 @@ def _target(plan: ConversionPlan) -> Target:
         nope_dim=recipe.nope_dim,
         rope_dim=recipe.rope_dim if recipe.rope == "latent" or recipe.allocation == "fixed" else None,
         rope_selection=recipe.rope_selection or "energy",
-        without=recipe.without,
+        method=plan.method,
     )
+    return Task(checkpoint=checkpoint, clips=clips, regime=regime_of(recipe), target=target, device=device)
 
 
 def room_needed(plan: ConversionPlan, data: Path | None) -> tuple[int, int]:
@@ -161,15 +149,11 @@ def choose_splits(
         )
     with _factorised(checkpoint):
         return calibrate(
-            checkpoint,
-            clips,
-            regime_of(recipe),
-            _target(plan),
+            _task(checkpoint, plan, clips, device),
             layers=sorted(plan.layers),
             budget=(recipe.kv_rank or 0) + (recipe.rope_dim or 0 if recipe.rope == "cached" else 0),
             adaptive=recipe.allocation == "adaptive",
             folder=folder,
-            device=device,
             progress=progress,
         )
 

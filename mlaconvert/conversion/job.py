@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ import torch
 
 from mlaconvert.clips.folder import Clips
 from mlaconvert.conversion.assembly import Assembly, Clock
-from mlaconvert.conversion.calibration.run import Calibration
+from mlaconvert.conversion.calibration.run import Calibration, KeptWalk
 from mlaconvert.conversion.from_clips import (
     CLIPS_NAME,
     calibration_clips,
@@ -42,7 +42,7 @@ from mlaconvert.files.staging import Staging, disk_errors
 from mlaconvert.files.whole import write_whole
 from mlaconvert.files.writer import ModelFiles
 from mlaconvert.latent.factorize import Factors
-from mlaconvert.progress import Progress
+from mlaconvert.listener import Listener
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +57,9 @@ class ConversionJob:
     device: torch.device
     data: Path | None
     moments: Path
-    progress: Progress
+    listener: Listener
 
-    def run(self, *, restart: bool, say: Callable[[str], None] | None) -> dict[str, ModelReport]:
+    def run(self, *, restart: bool) -> dict[str, ModelReport]:
         """Convert all models and put them in place; what is finished is kept when it is worth going on from."""
         staging, journal = self.staging, self.journal
         with disk_errors(staging.path):
@@ -74,10 +74,10 @@ class ConversionJob:
             if restart or journal.begun() != journal.identity:
                 staging.clear()
                 journal.begin()
-            elif journal.finished() and say is not None:
-                say(f"going on after {journal.finished()} finished layers, kept in {staging.folder}")
+            elif journal.finished():
+                self.listener.say(f"going on after {journal.finished()} finished layers, kept in {staging.folder}")
             self.ranks.tell("begun", journal.identity)
-            models = {name: self._convert(name, say) for name in self.plans}
+            models = {name: self._convert(name) for name in self.plans}
             self._check_source()
             staging.publish()
         except BaseException as error:
@@ -121,15 +121,17 @@ class ConversionJob:
                 f"{self.checkpoints[changed].store.path} was changed while it was converted; begin again with --restart"
             )
 
-    def _convert(self, name: str, say: Callable[[str], None] | None) -> ModelReport:
+    def _convert(self, name: str) -> ModelReport:
         """Convert one model into the staging folder."""
         checkpoint, plan, journal, clock = self.checkpoints[name], self.plans[name], self.journal, Clock()
         losses: dict[str, float] = {}
         calibrated = plan.recipe.init == "calibrated"
         if calibrated:
             with clock("calibrate"):
-                clips, calibration = self._calibration(name, say)
-            plan = plan_conversion(checkpoint, plan.recipe, subfolder=plan.subfolder, measured=calibration.layers)
+                clips, calibration = self._calibration(name)
+            plan = plan_conversion(
+                checkpoint, plan.recipe, subfolder=plan.subfolder, measured=calibration.layers, method=plan.method
+            )
         files = self._files(name, plan)
         if not files.there():
             journal.forget(name)
@@ -137,17 +139,17 @@ class ConversionJob:
             files.create()
         reports = journal.layers(name, list(plan.layers))
         if calibrated:
-            state, done = journal.folder / f"{name or 'model'}-sweep", tuple(reports)
-            made = from_clips(
-                checkpoint, plan, clips, calibration, losses, self.device, state=state, finished=done, say=say
+            kept = KeptWalk(
+                folder=journal.folder / f"{name or 'model'}-sweep", finished=tuple(reports), say=self.listener.say
             )
+            made = from_clips(checkpoint, plan, clips, calibration, losses, self.device, kept=kept)
         else:
             left = [layer for layer in plan.layers if layer not in reports]
             self.ranks.tell(f"left/{name}", left)
             made = from_weights(checkpoint, plan, self.ranks.share(left), self.device)
-        self.progress("convert", len(reports), len(plan.layers))
+        self.listener.progress("convert", len(reports), len(plan.layers))
         # An error here ends the layers' threads before the source that they read is closed.
-        with closing(made), Assembly(checkpoint, plan, files, clock, self.progress) as assembly:
+        with closing(made), Assembly(checkpoint, plan, files, clock, self.listener.progress) as assembly:
             copied = journal.recall(name, COPIED)
             assembly.read(None if copied else lambda: journal.keep(name, COPIED, True))
             self._put_layers(name, made, assembly, clock, reports)
@@ -203,29 +205,28 @@ class ConversionJob:
                 reports[layer] = report
             del item, factors  # before the next layer takes as much
             if self.ranks.speaks:
-                self.progress("convert", len(reports), len(self.plans[name].layers))
+                self.listener.progress("convert", len(reports), len(self.plans[name].layers))
             else:
                 self.ranks.check(0)
 
-    def _calibration(
-        self, name: str, say: Callable[[str], None] | None
-    ) -> tuple[tuple[Clips, Clips | None], Calibration]:
+    def _calibration(self, name: str) -> tuple[tuple[Clips, Clips | None], Calibration]:
         """Clips to fit to and to judge by, and each layer's split of its scalars, chosen now or by an earlier run."""
         checkpoint, plan, folder = self.checkpoints[name], self.plans[name], self.moments / name
+        say = self.listener.say
         if self.data is None:
             keep_moments(folder, checkpoint, plan, None, say)
         found = calibration_clips(
-            checkpoint, plan, self.data, device=self.device, progress=self.progress, kept=folder / CLIPS_NAME
+            checkpoint, plan, self.data, device=self.device, progress=self.listener.progress, kept=folder / CLIPS_NAME
         )
         count, asked = len(found.latents), plan.recipe.clips or 1
-        if count < asked and say is not None:
+        if count < asked:
             say(f"{self.data} has {count} clips, fewer than the {asked} of the recipe (--clips); all of them are used")
         clips = held_back(found)
         if self.data is not None:  # only now is it known to fit
             keep_moments(folder, checkpoint, plan, self.data, say)
         calibration = kept_splits(self.journal.recall(name, SPLITS), folder)
         if calibration is None:
-            calibration = choose_splits(checkpoint, plan, clips[0], folder, self.device, self.progress)
+            calibration = choose_splits(checkpoint, plan, clips[0], folder, self.device, self.listener.progress)
             self.journal.keep(name, SPLITS, splits_json(calibration))
         return clips, calibration
 
@@ -250,7 +251,7 @@ class ConversionJob:
             with (
                 disk_errors(self.staging.path, "the finished layers are kept"),
                 closing(from_weights(checkpoint, plan, share, self.device)) as made,
-                Assembly(checkpoint, plan, self._files(name, plan), clock, self.progress) as assembly,
+                Assembly(checkpoint, plan, self._files(name, plan), clock, self.listener.progress) as assembly,
             ):
                 self._put_layers(name, made, assembly, clock, {})
                 assembly.finish()

@@ -14,7 +14,7 @@ import torch
 from mlaconvert import __version__
 from mlaconvert.clips.folder import clip_files
 from mlaconvert.conversion.from_weights import LayerReport
-from mlaconvert.conversion.plan import ConversionPlan
+from mlaconvert.conversion.plan import ConversionPlan, recipe_json
 from mlaconvert.errors import ConfigError, OutputError
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.merged import merged
@@ -38,7 +38,7 @@ def identity(
         found[f"source{of}"] = file_states(checkpoint.store.files)
         found[f"name{of}"], found[f"state_key{of}"] = [plan.source, plan.subfolder], checkpoint.state_key
         found[f"config{of}"], found[f"lora{of}"] = checkpoint.raw_config, merged(checkpoint)
-        found |= {f"{field}{of}": value for field, value in dataclasses.asdict(plan.recipe).items()}
+        found |= {f"{field}{of}": value for field, value in recipe_json(plan.recipe, plan.method).items()}
     data_only: dict[str, Any] = json.loads(json.dumps(found))
     return data_only
 

@@ -11,6 +11,7 @@ import torch
 
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import MLAConfig, MLALayer
+from mlaconvert.conversion.calibration.method import Method
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.recipes import mla_config, resolve_recipe
 from mlaconvert.errors import UnsupportedModelError
@@ -46,14 +47,15 @@ class ConversionPlan:
     """Everything about a conversion that is known before work starts.
 
     `source` is a Hub id as given, or the name of a local file or folder without its path; `subfolder` is the
-    folder in it ("" for none). `recipe` is resolved, `source_config` and `config` are the geometries
-    before and after. `operations` are in the source's order.
+    folder in it ("" for none). `recipe` is resolved, `method` is a calibration's, `source_config` and `config` are the
+    geometries before and after. `operations` are in the source's order.
     """
 
     source: str
     subfolder: str
     description: str
     recipe: ConvertRecipe
+    method: Method
     source_config: WanConfig
     config: WanConfig
     operations: tuple[Operation, ...]
@@ -85,7 +87,7 @@ class ConversionPlan:
             "source": self.source,
             "subfolder": self.subfolder,
             "description": self.description,
-            "recipe": dataclasses.asdict(self.recipe),
+            "recipe": recipe_json(self.recipe, self.method),
             "cache_scalars_per_token": {"dense": self.dense_scalars, "mla": self.mla_scalars},
             "bytes": {"source": self.source_bytes, "output": self.output_bytes},
             "tensors": [
@@ -107,10 +109,12 @@ def plan_conversion(
     *,
     subfolder: str = "",
     measured: Mapping[int, MLALayer] | None = None,
+    method: Method | None = None,
 ) -> ConversionPlan:
     """Resolve `recipe` for `checkpoint` and list what becomes of every tensor; reads no weights.
 
     `measured` are the layers that a calibration decided on. Before it, a calibrated plan shows all layers alike.
+    `method` is the calibration's, with all its parts by default.
 
     Raises UnsupportedModelError for a model that is converted already, ConfigError for a recipe that does not fit.
     """
@@ -129,6 +133,7 @@ def plan_conversion(
         subfolder=subfolder,
         description=checkpoint.describe(),
         recipe=resolved,
+        method=method or Method(),
         source_config=config,
         config=target,
         operations=tuple(_operations(checkpoint, target, resolved)),
@@ -166,6 +171,16 @@ def _attention_layer(canonical: str) -> int | None:
     """The layer whose self-attention a tensor belongs to."""
     parts = canonical.split(".")
     return int(parts[1]) if parts[0] == "blocks" and parts[2] == "self_attn" else None
+
+
+def recipe_json(recipe: ConvertRecipe, method: Method) -> dict[str, Any]:
+    """A recipe in plain data, with the parts of the method that are off, as every record of a conversion has it."""
+    fields: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(recipe).items():
+        fields[name] = value
+        if name == "allocation":  # where the records of earlier versions have it too
+            fields["without"] = list(method.off())
+    return fields
 
 
 def mla_of(config: WanConfig) -> MLAConfig:

@@ -16,6 +16,7 @@ from mlaconvert.families.causal import Timing
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.merged import find_recorded, merge_loras
 from mlaconvert.families.open import open_checkpoint
+from mlaconvert.families.source import AnySource, Source, as_source
 from mlaconvert.files.find import experts
 from mlaconvert.files.names import CONVERSION_NAME
 from mlaconvert.files.origin import folders_around, origin_of
@@ -28,7 +29,7 @@ def open_teacher(
     source: str,
     conversion: Mapping[str, Any] | None,
     *,
-    teacher: str | None = None,
+    teacher: AnySource | None = None,
     subfolder: str | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Checkpoint]:
@@ -42,8 +43,10 @@ def open_teacher(
     origin = origin_of(conversion)
     inside = origin.subfolder or None
     if teacher is not None:
-        pair = experts(teacher)
-        with open_checkpoint(teacher, subfolder=next((f for f in (inside, subfolder) if f in pair), None)) as opened:
+        named = as_source(teacher)
+        pair = () if named.subfolder else experts(named.path, named.revision)
+        expert = named.subfolder or next((folder for folder in (inside, subfolder) if folder in pair), None)
+        with open_checkpoint(dataclasses.replace(named, subfolder=expert)) as opened:
             # The base of a LoRA that was merged is not the teacher yet; what was merged by hand is.
             base = bool(origin.loras) and source_sha256(opened, progress) == origin.sha256
             with _with_loras(_as_taken(opened, conversion), origin.loras if base else None, source) as merged:
@@ -54,7 +57,7 @@ def open_teacher(
     reason, beside = "", origin.beside(source)
     for candidate, revision in (*origin.places, *([(str(beside), None)] if beside is not None else [])):
         try:
-            opened = open_checkpoint(candidate, revision=revision, subfolder=inside, state_key=origin.state_key)
+            opened = open_checkpoint(Source(candidate, revision=revision, subfolder=inside, state_key=origin.state_key))
         except CheckpointError as error:
             reason = reason or str(error)
             continue

@@ -14,7 +14,6 @@ from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError
 
 Init = Literal["svd", "calibrated", "random", "lossless"]
-Part = Literal["centring", "rho", "components", "weights", "sensitivity", "refit"]
 _LOSSLESS_SETS = ("kv_rank", "q_rank", "nope_dim", "rope_dim", "v_dim", "key_norm", "rope")
 
 
@@ -52,10 +51,6 @@ class ConvertRecipe:
     allocation: Literal["fixed", "uniform", "adaptive"] | None = None
     """How a calibrated conversion divides its scalars: "fixed" as they are given, "uniform" by what each layer
     measures, "adaptive" (the default) the total between layers as well."""
-    without: tuple[Part, ...] = ()
-    """Parts of a calibrated conversion to switch off, to see what each is worth: "centring" of the inputs, the mean
-    rotation "rho", several shared "components" of one pair, the "weights" of heads by their queries and outputs, the
-    "sensitivity" of the output to each direction of the inputs, the "refit" of output and queries."""
     clips: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """How many clips a calibrated conversion measures; by default 5 to 40, the fewer the larger their frames."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -90,8 +85,6 @@ class ConvertRecipe:
             parse_layers(self.layers, 10**6)
         if self.allocation is not None and self.init != "calibrated":
             raise ConfigError(f"allocation {self.allocation} needs measured errors; use init calibrated")
-        if self.without and self.init != "calibrated":
-            raise ConfigError(f"without {', '.join(self.without)} is about calibrated conversions; use init calibrated")
         fixed = [name for name in _LOSSLESS_SETS if getattr(self, name) is not None]
         if self.bidirectional and self.streaming is not None:
             raise ConfigError("bidirectional and streaming exclude each other; give one of them")

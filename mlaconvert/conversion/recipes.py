@@ -29,6 +29,13 @@ CALIBRATION_TOKENS, CALIBRATION_FRAMES = 100_000, 9
 def load_recipe(recipe: str | Path) -> ConvertRecipe:
     """Read a YAML file, or a shipped recipe by its name. Raises ConfigError naming the file and the field."""
     path, data = read_recipe(recipe, recipe_folder(), "recipes", "init: svd")
+    if data.get("without") in ([], ()):  # as records of conversions have it, and recipes once could
+        data = {name: value for name, value in data.items() if name != "without"}
+    if "without" in data:
+        raise ConfigError(
+            f"{path}: without is {data['without']!r}, which is no setting of a recipe; leave it out (Python code "
+            "switches parts of a calibration off, with convert(..., data=CalibrationSetup(method=...)))"
+        )
     return parse(ConvertRecipe, data, str(path))
 
 
@@ -39,7 +46,7 @@ def with_init(recipe: ConvertRecipe, init: Init) -> ConvertRecipe:
     own = ["allocation", "rope", "rope_selection", "key_norm", "q_rank"]
     own += ["kv_rank", "nope_dim", "rope_dim", "v_dim"] if init == "lossless" else []
     changes: dict[str, Any] = dict.fromkeys(own)
-    return dataclasses.replace(recipe, init=init, without=(), **changes)
+    return dataclasses.replace(recipe, init=init, **changes)
 
 
 def with_settings(recipe: ConvertRecipe, config: WanConfig, settings: Mapping[str, Any]) -> ConvertRecipe:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlaconvert import __version__
 from mlaconvert.conversion.from_weights import LayerReport, digits
-from mlaconvert.conversion.plan import ConversionPlan
+from mlaconvert.conversion.plan import ConversionPlan, recipe_json
 from mlaconvert.conversion.verify import Verification
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.merged import merged
@@ -71,7 +71,7 @@ def conversion_json(checkpoint: Checkpoint, report: ModelReport) -> str:
             "sha256": report.sha256,
             **({"loras": merged(checkpoint)} if merged(checkpoint) else {}),
         },
-        "recipe": dataclasses.asdict(plan.recipe),
+        "recipe": recipe_json(plan.recipe, plan.method),
         "cache_scalars_per_token": {"dense": plan.dense_scalars, "mla": plan.mla_scalars},
         "losses": {name: digits(loss) for name, loss in report.losses.items()},
     }

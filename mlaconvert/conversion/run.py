@@ -6,7 +6,8 @@ The same input and recipe give the same bytes: nothing that is written tells a t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -14,133 +15,171 @@ from typing import Any
 
 import torch
 
+from mlaconvert.conversion.calibration.method import AnySetup, CalibrationSetup, as_setup
 from mlaconvert.conversion.from_clips import check_clips
 from mlaconvert.conversion.job import ConversionJob
 from mlaconvert.conversion.journal import Journal, identity
 from mlaconvert.conversion.plan import ConversionPlan, plan_conversion
-from mlaconvert.conversion.ranks import Ranks, meet
+from mlaconvert.conversion.ranks import meet
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.recipes import with_settings
 from mlaconvert.conversion.report import ConversionReport, ModelReport
 from mlaconvert.conversion.source import open_models
 from mlaconvert.conversion.verify import verify_conversion
-from mlaconvert.errors import ConfigError, OutputError
+from mlaconvert.errors import OutputError
 from mlaconvert.families.causal import SETTINGS, assumption_line
 from mlaconvert.families.checkpoint import Checkpoint
-from mlaconvert.families.lora import LoraFile
 from mlaconvert.families.merged import lora_files, remarks
+from mlaconvert.families.source import AnySource, as_source
+from mlaconvert.files.output import AnyOutput, as_output
 from mlaconvert.files.staging import Staging
 from mlaconvert.files.writer import is_model
+from mlaconvert.listener import Listener
 from mlaconvert.model.device import resolve_device
 from mlaconvert.model.window import positions_matter
-from mlaconvert.progress import Progress, silent
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionListener(Listener):
+    """Who is told what a conversion does."""
+
+    on_plan: Callable[[ConversionPlan], None] | None = None
+    """Sees each model's plan once all checks have passed and before work starts."""
 
 
 def convert(
-    source: str | Path,
-    output: str | Path | None,
+    source: AnySource,
+    output: AnyOutput,
     recipe: ConvertRecipe | None = None,
     *,
     streaming: Mapping[str, Any] | None = None,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    state_key: str | None = None,
-    config: Path | None = None,
-    loras: Sequence[LoraFile] = (),
+    data: AnySetup = None,
     device: str | torch.device = "cpu",
-    data: Path | None = None,
-    moments: Path | None = None,
-    overwrite: bool = False,
-    restart: bool = False,
     verify: bool = False,
-    dry_run: bool = False,
-    on_plan: Callable[[ConversionPlan], None] | None = None,
-    progress: Progress | None = None,
-    say: Callable[[str], None] | None = None,
+    listener: Listener | None = None,
 ) -> ConversionReport:
     """Convert `source` into the new model folder `output`, which appears whole or not at all.
 
-    `source`, `revision`, `subfolder`, `state_key`, `config` and `loras` are those of `open_models`; two experts become
-    two subfolders. `on_plan` sees each model's plan once all checks have passed and before work starts; a `dry_run`
-    ends there and writes nothing (`output` may then be None). The maths runs on `device`. `data` is a folder of clips
-    (`mlaconvert.clips.folder`) for init "calibrated"; what it measures of their inputs is kept in `moments`, by default
-    beside the output (`OUTPUT.moments`), and taken from there when it was made of the same model, in the same regime,
-    from as many clips of the same source. `verify` reads the output back and compares it.
+    convert("Wan-AI/Wan2.1-T2V-1.3B", "wan-mla", ConvertRecipe(kv_rank=224), data="clips", device="cuda")
+    convert(Source("longlive_base.pt", loras=(lora,)), Output("longlive-mla", overwrite=True))
+
+    Two experts become two subfolders. The maths runs on `device`. `data` is a folder of clips (`clips.folder`) for init
+    "calibrated", or a `CalibrationSetup`; what is measured of the clips' inputs is kept, by default beside the output
+    (`OUTPUT.moments`), and taken from there when it was made of the same model, in the same regime, from as many clips
+    of the same source. `verify` reads the output back and compares it. `streaming` are single settings of
+    `StreamingConfig`, in place of the recipe's or the source's.
 
     What is finished is kept in the hidden folder `.NAME.partial` beside the output until all is: an interrupted call,
-    made again, goes on after the last finished layer, with the same bytes in the end; `restart` begins again instead.
-    Processes that a launcher started (torchrun, accelerate launch) share the layers if init is not "calibrated", where
-    a layer sees what the ones before it do; they need the output's disk in common, and only rank 0 reports models.
-    Bytes are those of one process with as many threads. Copying and hashing run in threads, which call `progress` too.
-    `streaming` are single settings of `StreamingConfig`, in place of the recipe's or the source's. `say` is told when
-    a run goes on, of what was kept and cannot be used, and what is assumed of how the model sees time because neither
-    the source nor the recipe states it, nor a LoRA its alpha.
+    made again, goes on after the last finished layer, with the same bytes in the end. Processes that a launcher started
+    (torchrun, accelerate launch) share the layers if init is not "calibrated", where a layer sees what the ones before
+    it do; they need the output's disk in common, and only rank 0 reports models. Bytes are those of one process with as
+    many threads. Copying and hashing run in threads, which call `listener.progress` too. `listener.say` is told when a
+    run goes on, of what was kept and cannot be used, and what is assumed of how the model sees time because neither the
+    source nor the recipe states it, nor a LoRA its alpha. `preview` checks and plans without converting.
 
-    Raises InputError for bad input, a recipe that does not fit, an output that exists (without `overwrite`) or a disk
-    without room, and MLAConvertError when verification or another rank fails; a model that fails verification stays
-    for inspection. A KeyboardInterrupt says what was kept.
+    Raises InputError for bad input, a recipe that does not fit, an output that exists (and may not be overwritten) or a
+    disk without room, and MLAConvertError when verification or another rank fails; a model that fails verification
+    stays for inspection. A KeyboardInterrupt says what was kept.
     """
-    folder, recipe = None if output is None else Path(output), recipe or ConvertRecipe()
-    for flag, path, use in (("--data", data, "read"), ("--moments", moments, "used")):
-        if path is not None and recipe.init != "calibrated":
-            raise ConfigError(
-                f"{flag} {path} is only {use} by init calibrated; leave it out, or give --init calibrated"
-            )
-    if folder is None and not dry_run:
-        raise ConfigError("no folder to write to; give one with -o DIR (output), or --dry-run to see the plan")
-    ranks = Ranks() if dry_run else meet()
+    output, recipe, setup = as_output(output), recipe or ConvertRecipe(), as_setup(data)
+    told, folder = listener or Listener(), Path(output.path)
+    setup.check(recipe.init)
+    ranks = meet()
     chosen_device = resolve_device(ranks.device(str(device)))
-    with (
-        ranks.alive(),
-        open_models(
-            source, revision=revision, subfolder=subfolder, state_key=state_key, config=config, loras=loras
-        ) as checkpoints,
-    ):
-        plans = {
-            name: plan_conversion(
-                checkpoint,
-                with_settings(recipe, checkpoint.config, streaming or {}),
-                subfolder=name or subfolder or "",
-            )
-            for name, checkpoint in checkpoints.items()
-        }
-        for checkpoint in checkpoints.values() if recipe.init == "calibrated" else ():
-            check_clips(checkpoint, data)
-        staging = None if folder is None else Staging(folder, "convert", overwrite=overwrite)
-        if staging is not None and ranks.speaks:
+    with ranks.alive(), open_models(source) as checkpoints:
+        plans = _plans(checkpoints, recipe, streaming or {}, setup, as_source(source).subfolder)
+        staging = Staging(folder, "convert", overwrite=output.overwrite)
+        if ranks.speaks:
             _check_output(staging, checkpoints, plans)
-        for plan in plans.values():
-            if on_plan is not None:
-                on_plan(plan)
-        if say is not None:
-            notes = [_notes(checkpoints[name], plan, recipe, streaming or {}) for name, plan in plans.items()]
-            for note in dict.fromkeys(chain.from_iterable(notes)):
-                say(note)
-        if dry_run or folder is None or staging is None:
-            return ConversionReport(output=folder, models=tuple(ModelReport(plan=plan) for plan in plans.values()))
+        _announce(checkpoints, plans, recipe, streaming or {}, told)
         job = ConversionJob(
             checkpoints=checkpoints,
             plans=plans,
             staging=staging,
-            journal=Journal(staging, identity(checkpoints, plans, chosen_device, data)),
+            journal=Journal(staging, identity(checkpoints, plans, chosen_device, setup.data)),
             ranks=ranks,
             device=chosen_device,
-            data=data,
-            moments=moments or folder.with_name(f"{folder.name}.moments"),
-            progress=progress or silent,
+            data=setup.data,
+            moments=setup.moments or folder.with_name(f"{folder.name}.moments"),
+            listener=told,
         )
-        models = job.run(restart=restart, say=say) if ranks.speaks else job.help()
+        models = job.run(restart=output.restart) if ranks.speaks else job.help()
         if verify and ranks.speaks:
             models = {
                 name: dataclasses.replace(
                     model,
                     verification=verify_conversion(
-                        checkpoints[name], folder / name, model.plan, device=chosen_device, progress=job.progress
+                        checkpoints[name], folder / name, model.plan, device=chosen_device, progress=told.progress
                     ),
                 )
                 for name, model in models.items()
             }
     return ConversionReport(output=folder, models=tuple(models.values()))
+
+
+def preview(
+    source: AnySource,
+    output: AnyOutput | None = None,
+    recipe: ConvertRecipe | None = None,
+    *,
+    streaming: Mapping[str, Any] | None = None,
+    data: AnySetup = None,
+    device: str | torch.device = "cpu",
+    listener: Listener | None = None,
+) -> ConversionReport:
+    """What `convert` would do: all of its checks, and the plan of each model; nothing is written.
+
+    The arguments are those of `convert`; without an `output` it is not checked that one could be written. Raises
+    InputError as `convert` does.
+    """
+    recipe, setup = recipe or ConvertRecipe(), as_setup(data)
+    folder = None if output is None else Path(as_output(output).path)
+    setup.check(recipe.init)
+    resolve_device(str(device))
+    with open_models(source) as checkpoints:
+        plans = _plans(checkpoints, recipe, streaming or {}, setup, as_source(source).subfolder)
+        if output is not None and folder is not None:
+            _check_output(Staging(folder, "convert", overwrite=as_output(output).overwrite), checkpoints, plans)
+        _announce(checkpoints, plans, recipe, streaming or {}, listener or Listener())
+    return ConversionReport(output=folder, models=tuple(ModelReport(plan=plan) for plan in plans.values()))
+
+
+def _plans(
+    checkpoints: Mapping[str, Checkpoint],
+    recipe: ConvertRecipe,
+    settings: Mapping[str, Any],
+    setup: CalibrationSetup,
+    subfolder: str | None,
+) -> dict[str, ConversionPlan]:
+    """Each model's plan. Raises InputError for a recipe that does not fit, or clips that are missing."""
+    plans = {
+        name: plan_conversion(
+            checkpoint,
+            with_settings(recipe, checkpoint.config, settings),
+            subfolder=name or subfolder or "",
+            method=setup.method,
+        )
+        for name, checkpoint in checkpoints.items()
+    }
+    for checkpoint in checkpoints.values() if recipe.init == "calibrated" else ():
+        check_clips(checkpoint, setup.data)
+    return plans
+
+
+def _announce(
+    checkpoints: Mapping[str, Checkpoint],
+    plans: Mapping[str, ConversionPlan],
+    recipe: ConvertRecipe,
+    settings: Mapping[str, Any],
+    listener: Listener,
+) -> None:
+    """Show each model's plan, and say what is assumed."""
+    if isinstance(listener, ConversionListener) and listener.on_plan is not None:
+        for plan in plans.values():
+            listener.on_plan(plan)
+    notes = [_notes(checkpoints[name], plan, recipe, settings) for name, plan in plans.items()]
+    for note in dict.fromkeys(chain.from_iterable(notes)):
+        listener.say(note)
 
 
 def _notes(

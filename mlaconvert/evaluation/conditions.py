@@ -61,7 +61,7 @@ def draw_conditions(
     notes = ["One seed: small differences mean nothing.", *by_hand]
     if opened.config.streaming != teacher.config.streaming:
         notes.append("The teacher runs with the converted model's window, which it was not trained with.")
-    if request.subfolder or record.origin.subfolder:
+    if record.source.subfolder or record.origin.subfolder:
         notes.append("One expert alone runs at every noise level.")
     usual = Sampler.usual(few_step=opened.config.few_step)
     sampler = Sampler.many_step(request.steps) if request.steps else usual

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mlaconvert.config.streaming import StreamingConfig
-from mlaconvert.model.rollout import passes, rollout
+from mlaconvert.model.rollout import CacheUse, Given, LatentSize, passes, rollout
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.wan import WanModel
 from mlaconvert.model.window import default_chunks
@@ -69,14 +69,11 @@ class RolloutPlan:
         for chunk in rollout(
             model,
             self.context,
-            frames=self.frames,
-            height=self.height,
-            width=self.width,
+            size=LatentSize(frames=self.frames, height=self.height, width=self.width),
+            given=Given(null_context=self.null_context, prefix=self.prefix),
+            cache=CacheUse(streaming=self.streaming),
             sampler=self.sampler,
             seed=self.seed if seed is None else seed,
-            null_context=self.null_context,
-            prefix=self.prefix,
-            streaming=self.streaming,
             on_step=on_step,
         ):
             yield chunk.float().cpu()

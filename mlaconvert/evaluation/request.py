@@ -12,6 +12,7 @@ from pydantic import Field
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.parsing import Count, check_fields
 from mlaconvert.conversion.records import read_record
+from mlaconvert.families.source import AnySource, Source
 from mlaconvert.files.find import find_beside
 from mlaconvert.files.origin import Origin, origin_of
 from mlaconvert.files.store import TensorStore
@@ -19,9 +20,9 @@ from mlaconvert.files.store import TensorStore
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What `evaluate_models` may be asked for. Raises ConfigError naming the field."""
+    """What `evaluate` may be asked for. Raises ConfigError naming the field."""
 
-    teacher: str | None = None
+    teacher: AnySource | None = None
     """The dense model; None is what the first model was converted from, as its conversion.json says."""
     data: Path | None = None
     """A folder of clips; None has the teacher make them, or draws the built-in model's."""
@@ -36,10 +37,6 @@ class Request:
     others."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of noise, in losses and rollouts."""
-    revision: str | None = None
-    """Hub revision of the models, not of the teacher."""
-    subfolder: str | None = None
-    """Folder inside the models, such as one of two experts, and of the teacher."""
     device: torch.device | str = "cpu"
     """Where models run: torch's name."""
     dtype: torch.dtype | None = None
@@ -53,7 +50,7 @@ class Request:
 class SourceRecord:
     """What a model's files say before its weights are read."""
 
-    source: str
+    source: Source
     name: str
     config: WanConfig
     dtype: torch.dtype

@@ -14,22 +14,26 @@ from mlaconvert.evaluation.report import EvaluationReport, make_report
 from mlaconvert.evaluation.request import Request, SourceRecord, read_record_of
 from mlaconvert.evaluation.vbench import VBenchScores
 from mlaconvert.families.open import open_checkpoint
+from mlaconvert.families.source import AnySource, Source, as_source
 from mlaconvert.files.find import experts
 from mlaconvert.files.names import CONVERSION_NAME, HEALING_NAME, public_name
 from mlaconvert.model.load import load_model
-from mlaconvert.progress import Progress
+from mlaconvert.progress import Progress, silent
 
 
-def evaluate_models(
-    sources: Sequence[str],
-    request: Request,
+def evaluate(
+    sources: Sequence[AnySource],
+    request: Request | None = None,
     *,
     vbench: Sequence[VBenchScores] = (),
     teacher_vbench: VBenchScores | None = None,
-    progress: Progress,
+    progress: Progress = silent,
     on_model: Callable[[int, EvaluationReport], None] | None = None,
 ) -> EvaluationReport:
     """Evaluate converted models side by side: folders, checkpoints or Hub ids that were made from one teacher.
+
+    report = evaluate(["wan-mla", "wan-healed"], Request(data=Path("clips"), frames=0, device="cuda"))
+    print(report.models[0].cache_reduction, report.to_json())
 
     The teacher is the one that conversion.json records, found by its name (from here, beside the model, or on the Hub)
     and checked by its hash, unless `request` names another. Two models are in memory at a time. `vbench` are
@@ -41,10 +45,15 @@ def evaluate_models(
         raise InputError("no model to evaluate; name at least one folder, checkpoint or Hub id")
     if vbench and len(vbench) != len(sources):
         raise InputError(f"{len(vbench)} VBench results for {len(sources)} models; give one for each, in their order")
-    records = _read_sources(sources, request)
+    request = request or Request()
+    records = _read_sources([as_source(source) for source in sources], request)
     first = records[0]
     with open_teacher(
-        first.source, first.conversion, teacher=request.teacher, subfolder=request.subfolder, progress=progress
+        str(first.source),
+        first.conversion,
+        teacher=request.teacher,
+        subfolder=first.source.subfolder,
+        progress=progress,
     ) as opened:
         teacher = load_model(
             opened, dtype=request.dtype or first.dtype, device=request.device, streaming=first.config.streaming
@@ -53,13 +62,7 @@ def evaluate_models(
         name = public_name(opened.store.source)
     evaluations: list[ModelEvaluation] = []
     for i, record in enumerate(records):
-        student = load_model(
-            record.source,
-            revision=request.revision,
-            subfolder=request.subfolder,
-            dtype=teacher.dtype,
-            device=request.device,
-        )
+        student = load_model(record.source, dtype=teacher.dtype, device=request.device)
         model = dataclasses.replace(
             compare(teacher, student, conditions, path=record.name, progress=progress),
             conversion=record.conversion,
@@ -73,18 +76,18 @@ def evaluate_models(
     return make_report(teacher, name, conditions, evaluations, teacher_vbench=teacher_vbench)
 
 
-def _read_sources(sources: Sequence[str], request: Request) -> list[SourceRecord]:
+def _read_sources(sources: Sequence[Source], request: Request) -> list[SourceRecord]:
     """The models' records. Raises InputError for models that cannot be evaluated, or not side by side."""
-    names = [public_name(source) for source in sources]
+    names = [public_name(str(source)) for source in sources]
     if len(set(names)) < len(names):  # folders of one name: their parents tell them apart
-        names = ["/".join(Path(source).expanduser().resolve().parts[-2:]) for source in sources]
+        names = ["/".join(Path(source.path).expanduser().resolve().parts[-2:]) for source in sources]
     records = []
     for source, name in zip(sources, names, strict=True):
-        if not request.subfolder and (pair := experts(source, request.revision)):
+        if not source.subfolder and (pair := experts(source.path, source.revision)):
             raise InputError(
                 f"{source} holds two experts; evaluate one with --subfolder {pair[0]} or --subfolder {pair[1]}"
             )
-        with open_checkpoint(source, revision=request.revision, subfolder=request.subfolder) as opened:
+        with open_checkpoint(source) as opened:
             if opened.config.in_dim != opened.config.out_dim or opened.config.image_dim is not None:
                 raise UnsupportedModelError(
                     f"{source} is an image-to-video model; clips hold no image for it, so it cannot be evaluated yet"

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ import torch
 from mlaconvert.clips.folder import ClipFolder, Clips, clip_files, load_clips, save_shard
 from mlaconvert.clips.tiny.clips import held_back
 from mlaconvert.config.parsing import parse
+from mlaconvert.conversion.calibration.method import CalibrationSetup, Method
 from mlaconvert.conversion.calibration.store import MOMENTS_VERSION
 from mlaconvert.conversion.from_clips import CLIPS_NAME, calibration_clips
-from mlaconvert.conversion.plan import ConversionPlan
+from mlaconvert.conversion.plan import ConversionPlan, recipe_json
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.recipes import load_recipe
 from mlaconvert.conversion.run import convert
@@ -33,76 +35,91 @@ from mlaconvert.evaluation.cells import Cell, CellResult, SweepRecipe, SweepRepo
 from mlaconvert.evaluation.conditions import generated_clips
 from mlaconvert.evaluation.losses import evaluate
 from mlaconvert.families.checkpoint import Checkpoint
-from mlaconvert.families.lora import LoraFile
 from mlaconvert.families.merged import merged
+from mlaconvert.families.source import AnySource
 from mlaconvert.files.inputs import file_states, read_json
 from mlaconvert.files.names import public_name
+from mlaconvert.files.output import Output
 from mlaconvert.files.staging import claim, visible
 from mlaconvert.files.whole import write_whole
+from mlaconvert.listener import Listener
 from mlaconvert.model.device import resolve_device
 from mlaconvert.model.load import load_model
 from mlaconvert.model.schedule import Sampler
-from mlaconvert.progress import Progress, silent
+from mlaconvert.progress import Progress
 
 RECORD_NAME = "sweep.json"
 VALIDATION_CLIPS, TINY_CLIPS, GENERATED_CLIPS = 16, 64, 8  # of a folder (at most a quarter of it), of `tiny`, else
 
 
+@dataclass(frozen=True, kw_only=True)
+class SweepClips:
+    """What a sweep calibrates on and compares on. Raises ConfigError for no clips to compare on."""
+
+    data: Path | None = None
+    """A folder of clips; None has the dense model generate them, once (`tiny` draws its own)."""
+
+    calibration: int | None = None
+    """The first so many clips are calibrated on; None as `ConvertRecipe.clips`."""
+
+    validation: int | None = None
+    """The last so many clips, which no calibration sees, are compared on; None is 64 of `tiny`, else 16 or 8."""
+
+    moments: Path | None = None
+    """Folder of what is measured once for all calibrations; None is inside the output."""
+
+    seed: int = 0
+    """Seed of all noise."""
+
+    def __post_init__(self) -> None:
+        if self.validation is not None and self.validation < 1:
+            raise ConfigError(f"validation_clips is {self.validation}: give 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepListener(Listener):
+    """Who is told what a sweep does."""
+
+    on_cell: Callable[[CellResult, int, int], None] | None = None
+    """Told of each cell as soon as it is measured: its result, its number from 1, and how many there are."""
+
+
 def sweep(
-    source: str | Path,
+    source: AnySource,
     output: str | Path,
     recipe: SweepRecipe,
     *,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    state_key: str | None = None,
-    config: Path | None = None,
-    loras: Sequence[LoraFile] = (),
-    data: Path | None = None,
-    clips: int | None = None,
-    validation_clips: int | None = None,
-    moments: Path | None = None,
-    seed: int = 0,
+    clips: SweepClips | None = None,
     device: str | torch.device = "cpu",
     keep: bool = False,
     restart: bool = False,
-    on_cell: Callable[[CellResult, int, int], None] | None = None,
-    progress: Progress | None = None,
-    say: Callable[[str], None] | None = None,
+    listener: Listener | None = None,
 ) -> SweepReport:
     """Convert `source` once for every cell of `recipe` and measure each beside the dense model, in folder `output`.
 
-    `source` to `loras` are those of `open_models`; of two experts one is chosen with `subfolder`. A calibration
-    reads the first `clips` clips of `data`, measures them once into `moments` (by default inside `output`) and uses
-    them for every cell; models are compared on the last `validation_clips` of `data`, which no calibration sees.
-    Without `data` the dense model generates both, once; `tiny` draws them. Weights are deleted when a cell is measured,
-    unless `keep`. A rerun takes the finished cells from `output` (`restart`: none) and adds new ones; it may have other
-    axes, but must be of the same model, clips and settings. `say` is told once what the conversions have
-    to say.
+    Of two experts one is chosen with `Source.subfolder`. Inputs are measured once for all cells. Weights are deleted
+    when a cell is measured, unless `keep`. A rerun takes the finished cells from `output` (`restart`: none) and adds
+    new ones; it may have other axes, but must be of the same model, clips and settings. `listener.say` is told once
+    what the conversions have to say.
 
     Raises InputError for bad input, cells that do not fit the model, or a folder of another sweep.
     """
-    if validation_clips is not None and validation_clips < 1:
-        raise ConfigError(f"validation_clips is {validation_clips}: give 1 or more")
-    folder, progress, chosen_device = Path(output), progress or silent, resolve_device(str(device))
+    told, clips, folder = listener or Listener(), clips or SweepClips(), Path(output)
+    progress, chosen_device = told.progress, resolve_device(str(device))
     # Every cell's conversion has the same to say of the source.
-    say_once = functools.cache(say) if say is not None else None
-    opening: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "state_key": state_key}
-    opening |= {"config": config, "loras": loras}
+    speaking = Listener(progress=progress, say=functools.cache(told.say))
     with ExitStack() as stack:
-        models = stack.enter_context(open_models(source, **opening))
+        models = stack.enter_context(open_models(source))
         if "" not in models:
             raise ConfigError(
                 f"{source} holds two experts; sweep one with --subfolder {' or --subfolder '.join(models)}"
             )
         checkpoint = models[""]
-        planned = cells(recipe, checkpoint, clips=clips, seed=seed)
-        belongs = _belongs(checkpoint, recipe.convert, data, clips, validation_clips, seed)
+        planned = cells(recipe, checkpoint, clips=clips.calibration, seed=clips.seed)
+        belongs = _belongs(checkpoint, recipe.convert, clips)
         stack.enter_context(claim(folder, "sweep"))
         _prepare(folder, belongs, restart)
-        calibration, validation, clips_from = _clips(
-            checkpoint, planned, folder, data, validation_clips, seed, chosen_device, progress
-        )
+        calibration, validation, clips_from = _clips(checkpoint, planned, folder, clips, chosen_device, progress)
         results: list[CellResult] = []
         for number, (cell, plan) in enumerate(planned):
             progress("sweep", number, len(planned))
@@ -111,19 +128,19 @@ def sweep(
                 results.append(parse(CellResult, read_json(record), str(record)))
                 continue
             started = time.monotonic()
-            inputs: dict[str, Any] = {}
+            setup = CalibrationSetup()
             if plan.recipe.init == "calibrated":
-                inputs = {"data": calibration, "moments": moments or folder / "moments"}
+                setup = CalibrationSetup(data=calibration, moments=clips.moments or folder / "moments")
             model.parent.mkdir(exist_ok=True)
-            speaking: dict[str, Any] = {"progress": progress, "say": say_once}
-            convert(source, model, cell.recipe, **opening, **inputs, **speaking, device=chosen_device, overwrite=True)
+            made = Output(model, overwrite=True)
+            convert(source, made, cell.recipe, data=setup, device=chosen_device, listener=speaking)
             seconds = time.monotonic() - started
             results.append(_measure(checkpoint, plan, cell, model, validation, seconds, chosen_device, progress))
             _write(record, dataclasses.asdict(results[-1]))
             if not keep:
                 shutil.rmtree(model)
-            if on_cell is not None:
-                on_cell(results[-1], number + 1, len(planned))
+            if isinstance(told, SweepListener) and told.on_cell is not None:
+                told.on_cell(results[-1], number + 1, len(planned))
         progress("sweep", len(planned), len(planned))
         report = SweepReport(
             source=public_name(checkpoint.store.source),
@@ -177,13 +194,12 @@ def _clips(
     checkpoint: Checkpoint,
     planned: Sequence[tuple[Cell, ConversionPlan]],
     folder: Path,
-    data: Path | None,
-    count: int | None,
-    seed: int,
+    asked: SweepClips,
     device: torch.device,
     progress: Progress,
 ) -> tuple[Path | None, Clips, str]:
     """The folder that calibrations read (None: `tiny` draws its own), the clips to compare on, and what those are."""
+    data, count = asked.data, asked.validation
     plan = next((plan for _, plan in planned if plan.recipe.init == "calibrated"), None)
     if data is not None:
         stored = ClipFolder(data, checkpoint.config)
@@ -204,7 +220,9 @@ def _clips(
     def compared() -> Clips:
         teacher = _dense(checkpoint, first, None, device)
         fields = dataclasses.asdict(first.recipe)
-        return generated_clips(teacher, count or GENERATED_CLIPS, fields, sampler=sampler, seed=seed, progress=progress)
+        return generated_clips(
+            teacher, count or GENERATED_CLIPS, fields, sampler=sampler, seed=asked.seed, progress=progress
+        )
 
     if plan is not None:
         _kept(folder / "clips", lambda: calibration_clips(checkpoint, plan, None, device=device, progress=progress))
@@ -221,25 +239,18 @@ def _kept(folder: Path, make: Callable[[], Clips]) -> None:
         save_shard(path, make()._asdict())
 
 
-def _belongs(
-    checkpoint: Checkpoint,
-    convert_recipe: str | None,
-    data: Path | None,
-    clips: int | None,
-    validation_clips: int | None,
-    seed: int,
-) -> dict[str, Any]:
+def _belongs(checkpoint: Checkpoint, convert_recipe: str | None, clips: SweepClips) -> dict[str, Any]:
     """Everything but the axes that a cell's figures depend on."""
     base = load_recipe(convert_recipe) if convert_recipe is not None else ConvertRecipe()
     settings = {
-        "recipe": dataclasses.asdict(base),
+        "recipe": recipe_json(base, Method()),
         "source": file_states(checkpoint.store.files),
         "state_key": checkpoint.state_key,
         "loras": merged(checkpoint),
-        "data": None if data is None else file_states(clip_files(data)),
-        "clips": clips,
-        "validation_clips": validation_clips,
-        "seed": seed,
+        "data": None if clips.data is None else file_states(clip_files(clips.data)),
+        "clips": clips.calibration,
+        "validation_clips": clips.validation,
+        "seed": clips.seed,
         "method": MOMENTS_VERSION,
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +17,9 @@ from mlaconvert.config.geometry import WanConfig
 from mlaconvert.errors import ConfigError, InputError, UnsupportedModelError
 from mlaconvert.families.causal import Timing, is_causal_class, read_timing
 from mlaconvert.families.checkpoint import Checkpoint
+from mlaconvert.families.merged import merge_loras
 from mlaconvert.families.protocol import Family
+from mlaconvert.families.source import AnySource, as_source
 from mlaconvert.families.wan import WanFamily
 from mlaconvert.families.wrappers import STREAMING_KEYS, unwrap
 from mlaconvert.files.find import find_beside, open_store
@@ -51,35 +53,39 @@ def family_of(config: WanConfig) -> Family:
     return _FAMILIES[0]
 
 
-def open_checkpoint(
-    source: str | Path,
-    *,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    state_key: str | None = None,
-    config: Path | None = None,
-) -> Checkpoint:
-    """Open `source` (see `checkpoint.open_store`) and recognise its model, from names and shapes alone.
+def open_checkpoint(source: AnySource) -> Checkpoint:
+    """Open `source` (see `files.find.open_store`) and recognise its model, from names and shapes alone.
 
-    `config` is a config.json to use instead of the one beside the weights, or a streaming codebase's YAML file, which
-    says how the model sees time beside that one; `state_key` chooses among the state dicts of a pickle. Raises
-    CheckpointError for files that cannot be trusted, UnsupportedModelError for models that are not converted,
-    ConfigError for an impossible config.json; each names the file.
+    with open_checkpoint("Wan-AI/Wan2.1-T2V-1.3B") as checkpoint:  # or a Source, which says more than a path
+        print(checkpoint.describe(), checkpoint.config.num_layers)
+        weight = checkpoint.read("blocks.0.self_attn.q.weight")  # [dim, dim], in the file's dtype
+
+    A config.json that `source` names is used instead of the one beside the weights; of a YAML file it is how the model
+    sees time. LoRAs are merged as weights are read. Raises CheckpointError for files that cannot be trusted or a LoRA
+    that does not fit, UnsupportedModelError for models that are not converted, ConfigError for an impossible
+    config.json; each names the file.
     """
-    raw, settings = None, None
+    source = as_source(source)
+    config, raw, settings = source.config, None, None
     if config is not None and config.suffix in (".yaml", ".yml"):
         settings = read_yaml(config)
         if not isinstance(settings, dict):
             raise ConfigError(f"{config}: it must hold a mapping of fields, such as num_frame_per_block")
     elif config is not None:
         raw = read_json(config)
-    store = open_store(source, revision=revision, subfolder=subfolder)
+    store = open_store(source.path, revision=source.revision, subfolder=source.subfolder)
     try:
         with _naming(store.path):
-            return _recognise(store, store.config if raw is None else raw, state_key, settings)
+            checkpoint = _recognise(store, store.config if raw is None else raw, source.state_key, settings)
+        return merge_loras(checkpoint, source.loras)
     except BaseException:
         store.close()
         raise
+
+
+def opened(source: AnySource | Checkpoint) -> AbstractContextManager[Checkpoint]:
+    """A checkpoint for the length of a `with`: `source` opened, or a checkpoint that is open already, and stays so."""
+    return nullcontext(source) if isinstance(source, Checkpoint) else open_checkpoint(source)
 
 
 def _recognise(

@@ -11,7 +11,7 @@ from mlaconvert.generation.chunks import ChunkFile
 from mlaconvert.generation.plan import Plan
 from mlaconvert.generation.request import Runtime
 from mlaconvert.model.cache import LatentCache
-from mlaconvert.model.rollout import passes, rollout
+from mlaconvert.model.rollout import CacheUse, Given, LatentSize, passes, rollout
 from mlaconvert.model.wan import WanModel
 from mlaconvert.progress import Counter, Progress
 
@@ -44,16 +44,11 @@ def chunk_passes(
     for chunk in rollout(
         model,
         plan.schedule,
-        frames=plan.frames,
-        height=plan.size[0],
-        width=plan.size[1],
+        size=LatentSize(frames=plan.frames, height=plan.size[0], width=plan.size[1]),
+        given=Given(null_context=plan.null_context, prefix=prefix, images=plan.images),
+        cache=CacheUse(streaming=plan.streaming, slice_size=runtime.slice_size),
         sampler=plan.sampler,
         seed=plan.seeds,
-        null_context=plan.null_context,
-        prefix=prefix,
-        images=plan.images,
-        streaming=plan.streaming,
-        slice_size=runtime.slice_size,
         on_step=count.step,
     ):
         start += chunk.shape[2]

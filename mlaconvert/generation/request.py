@@ -13,7 +13,7 @@ from pydantic import Field
 from mlaconvert.config.parsing import Count, NotNegative, Pixels, Positive, check_fields
 from mlaconvert.config.streaming import SHIFT, Positions
 from mlaconvert.errors import ConfigError
-from mlaconvert.families.open import open_checkpoint
+from mlaconvert.families.source import AnySource
 from mlaconvert.model.attention.kernel import AttentionMode
 from mlaconvert.model.device import resolve_device
 from mlaconvert.model.load import load_model
@@ -144,21 +144,10 @@ class Runtime:
         on_cpu = resolve_device(self.device, torch.float32).type == "cpu"
         return self.dtype or (None if on_cpu else torch.bfloat16)
 
-    def load(
-        self,
-        source: str | Path,
-        *,
-        revision: str | None = None,
-        subfolder: str | None = None,
-        state_key: str | None = None,
-        config: Path | None = None,
-    ) -> WanModel:
+    def load(self, source: AnySource) -> WanModel:
         """The model, ready to run. Raises ConfigError for a device that is not there, and what `load_model` raises."""
         device, dtype = resolve_device(self.device, torch.float32), self.chosen_dtype()
-        with open_checkpoint(
-            source, revision=revision, subfolder=subfolder, state_key=state_key, config=config
-        ) as checkpoint:
-            model = load_model(checkpoint, dtype=dtype, device=device)
+        model = load_model(source, dtype=dtype, device=device)
         model.attention_mode = self.attention
         if self.compile:
             model.compile_blocks()

@@ -15,7 +15,9 @@ from typing import Any, cast
 
 from mlaconvert.base.text import free_memory
 from mlaconvert.errors import ConfigError, InputError
+from mlaconvert.families.merged import merged
 from mlaconvert.families.open import open_checkpoint
+from mlaconvert.families.source import AnySource, as_source
 from mlaconvert.files.staging import Staging, disk_errors
 from mlaconvert.generation.chunks import ChunkFile, check_staging, write_json
 from mlaconvert.generation.marks import fingerprint
@@ -38,21 +40,19 @@ from mlaconvert.progress import Progress, silent
 
 
 def generate(
-    source: str | Path,
+    source: AnySource,
     output: str | Path,
     wanted: Generation | None = None,
     runtime: Runtime | None = None,
     *,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    state_key: str | None = None,
-    config: Path | None = None,
     movie: Movie = "auto",
     overwrite: bool = False,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> GenerationReport:
     """Generate videos by a dense or a converted model, into the new folder or movie file `output`.
+
+    generate("wan-mla", "fox.mp4", Generation(prompts=("a red fox runs through fresh snow",), seconds=30))
 
     The folder gets `latents.safetensors` (`latents` [samples, C, F, H, W] in float32 and, with one prompt, its
     `context`), `generation.json`, and a movie for each sample: of models that work on RGB pixels always, with a contact
@@ -62,26 +62,26 @@ def generate(
     neither its files nor `wanted` state it, and of a few-step schedule. Raises OutputError for an output that exists,
     and what `plan_generation`, `open_checkpoint`, `find_base` and `rollout` raise.
     """
-    wanted, runtime, target = wanted or Generation(), runtime or Runtime(), Path(output)
+    source, wanted, runtime, target = as_source(source), wanted or Generation(), runtime or Runtime(), Path(output)
     progress = progress or silent
     staging = Staging(target, "generate", overwrite=overwrite, inside="video")
     movie = _check_target(staging, wanted, movie)
-    place: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "state_key": state_key}
-    with open_checkpoint(source, **place, config=config) as checkpoint:
-        geometry, notes = checkpoint.config, assumptions(checkpoint, wanted)
+    with open_checkpoint(source) as checkpoint:
+        geometry, notes, loras = checkpoint.config, assumptions(checkpoint, wanted), merged(checkpoint)
     if say is not None:
         for note in notes:
             say(note)
     if geometry.works_on_pixels or not wanted.prompts:
         plan_generation(wanted, geometry)  # what is wrong shows before anything large is read
     needs_base = bool(wanted.prompts) or movie in ("mp4", "gif")
-    base = find_text_base(source, wanted, geometry, needs_base, revision, subfolder)
+    base = find_text_base(source, wanted, geometry, needs_base)
     vae = None if base is None or movie == "none" else load_vae(base, geometry, movie)
     text = None if base is None or not wanted.prompts else embed_prompts(base, wanted, geometry, runtime, progress)
-    model = runtime.load(source, **place, config=config)
+    model = runtime.load(source)
     plan = plan_generation(wanted, model.config, text=text)
-    settings = {"source": str(source), **place, "weights": fingerprint(model), "dtype": str(model.dtype)}
-    settings |= plan.settings()
+    settings: dict[str, Any] = {"source": str(source), "revision": source.revision, "subfolder": source.subfolder}
+    settings |= {"state_key": source.state_key, "weights": fingerprint(model), "dtype": str(model.dtype)}
+    settings |= plan.settings() | ({"loras": loras} if loras else {})
     with ChunkFile.open(staging, plan, model.config, settings) as store:
         resumed, started = store.done, time.monotonic()
         cache_bytes = run_passes(model, plan, runtime, store, progress)

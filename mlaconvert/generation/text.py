@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,20 +12,14 @@ from mlaconvert.base.text import embed_texts
 from mlaconvert.base.vae import Vae
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.errors import ConfigError, InputError
+from mlaconvert.families.source import AnySource
 from mlaconvert.generation.plan import Text, unembedded
 from mlaconvert.generation.request import Generation, Movie, Runtime
 from mlaconvert.model.device import resolve_device
 from mlaconvert.progress import Counter, Progress
 
 
-def find_text_base(
-    source: str | Path,
-    wanted: Generation,
-    config: WanConfig,
-    needed: bool,
-    revision: str | None,
-    subfolder: str | None,
-) -> Base | None:
+def find_text_base(source: AnySource, wanted: Generation, config: WanConfig, needed: bool) -> Base | None:
     """The repository of the text encoder and the VAE, None when nothing asks for one."""
     if config.works_on_pixels:
         if wanted.base is not None:
@@ -34,7 +27,7 @@ def find_text_base(
         return None
     if wanted.base is not None:
         return open_base(wanted.base)
-    return find_base(source, revision, subfolder) if needed else None
+    return find_base(source) if needed else None
 
 
 def load_vae(base: Base, config: WanConfig, movie: Movie) -> Vae:

@@ -15,6 +15,7 @@ from mlaconvert.base.vae import Vae
 from mlaconvert.clips.folder import save_shard
 from mlaconvert.errors import ConfigError, InputError, OutputError, is_plain
 from mlaconvert.families.open import open_checkpoint
+from mlaconvert.families.source import AnySource
 from mlaconvert.files.names import public_name
 from mlaconvert.files.staging import claim, disk_errors
 from mlaconvert.generation.marks import MARK, digests, fingerprint_of, read_mark
@@ -30,16 +31,12 @@ _LONGEST_NAME = 255  # bytes of a file name
 
 
 def generate_for_vbench(
-    source: str | Path,
+    source: AnySource,
     output: str | Path,
     prompts: Sequence[str],
     wanted: Generation | None = None,
     runtime: Runtime | None = None,
     *,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    state_key: str | None = None,
-    config: Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
@@ -61,15 +58,14 @@ def generate_for_vbench(
         raise ConfigError("the prompts come from their own list; leave prompts out")
     for number, prompt in enumerate(prompts, 1):
         _check_prompt_name(prompt, number, prompts)
-    place: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "state_key": state_key, "config": config}
-    with open_checkpoint(source, **place) as checkpoint:
+    with open_checkpoint(source) as checkpoint:
         geometry, notes = checkpoint.config, assumptions(checkpoint, wanted)
         dtype = runtime.chosen_dtype() or checkpoint.dtype
         shared: dict[str, Any] = {"model": fingerprint_of(checkpoint), "dtype": str(dtype)}
     if say is not None:
         for note in notes:
             say(note)
-    base = find_text_base(source, wanted, geometry, wanted.embeddings is None, revision, subfolder)
+    base = find_text_base(source, wanted, geometry, wanted.embeddings is None)
     if geometry.works_on_pixels and not can_write_mp4():
         raise InputError("VBench's file names end in .mp4, which needs an encoder: pip install 'mlaconvert[video]'")
     vae = None if base is None else load_vae(base, geometry, "mp4")
@@ -97,7 +93,7 @@ def generate_for_vbench(
         if missing:
             with disk_errors(folder):
                 folder.mkdir(exist_ok=True)
-            model = runtime.load(source, **place)
+            model = runtime.load(source)
         count = PassCounter(progress or silent, sum(count_passes(plans[number], runtime) for number in missing))
         for number in missing:
             plan = plans[number]

@@ -49,17 +49,16 @@ def estimate(
     trained: Sequence[Sequence[int]],
     view: View,
     *,
-    height: int,
-    width: int,
+    size: tuple[int, int],
     flops_per_second: float | None = None,
     processes: int = 1,
 ) -> Estimate:
-    """For trained tensors of these shapes and views of `height` x `width` latent pixels, on each of `processes`.
+    """For trained tensors of these shapes and views of `size` (height, width) in latent pixels, on each of `processes`.
     Nothing is sharded.
     """
     stage = stage_of(recipe.stage)
     patch = student.patch_size
-    grid = (height // patch[1], width // patch[2])
+    grid = (size[0] // patch[1], size[1] // patch[2])
     passes = Passes(recipe=recipe, student=student, teacher=teacher, view=view, grid=grid)
     samples = recipe.batch * recipe.accumulate
     layout = stage.layout(view, student.streaming)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from pathlib import Path
 
 import torch
 
@@ -15,6 +14,7 @@ from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.families.causal import assumption_line
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.open import open_checkpoint
+from mlaconvert.families.source import AnySource, Source
 from mlaconvert.files.find import experts
 from mlaconvert.files.inputs import refuse_foreign_links
 from mlaconvert.files.names import CONVERSION_NAME, HEALING_NAME, README_NAME, public_name
@@ -27,24 +27,21 @@ from mlaconvert.model.load import load_model
 from mlaconvert.model.wan import WanModel
 
 
-def open_pair(
-    stack: ExitStack, source: str | Path, teacher: str | Path | None, subfolder: str | None
-) -> tuple[Checkpoint, Checkpoint, bool]:
+def open_pair(stack: ExitStack, source: Source, teacher: AnySource | None) -> tuple[Checkpoint, Checkpoint, bool]:
     """The student's checkpoint, its teacher's, and whether the built-in model's clips are theirs.
 
     Raises InputError when the teacher is not known or not found.
     """
-    pair = experts(source)
-    if pair and subfolder is None:
+    pair = experts(source.path, source.revision)
+    if pair and source.subfolder is None:
         raise InputError(f"{source} holds two experts; heal one with --subfolder {pair[0]} or --subfolder {pair[1]}")
-    student = stack.enter_context(open_checkpoint(source, subfolder=subfolder))
+    student = stack.enter_context(open_checkpoint(source))
     path = student.store.path
     folder = path if path.is_dir() else path.parent
     refuse_foreign_links(folder, (README_NAME, CONVERSION_NAME, HEALING_NAME))  # the output's go on from them
     conversion = read_record(folder / CONVERSION_NAME)
     read_record(folder / HEALING_NAME)  # the output's will continue it
-    named = None if teacher is None else str(teacher)
-    found = stack.enter_context(open_teacher(str(folder), conversion, teacher=named, subfolder=subfolder))
+    found = stack.enter_context(open_teacher(str(folder), conversion, teacher=teacher, subfolder=source.subfolder))
     _check_pair(student, found)
     return student, found, draws_clips(found, conversion)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from accelerate.utils import gather_object
 
 from mlaconvert.errors import ConfigError, InputError, OutputError
 from mlaconvert.families.changed import with_tensors
+from mlaconvert.families.source import AnySource, as_source
 from mlaconvert.files.inputs import refuse_links
+from mlaconvert.files.output import AnyOutput, as_output
 from mlaconvert.files.staging import Staging, claim, disk_errors
 from mlaconvert.files.whole import remove_partial
 from mlaconvert.files.writer import is_model
@@ -28,48 +30,46 @@ from mlaconvert.healing.output import HealReport, occupancy, specs_of, write_mod
 from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.healing.stages import stage_of
 from mlaconvert.healing.state import BEST, LAST, choose_trained, load
+from mlaconvert.listener import Listener
 from mlaconvert.model.wan import WanModel
-from mlaconvert.progress import Progress, silent
-
-Say = Callable[[str], None]
+from mlaconvert.progress import silent
 
 
 def heal(
-    source: str | Path,
-    output: Path,
+    source: AnySource,
+    output: AnyOutput,
     recipe: HealRecipe,
     *,
-    teacher: str | Path | None = None,
-    subfolder: str | None = None,
+    teacher: AnySource | None = None,
     data: Path | None = None,
     state: Path | None = None,
     cpu: bool = False,
-    overwrite: bool = False,
-    restart: bool = False,
-    progress: Progress | None = None,
-    say: Say | None = None,
+    listener: Listener | None = None,
 ) -> HealReport:
     """Train the model folder `source` for one stage and write the result to `output`, whole or not at all.
+
+    heal("wan-mla", "wan-healed", HealRecipe(stage="distill", steps=1000, lr=1e-4), data=Path("clips"))
 
     `teacher` is by default what the model was converted from, as its conversion.json says. `data` is a folder of clips
     (`mlaconvert.clips.folder`); the built-in model draws its own, and distill can do without. The run keeps its state
     in `state` (by default `output` with ".state" added): called again after an interruption it goes on from there, bit
-    for bit on a CPU; `restart` begins again. Afterwards the state stays, with a log. Processes that a launcher started
-    share the work; each must call this.
+    for bit on a CPU, or with `Output.restart` begins again. Afterwards the state stays, with a log. Processes that a
+    launcher started share the work; each must call this.
 
     Raises InputError for what does not fit, OutputError for paths that cannot be written, DivergedError when training
     has to stop.
     """
-    report, tell = progress or silent, say or (lambda _: None)
-    recipe, output, stage = recipe.resolved(), Path(output), stage_of(recipe.stage)
-    folder = state or output.with_name(f"{output.name}.state")
+    told, target = listener or Listener(), as_output(output)
+    report, tell = told.progress, told.say
+    recipe, path, stage = recipe.resolved(), Path(target.path), stage_of(recipe.stage)
+    folder = state or path.with_name(f"{path.name}.state")
     accelerator: Accelerator | None = None
     with ExitStack() as stack:
-        student_file, teacher_file, draws = open_pair(stack, source, teacher, subfolder)
+        student_file, teacher_file, draws = open_pair(stack, as_source(source), teacher)
         streaming = regime_of(recipe, student_file.config, teacher_file.config)
         found = open_source(recipe, data, student_file.config, tell, draws=draws)
         _check_guidance(recipe, found)
-        staging = Staging(output, "heal", overwrite=overwrite)
+        staging = Staging(path, "heal", overwrite=target.overwrite)
         staging.check(sum(spec.nbytes for spec in specs_of(student_file)), kind="model", replaceable=is_model)
         accelerator = make_accelerator(recipe, None if tracker_missing(recipe) else folder / "logs", cpu=cpu)
         stack.callback(_forget)
@@ -89,7 +89,7 @@ def heal(
                 remove_partial(folder)
             stack.enter_context(_left_only_by_work(folder))
         with accelerator.main_process_first():
-            _make_folder(folder, restart=restart and main)
+            _make_folder(folder, restart=target.restart and main)
         if found is None:
             with accelerator.main_process_first():
                 found = generate_source(recipe, models.teacher, folder / "clips", tell, report, write=main)
@@ -120,7 +120,7 @@ def heal(
         best = load(folder / BEST, "weights", "step", "validation")
         weights = best["weights"]
         result = HealReport(
-            output=output,
+            output=path,
             recipe=recipe,
             teacher=name_of(teacher_file),
             curves=run.curves,
@@ -139,18 +139,17 @@ def heal(
 
 
 def plan(
-    source: str | Path,
+    source: AnySource,
     recipe: HealRecipe,
     *,
-    teacher: str | Path | None = None,
-    subfolder: str | None = None,
+    teacher: AnySource | None = None,
     data: Path | None = None,
     flops_per_second: float | None = None,
 ) -> Estimate:
     """What `heal` would need, without running anything: all checks of its input, and an estimate of one step."""
     recipe, stage = recipe.resolved(), stage_of(recipe.stage)
     with ExitStack() as stack:
-        student_file, teacher_file, draws = open_pair(stack, source, teacher, subfolder)
+        student_file, teacher_file, draws = open_pair(stack, as_source(source), teacher)
         streaming = regime_of(recipe, student_file.config, teacher_file.config)
         found = open_source(recipe, data, student_file.config, lambda _: None, draws=draws)
         _check_guidance(recipe, found)
@@ -168,8 +167,7 @@ def plan(
             teacher_file.config,
             trained,
             view,
-            height=shape[2],
-            width=shape[3],
+            size=(shape[2], shape[3]),
             flops_per_second=flops_per_second,
         )
 

@@ -31,6 +31,7 @@ from mlaconvert.families.classes import block_frames, converted_config, skyreels
 from mlaconvert.families.lora import refuse_converted
 from mlaconvert.families.open import open_checkpoint
 from mlaconvert.families.protocol import Layout
+from mlaconvert.families.source import Source
 from mlaconvert.families.wan import WanFamily
 from mlaconvert.files.inputs import refuse_foreign_links
 from mlaconvert.files.names import CONFIG_NAME, CONVERSION_NAME, HEALING_NAME
@@ -191,7 +192,9 @@ class LatentTransformer(ModelMixin):  # type: ignore[misc]
                 "(HF_TOKEN and HF_HOME say who you are on the Hub, and where its files are kept)"
             )
         wanted = dtype or torch_dtype
-        with open_checkpoint(pretrained_model_name_or_path, revision=revision, subfolder=subfolder) as checkpoint:
+        with open_checkpoint(
+            Source(pretrained_model_name_or_path, revision=revision, subfolder=subfolder)
+        ) as checkpoint:
             config = checkpoint.config
             skyreels = skyreels_fields(checkpoint.raw_config, "diffusers")
             raw = _FAMILY.raw_config(config, "diffusers") | skyreels | _sections(config)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import reduce
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +13,8 @@ from torch import Tensor, nn
 
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.families.checkpoint import Checkpoint
-from mlaconvert.families.open import open_checkpoint
+from mlaconvert.families.open import opened
+from mlaconvert.families.source import AnySource
 from mlaconvert.files.store import check_finite
 from mlaconvert.model.wan import WanModel
 
@@ -65,26 +64,22 @@ def load_widened(
 
 
 def load_model(
-    source: str | Path | Checkpoint,
+    source: AnySource | Checkpoint,
     *,
-    revision: str | None = None,
-    subfolder: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     streaming: StreamingConfig | None = None,
 ) -> WanModel:
     """The model of a checkpoint, dense or converted: built on the meta device, filled strictly, frozen.
 
+    model = load_model("wan-mla", device="cuda", dtype=torch.bfloat16)
+    velocity = model(latents, timesteps, context)  # [B, C, F, H, W] and [B] and [B, T, text_dim] to [B, C, F, H, W]
+
     `source` is anything that `open_checkpoint` reads, or a checkpoint that is open already. `dtype` None keeps the
     file's, or the widest of several. `streaming` replaces the checkpoint's own setting. Raises what `open_checkpoint`
     raises, and CheckpointError for a NaN.
     """
-    opened = (
-        nullcontext(source)
-        if isinstance(source, Checkpoint)
-        else open_checkpoint(source, revision=revision, subfolder=subfolder)
-    )
-    with opened as checkpoint:
+    with opened(source) as checkpoint:
         config = replace(checkpoint.config, streaming=streaming) if streaming else checkpoint.config
         with torch.device("meta"):
             model = WanModel(config)

@@ -20,6 +20,39 @@ _GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
+class StreamedVideo:
+    """The videos that a cache is planned for. Raises ConfigError for a size that is not positive."""
+
+    height: int
+    """Video pixels."""
+
+    width: int
+    """Video pixels."""
+
+    window_frames: int
+    """Latent frames that the cache holds."""
+
+    batch: int = 1
+    """Videos at once."""
+
+    fps: int = 16
+    """Video frames a second."""
+
+    vae_stride: tuple[int, int, int] = (4, 8, 8)
+    """Video frames and pixels per latent one (time, height, width)."""
+
+    def __post_init__(self) -> None:
+        _check_sizes(
+            height=self.height,
+            width=self.width,
+            batch=self.batch,
+            window_frames=self.window_frames,
+            fps=self.fps,
+            vae_stride=min(self.vae_stride),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelMemory:
     """What one model takes, dense or MLA. All in bytes over all layers, except where said.
 
@@ -87,41 +120,28 @@ def plan_memory(
     config: WanConfig,
     mla: MLAConfig | None = None,
     *,
-    height: int,
-    width: int,
-    window_frames: int,
-    batch: int = 1,
+    video: StreamedVideo,
     cache_itemsize: int = 2,
     weight_itemsize: int = 2,
-    fps: int = 16,
-    vae_stride: tuple[int, int, int] = (4, 8, 8),
     gpu_gb: float | None = None,
     weight_bytes: int | None = None,
 ) -> MemoryPlan:
     """Memory of the dense model and of its conversion.
 
     The conversion is `mla`, else the model's own `config.mla`, else VideoMLA's default budget in every layer.
-    `height` and `width` are video pixels, `window_frames` latent frames, `vae_stride` video frames and pixels
-    per latent one (time, height, width), itemsizes bytes per scalar. `weight_bytes` is what the dense model
+    Itemsizes are bytes per scalar. `weight_bytes` is what the dense model
     keeps on the GPU; by default its parameters, counted from the geometry, times `weight_itemsize`. `gpu_gb`
     is the GPU's memory as vendors count it: 2**30 bytes each.
 
     Activations are not counted: the largest batch and the longest window are upper bounds. A minute is the
-    latent frames that a minute adds to a running video, `60 * fps / vae_stride[0]`.
+    latent frames that a minute adds to a running video, `60 * video.fps / video.vae_stride[0]`.
 
     Raises ConfigError for a size that is not positive, or that patches and VAE cannot split, and for an `mla` of
     another number of layers.
     """
-    _check_sizes(
-        height=height,
-        width=width,
-        batch=batch,
-        window_frames=window_frames,
-        fps=fps,
-        cache_itemsize=cache_itemsize,
-        weight_itemsize=weight_itemsize,
-        vae_stride=min(vae_stride),
-    )
+    _check_sizes(cache_itemsize=cache_itemsize, weight_itemsize=weight_itemsize)
+    height, width, batch, window_frames = video.height, video.width, video.batch, video.window_frames
+    fps, vae_stride = video.fps, video.vae_stride
     if gpu_gb is not None and not 0 < gpu_gb < math.inf:
         raise ConfigError(f"gpu_gb is {gpu_gb}: give the GPU's memory in GiB, such as 24 or 80")
     for name, pixels, step in (

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,45 @@ class Images:
     features: Tensor | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What is given of a video besides its prompt."""
+
+    null_context: Tensor | None = None
+    """The empty prompt's embedding [B or 1, T, text_dim], which guidance other than 1 needs."""
+
+    prefix: Tensor | None = None
+    """First frames [B, out_dim, F, height, width], whole chunks, which are taken as they are and continued."""
+
+    images: Images = field(default_factory=Images)
+    """What an image-to-video model is given."""
+
+
+class LatentSize(NamedTuple):
+    """The size of a video in latent frames and latent pixels."""
+
+    frames: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheUse:
+    """How a rollout uses its cache. But for `streaming`, and for a narrower `dtype`, nothing here changes the video."""
+
+    streaming: StreamingConfig | None = None
+    """Window, chunks and sink; None is the model's own setting."""
+
+    dtype: torch.dtype | None = None
+    """Dtype of the cached scalars; None is the model's."""
+
+    keeps_text: bool = True
+    """Keep the prompt's keys and values too, instead of computing them in every pass."""
+
+    slice_size: int | None = None
+    """Videos of a batch that go through the model at a time, so that activations do not grow with it; None is all."""
+
+
 Context = Tensor | Sequence[tuple[int, Tensor]]
 
 
@@ -63,35 +103,31 @@ def rollout(
     model: WanModel,
     context: Context,
     *,
-    frames: int,
-    height: int,
-    width: int,
+    size: LatentSize,
     sampler: Sampler,
     seed: int | Sequence[int] = 0,
-    null_context: Tensor | None = None,
-    prefix: Tensor | None = None,
-    images: Images | None = None,
-    streaming: StreamingConfig | None = None,
-    cache_dtype: torch.dtype | None = None,
-    keeps_text: bool = True,
-    slice_size: int | None = None,
+    given: Given | None = None,
+    cache: CacheUse | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> Iterator[Tensor]:
     """Yield video latents chunk by chunk, [B, out_dim, f, height, width] each, through one cache.
 
-    `context` [B, T, text_dim] is the prompt; a sequence of (first frame, context) changes it in time, at the first
-    chunk that begins there or later. `null_context`, [B or 1, T, text_dim], is needed for guidance other than 1. The
-    noise depends on the seeds alone, so that two models can be compared from the same noise: `seed` of the first
-    video, counting up, or one for each. Every chunk is denoised, then run once at timestep 0 to write its clean keys
-    and values. A `prefix` [B, out_dim, F, height, width] of whole chunks is taken as given and continued; `frames`
-    counts it.
+    size = LatentSize(frames=21, height=60, width=104)
+    for chunk in rollout(model, context, size=size, sampler=Sampler.few_step()):
+        print(chunk.shape)
 
-    The cache is allocated once. A batch goes through the model `slice_size` videos at a time (all at once by
-    default), so that activations do not grow with it; with `keeps_text` the prompt's keys and values are kept too.
+    `context` [B, T, text_dim] is the prompt; a sequence of (first frame, context) changes it in time, at the first
+    chunk that begins there or later. The noise depends on the seeds alone, so that two models can be compared from the
+    same noise: `seed` of the first video, counting up, or one for each. Every chunk is denoised, then run once at
+    timestep 0 to write its clean keys and values. The frames of `size` count those of a given prefix. The cache is
+    allocated once. `on_step` is called after every pass (`passes`).
 
     Raises InputError when guidance has no null context, or for a context, a prefix or images that do not fit.
     """
-    streaming = streaming or model.config.streaming or StreamingConfig()
+    given, cache = given or Given(), cache or CacheUse()
+    frames, height, width = size
+    null_context, prefix = given.null_context, given.prefix
+    streaming = cache.streaming or model.config.streaming or StreamingConfig()
     device, dtype = model.patch_embedding.weight.device, model.dtype
     schedule = [(0, context)] if isinstance(context, Tensor) else list(context)
     batch = check_schedule(schedule)
@@ -101,8 +137,8 @@ def rollout(
     guided = sampler.guidance != 1
     if guided and null_context is None:
         raise InputError(f"guidance {sampler.guidance} needs the embedding of an empty prompt; give one, or guidance 1")
-    size = (model.config.out_dim, height, width)
-    given = _check_prefix(prefix, batch, frames, size, streaming)
+    one_frame = (model.config.out_dim, height, width)
+    read = _check_prefix(prefix, batch, frames, one_frame, streaming)
     streams = [
         _Stream(
             model,
@@ -112,24 +148,24 @@ def rollout(
                 height=height,
                 width=width,
                 streaming=streaming,
-                dtype=cache_dtype or dtype,
+                dtype=cache.dtype or dtype,
                 device=device,
-                keeps_text=keeps_text,
+                keeps_text=cache.keeps_text,
             ),
             rows,
             sampler.guidance,
-            images or Images(),
+            given.images,
         )
-        for rows in _slices(batch, slice_size)
+        for rows in _slices(batch, cache.slice_size)
     ]
     draws = len(sampler.timesteps) if sampler.renoise else 1
     chunks = default_chunks(frames, streaming)
 
     def draw(start: int, count: int) -> list[list[Tensor]]:
         """The noises of every stream; none for given frames."""
-        if start < given:
+        if start < read:
             return []
-        shape = (size[0], count, *size[1:])
+        shape = (one_frame[0], count, *one_frame[1:])
         found = [chunk_noise([seeds[i] for i in stream.rows], start, shape, draws) for stream in streams]
         return [[noise.pin_memory() for noise in row] for row in found] if device.type == "cuda" else found
 
@@ -141,7 +177,7 @@ def rollout(
             _, text = schedule.pop(0)
             for stream in streams:
                 stream.read(text, null_context)
-        if prefix is not None and start < given:
+        if prefix is not None and start < read:
             parts = [prefix[list(s.rows), :, start : start + count].to(device, torch.float32) for s in streams]
         else:
             parts = [

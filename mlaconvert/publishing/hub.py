@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from mlaconvert.errors import InputError, MLAConvertError, OutputError
 from mlaconvert.files.inputs import is_file
 from mlaconvert.files.names import README_NAME
-from mlaconvert.progress import Progress
+from mlaconvert.listener import Listener
 from mlaconvert.publishing.api import LOGIN, RemoteFiles, bars_closed, check_visibility, hub_errors, look
 from mlaconvert.publishing.folder import ModelFolder, gather_facts, read_folder
 from mlaconvert.publishing.plan import PushPlan, PushReport, compare_files
@@ -25,6 +26,28 @@ _REPO_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(?=.{1,96}$)\w[\w.-]*(?<![.-])/\w[
 _SMALL = 1 << 20  # bytes of a file that is handed to the client whole
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stated:
+    """What is stated of a model by hand; None is read from the Hub or from the conversion's record."""
+
+    license: str | None = None
+    """The Hub's identifier of a licence, such as "apache-2.0"; None is the base model's."""
+
+    base_model: str | None = None
+    """The base model on the Hub ("user/name"); None is what the model was converted from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushListener(Listener):
+    """Who is told what a push does."""
+
+    on_plan: Callable[[PushPlan], None] | None = None
+    """Sees every file and what becomes of it, once all checks have passed and before anything is sent."""
+
+
+_NOTHING_STATED = Stated()
+
+
 def push(
     folder: str | Path,
     repo: str,
@@ -32,13 +55,13 @@ def push(
     public: bool = False,
     update: bool = False,
     dry_run: bool = False,
-    license: str | None = None,
-    base_model: str | None = None,
+    stated: Stated = _NOTHING_STATED,
     api: HfApi | None = None,
-    on_plan: Callable[[PushPlan], None] | None = None,
-    progress: Progress | None = None,
+    listener: Listener | None = None,
 ) -> PushReport:
     """Publish the converted model in `folder` as `repo` ("user/name") on the Hub, in one commit.
+
+    push("wan-mla", "alice/wan-mla", stated=Stated(license="apache-2.0"), dry_run=True)
 
     A repository that is not there is created, private unless `public`. One that holds files is changed only with
     `update`, and only if nobody commits to it meanwhile; what is the same already is not sent, and when everything is,
@@ -47,15 +70,15 @@ def push(
     are not sent again.
 
     The card is generated (`mlaconvert.reports.card`); a README.md edited by hand is kept, the folder's before the
-    Hub's. `license` (the Hub's identifier) and `base_model` default to the base model's own and to the conversion's
-    source.
+    Hub's. What `stated` leaves out is the base model's own, and the conversion's source.
 
     A `dry_run` changes nothing anywhere; without a login it does not ask the Hub. `api` is a client with its own
     endpoint or token. Raises CheckpointError or UnsupportedModelError for a folder that is no converted model,
     InputError for a link among what would be sent (nothing outside the folder is) and for a missing or refused login,
     OutputError for a repository that must not be changed, and MLAConvertError when the Hub fails.
     """
-    api = api or HfApi()
+    api, told = api or HfApi(), listener or Listener()
+    license, base_model = stated.license, stated.base_model
     for name in (repo, base_model) if base_model is not None else (repo,):
         if not _REPO_ID.fullmatch(name):
             raise InputError(f"{name!r} is no name of a model on the Hub; give user/name, such as alice/wan-mla")
@@ -78,13 +101,13 @@ def push(
         private=not public,
         exists=None if token is None else remote is not None,
         parent=remote.sha if remote is not None else None,
-        files=tuple(compare_files(local, remote, card, card_state, progress)),
+        files=tuple(compare_files(local, remote, card, card_state, told.progress)),
         left_out=local.left_out,
         card=card.decode("utf-8", "replace"),
         notes=tuple(notes),
     )
-    if on_plan is not None:
-        on_plan(plan)
+    if isinstance(told, PushListener) and told.on_plan is not None:
+        told.on_plan(plan)
     if dry_run or not plan.changes:
         return PushReport(plan=plan, commit_url=None)
     if remote is not None and not remote.is_empty and not update:

@@ -23,6 +23,7 @@ from mlaconvert.base.repository import NATIVE_TEXT, NATIVE_TOKENIZER, NATIVE_VAE
 from mlaconvert.base.text import clean, embed_texts
 from mlaconvert.base.vae import Vae
 from mlaconvert.errors import CheckpointError, InputError
+from mlaconvert.families.source import Source
 
 WAN22 = {
     "z_dim": 48,
@@ -190,7 +191,7 @@ def test_the_base_is_found_where_the_model_came_from(folder: Path, native: Path,
     assert Path(find_base(mla).source) == repo
     assert find_base(record(tmp_path / "far" / "mla", str(native))).source == str(native)
     record(tmp_path / "pair" / "transformer", "Wan-Diffusers")
-    assert Path(find_base(tmp_path / "pair", subfolder="transformer").source) == repo
+    assert Path(find_base(Source(tmp_path / "pair", subfolder="transformer")).source) == repo
     with pytest.raises(InputError, match="its text encoder and VAE are not known"):
         find_base(record(tmp_path / "other" / "mla", "Wan-Diffusers"))
 

@@ -19,7 +19,7 @@ from mlaconvert.evaluation.bench.memory import largest
 from mlaconvert.evaluation.bench.run import bench
 from mlaconvert.evaluation.bench.runner import Runner
 from mlaconvert.evaluation.bench.setting import BenchReport, BenchSetting, random_model, side_configs
-from mlaconvert.model.memory import plan_memory
+from mlaconvert.model.memory import StreamedVideo, plan_memory
 
 
 def invoke(*arguments: object) -> Result:
@@ -133,7 +133,9 @@ def test_a_converted_geometry_brings_its_own_latent_side(golden: Path, tmp_path:
 def test_random_weights_are_of_the_geometry(golden: Path) -> None:
     config = side_configs(BenchSetting(geometry=str(golden), kv_ranks=(9,)))["MLA 9+6, heads 18+6/24"]
     model = random_model(config, torch.device("cpu"), torch.bfloat16)
-    plan = plan_memory(dataclasses.replace(config, mla=None), config.mla, height=32, width=48, window_frames=5)
+    plan = plan_memory(
+        dataclasses.replace(config, mla=None), config.mla, video=StreamedVideo(height=32, width=48, window_frames=5)
+    )
     assert sum(p.nbytes for p in model.parameters()) == plan.mla.weight_bytes
     assert all(p.isfinite().all() and not p.requires_grad for p in model.parameters())
 

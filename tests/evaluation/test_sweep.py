@@ -23,8 +23,9 @@ from mlaconvert.errors import ConfigError, InputError, OutputError
 from mlaconvert.evaluation import sweep as sweeps
 from mlaconvert.evaluation.cells import CellResult, SweepRecipe, cells, load_sweep_recipe, sweep_recipe_names
 from mlaconvert.evaluation.losses import evaluate
-from mlaconvert.evaluation.sweep import sweep
+from mlaconvert.evaluation.sweep import SweepClips, SweepListener, sweep
 from mlaconvert.families.lora import LoraFile
+from mlaconvert.families.source import Source
 from mlaconvert.model.load import load_model
 
 
@@ -69,7 +70,11 @@ def test_a_cell_is_the_conversion_and_the_evaluation_by_hand(
     recipe = SweepRecipe(inits=("svd",), kv_ranks=(7,), rope_dims=(6, 10), nope_dims=(5, 14))
     seen: list[tuple[str, int, int]] = []
     report = sweep(
-        model, tmp_path / "out", recipe, data=data, on_cell=lambda r, d, t: seen.append((r.name, d, t)), seed=4
+        model,
+        tmp_path / "out",
+        recipe,
+        clips=SweepClips(data=data, seed=4),
+        listener=SweepListener(on_cell=lambda r, d, t: seen.append((r.name, d, t))),
     )
     assert seen == [("svd-kv7-rope6-nope5", 1, 2), ("svd-kv7-rope10-nope14", 2, 2)]
     cell = report.results[1]
@@ -97,7 +102,9 @@ def test_moments_are_measured_once_and_validation_clips_stay_unseen(
 
     monkeypatch.setattr(sweeps, "convert", spy)
     recipe = SweepRecipe(inits=("calibrated", "svd"), kv_ranks=(9, 14))
-    report = sweep(golden, tmp_path / "out", recipe, data=data, clips=8, validation_clips=2, keep=True)
+    report = sweep(
+        golden, tmp_path / "out", recipe, clips=SweepClips(data=data, calibration=8, validation=2), keep=True
+    )
     assert [cell.init for cell in report.results] == ["calibrated", "calibrated", "svd", "svd"]
     assert [call.get("data") for call in calls] == [data, data, None, None]
     assert {str(call["moments"]) for call in calls[:2]} == {str(tmp_path / "out" / "moments")}
@@ -114,10 +121,10 @@ def test_moments_are_measured_once_and_validation_clips_stay_unseen(
     # Another budget starts from what was measured: no moments are written anew.
     states = [path.stat().st_mtime_ns for path in moments]
     more = SweepRecipe(inits=("calibrated",), kv_ranks=(5,))
-    sweep(golden, tmp_path / "out", more, data=data, clips=8, validation_clips=2)
+    sweep(golden, tmp_path / "out", more, clips=SweepClips(data=data, calibration=8, validation=2))
     assert [path.stat().st_mtime_ns for path in moments] == states
     with pytest.raises(ConfigError, match="clips has 10 clips, too few for 9 to calibrate on and 2 to compare on"):
-        sweep(golden, tmp_path / "other", more, data=data, clips=9, validation_clips=2)
+        sweep(golden, tmp_path / "other", more, clips=SweepClips(data=data, calibration=9, validation=2))
 
 
 def test_without_data_clips_are_generated_once(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,9 +139,9 @@ def test_without_data_clips_are_generated_once(golden: Path, tmp_path: Path, mon
     monkeypatch.setattr(sweeps, "calibration_clips", lambda *a, **k: clips(6, "calibration"))
     monkeypatch.setattr(sweeps, "generated_clips", lambda *a, **k: clips(2, "validation"))
     recipe = SweepRecipe(inits=("calibrated",), kv_ranks=(9,))
-    first = sweep(golden, tmp_path / "out", recipe, clips=6, validation_clips=2)
-    both = sweep(golden, tmp_path / "out", SweepRecipe(inits=("calibrated",), kv_ranks=(9, 11)), clips=6,
-                 validation_clips=2)  # fmt: skip
+    counts = SweepClips(calibration=6, validation=2)
+    first = sweep(golden, tmp_path / "out", recipe, clips=counts)
+    both = sweep(golden, tmp_path / "out", SweepRecipe(inits=("calibrated",), kv_ranks=(9, 11)), clips=counts)
     assert made == ["calibration", "validation"]
     assert both.results[0] == first.results[0]
     assert "no calibration sees" in first.clips_from
@@ -252,17 +259,17 @@ def test_cells_from_python_are_checked_too() -> None:
 def test_a_folder_of_something_else_is_left_alone(golden: Path, data: Path, tmp_path: Path) -> None:
     recipe, out = SweepRecipe(inits=("svd",), kv_ranks=(4,)), tmp_path / "out"
     with pytest.raises(OutputError, match="is not a folder of a sweep"):
-        sweep(golden, data, recipe, data=data)
+        sweep(golden, data, recipe, clips=SweepClips(data=data))
     with pytest.raises(OutputError, match="does not exist; create it first"):
-        sweep(golden, tmp_path / "a" / "b", recipe, data=data)
-    (first,) = sweep(golden, out, recipe, data=data, validation_clips=2).results
+        sweep(golden, tmp_path / "a" / "b", recipe, clips=SweepClips(data=data))
+    (first,) = sweep(golden, out, recipe, clips=SweepClips(data=data, validation=2)).results
     with pytest.raises(OutputError, match=r"holds a sweep with another validation_clips and seed; .*--restart"):
-        sweep(golden, out, recipe, data=data, validation_clips=3, seed=1)
-    (again,) = sweep(golden, out, recipe, data=data, validation_clips=3, restart=True).results
+        sweep(golden, out, recipe, clips=SweepClips(data=data, validation=3, seed=1))
+    (again,) = sweep(golden, out, recipe, clips=SweepClips(data=data, validation=3), restart=True).results
     assert again.loss != first.loss
     (out / "cells" / "svd-kv4.json").write_text('{"name": 3}')
     with pytest.raises(InputError, match=r"svd-kv4\.json"):
-        sweep(golden, out, recipe, data=data, validation_clips=3)
+        sweep(golden, out, recipe, clips=SweepClips(data=data, validation=3))
 
 
 def test_a_lora_is_in_both_the_dense_model_and_the_converted(golden: Path, data: Path, tmp_path: Path) -> None:
@@ -273,12 +280,12 @@ def test_a_lora_is_in_both_the_dense_model_and_the_converted(golden: Path, data:
     recipe = SweepRecipe(inits=("lossless",), kv_ranks=())
     losses = []
     for name, loras in (("plain", []), ("merged", [LoraFile(path=tmp_path / "lora.safetensors")])):
-        (cell,) = sweep(golden, tmp_path / name, recipe, data=data, loras=loras).results
+        (cell,) = sweep(Source(golden, loras=loras), tmp_path / name, recipe, clips=SweepClips(data=data)).results
         assert cell.velocity_error < 1e-5
         losses.append(cell.teacher_loss)
     assert abs(losses[0] - losses[1]) > 1e-4
     with pytest.raises(OutputError, match="another loras"):
-        sweep(golden, tmp_path / "merged", recipe, data=data)
+        sweep(golden, tmp_path / "merged", recipe, clips=SweepClips(data=data))
 
 
 def test_experts_are_swept_one_by_one(
@@ -288,6 +295,6 @@ def test_experts_are_swept_one_by_one(
         pair = save_folder(golden_state, golden_config, f"pair/{name}").parent
     recipe = SweepRecipe(inits=("svd",), kv_ranks=(4,))
     with pytest.raises(ConfigError, match="sweep one with --subfolder transformer or --subfolder transformer_2"):
-        sweep(pair, tmp_path / "out", recipe, data=data)
-    report = sweep(pair, tmp_path / "out", recipe, data=data, subfolder="transformer_2")
+        sweep(pair, tmp_path / "out", recipe, clips=SweepClips(data=data))
+    report = sweep(Source(pair, subfolder="transformer_2"), tmp_path / "out", recipe, clips=SweepClips(data=data))
     assert [isinstance(result, CellResult) for result in report.results] == [True]

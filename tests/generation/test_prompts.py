@@ -29,7 +29,7 @@ from mlaconvert.generation.request import Generation, Runtime
 from mlaconvert.generation.run import generate
 from mlaconvert.generation.vbench_names import generate_for_vbench
 from mlaconvert.model.load import load_model
-from mlaconvert.model.rollout import rollout
+from mlaconvert.model.rollout import Given, LatentSize, rollout
 from mlaconvert.model.schedule import Sampler
 
 PROMPTS = ("a cat in the snow", "the red sea at night")
@@ -84,11 +84,9 @@ def test_words_become_a_movie(golden: Path, base: Path, tmp_path: Path) -> None:
     chunks = rollout(
         load_model(golden),
         [(0, contexts[0]), (3, contexts[1])],
-        frames=6,
-        height=4,
-        width=6,
+        size=LatentSize(frames=6, height=4, width=6),
+        given=Given(null_context=negative),
         sampler=Sampler.many_step(2, guidance=3),
-        null_context=negative,
         seed=4,
     )
     expected = torch.cat(list(chunks), 2)
@@ -247,7 +245,10 @@ def test_vbench_prompts_are_embedded_and_decoded(golden: Path, base: Path, tmp_p
     assert invoke(*arguments).exit_code == 0
     assert (tmp_path / "out" / f"{PROMPTS[0]}-0.mp4").stat().st_mtime_ns == before
     chunks = rollout(
-        load_model(golden), embedded(base, PROMPTS[1])[0], frames=3, height=4, width=6, sampler=Sampler.few_step((900,))
+        load_model(golden),
+        embedded(base, PROMPTS[1])[0],
+        size=LatentSize(frames=3, height=4, width=6),
+        sampler=Sampler.few_step((900,)),
     )
     assert_shows(tmp_path / "out" / f"{PROMPTS[1]}-0.mp4", pixels(base, torch.cat(list(chunks), 2)[0]))
     # All there: neither text nor model is loaded.

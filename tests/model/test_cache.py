@@ -19,7 +19,7 @@ from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.model.attention.kernel import AttentionPlan
 from mlaconvert.model.cache import LatentCache, LayerCache
-from mlaconvert.model.rollout import rollout
+from mlaconvert.model.rollout import LatentSize, rollout
 from mlaconvert.model.rope import Rotary, angles
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.wan import WanModel
@@ -328,7 +328,7 @@ def test_a_thousand_frames_take_the_memory_of_twenty(mixed: bool) -> None:
     """Live tensors and what a chunk makes on its way are the same after 21 frames and after 1,000."""
     model = make_model(make_config("token", StreamingConfig(chunk_frames=4, window_frames=9), mixed=mixed))
     context = inputs(1, 1)[2]
-    video = rollout(model, context, frames=1000, height=2, width=2, sampler=Sampler.few_step((1000,)))
+    video = rollout(model, context, size=LatentSize(frames=1000, height=2, width=2), sampler=Sampler.few_step((1000,)))
     figures = []
     for skipped in (5, 242):  # then follow the chunks at frames 20 and 992
         for _ in range(skipped):

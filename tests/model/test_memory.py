@@ -11,7 +11,7 @@ from mlaconvert.config.budget import default_budget
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import MLAConfig, MLALayer
 from mlaconvert.errors import ConfigError
-from mlaconvert.model.memory import MemoryPlan, parameter_count, plan_memory
+from mlaconvert.model.memory import MemoryPlan, StreamedVideo, parameter_count, plan_memory
 from mlaconvert.model.wan import WanModel
 from mlaconvert.reports.tables import memory_table
 from mlaconvert.units import format_bytes
@@ -64,7 +64,7 @@ def test_default_budget_keeps_heads_whole_and_rotary_pairs_complete(head_dim: in
 
 
 def test_wan_1_3b_by_hand() -> None:
-    plan = plan_memory(WAN_1_3B, height=480, width=832, window_frames=7, batch=3, gpu_gb=80)
+    plan = plan_memory(WAN_1_3B, video=StreamedVideo(height=480, width=832, window_frames=7, batch=3), gpu_gb=80)
     assert plan.frame_tokens == 30 * 52 == 1560
     assert plan.minute_frames == 240
     assert plan.dense.scalars_per_token == (3072,) * 30
@@ -89,21 +89,21 @@ def test_wan_1_3b_mla_weights_by_hand() -> None:
     key_value = 1536 * 224 + 224 + 192 + 2688 * 192 + 1152  # down with bias, norm, up, content-key bias
     output = 1536 * 1536 + 1536
     dense = 4 * (1536 * 1536 + 1536) + 2 * 1536
-    plan = plan_memory(WAN_1_3B, height=480, width=832, window_frames=7)
+    plan = plan_memory(WAN_1_3B, video=StreamedVideo(height=480, width=832, window_frames=7))
     assert plan.dense.weight_bytes - plan.mla.weight_bytes == 2 * 30 * (dense - query - key_value - output)
 
 
 def test_wan_14b_by_hand() -> None:
-    plan = plan_memory(WAN_14B, height=720, width=1280, window_frames=21, cache_itemsize=2)
+    plan = plan_memory(WAN_14B, video=StreamedVideo(height=720, width=1280, window_frames=21), cache_itemsize=2)
     assert plan.dense.bytes_per_token == 800 * 1024
     assert plan.mla.bytes_per_token == 746 * 40 * 2
     assert plan.frame_tokens == 3600
     assert plan.dense.bytes_per_window == 21 * 3600 * 819_200
     assert plan.dense.largest_batch is None
     assert plan.mla.longest_window is None
-    assert plan_memory(WAN_14B, height=720, width=1280, window_frames=21, cache_itemsize=4).dense.bytes_per_token == (
-        1600 * 1024
-    )
+    assert plan_memory(
+        WAN_14B, video=StreamedVideo(height=720, width=1280, window_frames=21), cache_itemsize=4
+    ).dense.bytes_per_token == (1600 * 1024)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,9 @@ def test_mla_of_the_caller_goes_before_the_models_own() -> None:
 
 
 def test_what_fits_is_the_most_that_fits() -> None:
-    plan = plan_memory(SMALL, height=64, width=96, window_frames=5, batch=2, gpu_gb=0.01, weight_itemsize=4)
+    plan = plan_memory(
+        SMALL, video=StreamedVideo(height=64, width=96, window_frames=5, batch=2), gpu_gb=0.01, weight_itemsize=4
+    )
     for side in (plan.dense, plan.mla):
         free = int(0.01 * GIB) - side.weight_bytes
         one_window = side.bytes_per_window // 2
@@ -157,7 +159,7 @@ def test_what_fits_is_the_most_that_fits() -> None:
 
 
 def test_nothing_fits_beside_weights_that_do_not() -> None:
-    plan = plan_memory(WAN_14B, height=480, width=832, window_frames=7, gpu_gb=16)
+    plan = plan_memory(WAN_14B, video=StreamedVideo(height=480, width=832, window_frames=7), gpu_gb=16)
     assert (plan.dense.largest_batch, plan.dense.longest_window) == (0, 0)
     assert "does not fit" in shown(plan)
 
@@ -172,11 +174,18 @@ def test_given_weights_replace_the_counted_ones() -> None:
 
 def test_other_frame_rates_and_vaes() -> None:
     config = WanConfig(dim=3072, num_heads=24, num_layers=30, ffn_dim=14336, in_dim=48, out_dim=48)
-    plan = plan_memory(config, height=704, width=1280, window_frames=10, fps=25, vae_stride=(4, 16, 16))
+    plan = plan_memory(
+        config, video=StreamedVideo(height=704, width=1280, window_frames=10, fps=25, vae_stride=(4, 16, 16))
+    )
     assert plan.frame_tokens == 22 * 40
     assert plan.minute_frames == 375
     assert plan.seconds(10) == 1.6
-    assert plan_memory(SMALL, height=16, width=16, window_frames=1, fps=1, vae_stride=(8, 8, 8)).minute_frames == 8
+    assert (
+        plan_memory(
+            SMALL, video=StreamedVideo(height=16, width=16, window_frames=1, fps=1, vae_stride=(8, 8, 8))
+        ).minute_frames
+        == 8
+    )
 
 
 @pytest.mark.parametrize(
@@ -203,7 +212,7 @@ def test_impossible_settings_are_named(change: dict[str, object], message: str) 
 
 
 def test_json_is_plain_and_whole() -> None:
-    plan = plan_memory(WAN_1_3B, height=480, width=832, window_frames=7, gpu_gb=24)
+    plan = plan_memory(WAN_1_3B, video=StreamedVideo(height=480, width=832, window_frames=7), gpu_gb=24)
     data = json.loads(json.dumps(plan.to_json()))
     assert data["dense"]["bytes_per_token"] == 184_320
     assert data["mla"]["bytes_per_token"] == 13_440
@@ -231,9 +240,9 @@ def test_bytes_for_people(count: int, text: str) -> None:
 
 
 def test_table_says_what_people_need() -> None:
-    text = shown(plan_memory(WAN_1_3B, height=480, width=832, window_frames=7, gpu_gb=24))
+    text = shown(plan_memory(WAN_1_3B, video=StreamedVideo(height=480, width=832, window_frames=7), gpu_gb=24))
     for part in ("180 KiB", "13.1 KiB", "-92.7%, 13.7x", "1.87 GiB", "140 MiB", "2.64 GiB", "79 frames", "19.8 s"):
         assert part in text
     assert "activations not counted" in text
-    without_gpu = shown(plan_memory(WAN_1_3B, height=480, width=832, window_frames=7))
+    without_gpu = shown(plan_memory(WAN_1_3B, video=StreamedVideo(height=480, width=832, window_frames=7)))
     assert "max batch" not in without_gpu

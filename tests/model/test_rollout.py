@@ -14,7 +14,7 @@ from mlaconvert.config.mla import MLAConfig, MLALayer
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.model.cache import LatentCache
-from mlaconvert.model.rollout import Images, chunk_noise, passes, rollout
+from mlaconvert.model.rollout import Images, LatentSize, chunk_noise, passes, rollout
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.wan import WanModel
 
@@ -49,15 +49,7 @@ def text(seed: int, batch: int = 2, tokens: int = 2) -> Tensor:
 
 
 def run(model: WanModel, context: object, frames: int = 6, sampler: Sampler = FEW, **options: object) -> Tensor:
-    chunks = rollout(
-        model,
-        context,
-        frames=frames,
-        height=H,
-        width=W,
-        sampler=sampler,
-        **options,  # type: ignore[arg-type]
-    )
+    chunks = rollout(model, context, size=LatentSize(frames=frames, height=H, width=W), sampler=sampler, **options)
     return torch.cat(list(chunks), 2)
 
 

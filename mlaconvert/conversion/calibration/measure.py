@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mlaconvert.conversion.calibration.layer import Layer
+from mlaconvert.conversion.calibration.method import Method
 from mlaconvert.conversion.calibration.pieces import PIECE_SCALARS, token_slices
-from mlaconvert.conversion.recipe import Part
 from mlaconvert.latent.moments import LayerMoments
 from mlaconvert.model.attention.kernel import attend, inverse_rms
 from mlaconvert.model.rope import Rotary, rotate
@@ -120,13 +119,13 @@ def _sensitivity(layer: Layer, samples: int = 512) -> tuple[Tensor, float]:
     return total.div_(count), power / count
 
 
-def without(moments: LayerMoments, parts: Sequence[Part]) -> LayerMoments:
-    """The moments with parts of the method switched off, to see what each is worth."""
-    if "centring" in parts:
+def without(moments: LayerMoments, method: Method) -> LayerMoments:
+    """The moments as a method with some of its parts switched off takes them."""
+    if not method.centring:
         second = moments.covariance + torch.outer(moments.mean, moments.mean)
         moments = dataclasses.replace(moments, mean=torch.zeros_like(moments.mean), covariance=second)
-    if "rho" in parts:
+    if not method.rho:
         moments = dataclasses.replace(moments, rho=torch.ones_like(moments.rho))
-    if "sensitivity" in parts or "weights" in parts:
+    if not (method.sensitivity and method.weights):
         moments = dataclasses.replace(moments, sensitivity=None)
     return moments

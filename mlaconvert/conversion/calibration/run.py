@@ -38,17 +38,36 @@ class Calibration:
     layers: dict[int, MLALayer]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What both walks work on: the dense model, the clips that go through it, and what its layers become."""
+
+    checkpoint: Checkpoint
+    clips: Clips
+    regime: Regime
+    target: Target
+    device: torch.device | str = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptWalk:
+    """How far an interrupted second walk came: its state lies in `folder`, the `finished` layers are written.
+
+    `say` is told of a state that is damaged and left alone.
+    """
+
+    folder: Path
+    finished: Collection[int] = ()
+    say: Callable[[str], None] | None = None
+
+
 def calibrate(
-    checkpoint: Checkpoint,
-    clips: Clips,
-    regime: Regime,
-    target: Target,
+    task: Task,
     *,
     layers: Sequence[int],
     budget: int,
     adaptive: bool,
     folder: Path,
-    device: torch.device | str = "cpu",
     progress: Progress = silent,
 ) -> Calibration:
     """First walk: moments of `layers`, kept in `folder`, and the split of `budget` scalars that measures best.
@@ -56,13 +75,16 @@ def calibrate(
     Moments that are in `folder` already are taken from there. With `adaptive`, layers share the total by what a scalar
     buys the model's velocity.
     """
+    checkpoint, target = task.checkpoint, task.target
     counts = target.counts(budget)
     least = min(3, budget)  # a cached rotary pair and one latent channel; fewer only where fewer are asked for
     budgets = sorted({max(least, round(budget * share)) for share in BUDGETS}) if adaptive else [budget]
     largest = max(budget, checkpoint.config.dim)  # no latent is wider than the model
     budgets = [b for b in budgets if b <= largest]
     tables: dict[int, ErrorTable] = {}
-    walk = LayerWalk(checkpoint, clips, regime, device=device, probes=8 if adaptive else 0, scratch=folder)
+    walk = LayerWalk(
+        checkpoint, task.clips, task.regime, device=task.device, probes=8 if adaptive else 0, scratch=folder
+    )
     count = Counter(progress, "calibrate", checkpoint.config.num_layers)
     count.show()
     for layer in walk:
@@ -70,7 +92,7 @@ def calibrate(
             if not moments_file(folder, layer.index).exists():
                 save_moments(folder, layer.index, layer_moments(layer))
                 return_memory()
-            moments = load_moments(folder, layer.index, checkpoint.config, device)
+            moments = load_moments(folder, layer.index, checkpoint.config, task.device)
             table = target.measure(layer, moments, counts=counts, budgets=budgets)
             tables[layer.index] = table
             if adaptive:
@@ -90,32 +112,29 @@ def calibrate(
 
 
 def refit_layers(
-    checkpoint: Checkpoint,
-    clips: Clips,
-    regime: Regime,
-    target: Target,
+    task: Task,
     calibration: Calibration,
     *,
     validation: Clips | None = None,
     losses: dict[str, float] | None = None,
-    device: torch.device | str = "cpu",
-    state: Path | None = None,
-    finished: Collection[int] = (),
-    say: Callable[[str], None] | None = None,
+    kept: KeptWalk | None = None,
 ) -> Iterator[tuple[int, dict[str, Tensor], dict[str, float]]]:
     """Second walk: each layer's tensors, its queries and output refitted, with its attention error by stage.
 
-    With `validation` clips, `losses` has the model's loss on them at the end, with all layers at each stage. In the
-    folder `state`, the walk keeps how far it is; called again, it goes on behind the `finished` layers, and whatever
-    it has to pass again comes out the same. `say` is told of a state that is damaged and left alone.
+    With `validation` clips, `losses` has the model's loss on them at the end, with all layers at each stage. With
+    `kept`, the walk keeps how far it is; called again, it goes on behind the finished layers, and whatever it has to
+    pass again comes out the same.
     """
-    walk = LayerWalk(checkpoint, clips, regime, device=device, validation=validation, scratch=calibration.folder)
-    if state is not None:
-        walk.resume(state, lambda index: index in finished or index not in calibration.layers, say)
+    checkpoint, target = task.checkpoint, task.target
+    walk = LayerWalk(
+        checkpoint, task.clips, task.regime, device=task.device, validation=validation, scratch=calibration.folder
+    )
+    if kept is not None:
+        walk.resume(kept.folder, lambda index: index in kept.finished or index not in calibration.layers, kept.say)
     for layer in walk:
         if layer.index not in calibration.layers:
             continue
-        moments = load_moments(calibration.folder, layer.index, checkpoint.config, device)
+        moments = load_moments(calibration.folder, layer.index, checkpoint.config, task.device)
         errors: dict[str, float] = {}
         for name, student in _stages(target, layer, calibration.layers[layer.index], moments):
             errors[name] = attention_error(layer, student)
@@ -147,7 +166,7 @@ def _stages(
     if target.key_norm == "latent" or target.q_lora_rank is not None:
         student = target.convert(layer, shape, moments)
         yield "norms and queries", student
-    if "refit" not in target.without:
+    if target.method.refit:
         refit_output(layer, student)
         yield "output refitted", student
         refit_query(layer, student)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import KeyNorm, MLAConfig, MLALayer, RopeMode
 from mlaconvert.conversion.calibration.layer import Layer
 from mlaconvert.conversion.calibration.measure import without
+from mlaconvert.conversion.calibration.method import Method
 from mlaconvert.conversion.calibration.refit import attention_error, refit_output
-from mlaconvert.conversion.recipe import Part
 from mlaconvert.files.scratch import return_memory
 from mlaconvert.latent.allocate import allocate
 from mlaconvert.latent.components import choose_components
@@ -44,12 +44,12 @@ class Target:
     nope_dim: int | None = None
     rope_dim: int | None = None
     rope_selection: str = "energy"
-    without: tuple[Part, ...] = ()
+    method: Method = field(default_factory=Method)
 
     @property
     def weighted(self) -> bool:
         """Whether heads and channels count with what the output makes of their errors."""
-        return "weights" not in self.without
+        return self.method.weights
 
     def layer(self, budget: int, components: tuple[tuple[int, int], ...]) -> MLALayer:
         """`budget` cached scalars (the key norm aside): rotary keys where they are cached, the rest latent channels."""
@@ -90,7 +90,7 @@ class Target:
         tensors = factorize_layer(
             layer.weights,
             shape,
-            without(moments, self.without),
+            without(moments, self.method),
             num_heads=self.config.num_heads,
             key_norm=self.key_norm,
             q_lora_rank=self.q_lora_rank,
@@ -110,16 +110,16 @@ class Target:
             return [highest_pairs(self.config.rope_split, count) for count in counts]
         return choose_components(
             weights,
-            without(moments, self.without),
+            without(moments, self.method),
             num_heads=self.config.num_heads,
             counts=counts,
-            several="components" not in self.without,
+            several=self.method.components,
             weighted=self.weighted,
         )
 
     def fit_output(self, layer: Layer, student: LatentAttention) -> None:
         """`refit_output`, unless refits are switched off."""
-        if "refit" not in self.without:
+        if self.method.refit:
             refit_output(layer, student)
 
     def module(self, layer: Layer, shape: MLALayer, tensors: Mapping[str, Tensor]) -> LatentAttention:

@@ -23,7 +23,7 @@ from mlaconvert.evaluation.bench.runner import ResolvedSetting, Runner, device_n
 from mlaconvert.evaluation.bench.setting import BenchReport, BenchSetting, Side, side_configs
 from mlaconvert.model.attention.cost import cheaper_mode, flops_per_byte
 from mlaconvert.model.device import resolve_device
-from mlaconvert.model.memory import MemoryPlan, plan_memory
+from mlaconvert.model.memory import MemoryPlan, StreamedVideo, plan_memory
 from mlaconvert.progress import Counter, Progress, silent
 
 
@@ -148,13 +148,15 @@ def _plan(
     return plan_memory(
         dataclasses.replace(config, mla=None),
         config.mla,
-        height=pixels[0],
-        width=pixels[1],
-        window_frames=streaming.window_frames,
-        batch=setting.batch,
+        video=StreamedVideo(
+            height=pixels[0],
+            width=pixels[1],
+            window_frames=streaming.window_frames,
+            batch=setting.batch,
+            vae_stride=(video.frame_stride, video.vae_stride, video.vae_stride),
+        ),
         cache_itemsize=dtype.itemsize,
         weight_itemsize=dtype.itemsize,
-        vae_stride=(video.frame_stride, video.vae_stride, video.vae_stride),
     )
 
 

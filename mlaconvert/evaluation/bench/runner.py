@@ -17,7 +17,7 @@ from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.evaluation.bench.rates import synchronize
 from mlaconvert.evaluation.bench.setting import BenchSetting, random_model
 from mlaconvert.model.cache import LatentCache
-from mlaconvert.model.rollout import rollout
+from mlaconvert.model.rollout import CacheUse, LatentSize, rollout
 from mlaconvert.model.schedule import Sampler
 
 
@@ -88,13 +88,11 @@ class Runner:
         self.video = rollout(
             self.model,
             resolved.context,
-            frames=resolved.streaming.chunk_frames * 10**6,
-            height=resolved.height,
-            width=resolved.width,
+            size=LatentSize(
+                frames=resolved.streaming.chunk_frames * 10**6, height=resolved.height, width=resolved.width
+            ),
+            cache=CacheUse(streaming=resolved.streaming, keeps_text=setting.keeps_text, slice_size=setting.slice_size),
             sampler=Sampler.few_step(tuple(1000 * (1 - i / setting.steps) for i in range(setting.steps))),
-            streaming=resolved.streaming,
-            slice_size=setting.slice_size,
-            keeps_text=setting.keeps_text,
         )
 
     def chunk(self) -> float:

@@ -15,7 +15,7 @@ from mlaconvert.healing.frames import chunk_velocity
 from mlaconvert.healing.objective import Objective
 from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.model.cache import LatentCache
-from mlaconvert.model.rollout import rollout
+from mlaconvert.model.rollout import Given, LatentSize, rollout
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.wan import WanModel
 from mlaconvert.model.window import default_chunks
@@ -126,12 +126,10 @@ def reference_features(
         rollout(
             teacher,
             clips.context,
-            frames=frames,
-            height=height,
-            width=width,
+            size=LatentSize(frames=frames, height=height, width=width),
+            given=Given(null_context=null),
             sampler=sampler,
             seed=[mix("reference", draw + first, i) >> 38 for i in range(count)],
-            null_context=null,
         )
         for draw in range(DRAWS)
     ]

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from mlaconvert.conversion.records import read_record
 from mlaconvert.errors import ConfigError, InputError, UnsupportedModelError
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.open import open_checkpoint
+from mlaconvert.families.source import AnySource
 from mlaconvert.families.wrappers import unwrap
 from mlaconvert.files.names import CONVERSION_NAME
 from mlaconvert.files.origin import origin_of
@@ -38,15 +38,13 @@ _ALLOCATE = "_initialize_kv_cache"
 
 def swap_attention(
     model: nn.Module,
-    source: str | Path,
+    source: AnySource,
     *,
     positions: Positions | None = None,
-    revision: str | None = None,
-    subfolder: str | None = None,
 ) -> None:
     """Put the converted model `source` into their causal `model`, or into the one inside their pipeline.
 
-    `source`, `revision` and `subfolder` are those of `open_checkpoint`. `positions` "window" counts frames from the
+    `source` is anything that `open_checkpoint` reads. `positions` "window" counts frames from the
     sink, "absolute" from the start of the video as Self-Forcing does; by default it is what `source` was converted for.
     A pipeline's `_initialize_kv_cache` is replaced too, so that the dense cache is never allocated; without it (`model`
     is the bare model) each layer's is freed when it is first used. For inference: cached chunks carry no gradients.
@@ -61,7 +59,7 @@ def swap_attention(
     the model's window or sink is not the one that `source` was converted for: the model's own is what runs.
     """
     pipeline, causal = unwrapped(model), causal_model(model)
-    with open_checkpoint(source, revision=revision, subfolder=subfolder) as checkpoint, ExitStack() as undo:
+    with open_checkpoint(source) as checkpoint, ExitStack() as undo:
         config = checkpoint.config
         if config.mla is None:
             raise ConfigError(f"{source} is not converted; run mlaconvert convert {source} -o DIR, and give DIR")
@@ -140,7 +138,7 @@ def _adapters(causal: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     return [(parent, name, layer.get_base_layer()) for parent, name, layer in found if hasattr(layer, "get_base_layer")]
 
 
-def _check_adapters(checkpoint: Checkpoint, source: str | Path, name: str) -> None:
+def _check_adapters(checkpoint: Checkpoint, source: AnySource, name: str) -> None:
     """Raise InputError unless a LoRA is in the converted weights already."""
     path = checkpoint.store.path
     record = read_record((path if path.is_dir() else path.parent) / CONVERSION_NAME)

@@ -187,13 +187,13 @@ def test_no_shard_of_a_skipped_video_stays(folder: Path, base: Path, tmp_path: P
     with pytest.raises(InputError, match=r"long\.mp4: "):
         encode(find_videos([folder / "a.mp4", long]), *arguments, many)
     assert clips_of(tmp_path / "out", "long") == [0]  # from before, and still what its file shows
-    report = encode(find_videos([folder / "a.mp4", long]), *arguments, many, bad="skip")
+    report = encode(find_videos([folder / "a.mp4", long]), *arguments, many, on_bad=lambda _message: None)
     assert clips_of(tmp_path / "out", "long") == []
     assert clips_of(tmp_path / "out", "a") == [0, 1, 2]
     assert (len(report.skipped), report.kept) == (1, 3)
     (folder / "a.mp4").write_text("no video")
     long.unlink()
-    report = encode(find_videos([folder]), *arguments, wanted, bad="skip")
+    report = encode(find_videos([folder]), *arguments, wanted, on_bad=lambda _message: None)
     assert [report.made, report.kept, len(report.skipped)] == [3, 0, 1]
     assert clips_of(tmp_path / "out", "a") == []
     assert len(ClipFolder(tmp_path / "out", CONFIG)) == 3
@@ -240,5 +240,5 @@ def test_a_full_disk_is_not_a_bad_video(
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OutputError, match="No space left"):
-        encode(find_videos([folder]), tmp_path / "out", open_base(str(base)), SMALL, bad="skip")
+        encode(find_videos([folder]), tmp_path / "out", open_base(str(base)), SMALL, on_bad=lambda _message: None)
     assert not list((tmp_path / "out").rglob("*.partial"))

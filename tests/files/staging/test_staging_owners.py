@@ -22,12 +22,14 @@ from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.run import convert
 from mlaconvert.errors import OutputError
 from mlaconvert.files import staging as module
+from mlaconvert.files.output import Output
 from mlaconvert.files.staging import Staging, claim
 from mlaconvert.generation import chunks as chunks_module
 from mlaconvert.generation import passes
 from mlaconvert.generation import run as generation
 from mlaconvert.generation.request import Generation
 from mlaconvert.generation.run import generate
+from mlaconvert.listener import Listener
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +219,7 @@ def test_an_earlier_conversion_is_gone_on_with_by_convert_only(tmp_path: Path) -
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert("tiny", tmp_path / "out", ConvertRecipe(init="svd"), progress=stop)
+        convert("tiny", tmp_path / "out", ConvertRecipe(init="svd"), listener=Listener(progress=stop))
     (tmp_path / ".out.partial" / "owner.json").unlink()
     before = tree(tmp_path)
     for overwrite in (False, True):
@@ -225,7 +227,7 @@ def test_an_earlier_conversion_is_gone_on_with_by_convert_only(tmp_path: Path) -
             generate("tiny", tmp_path / "out", Generation(frames=3, steps=1), overwrite=overwrite)
     assert tree(tmp_path) == before
     said: list[str] = []
-    convert("tiny", tmp_path / "out", ConvertRecipe(init="svd"), say=said.append)
+    convert("tiny", tmp_path / "out", ConvertRecipe(init="svd"), listener=Listener(say=said.append))
     assert said[0].startswith("going on after ")
 
 
@@ -260,7 +262,7 @@ def test_an_earlier_unfinished_video_goes_on(tmp_path: Path, monkeypatch: pytest
     assert sorted(path.name for path in hidden.iterdir()) == ["latents.safetensors", "progress.json"]
     before = tree(tmp_path)
     with pytest.raises(OutputError, match="an interrupted mlaconvert generate left"):
-        convert("tiny", tmp_path / "out", ConvertRecipe(init="svd"), overwrite=True, restart=True)
+        convert("tiny", Output(tmp_path / "out", overwrite=True, restart=True), ConvertRecipe(init="svd"))
     assert tree(tmp_path) == before
     report = generate("tiny", tmp_path / "out", WANTED, movie="none")
     assert report.resumed_frames == 6

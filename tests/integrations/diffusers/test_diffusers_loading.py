@@ -31,6 +31,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from wan_diffusers import inputs, reference  # noqa: E402
 
+from mlaconvert.families.source import Source  # noqa: E402
 from mlaconvert.integrations.diffusers import WanMLATransformer3DModel  # noqa: E402
 
 RECORDS = ("conversion.json", "healing.json")
@@ -228,5 +229,5 @@ def test_a_source_without_config_is_converted_to_one_that_names_the_class(
 ) -> None:
     source = save_folder(golden_state)
     (tmp_path / "c.json").write_text(json.dumps(golden_config))
-    convert(source, tmp_path / "out", ConvertRecipe(init="svd"), config=tmp_path / "c.json")
+    convert(Source(source, config=tmp_path / "c.json"), tmp_path / "out", ConvertRecipe(init="svd"))
     assert json.loads((tmp_path / "out" / CONFIG_NAME).read_text())["_class_name"] == "WanMLATransformer3DModel"

@@ -27,7 +27,7 @@ from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import InputError
 from mlaconvert.integrations.streaming import StreamingLatentAttention, swap_attention
 from mlaconvert.model.load import load_model
-from mlaconvert.model.rollout import rollout
+from mlaconvert.model.rollout import LatentSize, rollout
 from mlaconvert.model.rope import rotary
 from mlaconvert.model.schedule import Sampler
 
@@ -80,7 +80,7 @@ def test_a_rollout_equals_ours(make: Any, folders: dict[str, Path], vectors: dic
     swap_attention(pipe, folders[name], positions=positions)
     found = pipe.rollout(context, 12, sampler)
     model = load_model(folders[name], streaming=StreamingConfig(window_frames=6, positions=positions))
-    ours = rollout(model, context, frames=12, height=6, width=10, sampler=sampler)
+    ours = rollout(model, context, size=LatentSize(frames=12, height=6, width=10), sampler=sampler)
     assert relative(found, torch.cat(list(ours), 2)) < 1e-5
     assert relative(found, dense) > 1e-2
 

@@ -22,6 +22,7 @@ from mlaconvert.conversion.run import convert
 from mlaconvert.errors import CheckpointError, InputError, UnsupportedModelError
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.lora import LoraFile
+from mlaconvert.families.source import Source
 from mlaconvert.integrations.streaming import StreamingLatentAttention, swap_attention
 
 
@@ -193,7 +194,9 @@ def with_lora(golden: Path, folders: dict[str, Path], tmp_path_factory: pytest.T
     state = peft.get_peft_model_state_dict(pipe.generator.model)  # type: ignore[arg-type]
     torch.save({"generator_lora": state, "critic_lora": {}}, root / "lora.pt")
     convert(
-        golden, root / "longlive-mla", streaming_fixtures.RECIPES["absolute"], loras=[LoraFile(path=root / "lora.pt")]
+        Source(golden, loras=[LoraFile(path=root / "lora.pt")]),
+        root / "longlive-mla",
+        streaming_fixtures.RECIPES["absolute"],
     )
     return root / "longlive-mla"
 
