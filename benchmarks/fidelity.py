@@ -27,6 +27,7 @@ from mlaconvert.clips.tiny.clips import held_back, training_clips
 from mlaconvert.config.mla import MLALayer
 from mlaconvert.conversion.calibration.layer import Layer
 from mlaconvert.conversion.calibration.measure import layer_moments
+from mlaconvert.conversion.calibration.method import CalibrationSetup, Method
 from mlaconvert.conversion.calibration.walk import LayerWalk
 from mlaconvert.conversion.calibration.windows import Regime
 from mlaconvert.conversion.recipe import ConvertRecipe
@@ -50,23 +51,38 @@ CACHED = change(BASE, init="calibrated", kv_rank=TOTAL - ROPE, rope_dim=ROPE, ro
 HEAD = change(BASE, init="calibrated", kv_rank=TOTAL, rope="head", allocation="uniform")
 ADAPTIVE = change(HEAD, allocation="adaptive")
 NARROW = change(ADAPTIVE, rope="latent")
-# Every row's name and recipe; None is the head-mean baseline, which the package does not offer.
-TABLES: dict[str, dict[str, ConvertRecipe | None]] = {
+
+
+@dataclasses.dataclass(frozen=True)
+class Ablated:
+    """A calibrated conversion of which some parts of the method are switched off."""
+
+    recipe: ConvertRecipe
+    method: Method
+
+
+def without(recipe: ConvertRecipe, *parts: str) -> Ablated:
+    return Ablated(recipe, Method(**dict.fromkeys(parts, False)))
+
+
+FIXED = change(CACHED, allocation="fixed")
+# Every row's name and conversion; None is the head-mean baseline, which the package does not offer.
+TABLES: dict[str, dict[str, ConvertRecipe | Ablated | None]] = {
     "conversion, no training after it": {
         "random, latent RMSNorm": change(WEIGHTS, init="random"),
         "head-mean RoPE key, SVD of weights, latent RMSNorm": None,
         "shared complex RoPE key, SVD of weights, latent RMSNorm": WEIGHTS,
         "the same, queries compressed too: the paper's widths": change(WEIGHTS, q_rank=None),
         "the same with exact queries and key norm": change(WEIGHTS, key_norm="token"),
-        "covariance-weighted, key norm exact, rho and energy-chosen pairs": change(
-            CACHED, allocation="fixed", without=("centring", "components", "weights", "sensitivity", "refit")
+        "covariance-weighted, key norm exact, rho and energy-chosen pairs": without(
+            FIXED, "centring", "components", "weights", "sensitivity", "refit"
         ),
-        "and Omega": change(CACHED, allocation="fixed", without=("centring", "components", "sensitivity", "refit")),
-        "and W_O (and queries) refitted": change(CACHED, allocation="fixed", without=("centring", "components")),
-        "a better split of the same scalars, measured": change(CACHED, without=("centring", "components")),
+        "and Omega": without(FIXED, "centring", "components", "sensitivity", "refit"),
+        "and W_O (and queries) refitted": without(FIXED, "centring", "components"),
+        "a better split of the same scalars, measured": without(CACHED, "centring", "components"),
         "and several shared components of a pair, inputs centred": CACHED,
         "and splits layer by layer, measured": change(CACHED, allocation="adaptive"),
-        "alike in all layers, rotary key read from the latent": change(HEAD, rope="latent", without=("sensitivity",)),
+        "alike in all layers, rotary key read from the latent": without(change(HEAD, rope="latent"), "sensitivity"),
         "and the latent chosen by the output's sensitivity": change(HEAD, rope="latent"),
         "each head's own rotation": HEAD,
         "and scalars shared between layers: **the default**": ADAPTIVE,
@@ -75,10 +91,10 @@ TABLES: dict[str, dict[str, ConvertRecipe | None]] = {
         "everything kept (lossless)": change(BASE, init="lossless"),
     },
     "the default without": {
-        "centring": change(ADAPTIVE, without=("centring",)),
-        "sensitivity": change(ADAPTIVE, without=("sensitivity",)),
-        "sensitivity and Omega": change(ADAPTIVE, without=("weights",)),
-        "refits": change(ADAPTIVE, without=("refit",)),
+        "centring": without(ADAPTIVE, "centring"),
+        "sensitivity": without(ADAPTIVE, "sensitivity"),
+        "sensitivity and Omega": without(ADAPTIVE, "weights"),
+        "refits": without(ADAPTIVE, "refit"),
     },
     "scores and values of a head (32 wide)": {
         "32 and 32, each head's own rotation": ADAPTIVE,
@@ -143,12 +159,14 @@ def tables(teacher: dict[int, float], found: dict[str, dict[int, float]]) -> str
 def measure(name: str, seed: int) -> tuple[float, float]:
     """Validation losses of the teacher and of its conversion."""
     torch.set_num_threads(1)
-    recipe, teacher, clips = ROWS[name], load_model("tiny"), held_back(CLIPS)
+    row, teacher, clips = ROWS[name], load_model("tiny"), held_back(CLIPS)
+    recipe, method = (row.recipe, row.method) if isinstance(row, Ablated) else (row, Method())
     with tempfile.TemporaryDirectory() as folder:
         if recipe is None:
             student = head_mean(teacher)
         else:
-            convert("tiny", Path(folder) / "out", dataclasses.replace(recipe, seed=seed))
+            chosen = dataclasses.replace(recipe, seed=seed)
+            convert("tiny", Path(folder) / "out", chosen, data=CalibrationSetup(method=method))
             student = load_model(Path(folder) / "out")
         return validation_loss(teacher, clips, seeds=[seed]), validation_loss(student, clips, seeds=[seed])
 

@@ -4,7 +4,7 @@
 
     from mlaconvert import ConvertRecipe, HealRecipe, convert, heal
 
-    convert("Wan-AI/Wan2.1-T2V-1.3B", "wan-mla", ConvertRecipe(kv_rank=224), data=Path("clips"), device="cuda")
+    convert("Wan-AI/Wan2.1-T2V-1.3B", "wan-mla", ConvertRecipe(kv_rank=224), data="clips", device="cuda")
     heal("wan-mla", "wan-healed", HealRecipe(stage="distill", steps=1000), data=Path("clips"))
 
 What is named here is imported when it is first used, so that `import mlaconvert` is fast.
@@ -21,11 +21,16 @@ if TYPE_CHECKING:
     from mlaconvert.conversion.run import convert as convert
     from mlaconvert.evaluation.run import evaluate as evaluate
     from mlaconvert.families.open import open_checkpoint as open_checkpoint
+    from mlaconvert.families.source import Source as Source
+    from mlaconvert.files.output import Output as Output
+    from mlaconvert.generation.request import Generation as Generation
     from mlaconvert.generation.run import generate as generate
     from mlaconvert.healing.recipe import HealRecipe as HealRecipe
     from mlaconvert.healing.run import heal as heal
+    from mlaconvert.listener import Listener as Listener
     from mlaconvert.model.cache import LatentCache as LatentCache
     from mlaconvert.model.load import load_model as load_model
+    from mlaconvert.model.rollout import LatentSize as LatentSize
     from mlaconvert.model.rollout import rollout as rollout
     from mlaconvert.model.schedule import Sampler as Sampler
     from mlaconvert.publishing.hub import push as push
@@ -34,9 +39,14 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ConvertRecipe": "conversion.recipe",
+    "Generation": "generation.request",
     "HealRecipe": "healing.recipe",
     "LatentCache": "model.cache",
+    "LatentSize": "model.rollout",
+    "Listener": "listener",
+    "Output": "files.output",
     "Sampler": "model.schedule",
+    "Source": "families.source",
     "analyze": "conversion.analyze",
     "convert": "conversion.run",
     "evaluate": "evaluation.run",

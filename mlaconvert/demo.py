@@ -23,7 +23,6 @@ from mlaconvert.evaluation.compare import compare
 from mlaconvert.evaluation.conditions import TINY_GUIDANCE, TINY_STEPS, tiny_conditions
 from mlaconvert.evaluation.drift import RolloutPlan
 from mlaconvert.evaluation.report import EvaluationReport, make_report
-from mlaconvert.families.open import open_checkpoint
 from mlaconvert.files.inputs import read_json
 from mlaconvert.files.names import CONVERSION_NAME
 from mlaconvert.files.output import Output
@@ -80,8 +79,7 @@ def run_demo(output: Path, progress: Progress, *, overwrite: bool = False) -> De
     make_folder(output)
     if (output / "tiny-mla").exists() and not overwrite:
         raise OutputError(f"{output / 'tiny-mla'} exists; choose another folder with -o DIR, or delete it")
-    with open_checkpoint("tiny") as checkpoint:
-        analysis = analyze(checkpoint, progress=progress)
+    analysis = analyze("tiny", progress=progress)
     path = output / "tiny-mla"
     report = convert(
         "tiny", Output(path, overwrite=overwrite), load_recipe("tiny"), listener=Listener(progress=progress)

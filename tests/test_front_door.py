@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +18,10 @@ OFFERED = [name for name in mlaconvert.__all__ if name != "__version__"]
 
 
 def test_what_is_offered() -> None:
-    commands = {"analyze", "convert", "heal", "generate", "evaluate_models", "push"}
-    models = {"open_checkpoint", "load_model", "rollout", "Sampler", "LatentCache"}
-    assert commands | models | {"ConvertRecipe", "HealRecipe"} == set(OFFERED)
+    commands = {"analyze", "convert", "heal", "generate", "evaluate", "push"}
+    models = {"open_checkpoint", "load_model", "rollout", "Sampler", "LatentCache", "LatentSize"}
+    settings = {"ConvertRecipe", "HealRecipe", "Generation", "Source", "Output", "Listener"}
+    assert commands | models | settings == set(OFFERED)
     assert set(OFFERED) <= set(dir(mlaconvert))
 
 
@@ -40,6 +43,12 @@ def test_types_and_values_are_the_same_things() -> None:
     assert set(shown) == set(OFFERED)
     for name, home in shown.items():
         assert getattr(mlaconvert, name) is getattr(importlib.import_module(str(home)), name)
+
+
+@pytest.mark.parametrize("name", OFFERED)
+def test_docstrings_show_the_use(name: str) -> None:
+    text = inspect.getdoc(getattr(mlaconvert, name)) or ""
+    assert re.search(rf"\b{name}(\.\w+)?\([^)]", text), f"{name} does not show how it is called"
 
 
 def test_other_names_are_refused() -> None:

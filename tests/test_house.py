@@ -169,3 +169,42 @@ def test_only_own_clips_generate_from_an_empty_caption() -> None:
     rolling = {name for name, node in nodes() if isinstance(node, ast.Call) and ast.unparse(node.func) == "rollout"}
     others = {"evaluation.drift", "evaluation.bench.runner", "generation.passes", "healing.stages.few_step"}
     assert rolling == {"clips.teacher_made"} | others
+
+
+MOST_PARAMETERS = 8
+# Signatures that another codebase dictates: diffusers makes a model's config of its constructor's parameters, and
+# calls of streaming codebases pass what theirs pass.
+DICTATED = {
+    ("integrations.diffusers", "WanMLATransformer3DModel.__init__"),
+    ("integrations.diffusers", "SkyReelsV2MLATransformer3DModel.__init__"),
+    ("integrations.streaming.attention", "Streaming.forward"),
+}
+
+
+def parameters(path: Path) -> dict[str, int]:
+    """How many parameters each function and method of a module takes, besides self and cls."""
+    found: dict[str, int] = {}
+
+    def visit(node: ast.AST, owner: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                asked = child.args
+                names = [one.arg for one in (*asked.posonlyargs, *asked.args, *asked.kwonlyargs)]
+                found[f"{owner}{child.name}"] = len(names) - (names[:1] in (["self"], ["cls"]))
+            inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+            visit(child, f"{owner}{child.name}." if inside else owner)
+
+    visit(ast.parse(path.read_text()), "")
+    return found
+
+
+def test_no_function_takes_more_parameters_than_one_can_hold() -> None:
+    """What belongs together is an object with a name; commands are excepted, whose parameters are their options."""
+    many = {
+        (name, function)
+        for name, path in MODULES.items()
+        if not name.startswith("cli.")
+        for function, count in parameters(path).items()
+        if count > MOST_PARAMETERS
+    }
+    assert many == DICTATED

@@ -35,6 +35,8 @@ from mlaconvert.conversion.calibration.windows import Regime
 from mlaconvert.conversion.spectra import Analysis, DenseSpectra, LatentSpectrum, Spectrum, WeightedSpectrum
 from mlaconvert.errors import CheckpointError, ConfigError, UnsupportedModelError
 from mlaconvert.families.checkpoint import Checkpoint
+from mlaconvert.families.open import opened
+from mlaconvert.families.source import AnySource
 from mlaconvert.files.scratch import return_memory
 from mlaconvert.files.store import check_finite
 from mlaconvert.latent.lapack import LINALG_ERRORS
@@ -55,7 +57,7 @@ T = TypeVar("T")
 
 
 def analyze(
-    checkpoint: Checkpoint,
+    source: AnySource | Checkpoint,
     *,
     kv_rank: int | None = None,
     threshold: float = 0.99,
@@ -67,63 +69,69 @@ def analyze(
 ) -> Analysis:
     """Spectra of the self-attention weights of `layers` (all by default), one layer in memory at a time.
 
-    `kv_rank` is the latent rank at which dense layers are judged, by default that of `config.default_budget`; with
-    clips the latent is the whole cache of a token but its key norm, so it takes the rotary key's channels too.
-    `clips` go through a dense model layer by layer and add the weighted spectra; `regime` says which queries see
-    which keys, by default as the model streams. The float64 maths runs on `device`. `progress` counts
-    layers; with clips, those that are only passed through too.
+    found = analyze("Wan-AI/Wan2.1-T2V-1.3B", kv_rank=224, layers=[0, 7])
+    print(found.layers[0], found.to_json())
+
+    `source` is anything that `open_checkpoint` reads, or a checkpoint that is open already. `kv_rank` is the latent
+    rank at which dense layers are judged, by default that of `config.default_budget`; with clips the latent is the
+    whole cache of a token but its key norm, so it takes the rotary key's channels too. `clips` go through a dense model
+    layer by layer and add the weighted spectra; `regime` says which queries see which keys, by default as the model
+    streams. The float64 maths runs on `device`. `progress` counts layers; with clips, those that are only passed
+    through too.
 
     Raises ConfigError for a rank, threshold or layer that the model cannot have, or a device without float64;
     CheckpointError for a weight that is missing or not finite, or a layer that the clips leave degenerate;
     UnsupportedModelError for clips through a model that is converted already.
     """
-    config = checkpoint.config
-    check_threshold(threshold)
-    if kv_rank is None:
-        budget = default_budget(config)
-        kv_rank = budget.kv_lora_rank + (0 if clips is None else budget.qk_rope_head_dim)
-    if not 1 <= kv_rank <= config.dim:
-        raise ConfigError(f"kv_rank is {kv_rank}, but layers are {config.dim} wide: give 1 to {config.dim}")
-    chosen = _chosen_layers(config, layers)
-    device = torch.device(device)
-    if device.type == "mps":
-        raise ConfigError("device mps has no float64, which spectra need: use cpu or cuda")
+    with opened(source) as checkpoint:
+        config = checkpoint.config
+        check_threshold(threshold)
+        if kv_rank is None:
+            budget = default_budget(config)
+            kv_rank = budget.kv_lora_rank + (0 if clips is None else budget.qk_rope_head_dim)
+        if not 1 <= kv_rank <= config.dim:
+            raise ConfigError(f"kv_rank is {kv_rank}, but layers are {config.dim} wide: give 1 to {config.dim}")
+        chosen = _chosen_layers(config, layers)
+        device = torch.device(device)
+        if device.type == "mps":
+            raise ConfigError("device mps has no float64, which spectra need: use cpu or cuda")
 
-    visits: Iterable[tuple[int, Layer | None]] = ((index, None) for index in chosen)
-    total, calibration = len(chosen), None
-    if clips is not None:
-        if config.mla is not None:
-            raise UnsupportedModelError(
-                f"{checkpoint.store.path}: it is converted already, and clips weigh a dense model; give the dense model"
-            )
-        regime = regime or Regime.of(config.streaming)
-        calibration = {"clips": len(clips.latents), **regime.to_json()}
-        walk = LayerWalk(checkpoint, clips, regime, device=device)
-        # Layers after the last one that was asked for need not be run.
-        visits, total = ((layer.index, layer) for layer in islice(walk, chosen[-1] + 1)), chosen[-1] + 1
+        visits: Iterable[tuple[int, Layer | None]] = ((index, None) for index in chosen)
+        total, calibration = len(chosen), None
+        if clips is not None:
+            if config.mla is not None:
+                raise UnsupportedModelError(
+                    f"{checkpoint.store.path}: it is converted already, and clips weigh a dense model; "
+                    "give the dense model"
+                )
+            regime = regime or Regime.of(config.streaming)
+            calibration = {"clips": len(clips.latents), **regime.to_json()}
+            walk = LayerWalk(checkpoint, clips, regime, device=device)
+            # Layers after the last one that was asked for need not be run.
+            visits, total = ((layer.index, layer) for layer in islice(walk, chosen[-1] + 1)), chosen[-1] + 1
 
-    found: list[DenseSpectra | LatentSpectrum] = []
-    count = Counter(progress, "analyze", total)
-    with closing(read_ahead(partial(_weights, checkpoint), chosen)) as weights:
-        for index, layer in visits:
-            mla = config.mla.layers[index] if config.mla is not None else None
-            if index in chosen and mla is None:
-                weighted = None if layer is None else _weighted_spectrum(checkpoint, layer, kv_rank, threshold)
-                found.append(_dense_spectra(index, next(weights), weighted, kv_rank, threshold, device))
-            elif mla is not None:
-                found.append(_latent_spectrum(checkpoint, index, next(weights), mla, threshold, device))
-            return_memory()
-            count.step()
-    return Analysis(
-        source=checkpoint.store.source,
-        description=checkpoint.describe(),
-        dim=config.dim,
-        num_layers=config.num_layers,
-        kv_rank=kv_rank,
-        threshold=threshold,
-        layers=tuple(found),
-        calibration=calibration,
-    )
+        found: list[DenseSpectra | LatentSpectrum] = []
+        count = Counter(progress, "analyze", total)
+        with closing(read_ahead(partial(_weights, checkpoint), chosen)) as weights:
+            for index, layer in visits:
+                mla = config.mla.layers[index] if config.mla is not None else None
+                if index in chosen and mla is None:
+                    weighted = None if layer is None else _weighted_spectrum(checkpoint, layer, kv_rank, threshold)
+                    found.append(_dense_spectra(index, next(weights), weighted, kv_rank, threshold, device))
+                elif mla is not None:
+                    found.append(_latent_spectrum(checkpoint, index, next(weights), mla, threshold, device))
+                return_memory()
+                count.step()
+        return Analysis(
+            source=checkpoint.store.source,
+            description=checkpoint.describe(),
+            dim=config.dim,
+            num_layers=config.num_layers,
+            kv_rank=kv_rank,
+            threshold=threshold,
+            layers=tuple(found),
+            calibration=calibration,
+        )
 
 
 def _chosen_layers(config: WanConfig, layers: Sequence[int] | None) -> list[int]:

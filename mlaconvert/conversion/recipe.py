@@ -21,6 +21,8 @@ _LOSSLESS_SETS = ("kv_rank", "q_rank", "nope_dim", "rope_dim", "v_dim", "key_nor
 class ConvertRecipe:
     """What `convert` does. Widths are scalars; one that is None takes its default from the model (`default_budget`).
 
+    ConvertRecipe(init="calibrated", kv_rank=224, allocation="uniform", layers="0-20")
+
     Raises ConfigError naming the field.
     """
 

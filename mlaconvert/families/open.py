@@ -19,7 +19,7 @@ from mlaconvert.families.causal import Timing, is_causal_class, read_timing
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.merged import merge_loras
 from mlaconvert.families.protocol import Family
-from mlaconvert.families.source import AnySource, as_source
+from mlaconvert.families.source import AnySource, Source, as_source
 from mlaconvert.families.wan import WanFamily
 from mlaconvert.families.wrappers import STREAMING_KEYS, unwrap
 from mlaconvert.files.find import find_beside, open_store
@@ -85,7 +85,7 @@ def open_checkpoint(source: AnySource) -> Checkpoint:
 
 def opened(source: AnySource | Checkpoint) -> AbstractContextManager[Checkpoint]:
     """A checkpoint for the length of a `with`: `source` opened, or a checkpoint that is open already, and stays so."""
-    return nullcontext(source) if isinstance(source, Checkpoint) else open_checkpoint(source)
+    return open_checkpoint(source) if isinstance(source, (Source, str, Path)) else nullcontext(source)
 
 
 def _recognise(

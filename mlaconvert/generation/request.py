@@ -32,7 +32,12 @@ MOVIES = (".mp4", ".gif")  # endings that make an output a single file
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """What to generate. None leaves a choice to the model. Raises ConfigError naming the field."""
+    """What to generate. None leaves a choice to the model.
+
+    Generation(prompts=("a red fox runs through fresh snow",), seconds=30, seed=7)
+
+    Raises ConfigError naming the field.
+    """
 
     frames: Annotated[int, Field(ge=1, le=10**6)] | None = None
     """Latent frames; this or `seconds`. By default 21, which are 81 video frames."""

@@ -30,6 +30,7 @@ CHANGEABLE = frozenset(("lr", "critic_lr", "clip", "max_loss_ratio", "save_every
 class HealRecipe:
     """Settings of one stage. A field that is None takes the stage's default (`resolved`).
 
+    HealRecipe(stage="distill", steps=1000, batch=2, precision="bf16")
     Raises ConfigError naming the field.
     """
 

@@ -71,6 +71,9 @@ class LayerCache:
 class LatentCache:
     """Cache of all layers of a causal model for one window of video.
 
+    cache = LatentCache(model.config, batch=1, height=60, width=104, dtype=model.dtype, device="cuda")
+    model(chunk, timesteps, context, cache=cache, start_frame=0)  # writes the chunk's keys and values
+
     An MLA layer holds the latent, the rotary key and, with the token key norm, that norm; a dense layer holds
     per-head keys (unrotated) and values. `height` and `width` are in latent pixels. With `keeps_text`, each layer
     also holds the keys and values of the prompt for as long as it is the same.

@@ -57,7 +57,7 @@ class Given:
 
 
 class LatentSize(NamedTuple):
-    """The size of a video in latent frames and latent pixels."""
+    """The size of a video in latent frames and latent pixels: `LatentSize(frames=21, height=60, width=104)`."""
 
     frames: int
     height: int

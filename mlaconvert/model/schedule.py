@@ -28,6 +28,9 @@ def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 class Sampler:
     """Noise levels of one chunk, from noise to data.
 
+    Sampler.few_step()  # the distilled students' four steps
+    Sampler.many_step(20, guidance=5.0)
+
     `timesteps` descend within (0, 1000]. With `renoise`, each step predicts the clean chunk and adds fresh noise
     (few-step students, as in Self-Forcing); otherwise steps integrate the flow by Euler's rule. `guidance` above 1
     mixes in an unconditional prediction (classifier-free guidance).

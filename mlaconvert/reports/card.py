@@ -248,23 +248,24 @@ def _usage(facts: CardFacts) -> str:
     video = default_video(config)
     height, width = video.height // video.vae_stride, video.width // video.vae_stride
     frames = (config.streaming or StreamingConfig()).chunk_frames
-    subfolder = f', subfolder="{model.subfolder}"' if model.subfolder else ""
+    source = f'Source("{facts.repo}", subfolder="{model.subfolder}")' if model.subfolder else f'"{facts.repo}"'
     streams = config.streaming is not None and config.in_dim == config.out_dim and config.image_dim is None
-    names = "Sampler, load_model, rollout" if streams else "load_model"
+    offered = ["LatentSize", "Sampler"] if streams else []
+    offered += (["Source"] if model.subfolder else []) + ["load_model"] + (["rollout"] if streams else [])
     lines = [
         "import torch",
         "",
-        f"from mlaconvert import {names}",
+        f"from mlaconvert import {', '.join(offered)}",
         "",
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
-        f'model = load_model("{facts.repo}"{subfolder}, device=device)',
+        f"model = load_model({source}, device=device)",
         f"context = torch.zeros(1, 1, {config.text_dim}, device=device)  # put the prompt's text embeddings here",
     ]
     if streams:
         lines += [
             f"sampler = Sampler.{'few_step()' if model.config.few_step else 'many_step(20)'}",
-            f"for latents in rollout(model, context, frames={2 * frames}, height={height}, width={width}, "
-            "sampler=sampler):",
+            f"size = LatentSize(frames={2 * frames}, height={height}, width={width})",
+            "for latents in rollout(model, context, size=size, sampler=sampler):",
             f"    print(latents.shape)  # [1, {config.out_dim}, {frames}, {height}, {width}], to be decoded by the VAE",
         ]
     else:
