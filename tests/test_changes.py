@@ -35,7 +35,7 @@ from mlaconvert.healing.frames import forcing_layout, noisy_layout, views
 from mlaconvert.latent.factorize import Factors
 from mlaconvert.model import window
 from mlaconvert.model.load import load_model
-from mlaconvert.model.rollout import rollout
+from mlaconvert.model.rollout import LatentSize, rollout
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.wan import WanModel
 
@@ -197,7 +197,7 @@ def seen_by_every_room(sink: int) -> dict[str, Any]:
     clip = Clips(latents, context)
     layouts = [layout(view, streaming) for view in views(10, streaming) for layout in (noisy_layout, forcing_layout)]
     return {
-        "rollout": torch.cat([*rollout(model, context, frames=10, height=4, width=6, sampler=sampler)], 2),
+        "rollout": torch.cat([*rollout(model, context, size=LatentSize(10, 4, 6), sampler=sampler)], 2),
         "mask": model(latents, torch.full((1, 10), 300.0), context),
         "calibration": [(w.latents, w.timestep, w.chunks) for w in windows(clip, Regime.of(streaming))],
         "healing": [(layout.positions, layout.visible) for layout in layouts],

@@ -5,8 +5,8 @@
 many conversions of one checkpoint, `bench` the speed of random weights.
 
     from mlaconvert.clips.tiny.clips import held_back
-    from mlaconvert.evaluation.losses import evaluate
+    from mlaconvert.evaluation.losses import measure_fidelity
     from mlaconvert.model.load import load_model
 
-    evaluate(load_model("tiny"), load_model("tiny-mla"), held_back(16)).velocity_error
+    measure_fidelity(load_model("tiny"), load_model("tiny-mla"), held_back(16)).velocity_error
 """

@@ -13,7 +13,7 @@ from mlaconvert.config.geometry import default_video
 from mlaconvert.evaluation import figures
 from mlaconvert.evaluation.conditions import Conditions
 from mlaconvert.evaluation.drift import Drift, Speed, compare_videos, paired_rollouts
-from mlaconvert.evaluation.losses import Fidelity, evaluate
+from mlaconvert.evaluation.losses import Fidelity, measure_fidelity
 from mlaconvert.evaluation.timesteps import TimestepError, velocity_by_timestep
 from mlaconvert.evaluation.vbench import VBenchScores
 from mlaconvert.model.cache import LatentCache
@@ -66,7 +66,7 @@ def compare(
 ) -> ModelEvaluation:
     """Measure `student` against `teacher` under `conditions`. Raises InputError when they do not belong together."""
     clips, seed, plan = conditions.clips, conditions.seed, conditions.rollout
-    fidelity = evaluate(teacher, student, clips, seed=seed, progress=progress)
+    fidelity = measure_fidelity(teacher, student, clips, seed=seed, progress=progress)
     timesteps = velocity_by_timestep(teacher, student, clips, seed=seed, progress=progress)
     height, width = clips.latents.shape[-2:]
     streaming = plan.streaming if plan is not None else student.config.streaming

@@ -96,7 +96,7 @@ def validation_loss(model: WanModel, clips: Clips, *, seeds: Sequence[int] = (0,
 
 
 @torch.no_grad()
-def evaluate(
+def measure_fidelity(
     teacher: WanModel,
     student: WanModel,
     clips: Clips,

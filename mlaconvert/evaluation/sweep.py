@@ -33,7 +33,7 @@ from mlaconvert.conversion.source import open_models
 from mlaconvert.errors import ConfigError, MLAConvertError, OutputError
 from mlaconvert.evaluation.cells import Cell, CellResult, SweepRecipe, SweepReport, cells
 from mlaconvert.evaluation.conditions import generated_clips
-from mlaconvert.evaluation.losses import evaluate
+from mlaconvert.evaluation.losses import measure_fidelity
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.merged import merged
 from mlaconvert.families.source import AnySource
@@ -168,7 +168,7 @@ def _measure(
     """The converted `model` beside the dense one; both are in memory only here."""
     student = load_model(model, device=device)
     teacher = _dense(checkpoint, plan, student.dtype, device)
-    fidelity = evaluate(teacher, student, clips, seed=plan.recipe.seed, progress=progress)
+    fidelity = measure_fidelity(teacher, student, clips, seed=plan.recipe.seed, progress=progress)
     return CellResult(
         name=cell.name,
         init=plan.recipe.init,

@@ -22,7 +22,7 @@ from mlaconvert.conversion.run import convert
 from mlaconvert.errors import ConfigError, InputError, OutputError
 from mlaconvert.evaluation import sweep as sweeps
 from mlaconvert.evaluation.cells import CellResult, SweepRecipe, cells, load_sweep_recipe, sweep_recipe_names
-from mlaconvert.evaluation.losses import evaluate
+from mlaconvert.evaluation.losses import measure_fidelity
 from mlaconvert.evaluation.sweep import SweepClips, SweepListener, sweep
 from mlaconvert.families.lora import LoraFile
 from mlaconvert.families.source import Source
@@ -81,7 +81,7 @@ def test_a_cell_is_the_conversion_and_the_evaluation_by_hand(
     convert(model, tmp_path / "hand", ConvertRecipe(init="svd", kv_rank=7, rope_dim=10, nope_dim=14, rope="cached"))
     student, teacher = load_model(tmp_path / "hand"), load_model(model)
     last = ClipFolder(data, teacher.config).some([8, 9])  # a quarter of ten
-    expected = evaluate(teacher, student, last, seed=4)
+    expected = measure_fidelity(teacher, student, last, seed=4)
     assert (cell.loss, cell.teacher_loss) == (expected.student_loss, expected.teacher_loss)
     assert (cell.excess, cell.velocity_error) == (expected.excess, expected.velocity_error)
     assert cell.attention_error_worst == max(expected.attention_errors)
@@ -106,8 +106,8 @@ def test_moments_are_measured_once_and_validation_clips_stay_unseen(
         golden, tmp_path / "out", recipe, clips=SweepClips(data=data, calibration=8, validation=2), keep=True
     )
     assert [cell.init for cell in report.results] == ["calibrated", "calibrated", "svd", "svd"]
-    assert [call.get("data") for call in calls] == [data, data, None, None]
-    assert {str(call["moments"]) for call in calls[:2]} == {str(tmp_path / "out" / "moments")}
+    assert [call["data"].data for call in calls] == [data, data, None, None]
+    assert {str(call["data"].moments) for call in calls[:2]} == {str(tmp_path / "out" / "moments")}
     moments = sorted((tmp_path / "out" / "moments").glob("layer-*"))
     assert len(moments) == 3
     assert report.results[1].loss < report.results[3].loss  # the same latent, calibrated
@@ -117,7 +117,7 @@ def test_moments_are_measured_once_and_validation_clips_stay_unseen(
     # The comparison is on the last two clips.
     student = load_model(tmp_path / "out" / "models" / "svd-kv9")
     last = ClipFolder(data, student.config).some([8, 9])
-    assert report.results[2].loss == evaluate(load_model(golden), student, last).student_loss
+    assert report.results[2].loss == measure_fidelity(load_model(golden), student, last).student_loss
     # Another budget starts from what was measured: no moments are written anew.
     states = [path.stat().st_mtime_ns for path in moments]
     more = SweepRecipe(inits=("calibrated",), kv_ranks=(5,))
@@ -191,16 +191,16 @@ def test_cells_of_another_version_of_the_method_are_not_mixed(
 ) -> None:
     """A record that does not say is of the first version."""
     recipe = SweepRecipe(inits=("svd",), kv_ranks=(9,))
-    made: dict[str, Any] = {"data": data, "validation_clips": 2}
-    sweep(golden, tmp_path / "out", recipe, **made)
+    clips = SweepClips(data=data, validation=2)
+    sweep(golden, tmp_path / "out", recipe, clips=clips)
     record = tmp_path / "out" / "sweep.json"
     noted = json.loads(record.read_text())
     del noted["method"]
     record.write_text(json.dumps(noted))
-    sweep(golden, tmp_path / "out", recipe, **made)
+    sweep(golden, tmp_path / "out", recipe, clips=clips)
     monkeypatch.setattr(sweeps, "MOMENTS_VERSION", 2)
     with pytest.raises(OutputError, match=r"a sweep with another method; .*--restart"):
-        sweep(golden, tmp_path / "out", recipe, **made)
+        sweep(golden, tmp_path / "out", recipe, clips=clips)
 
 
 def test_the_command_draws_and_tables(golden: Path, data: Path, tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_a_lora_is_in_both_the_dense_model_and_the_converted(golden: Path, data:
     save_file(state, tmp_path / "lora.safetensors")
     recipe = SweepRecipe(inits=("lossless",), kv_ranks=())
     losses = []
-    for name, loras in (("plain", []), ("merged", [LoraFile(path=tmp_path / "lora.safetensors")])):
+    for name, loras in (("plain", ()), ("merged", (LoraFile(path=tmp_path / "lora.safetensors"),))):
         (cell,) = sweep(Source(golden, loras=loras), tmp_path / name, recipe, clips=SweepClips(data=data)).results
         assert cell.velocity_error < 1e-5
         losses.append(cell.teacher_loss)

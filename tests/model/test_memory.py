@@ -135,10 +135,10 @@ def test_parameters_equal_the_model(q_lora_rank: int | None, key_norm: str) -> N
 
 def test_mla_of_the_caller_goes_before_the_models_own() -> None:
     own, given = mixed_mla(None, "latent"), mixed_mla(None, "token")
-    setting = {"height": 32, "width": 48, "window_frames": 4}
+    video = StreamedVideo(height=32, width=48, window_frames=4)
     config = dataclasses.replace(SMALL, mla=own)
-    assert plan_memory(config, **setting).mla.scalars_per_token == (13, 96, 15)
-    plan = plan_memory(config, given, **setting)
+    assert plan_memory(config, video=video).mla.scalars_per_token == (13, 96, 15)
+    plan = plan_memory(config, given, video=video)
     assert plan.mla.scalars_per_token == (14, 96, 16)
     assert plan.dense.scalars_per_token == (96,) * 3
     assert plan.mla.weight_bytes == 2 * parameter_count(dataclasses.replace(SMALL, mla=given))
@@ -165,8 +165,8 @@ def test_nothing_fits_beside_weights_that_do_not() -> None:
 
 
 def test_given_weights_replace_the_counted_ones() -> None:
-    setting = {"height": 480, "width": 832, "window_frames": 7}
-    counted, given = plan_memory(WAN_1_3B, **setting), plan_memory(WAN_1_3B, weight_bytes=5_000_000_000, **setting)
+    video = StreamedVideo(height=480, width=832, window_frames=7)
+    counted, given = plan_memory(WAN_1_3B, video=video), plan_memory(WAN_1_3B, video=video, weight_bytes=5_000_000_000)
     assert given.dense.weight_bytes == 5_000_000_000
     saved = counted.dense.weight_bytes - counted.mla.weight_bytes
     assert given.mla.weight_bytes == 5_000_000_000 - saved
@@ -206,9 +206,10 @@ def test_other_frame_rates_and_vaes() -> None:
     ],
 )
 def test_impossible_settings_are_named(change: dict[str, object], message: str) -> None:
-    setting = {"height": 480, "width": 832, "window_frames": 7} | change
+    video = {"height": 480, "width": 832, "window_frames": 7}
+    video |= {name: change.pop(name) for name in [*change] if name in StreamedVideo.__dataclass_fields__}
     with pytest.raises(ConfigError, match=message):
-        plan_memory(WAN_1_3B, **setting)
+        plan_memory(WAN_1_3B, video=StreamedVideo(**video), **change)
 
 
 def test_json_is_plain_and_whole() -> None:

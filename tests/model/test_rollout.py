@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from mlaconvert.config.mla import MLAConfig, MLALayer
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.model.cache import LatentCache
-from mlaconvert.model.rollout import Images, LatentSize, chunk_noise, passes, rollout
+from mlaconvert.model.rollout import CacheUse, Given, Images, LatentSize, chunk_noise, passes, rollout
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.wan import WanModel
 
@@ -48,9 +49,15 @@ def text(seed: int, batch: int = 2, tokens: int = 2) -> Tensor:
     return torch.randn(batch, tokens, 9, generator=torch.Generator().manual_seed(seed))
 
 
-def run(model: WanModel, context: object, frames: int = 6, sampler: Sampler = FEW, **options: object) -> Tensor:
-    chunks = rollout(model, context, size=LatentSize(frames=frames, height=H, width=W), sampler=sampler, **options)
-    return torch.cat(list(chunks), 2)
+def run(model: WanModel, context: Any, frames: int = 6, sampler: Sampler = FEW, **options: Any) -> Tensor:
+    """A rollout whole; `options` are its own and the fields of `Given` and `CacheUse`."""
+    given, cache = (
+        {field.name: options.pop(field.name) for field in dataclasses.fields(kind) if field.name in options}
+        for kind in (Given, CacheUse)
+    )
+    options |= {"given": Given(**given), "cache": CacheUse(**cache)}
+    size = LatentSize(frames=frames, height=H, width=W)
+    return torch.cat(list(rollout(model, context, size=size, sampler=sampler, **options)), 2)
 
 
 def test_the_few_step_schedule_is_self_forcings() -> None:

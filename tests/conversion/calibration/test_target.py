@@ -12,22 +12,22 @@ from calibrate_cases import EVERY, FEW, HEADS, SMALL, WIDTH, falling, make_clips
 
 from mlaconvert.config.mla import KeyNorm, MLALayer, RopeMode
 from mlaconvert.conversion.calibration.measure import layer_moments
+from mlaconvert.conversion.calibration.method import Method
 from mlaconvert.conversion.calibration.refit import attention_error, refit_output, refit_query
 from mlaconvert.conversion.calibration.target import ErrorTable, share_budget
 from mlaconvert.conversion.calibration.walk import LayerWalk
 from mlaconvert.conversion.calibration.windows import BATCH
-from mlaconvert.conversion.recipe import Part
 from mlaconvert.families.open import open_checkpoint
 from mlaconvert.latent.components import choose_components
 
 
 @pytest.mark.parametrize("off", ["weights", "components"])
-def test_components_are_chosen_without_the_part_that_is_switched_off(off: Part) -> None:
+def test_components_are_chosen_without_the_part_that_is_switched_off(off: str) -> None:
     layer = make_layer(4)
     moments = layer_moments(layer)
     uneven = torch.logspace(-3, 3, HEADS, dtype=torch.float64)  # weighted, the last head's queries decide
     moments = dataclasses.replace(moments, query=moments.query * uneven[:, None, None])
-    found = dataclasses.replace(target(), without=(off,)).components(layer.weights, moments, [5])
+    found = dataclasses.replace(target(), method=Method(**{off: False})).components(layer.weights, moments, [5])
     whole = {"several": True, "weighted": True}
     part = {"weights": "weighted", "components": "several"}[off]
     chosen = partial(choose_components, layer.weights, moments, num_heads=HEADS, counts=[5])

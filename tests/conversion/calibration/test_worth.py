@@ -37,7 +37,7 @@ from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.calibration import pieces
 from mlaconvert.conversion.calibration.measure import layer_moments
 from mlaconvert.conversion.calibration.refit import attention_error
-from mlaconvert.conversion.calibration.run import Calibration, calibrate, refit_layers
+from mlaconvert.conversion.calibration.run import Calibration, KeptWalk, Task, calibrate, refit_layers
 from mlaconvert.conversion.calibration.store import save_moments
 from mlaconvert.conversion.calibration.target import share_budget
 from mlaconvert.conversion.calibration.walk import LayerWalk
@@ -87,10 +87,7 @@ def test_two_sweeps_convert_a_model(save_folder: SaveFolder, tmp_path: Path, ada
     clips, made, steps = make_clips(3), target(rope="latent"), []
     with open_checkpoint(folder) as checkpoint:
         calibration = calibrate(
-            checkpoint,
-            clips,
-            FEW,
-            made,
+            Task(checkpoint=checkpoint, clips=clips, regime=FEW, target=made),
             layers=(0, 2),
             budget=14,
             adaptive=adaptive,
@@ -102,7 +99,7 @@ def test_two_sweeps_convert_a_model(save_folder: SaveFolder, tmp_path: Path, ada
         assert list(calibration.layers) == [0, 2]
         assert sum(budgets) == 28
         assert budgets[0] > 16 if adaptive else budgets == [14, 14]
-        refitted = refit_layers(checkpoint, clips, FEW, made, calibration)
+        refitted = refit_layers(Task(checkpoint=checkpoint, clips=clips, regime=FEW, target=made), calibration)
         sweep = (layer for layer in LayerWalk(checkpoint, clips, FEW) if layer.index != 1)
         for (index, tensors, errors), layer in zip(refitted, sweep, strict=True):
             assert index == layer.index
@@ -145,16 +142,17 @@ def test_a_killed_sweep_goes_on_behind_the_finished_layers(
             save_moments(tmp_path, layer.index, layer_moments(layer))
         calibration = Calibration(folder=tmp_path, layers={0: shape, 2: shape})
 
-        def refit(losses: dict[str, float], **again: Any) -> Iterator[tuple[int, dict[str, Tensor], dict[str, float]]]:
-            return refit_layers(
-                checkpoint, clips, FEW, made, calibration, validation=make_clips(1, seed=7), losses=losses, **again
-            )
+        def refit(
+            losses: dict[str, float], kept: KeptWalk | None = None
+        ) -> Iterator[tuple[int, dict[str, Tensor], dict[str, float]]]:
+            task = Task(checkpoint=checkpoint, clips=clips, regime=FEW, target=made)
+            return refit_layers(task, calibration, validation=make_clips(1, seed=7), losses=losses, kept=kept)
 
         whole: dict[str, float] = {}
         expected = {index: (tensors, errors) for index, tensors, errors in refit(whole)}
         state = tmp_path / "state"
         state.mkdir()
-        interrupted = refit({}, state=state)
+        interrupted = refit({}, KeptWalk(folder=state))
         for index, _, _ in interrupted:
             if index == 2:
                 break
@@ -166,7 +164,10 @@ def test_a_killed_sweep_goes_on_behind_the_finished_layers(
         load = LayerWalk._load
         monkeypatch.setattr(LayerWalk, "_load", lambda self, index: passed.append(index) or load(self, index))
         losses: dict[str, float] = {}
-        again = {index: (tensors, errors) for index, tensors, errors in refit(losses, state=state, finished=finished)}
+        again = {
+            index: (tensors, errors)
+            for index, tensors, errors in refit(losses, KeptWalk(folder=state, finished=finished))
+        }
     assert passed == {(): [0, 1, 2], (0,): [2], (0, 2): []}[finished]
     assert losses == whole
     assert len(set(whole.values())) == len(whole)  # every stage is followed as it was

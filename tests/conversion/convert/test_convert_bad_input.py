@@ -16,9 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mlaconvert.conversion.recipe import ConvertRecipe
-from mlaconvert.conversion.run import convert
+from mlaconvert.conversion.run import ConversionListener, convert, preview
 from mlaconvert.errors import ConfigError, InputError, OutputError
 from mlaconvert.files.names import WEIGHTS_NAME
+from mlaconvert.files.output import Output
 from mlaconvert.model.load import load_model
 
 
@@ -105,13 +106,13 @@ def test_outputs_that_are_taken(source: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="exists"):
         convert(source, tmp_path / "out", SVD)
     with pytest.raises(OutputError, match="exists"):
-        convert(source, tmp_path / "out", SVD, dry_run=True)
+        preview(source, tmp_path / "out", SVD)
     with pytest.raises(OutputError, match="holds the source"):
-        convert(source, source, SVD, overwrite=True)
+        convert(source, Output(source, overwrite=True), SVD)
     with pytest.raises(OutputError, match="holds the source"):
-        convert(source, tmp_path, SVD, overwrite=True)
-    convert(source, tmp_path / "out", SVD, overwrite=True)
-    convert(source, tmp_path / "out", EXACT, overwrite=True)
+        convert(source, Output(tmp_path, overwrite=True), SVD)
+    convert(source, Output(tmp_path / "out", overwrite=True), SVD)
+    convert(source, Output(tmp_path / "out", overwrite=True), EXACT)
     assert load_model(tmp_path / "out").config.cached_scalars() == (9, 9, 9)
 
 
@@ -119,7 +120,7 @@ def test_disk_space_is_checked_before_work(source: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     shown: list[Any] = []
     with pytest.raises(OutputError, match="free on its disk"):
-        convert(source, tmp_path / "out", SVD, on_plan=shown.append)
+        convert(source, tmp_path / "out", SVD, listener=ConversionListener(on_plan=shown.append))
     assert shown == []
 
 
@@ -141,7 +142,7 @@ def test_a_device_that_is_not_there(source: Path, tmp_path: Path, bad: str) -> N
 
 def test_dry_run_plans_and_writes_nothing(source: Path, tmp_path: Path) -> None:
     before = files(tmp_path)
-    report = convert(source, tmp_path / "out", SVD, dry_run=True)
+    report = preview(source, tmp_path / "out", SVD)
     assert files(tmp_path) == before
     plan = report.models[0].plan
     assert (plan.dense_scalars, plan.mla_scalars) == (360, 24)

@@ -19,6 +19,7 @@ from mlaconvert.clips.tiny.clips import training_clips
 from mlaconvert.config.geometry import WanConfig, default_video
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion import from_clips as calibrated
+from mlaconvert.conversion.calibration.method import CalibrationSetup, Method
 from mlaconvert.conversion.calibration.store import MOMENTS_VERSION
 from mlaconvert.conversion.calibration.windows import Regime, windows
 from mlaconvert.conversion.plan import plan_conversion
@@ -27,12 +28,14 @@ from mlaconvert.conversion.recipes import _format_layers, load_recipe
 from mlaconvert.conversion.run import convert
 from mlaconvert.conversion.source import open_models
 from mlaconvert.errors import ConfigError, InputError, OutputError
-from mlaconvert.evaluation.losses import evaluate
+from mlaconvert.evaluation.losses import measure_fidelity
 from mlaconvert.families.open import open_checkpoint
+from mlaconvert.families.source import Source
 from mlaconvert.files.names import WEIGHTS_NAME
 from mlaconvert.files.shipped import TINY
+from mlaconvert.listener import Listener
 from mlaconvert.model.load import load_model
-from mlaconvert.model.rollout import rollout
+from mlaconvert.model.rollout import LatentSize, rollout
 from mlaconvert.model.schedule import Sampler
 
 
@@ -62,7 +65,7 @@ def test_open_models_opens_what_is_there(source: Path, pair: Path) -> None:
         (pair, experts[1], [""]),
         (source.parent, "pair/low_noise_model", [""]),
     ):
-        with open_models(given, subfolder=subfolder) as models:
+        with open_models(Source(given, subfolder=subfolder)) as models:
             assert list(models) == expected
 
 
@@ -102,7 +105,7 @@ def test_without_data_the_teacher_supplies_the_clips(
     assert steps[-1][:3] == ("generate clips", 63, 63)  # three chunks of twenty steps and a clean pass
     model, sampler = load_model(source), Sampler.many_step(20)
     context = torch.zeros(1, 1, CONFIG.text_dim)
-    chunks = rollout(model, context, frames=9, height=4, width=6, sampler=sampler, seed=5 + 2)
+    chunks = rollout(model, context, size=LatentSize(frames=9, height=4, width=6), sampler=sampler, seed=5 + 2)
     torch.testing.assert_close(torch.cat(list(chunks), 2), together.latents[2:], rtol=1e-4, atol=1e-4)
 
 
@@ -113,7 +116,7 @@ def test_fewer_clips_than_asked_are_said(state: State, save_folder: SaveFolder, 
     tensors = {"latents": torch.randn(3, CONFIG.out_dim, 2, 4, 6, generator=g)}
     save_file(tensors | {"context": torch.randn(3, 2, CONFIG.text_dim, generator=g)}, data / "a.safetensors")
     recipe = ConvertRecipe(kv_rank=9, clips=5, height=32, width=48, allocation="uniform", layers="0")
-    convert(source, tmp_path / "out", recipe, data=data, say=lines.append)
+    convert(source, tmp_path / "out", recipe, listener=Listener(say=lines.append), data=data)
     assert lines == [f"{data} has 3 clips, fewer than the 5 of the recipe (--clips); all of them are used"]
 
 
@@ -139,7 +142,7 @@ def test_moments_of_another_version_are_measured_anew(
     save_file(tensors | {"context": torch.randn(3, 2, CONFIG.text_dim, generator=g)}, data / "a.safetensors")
     recipe = ConvertRecipe(kv_rank=9, clips=3, height=32, width=48, allocation="uniform")
     lines: list[str] = []
-    convert(source, tmp_path / "out", recipe, data=data, say=lines.append)
+    convert(source, tmp_path / "out", recipe, listener=Listener(say=lines.append), data=data)
     assert lines == []
     kept = tmp_path / "out.moments"
     record, first = kept / "calibration.json", kept / "layer-000.safetensors"
@@ -150,7 +153,13 @@ def test_moments_of_another_version_are_measured_anew(
     changed = json.loads(record.read_text())
     change(changed)
     record.write_text(json.dumps(changed))
-    convert(source, tmp_path / "again", recipe, data=data, moments=kept, say=lines.append)
+    convert(
+        source,
+        tmp_path / "again",
+        recipe,
+        listener=Listener(say=lines.append),
+        data=CalibrationSetup(data=data, moments=kept),
+    )
     assert lines == ([] if not says else [line for line in lines if line.startswith(f"{kept}: ") and says in line][:1])
     assert torch.equal(load_file(first)["mean"], measured["mean"]) == bool(says)
     assert json.loads(record.read_text()) == noted
@@ -172,24 +181,24 @@ def test_moments_are_kept_and_reused(state: State, save_folder: SaveFolder, tmp_
     # Reuse is seen by what it does: moments that were tampered with change the conversion.
     tampered = {name: tensor * 2 if name == "mean" else tensor for name, tensor in load_file(first).items()}
     save_file(tampered, first)
-    convert(source, tmp_path / "again", recipe, data=data, moments=kept)
+    convert(source, tmp_path / "again", recipe, data=CalibrationSetup(data=data, moments=kept))
     weights = [load_file(tmp_path / name / WEIGHTS_NAME) for name in ("out", "again")]
     name = "blocks.0.self_attn.kv_a_proj_with_mqa.bias"
     assert not torch.allclose(weights[0][name], weights[1][name])
     # Another regime: thrown away and made anew.
     other = dataclasses.replace(recipe, seed=1)
-    convert(source, tmp_path / "other", other, data=data, moments=kept)
+    convert(source, tmp_path / "other", other, data=CalibrationSetup(data=data, moments=kept))
     assert not torch.equal(load_file(first)["mean"], tampered["mean"])
     # Other clips under the same name and of the same size: the same.
     before = load_file(first)["mean"]
     other_tensors = {"latents": torch.randn(3, CONFIG.out_dim, 4, 4, 6, generator=g)}
     save_file(other_tensors | {"context": torch.randn(3, 2, CONFIG.text_dim, generator=g)}, data / "a.safetensors")
-    convert(source, tmp_path / "fresh", other, data=data, moments=kept)
+    convert(source, tmp_path / "fresh", other, data=CalibrationSetup(data=data, moments=kept))
     assert not torch.allclose(load_file(first)["mean"], before, rtol=1e-3)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter").write_text("dear")
     with pytest.raises(OutputError, match="not a folder of moments"):
-        convert(source, tmp_path / "none", recipe, data=data, moments=tmp_path / "mine")
+        convert(source, tmp_path / "none", recipe, data=CalibrationSetup(data=data, moments=tmp_path / "mine"))
     assert not (tmp_path / "none").exists()
 
 
@@ -216,19 +225,21 @@ def test_calibrated_conversion_end_to_end(state: State, save_folder: SaveFolder,
         "fixed": ConvertRecipe(
             rope="cached",
             allocation="fixed",
-            without=("components",),
             **calibrated | {"kv_rank": 10, "rope_dim": 6},
         ),
         "narrow": ConvertRecipe(nope_dim=6, v_dim=9, **calibrated),
     }
-    reports = {
-        name: convert(source, tmp_path / name, recipe, data=data if recipe.init == "calibrated" else None)
-        for name, recipe in recipes.items()
+    setups = {name: CalibrationSetup(data=data) if name != "svd" else CalibrationSetup() for name in recipes}
+    setups["fixed"] = CalibrationSetup(data=data, method=Method(components=False))
+    reports = {name: convert(source, tmp_path / name, recipe, data=setups[name]) for name, recipe in recipes.items()}
+    recorded = {name: json.loads((tmp_path / name / "conversion.json").read_text())["recipe"] for name in recipes}
+    assert {name: recipe["without"] for name, recipe in recorded.items()} == {
+        name: ["components"] if name == "fixed" else [] for name in recipes
     }
     teacher = load_model(source)
     held = Clips(torch.randn(8, CONFIG.out_dim, 5, 4, 6, generator=generator), context[:8])
     students = {name: load_model(tmp_path / name) for name in recipes}
-    errors = {name: evaluate(teacher, student, held).velocity_error for name, student in students.items()}
+    errors = {name: measure_fidelity(teacher, student, held).velocity_error for name, student in students.items()}
     assert all(errors[name] < errors["svd"] for name in ("uniform", "adaptive", "shared", "cached"))
     for name, rope, components in (("adaptive", "head", False), ("shared", "latent", True), ("cached", "cached", True)):
         mla = students[name].config.mla

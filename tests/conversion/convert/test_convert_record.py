@@ -21,12 +21,14 @@ from torch import Tensor
 
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.report import ConversionReport
-from mlaconvert.conversion.run import convert
+from mlaconvert.conversion.run import ConversionListener, convert
 from mlaconvert.conversion.verify import verify_conversion
 from mlaconvert.errors import CheckpointError, MLAConvertError, OutputError
 from mlaconvert.families.open import open_checkpoint
+from mlaconvert.families.source import Source
 from mlaconvert.files import writer
 from mlaconvert.files.names import WEIGHTS_NAME
+from mlaconvert.files.output import Output
 from mlaconvert.model.load import load_model
 
 
@@ -115,16 +117,16 @@ def test_large_outputs_are_sharded(source: Path, tmp_path: Path, monkeypatch: py
 
 def test_two_experts_keep_their_layout(pair: Path, state: State, tmp_path: Path) -> None:
     plans = []
-    report = convert(pair, tmp_path / "out", EXACT, verify=True, on_plan=plans.append)
+    report = convert(pair, tmp_path / "out", EXACT, listener=ConversionListener(on_plan=plans.append), verify=True)
     assert [plan.subfolder for plan in plans] == ["high_noise_model", "low_noise_model"]
     assert [model.plan.subfolder for model in report.models] == ["high_noise_model", "low_noise_model"]
     assert all(model.verification is not None for model in report.models)
     for name, gain in (("high_noise_model", 1.0), ("low_noise_model", 1.25)):
         written = load_file(tmp_path / "out" / name / WEIGHTS_NAME)
         assert torch.equal(written["head.head.weight"], gain * state["head.head.weight"])
-        load_model(tmp_path / "out", subfolder=name)
+        load_model(Source(tmp_path / "out", subfolder=name))
     assert listing(tmp_path / "out")[0] == "high_noise_model"
-    convert(pair, tmp_path / "one", EXACT, subfolder="low_noise_model")
+    convert(Source(pair, subfolder="low_noise_model"), tmp_path / "one", EXACT)
     assert files(tmp_path / "one") == files(tmp_path / "out" / "low_noise_model")
 
 
@@ -151,7 +153,7 @@ def test_a_disk_that_fails_at_the_end_leaves_the_old_experts(
 
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(OutputError, match=r"writing failed \(No space left"):
-        convert(pair, tmp_path / "out", EXACT, overwrite=True)
+        convert(pair, Output(tmp_path / "out", overwrite=True), EXACT)
     monkeypatch.undo()
     shutil.rmtree(tmp_path / ".out.partial")  # kept: everything was finished
     assert files(tmp_path) == before
@@ -161,13 +163,13 @@ def test_overwriting_two_experts(pair: Path, tmp_path: Path) -> None:
     convert(pair, tmp_path / "out", SVD)
     with pytest.raises(OutputError, match="exists"):
         convert(pair, tmp_path / "out", EXACT)
-    convert(pair, tmp_path / "out", EXACT, overwrite=True)
-    assert load_model(tmp_path / "out", subfolder="high_noise_model").config.cached_scalars() == (9, 9, 9)
+    convert(pair, Output(tmp_path / "out", overwrite=True), EXACT)
+    assert load_model(Source(tmp_path / "out", subfolder="high_noise_model")).config.cached_scalars() == (9, 9, 9)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pair"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
     with pytest.raises(OutputError, match="not a model folder"):
-        convert(pair, tmp_path / "mine", SVD, overwrite=True)
+        convert(pair, Output(tmp_path / "mine", overwrite=True), SVD)
 
 
 def tamper(folder: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:

@@ -203,3 +203,13 @@ def test_recipes_of_an_installed_wheel_are_found(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(shipped, "__file__", str(package / "files" / "shipped.py"))
     assert recipe_names() == ["house"]
     assert load_recipe("house") == ConvertRecipe(kv_rank=5)
+
+
+def test_switched_off_parts_are_no_setting_of_a_recipe(tmp_path: Path) -> None:
+    """A record's empty list is read as ever; one that names parts is refused, not passed over."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("init: calibrated\nkv_rank: 9\nwithout: []\n")
+    assert load_recipe(path) == ConvertRecipe(init="calibrated", kv_rank=9)
+    path.write_text("init: calibrated\nwithout: [rho]\n")
+    with pytest.raises(ConfigError, match=r"recipe\.yaml: without is \['rho'\], which is no setting of a recipe"):
+        load_recipe(path)

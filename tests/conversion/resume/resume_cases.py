@@ -13,6 +13,7 @@ import pytest
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.run import convert
+from mlaconvert.listener import Listener
 
 ROOT = Path(__file__).parents[3]
 SVD = ConvertRecipe(init="svd")
@@ -30,6 +31,6 @@ def interrupted(source: Path, output: Path, after: int, recipe: ConvertRecipe = 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as caught:
-        convert(source, output, recipe, progress=stop, **options)
+        convert(source, output, recipe, listener=Listener(progress=stop), **options)
     assert not output.exists()
     return str(caught.value)

@@ -25,6 +25,8 @@ from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.run import convert
 from mlaconvert.errors import CheckpointError, ConfigError, OutputError
 from mlaconvert.files.names import WEIGHTS_NAME
+from mlaconvert.files.output import Output
+from mlaconvert.listener import Listener
 
 # A child that takes its time for each layer, and says when it begins one.
 SLOW = """
@@ -66,7 +68,7 @@ def test_goes_on_after_the_last_finished_layer(
     assert re.fullmatch(r"finished layers \([23]\) are kept: the same command goes on from them", text)
     kept = int(re.findall(r"\d", text)[0])  # the last one may have been stopped before it was written
     assert made == [0, 1, 2]
-    convert(source, tmp_path / "out", SVD, say=said.append)
+    convert(source, tmp_path / "out", SVD, listener=Listener(say=said.append))
     assert made == [0, 1, 2, *range(kept, 4)]
     assert said == [f"going on after {kept} finished layers, kept in {tmp_path / '.out.partial'}"]
     assert kill.snapshot(tmp_path) == {f"out/{name}": data for name, data in expected.items()}
@@ -83,7 +85,7 @@ def test_another_recipe_is_noticed(source: Path, tmp_path: Path, made: list[int]
     with pytest.raises(ConfigError, match=r"\.out\.partial holds a conversion with another kv_rank; .* --restart"):
         convert(source, tmp_path / "out", other)
     made.clear()
-    convert(source, tmp_path / "out", other, restart=True)
+    convert(source, Output(tmp_path / "out", restart=True), other)
     assert made == [0, 1, 2, 3]
     convert(source, tmp_path / "fresh", other)
     assert kill.snapshot(tmp_path / "out") == kill.snapshot(tmp_path / "fresh")
@@ -95,7 +97,7 @@ def test_a_source_that_changed_in_between_is_noticed(own_source: Path, tmp_path:
     with pytest.raises(ConfigError, match="another source, or one that was changed since"):
         convert(own_source, tmp_path / "out", SVD)
     assert (tmp_path / ".out.partial").exists()
-    convert(own_source, tmp_path / "out", SVD, restart=True)
+    convert(own_source, Output(tmp_path / "out", restart=True), SVD)
 
 
 def test_a_source_that_hides_its_change_is_noticed(own_source: Path, tmp_path: Path) -> None:
@@ -116,7 +118,7 @@ def test_a_source_that_hides_its_change_is_noticed(own_source: Path, tmp_path: P
         kill.watched(kill.Disk(broken=("rename", "model", 0))),
         pytest.raises(OutputError, match=r"writing failed .*; finished layers \(4\) are kept"),
     ):
-        convert(own_source, tmp_path / "out", SVD, progress=stop)
+        convert(own_source, tmp_path / "out", SVD, listener=Listener(progress=stop))
     with weights.open("r+b") as stream:
         stream.seek(-4, os.SEEK_END)
         stream.write(b"\0\0\0\0")
@@ -132,7 +134,7 @@ def test_a_source_that_changes_during_the_run_is_noticed(own_source: Path, tmp_p
             os.utime(own_source / WEIGHTS_NAME, (1, 1))
 
     with pytest.raises(CheckpointError, match="was changed while it was converted"):
-        convert(own_source, tmp_path / "out", SVD, progress=change)
+        convert(own_source, tmp_path / "out", SVD, listener=Listener(progress=change))
     assert not (tmp_path / "out").exists()
 
 
@@ -167,7 +169,7 @@ def test_two_runs_do_not_meet(source: Path, expected: dict[str, bytes], tmp_path
                 convert(source, tmp_path / "out", SVD)
             messages.append(str(caught.value))
 
-    convert(source, tmp_path / "out", SVD, progress=again)
+    convert(source, tmp_path / "out", SVD, listener=Listener(progress=again))
     assert len(messages) == 1
     assert kill.snapshot(tmp_path / "out") == expected
 
@@ -185,7 +187,7 @@ def test_the_second_expert_goes_on_alone(source: Path, tmp_path: Path, made: lis
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt, match=r"layers \([56]\) are kept"):
-        convert(tmp_path / "pair", tmp_path / "out", SVD, progress=stop)
+        convert(tmp_path / "pair", tmp_path / "out", SVD, listener=Listener(progress=stop))
     made.clear()
     convert(tmp_path / "pair", tmp_path / "out", SVD)
     assert made in ([1, 2, 3], [2, 3])

@@ -16,6 +16,7 @@ from mlaconvert.conversion.ranks import RankError, Ranks
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.run import convert
 from mlaconvert.errors import CheckpointError, ConfigError, MLAConvertError
+from mlaconvert.listener import Listener
 
 
 def launch(source: Path, output: Path, body: str = "", count: int = 2) -> subprocess.CompletedProcess[str]:
@@ -94,7 +95,7 @@ def test_a_rank_that_dies_ends_the_run(
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     said: list[str] = []
-    convert(source, tmp_path / "out", SVD, say=said.append)
+    convert(source, tmp_path / "out", SVD, listener=Listener(say=said.append))
     assert said[0].startswith("going on after 2 finished layers")
     assert kill.snapshot(tmp_path / "out") == expected
 

@@ -19,12 +19,12 @@ from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.evaluation import drift
 from mlaconvert.evaluation import losses as losses_module
 from mlaconvert.evaluation.drift import RolloutPlan, compare_videos, frame_statistics, paired_rollouts
-from mlaconvert.evaluation.losses import evaluate, noisy_batches
+from mlaconvert.evaluation.losses import measure_fidelity, noisy_batches
 from mlaconvert.evaluation.timesteps import velocity_by_timestep
 from mlaconvert.model.blocks import Block
 from mlaconvert.model.cache import LatentCache
 from mlaconvert.model.load import load_model
-from mlaconvert.model.rollout import rollout
+from mlaconvert.model.rollout import Given, LatentSize, rollout
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.wan import WanModel
 
@@ -36,7 +36,7 @@ def student(made: Path) -> WanModel:
 
 def test_losses_and_errors_are_those_of_each_model_alone(teacher: WanModel, student: WanModel, clips: Clips) -> None:
     """Layer by layer beside the teacher, or model by model with hooks: the same figures."""
-    found = evaluate(teacher, student, clips, seed=4)
+    found = measure_fidelity(teacher, student, clips, seed=4)
     inputs: list[list[torch.Tensor]] = [[] for _ in teacher.blocks]
     outputs: list[list[torch.Tensor]] = [[] for _ in teacher.blocks]
     plans: list[Any] = []
@@ -81,7 +81,7 @@ def test_the_teachers_attention_is_computed_once(teacher: WanModel, student: Wan
         calls[0] += 1
 
     hooks = [block.self_attn.register_forward_hook(count) for block in teacher.blocks]  # type: ignore[union-attr, operator]
-    found = evaluate(teacher, student, clips, seed=4)
+    found = measure_fidelity(teacher, student, clips, seed=4)
     for hook in hooks:
         hook.remove()
     batches = losses_module.noisy_batches(teacher, clips, seed=4)
@@ -108,14 +108,14 @@ def test_the_teachers_attention_is_computed_once(teacher: WanModel, student: Wan
 def test_clips_of_many_tokens_go_in_smaller_batches(
     teacher: WanModel, student: WanModel, clips: Clips, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = evaluate(teacher, student, clips)
+    whole = measure_fidelity(teacher, student, clips)
     assert len(losses_module.noisy_batches(teacher, clips)) == 1
     monkeypatch.setattr("mlaconvert.evaluation.losses.BATCH_TOKENS", 2 * 6 * 8)
     monkeypatch.setattr("mlaconvert.evaluation.conditions.BATCH_TOKENS", 2 * 6 * 8)
     batches = losses_module.noisy_batches(teacher, clips)
     assert [len(batch.noisy) for batch in batches] == [2, 2, 1]
     seen: list[tuple[str, int, int]] = []
-    parts = evaluate(teacher, student, clips, progress=lambda *told: seen.append(told[:3]))
+    parts = measure_fidelity(teacher, student, clips, progress=lambda *told: seen.append(told[:3]))
     assert seen == [("losses", 0, 3), ("losses", 1, 3), ("losses", 2, 3), ("losses", 3, 3)]
     assert parts.student_loss == pytest.approx(whole.student_loss, rel=1e-6)
     assert parts.attention_errors == pytest.approx(whole.attention_errors, rel=1e-5)
@@ -204,12 +204,10 @@ def test_paired_rollouts_are_each_models_own(teacher: WanModel, student: WanMode
         alone = rollout(
             model,
             clips.context[:3],
-            frames=12,
-            height=4,
-            width=8,
+            size=LatentSize(frames=12, height=4, width=8),
+            given=Given(prefix=clips.latents[:3, :, :2]),
             sampler=Sampler.many_step(2),
             seed=9,
-            prefix=clips.latents[:3, :, :2],
         )
         torch.testing.assert_close(video, torch.cat(list(alone), 2))
     assert not torch.equal(pair[0], pair[1])

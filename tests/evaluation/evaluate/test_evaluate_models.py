@@ -22,10 +22,11 @@ from mlaconvert.conversion.provenance import open_teacher
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.run import convert
 from mlaconvert.errors import ConfigError, InputError
-from mlaconvert.evaluation.losses import evaluate
+from mlaconvert.evaluation.losses import measure_fidelity
 from mlaconvert.evaluation.request import Request
-from mlaconvert.evaluation.run import evaluate_models
+from mlaconvert.evaluation.run import evaluate
 from mlaconvert.families.open import open_checkpoint
+from mlaconvert.families.source import Source
 from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
 from mlaconvert.files.shipped import TINY
 from mlaconvert.model.load import load_model
@@ -45,7 +46,7 @@ def test_models_side_by_side(made: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(made.parent)
     stages: dict[str, list[tuple[int, int]]] = {}
     found = []
-    report = evaluate_models(
+    report = evaluate(
         [str(made / name) for name in ("small", "large", "lossless")],
         QUICK,
         progress=lambda stage, done, total, _="": stages.setdefault(stage, []).append((done, total)),
@@ -72,7 +73,7 @@ def test_models_side_by_side(made: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_json_has_the_fields_that_a_card_quotes(made: Path, clips: Clips, tmp_path: Path) -> None:
     save_file({"latents": clips.latents, "context": clips.context}, tmp_path / "clips.safetensors")
     request = dataclasses.replace(QUICK, data=tmp_path, clips=4)
-    data = json.loads(json.dumps(evaluate_models([str(made / "small")], request, progress=silent).to_json()))
+    data = json.loads(json.dumps(evaluate([str(made / "small")], request, progress=silent).to_json()))
     assert list(data) == ["teacher", "data", "conditions", "versions", "models"]
     (model,) = data["models"]
     assert model["excess"] == pytest.approx(model["student_loss"] / model["teacher_loss"] - 1)
@@ -87,19 +88,19 @@ def test_json_has_the_fields_that_a_card_quotes(made: Path, clips: Clips, tmp_pa
     # The clips' own figures: nothing of them was generated.
     with open_checkpoint(made / "wan_tiny") as opened:
         teacher = load_model(opened, streaming=STREAMING)
-    expected = evaluate(teacher, load_model(made / "small"), Clips(clips.latents[:4], clips.context[:4]))
+    expected = measure_fidelity(teacher, load_model(made / "small"), Clips(clips.latents[:4], clips.context[:4]))
     assert model["teacher_loss"] == pytest.approx(expected.teacher_loss, rel=1e-6)
 
 
 def test_without_rollouts_there_is_no_speed(made: Path) -> None:
-    report = evaluate_models([str(made / "small")], dataclasses.replace(QUICK, frames=0), progress=silent)
+    report = evaluate([str(made / "small")], dataclasses.replace(QUICK, frames=0), progress=silent)
     (model,) = report.to_json()["models"]
     assert model["drift"] is model["frames_per_second"] is report.conditions["rollout"] is None
     assert model["cache_bytes"]["teacher"] > model["cache_bytes"]["student"]
 
 
 def test_a_bidirectional_model_generates_whole_clips(made: Path) -> None:
-    report = evaluate_models([str(made / "both_ways")], QUICK, progress=silent)
+    report = evaluate([str(made / "both_ways")], QUICK, progress=silent)
     assert report.conditions["streaming"] is None
     assert report.conditions["rollout"]["latent_frames"] == report.data["latent_frames"]
     assert report.conditions["rollout"]["given_frames"] == 0
@@ -118,7 +119,7 @@ def test_generated_clips_are_not_those_of_a_calibration(made: Path, monkeypatch:
     monkeypatch.setattr("mlaconvert.clips.teacher_made.rollout", spy)
     monkeypatch.setattr("mlaconvert.evaluation.losses.BATCH_TOKENS", 2 * 5 * 8)
     monkeypatch.setattr("mlaconvert.evaluation.conditions.BATCH_TOKENS", 2 * 5 * 8)
-    evaluate_models([str(made / "small")], dataclasses.replace(QUICK, frames=0), progress=silent)
+    evaluate([str(made / "small")], dataclasses.replace(QUICK, frames=0), progress=silent)
     first = min(seeds)
     assert first > 10**9
     assert seeds == [first, first + 2]  # clips in batches of two, a seed each
@@ -128,7 +129,7 @@ def test_the_teacher_has_to_be_the_recorded_one(made: Path, golden: Path, tmp_pa
     (tmp_path / "small").symlink_to(made / "small")
     source = str(tmp_path / "small")
     with pytest.raises(InputError, match=r"converted from wan_tiny, which was not found .*--teacher"):
-        evaluate_models([source], QUICK, progress=silent)
+        evaluate([source], QUICK, progress=silent)
     other = tmp_path / "wan_tiny"
     other.mkdir()
     for file in ("config.json", "diffusion_pytorch_model.safetensors"):
@@ -136,13 +137,13 @@ def test_the_teacher_has_to_be_the_recorded_one(made: Path, golden: Path, tmp_pa
     state = load_model(other).state_dict()
     save_file({name: 1.01 * tensor for name, tensor in state.items()}, other / "diffusion_pytorch_model.safetensors")
     with pytest.raises(InputError, match="its SHA-256 differs"):
-        evaluate_models([source], QUICK, progress=silent)
-    report = evaluate_models([source], dataclasses.replace(QUICK, teacher=str(golden), frames=0), progress=silent)
+        evaluate([source], QUICK, progress=silent)
+    report = evaluate([source], dataclasses.replace(QUICK, teacher=str(golden), frames=0), progress=silent)
     assert "named by hand" in " ".join(report.conditions["notes"])
     own = shutil.copytree(TINY, tmp_path / "own", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     convert("tiny", tmp_path / "drawn", ConvertRecipe(init="svd", kv_rank=9, height=24, width=32, vae_stride=1))
     request = dataclasses.replace(QUICK, teacher=str(own), frames=0)
-    report = evaluate_models([str(tmp_path / "drawn")], request, progress=silent)
+    report = evaluate([str(tmp_path / "drawn")], request, progress=silent)
     assert report.data["from"] == "clips of the built-in model that training never drew"
     assert "named by hand" in " ".join(report.conditions["notes"])
     bare = tmp_path / "bare"
@@ -150,7 +151,7 @@ def test_the_teacher_has_to_be_the_recorded_one(made: Path, golden: Path, tmp_pa
     for file in ("config.json", "diffusion_pytorch_model.safetensors"):
         (bare / file).write_bytes((made / "small" / file).read_bytes())
     with pytest.raises(InputError, match="does not record what it was converted from"):
-        evaluate_models([str(bare)], QUICK, progress=silent)
+        evaluate([str(bare)], QUICK, progress=silent)
 
 
 def test_what_cannot_be_compared_is_refused(
@@ -158,24 +159,24 @@ def test_what_cannot_be_compared_is_refused(
 ) -> None:
     small = str(made / "small")
     with pytest.raises(InputError, match="small and both_ways see time differently"):
-        evaluate_models([small, str(made / "both_ways")], QUICK, progress=silent)
+        evaluate([small, str(made / "both_ways")], QUICK, progress=silent)
     save_folder(golden_state, golden_config, "pair/transformer")
     pair = save_folder(golden_state, golden_config, "pair/transformer_2").parent
     with pytest.raises(InputError, match="two experts; evaluate one with --subfolder transformer or"):
-        evaluate_models([str(pair)], QUICK, progress=silent)
+        evaluate([str(pair)], QUICK, progress=silent)
     wide = golden_state | {"patch_embedding.weight": torch.randn(96, 20, 1, 2, 2)}
     images = save_folder(wide, golden_config | {"model_type": "i2v", "in_dim": 20}, "images")
     with pytest.raises(InputError, match="image-to-video"):
-        evaluate_models([str(images)], QUICK, progress=silent)
+        evaluate([str(images)], QUICK, progress=silent)
     with pytest.raises(InputError, match="name at least one"):
-        evaluate_models([], QUICK, progress=silent)
+        evaluate([], QUICK, progress=silent)
     for name, least in (("clips", 1), ("frames", 0), ("videos", 1), ("steps", 1), ("seed", 0)):
         values: Any = {name: least - 1}
         with pytest.raises(ConfigError, match=f"^{name} is {least - 1}: give {least} or more$"):
             Request(**values)
         Request(**{name: least})
     with pytest.raises(ConfigError, match="frames is 2, of which 2 are given"):
-        evaluate_models([small], dataclasses.replace(QUICK, frames=2), progress=silent)
+        evaluate([small], dataclasses.replace(QUICK, frames=2), progress=silent)
 
 
 def test_one_expert_of_two(made: Path, golden: Path, tmp_path: Path) -> None:
@@ -185,12 +186,15 @@ def test_one_expert_of_two(made: Path, golden: Path, tmp_path: Path) -> None:
         for file in ("config.json", "diffusion_pytorch_model.safetensors"):
             (pair / folder / file).write_bytes((golden / file).read_bytes())
     convert(pair, converted, ConvertRecipe(init="svd", kv_rank=9, height=32, width=64))
-    request = dataclasses.replace(QUICK, subfolder="transformer_2", frames=0)
-    report = evaluate_models([str(converted)], request, progress=silent)
+    request = dataclasses.replace(QUICK, frames=0)
+    report = evaluate([Source(converted, subfolder="transformer_2")], request, progress=silent)
     assert report.teacher == "pair"
     assert "One expert alone" in " ".join(report.conditions["notes"])
     named = dataclasses.replace(request, teacher=str(pair))
-    assert evaluate_models([str(converted)], named, progress=silent).models[0].fidelity == report.models[0].fidelity
+    assert (
+        evaluate([Source(converted, subfolder="transformer_2")], named, progress=silent).models[0].fidelity
+        == report.models[0].fidelity
+    )
 
 
 FLAGS = ("--clips", 2, "--frames", 6, "--videos", 1, "--steps", 1)
@@ -254,7 +258,7 @@ def test_the_teacher_on_the_hub_is_of_the_recorded_commit(hub: Hub, golden: Path
     repo = hub.create("alice/wan")
     first = repo.commit(files)
     repo.commit(newer)
-    convert("alice/wan/dit", tmp_path / "out", ConvertRecipe(init="svd"), revision=first)
+    convert(Source("alice/wan/dit", revision=first), tmp_path / "out", ConvertRecipe(init="svd"))
     conversion = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert conversion["source"]["revision"] == first
     with open_teacher(str(tmp_path / "out"), conversion) as teacher:

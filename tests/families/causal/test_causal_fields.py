@@ -17,6 +17,7 @@ from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError
 from mlaconvert.families.causal import EVERYTHING, STUDENT, read_timing
 from mlaconvert.families.open import open_checkpoint
+from mlaconvert.families.source import Source
 from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
 from mlaconvert.model.window import window_views
 
@@ -263,7 +264,7 @@ def test_a_codebases_yaml_tells_the_window(
     with open_checkpoint(tmp_path / "out") as opened:
         assert (opened.config.streaming, opened.config.few_step) == (sees(3, 12, 3), True)
     settings.write_text("num_frame_per_block: 1\n")  # a framewise model's
-    with open_checkpoint(source, config=settings) as opened:
+    with open_checkpoint(Source(source, config=settings)) as opened:
         assert (opened.config.streaming, opened.config.few_step) == (sees(1, 21, 0), False)
     settings.write_text("local_attn_size: many\n")
     refused(tmp_path, "convert", source, "-o", tmp_path / "no", "--config", settings, says="local_attn_size is 'many'")

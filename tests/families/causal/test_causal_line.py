@@ -20,6 +20,7 @@ from mlaconvert.families.open import open_checkpoint
 from mlaconvert.files.names import CONFIG_NAME
 from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.healing.run import heal
+from mlaconvert.listener import Listener
 
 
 @pytest.fixture
@@ -161,7 +162,14 @@ def test_the_teacher_of_a_bare_student_is_as_the_recipe_took_it(bare: Path, tmp_
     clips = {"latents": torch.randn(5, 16, 3, 4, 6, generator=generator), "context": torch.randn(5, 2, 24)}
     save_file(clips, tmp_path / "clips" / "a.safetensors")
     recipe = HealRecipe(stage="distill", steps=1, batch=1, validation_clips=1, precision="float32", tracker="none")
-    heal(tmp_path / "many", tmp_path / "healed", recipe, data=tmp_path / "clips", cpu=True, say=lines.append)
+    heal(
+        tmp_path / "many",
+        tmp_path / "healed",
+        recipe,
+        listener=Listener(say=lines.append),
+        data=tmp_path / "clips",
+        cpu=True,
+    )
     assert [line.partition(";")[0] for line in lines if "assumed" in line] == [
         f"teacher: {ASSUMED}a bidirectional model, many steps"
     ]
@@ -174,7 +182,7 @@ def test_a_sink_and_absolute_positions_are_calibrated(
     fields = {"local_attn_size": 5, "sink_size": 1, "num_frame_per_block": 2, "few_step": True}
     source = save_folder(golden_state, golden_config | CAUSAL | fields)
     recipe, lines = ConvertRecipe(clips=2, height=32, width=48, kv_rank=30), list[str]()
-    convert(source, tmp_path / "out", recipe, say=lines.append)
+    convert(source, tmp_path / "out", recipe, listener=Listener(say=lines.append))
     assert lines == ["calibrated on windows whose positions count from the sink; the model counts from the start"]
     assert written(tmp_path / "out") == (
         {"chunk_frames": 2, "window_frames": 5, "sink_frames": 1, "positions": "absolute"},

@@ -17,6 +17,7 @@ from mlaconvert.config.mla import MLAConfig, MLALayer
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, UnsupportedModelError
 from mlaconvert.families.open import open_checkpoint
+from mlaconvert.families.source import Source
 
 MLA_CASES = {
     # H = 4 heads of 24, D = 96; layer 1: rank 10, nope 11, value 7, pairs 0 (twice), 4, 9 -> 8 rotary scalars.
@@ -129,7 +130,7 @@ def test_other_families_are_refused_by_their_tensors(tmp_path: Path) -> None:
         torch.save({"x.weight": torch.zeros(1)}, tmp_path / "plain.pt")
         (tmp_path / "c.json").write_text(json.dumps({"_class_name": type(model).__name__}))
         with pytest.raises(UnsupportedModelError, match=r"this is|family is not known"):
-            open_checkpoint(tmp_path / "plain.pt", config=tmp_path / "c.json")
+            open_checkpoint(Source(tmp_path / "plain.pt", config=tmp_path / "c.json"))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import CheckpointError, UnsupportedModelError
 from mlaconvert.families.causal import STUDENT
 from mlaconvert.families.open import open_checkpoint
+from mlaconvert.families.source import Source
 from mlaconvert.families.wan import WanFamily
 from mlaconvert.families.wrappers import unwrap
 from mlaconvert.files.headers import TensorInfo
@@ -146,10 +147,10 @@ def test_without_config_heads_of_128_are_assumed(tmp_path: Path, golden_state: S
     torch.save(golden_state, tmp_path / "bare" / "narrow.pt")
     with pytest.raises(UnsupportedModelError, match=r"narrow\.pt: .*width of 96 has; .*pass --config FILE"):
         open_checkpoint(tmp_path / "bare" / "narrow.pt")
-    with open_checkpoint(tmp_path / "bare" / "narrow.pt", config=golden / "config.json") as opened:
+    with open_checkpoint(Source(tmp_path / "bare" / "narrow.pt", config=golden / "config.json")) as opened:
         assert (opened.config.num_heads, opened.config.text_len) == (4, 16)
     with pytest.raises(CheckpointError, match="no such file"):
-        open_checkpoint(tmp_path / "bare" / "narrow.pt", config=tmp_path / "none.json")
+        open_checkpoint(Source(tmp_path / "bare" / "narrow.pt", config=tmp_path / "none.json"))
 
 
 def prefixed(state: State, prefix: str) -> State:
@@ -185,7 +186,7 @@ def test_wrapped_checkpoints(case: str, tmp_path: Path, golden: Path, golden_sta
     wrap, key, streaming = WRAPPED[case]
     other = {name: tensor + 1 for name, tensor in golden_state.items()}
     torch.save(wrap(golden_state, other), tmp_path / "model.pt")
-    with open_checkpoint(tmp_path / "model.pt", config=golden / "config.json") as opened:
+    with open_checkpoint(Source(tmp_path / "model.pt", config=golden / "config.json")) as opened:
         assert opened.state_key == key
         assert opened.config.streaming == (STUDENT if streaming else None)
         assert opened.config.few_step == streaming  # published streaming generators are distilled
@@ -207,11 +208,11 @@ def test_a_config_can_say_that_a_wrapped_model_is_not_streaming(
 def test_state_key_is_a_choice(tmp_path: Path, golden: Path, golden_state: State) -> None:
     other = {name: tensor + 1 for name, tensor in golden_state.items()}
     torch.save({"generator": other, "generator_ema": golden_state, "critic": other}, tmp_path / "m.pt")
-    with open_checkpoint(tmp_path / "m.pt", state_key="critic", config=golden / "config.json") as opened:
+    with open_checkpoint(Source(tmp_path / "m.pt", state_key="critic", config=golden / "config.json")) as opened:
         assert torch.equal(opened.read("head.modulation"), other["head.modulation"])
         assert opened.config.streaming is None
     with pytest.raises(CheckpointError, match=r"m\.pt: .*'ema'; there: 'critic', 'generator', 'generator_ema'"):
-        open_checkpoint(tmp_path / "m.pt", state_key="ema")
+        open_checkpoint(Source(tmp_path / "m.pt", state_key="ema"))
 
 
 def test_unwrap_refuses_to_guess() -> None:

@@ -21,6 +21,7 @@ from mlaconvert.errors import InputError
 from mlaconvert.families.lora import LoraFile
 from mlaconvert.families.merged import MergedCheckpoint, merge_loras, merged
 from mlaconvert.families.open import open_checkpoint
+from mlaconvert.families.source import Source
 from mlaconvert.families.wan import WanFamily
 from mlaconvert.files.names import WEIGHTS_NAME
 
@@ -122,7 +123,7 @@ def test_conversion_is_that_of_merged_weights(
     """The same bytes as from a checkpoint that was merged beforehand; the record says so, and the teacher is found."""
     file = write_comfy(tmp_path, factors)
     recipe = ConvertRecipe(init="svd", dtype="float32")
-    convert(golden, tmp_path / "out", recipe, loras=[LoraFile(path=file, scale=2.0)], verify=True)
+    convert(Source(golden, loras=(LoraFile(path=file, scale=2.0),)), tmp_path / "out", recipe, verify=True)
     with merge_loras(open_checkpoint(golden), [LoraFile(path=file, scale=2.0)]) as checkpoint:
         state = {name: checkpoint.read(name).contiguous() for name in golden_state}
     convert(save_folder(state, golden_config, "merged"), tmp_path / "expected", recipe)

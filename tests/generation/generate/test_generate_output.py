@@ -6,6 +6,7 @@ import dataclasses
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +31,19 @@ from mlaconvert.generation.plan import caption_tokens
 from mlaconvert.generation.request import Generation
 from mlaconvert.generation.run import generate
 from mlaconvert.model.load import load_model
-from mlaconvert.model.rollout import rollout
+from mlaconvert.model.rollout import CacheUse, Given, LatentSize, rollout
 from mlaconvert.model.schedule import Sampler
 
 
-def expected(context: object, frames: int = 8, **options: object) -> Tensor:
+def expected(context: Tensor, frames: int = 8, seed: Sequence[int] | int = 0, prefix: Tensor | None = None) -> Tensor:
     """The tiny model's rollout in memory."""
-    sampler = options.pop("sampler", Sampler.many_step(2, guidance=1.5))
     chunks = rollout(
         load_model("tiny"),
-        context,  # type: ignore[arg-type]
-        frames=frames,
-        height=24,
-        width=32,
-        sampler=sampler,  # type: ignore[arg-type]
-        null_context=null_context(),
-        **options,  # type: ignore[arg-type]
+        context,
+        size=LatentSize(frames=frames, height=24, width=32),
+        sampler=Sampler.many_step(2, guidance=1.5),
+        seed=seed,
+        given=Given(null_context=null_context(), prefix=prefix),
     )
     return torch.cat(list(chunks), 2)
 
@@ -100,12 +98,10 @@ def test_dense_and_converted_models_run_through_the_same_command(golden: Path, t
         chunks = rollout(
             load_model(model),
             [(0, prompts[:1]), (5, prompts[1:])],  # 1.2 s of 16 frames, 4 a latent one
-            frames=7,
-            height=4,
-            width=6,
+            size=LatentSize(frames=7, height=4, width=6),
+            given=Given(null_context=prompts[:1] * 0),
+            cache=CacheUse(streaming=StreamingConfig(window_frames=5, sink_frames=2)),
             sampler=Sampler.few_step((900, 300), shift=2, guidance=2),
-            null_context=prompts[:1] * 0,
-            streaming=StreamingConfig(window_frames=5, sink_frames=2),
         )
         assert relative(found["latents"], torch.cat(list(chunks), 2)) < 1e-5
         assert not (tmp_path / f"video-{name}" / "frames.png").exists()

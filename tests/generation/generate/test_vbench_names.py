@@ -19,7 +19,7 @@ from mlaconvert.files.names import WEIGHTS_NAME
 from mlaconvert.generation.request import Generation
 from mlaconvert.generation.vbench_names import generate_for_vbench
 from mlaconvert.model.load import load_model
-from mlaconvert.model.rollout import rollout
+from mlaconvert.model.rollout import LatentSize, rollout
 from mlaconvert.model.schedule import Sampler
 
 
@@ -50,7 +50,9 @@ def test_vbench_latents_of_models_with_a_vae(golden: Path, tmp_path: Path) -> No
     files = generate_for_vbench(golden, tmp_path / "out", ["a cat", "a dog"], wanted)
     assert [path.name for path in files] == [f"a {pet}-{i}.safetensors" for pet in ("cat", "dog") for i in range(2)]
     sampler = Sampler.few_step((800,))
-    chunks = rollout(load_model(golden), prompts[1:], frames=3, height=4, width=6, sampler=sampler, seed=5)
+    chunks = rollout(
+        load_model(golden), prompts[1:], size=LatentSize(frames=3, height=4, width=6), sampler=sampler, seed=5
+    )
     assert relative(load_file(files[3])["latents"], torch.cat(list(chunks), 2)) < 1e-5
     with pytest.raises(InputError, match="context has 2 rows for 1 prompts"):
         generate_for_vbench(golden, tmp_path / "out", ["a cat"], wanted)

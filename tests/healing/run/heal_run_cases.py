@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from support import randomize
 
 from mlaconvert.files.names import WEIGHTS_NAME
+from mlaconvert.files.output import Output
 from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.healing.run import heal
+from mlaconvert.listener import Listener
 from mlaconvert.model.wan import WanModel
 
 HANG = 600  # seconds after which a child process is given up
@@ -43,7 +45,11 @@ def settings(stage: str, **options: Any) -> HealRecipe:
 
 
 def run(home: Path, output: Path, recipe: HealRecipe, **options: Any) -> Any:
-    return heal(home / "student", output, recipe, **{"data": home / "clips", "cpu": True} | options)
+    """`heal` of the student; `options` are its own and the fields of `Output` and `Listener`."""
+    target = Output(output, **{name: options.pop(name) for name in ("overwrite", "restart") if name in options})
+    listener = Listener(**{name: options.pop(name) for name in ("progress", "say") if name in options})
+    chosen = {"data": home / "clips", "cpu": True} | options
+    return heal(home / "student", target, recipe, listener=listener, **chosen)
 
 
 def in_processes(target: Callable[..., None], *arguments: tuple[Any, ...]) -> list[int | None]:

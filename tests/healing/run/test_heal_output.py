@@ -23,6 +23,7 @@ from mlaconvert.healing.loop import DivergedError
 from mlaconvert.healing.run import heal, plan
 from mlaconvert.healing.stages.distill import Distill
 from mlaconvert.healing.state import LAST, load
+from mlaconvert.listener import Listener
 from mlaconvert.model.load import load_model
 
 FILES = ["README.md", "config.json", "conversion.json", WEIGHTS_NAME, "healing.json", "healing.png"]
@@ -94,9 +95,9 @@ def test_distill_needs_no_data(home: Path, tmp_path: Path) -> None:
         tmp_path / "student",
         tmp_path / "out",
         recipe,
+        listener=Listener(progress=lambda stage, *_: stages.append(stage)),
         teacher=tmp_path / "teacher",
         cpu=True,
-        progress=lambda stage, *_: stages.append(stage),
     )
     made = sorted((tmp_path / "out.state" / "clips").iterdir())
     assert [path.name for path in made] == ["clips-00000.safetensors"]

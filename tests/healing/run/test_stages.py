@@ -79,7 +79,7 @@ def test_a_stage_of_ones_own_needs_one_line(home: Path, tmp_path: Path, still: H
 
 def test_a_stage_counts_its_own_flops(still: HealRecipe) -> None:
     view = views(4, STREAMING)[0]
-    found = estimate(still.resolved(), STUDENT, TEACHER, [(5, 3)], view, height=HEIGHT, width=WIDTH)
+    found = estimate(still.resolved(), STUDENT, TEACHER, [(5, 3)], view, size=(HEIGHT, WIDTH))
     once = forward_flops(STUDENT, noisy_layout(view, STREAMING), 2, 3)
     assert found.flops == 2 * 5 * once  # two clips
     assert (found.memory["teacher"], found.memory["critic"], found.memory["average"]) == (0, 0, 4 * 15)

@@ -194,14 +194,14 @@ def test_flops_are_those_that_torch_counts() -> None:
 def test_the_estimate_counts_what_is_trained_only() -> None:
     view = views(4, STREAMING)[0]
     few, many = (
-        estimate(recipe("dmd"), STUDENT, TEACHER, [(n,)], view, height=HEIGHT, width=WIDTH, flops_per_second=1e9)
+        estimate(recipe("dmd"), STUDENT, TEACHER, [(n,)], view, size=(HEIGHT, WIDTH), flops_per_second=1e9)
         for n in (100, 1000)
     )
     assert many.memory["optimizer"] == 10 * few.memory["optimizer"] == 8000
     assert many.memory["gradients"] == 4000
     shapes = [(5, 3), (5000, 2), (7,)]  # 5000 is too wide for a basis of its own
     soap = recipe("dmd", optimizer="soap")
-    third = estimate(soap, STUDENT, TEACHER, shapes, view, height=HEIGHT, width=WIDTH)
+    third = estimate(soap, STUDENT, TEACHER, shapes, view, size=(HEIGHT, WIDTH))
     assert third.memory["optimizer"] == 8 * (15 + 10_000 + 7) + 8 * (25 + 9 + 4)
     assert third.memory["critic"] > few.memory["critic"]
     assert few.memory["weights"] == many.memory["weights"] == 4 * sum(p.numel() for p in WanModel(STUDENT).parameters())

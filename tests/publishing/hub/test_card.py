@@ -23,7 +23,7 @@ from mlaconvert.errors import CheckpointError, InputError, MLAConvertError
 from mlaconvert.files import names
 from mlaconvert.files.names import CONFIG_NAME, HEALING_NAME, WEIGHTS_NAME
 from mlaconvert.model.wan import WanModel
-from mlaconvert.publishing.hub import push
+from mlaconvert.publishing.hub import Stated, push
 from mlaconvert.reports.card import CardFacts, CardModel, is_generated, write_card
 
 # The client's own way of sending files.
@@ -77,7 +77,7 @@ def test_a_licence_is_inherited_whole_or_not_invented(hub: Hub, folder: Path) ->
     hub.create("sky/silent")
 
     def metadata(**options: Any) -> tuple[dict[str, Any], str]:
-        plan = push(folder, REPO, dry_run=True, **options).plan
+        plan = push(folder, REPO, dry_run=True, stated=Stated(**options)).plan
         return ModelCard(plan.card).data.to_dict(), " ".join(plan.notes)
 
     data, notes = metadata(base_model="sky/work")
@@ -98,7 +98,7 @@ def test_a_licence_is_inherited_whole_or_not_invented(hub: Hub, folder: Path) ->
 
 def test_a_licence_that_the_hub_does_not_know(hub: Hub, folder: Path) -> None:
     with pytest.raises(InputError, match="the Hub refused the files or the card"):
-        push(folder, REPO, license="nonsense")
+        push(folder, REPO, stated=Stated(license="nonsense"))
     assert set(hub.repos[REPO].files) == {".gitattributes"}
 
 
@@ -168,14 +168,14 @@ def test_an_edited_card_is_kept_and_a_generated_one_renewed(hub: Hub, folder: Pa
         return hub.repos[REPO].files["README.md"].data.decode()
 
     first = push(folder, REPO).plan.card
-    report = push(folder, REPO, license="mit", update=True)
+    report = push(folder, REPO, stated=Stated(license="mit"), update=True)
     assert [file.path for file in report.plan.changes] == ["README.md"]
     assert repo() != first
 
     mine = repo().replace("## Known limits", "## Known limits\n\n- My own remark.")
     hub.repos[REPO].files["README.md"] = Blob(mine.encode(), False)
     edit_json(folder / "conversion.json", remark="to have something to commit")
-    report = push(folder, REPO, license="apache-2.0", update=True)
+    report = push(folder, REPO, stated=Stated(license="apache-2.0"), update=True)
     assert states(report)["README.md"] == "kept"
     assert "edited on the Hub" in " ".join(report.plan.notes)
     assert repo() == report.plan.card == mine

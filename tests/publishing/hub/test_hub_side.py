@@ -17,6 +17,7 @@ from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.run import convert
 from mlaconvert.errors import CheckpointError
 from mlaconvert.families.open import open_checkpoint
+from mlaconvert.families.source import Source
 from mlaconvert.files.names import WEIGHTS_NAME
 from mlaconvert.model.load import load_model
 from mlaconvert.publishing.hub import push
@@ -32,7 +33,10 @@ def test_what_was_pushed_loads_from_the_hub(hub: Hub, folder: Path, monkeypatch:
         assert found.config == local.config
         assert found.raw_config == local.raw_config
         assert "hf/hub" in found.store.path.as_posix()
-    ours, theirs = load_file(folder / WEIGHTS_NAME), load_model(REPO, revision=hub.repos[REPO].head).state_dict()
+    ours, theirs = (
+        load_file(folder / WEIGHTS_NAME),
+        load_model(Source(REPO, revision=hub.repos[REPO].head)).state_dict(),
+    )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     monkeypatch.setenv("HF_TOKEN", "")

@@ -20,9 +20,10 @@ from huggingface_hub import HfApi, constants
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.run import convert
 from mlaconvert.errors import InputError, MLAConvertError
+from mlaconvert.families.source import Source
 from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
 from mlaconvert.model.load import load_model
-from mlaconvert.publishing.hub import push
+from mlaconvert.publishing.hub import Stated, push
 
 # The client's own way of sending files.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -73,7 +74,7 @@ def test_two_experts_go_together(hub: Hub, golden: Path, tmp_path: Path, layout:
     report = push(tmp_path / "out", REPO)
     assert {f"{name}/{WEIGHTS_NAME}" for name in layout} < set(hub.repos[REPO].files)
     assert f'subfolder="{layout[0]}"' in report.plan.card
-    assert load_model(REPO, subfolder=layout[1]).config.cached_scalars() == (11, 11, 11)
+    assert load_model(Source(REPO, subfolder=layout[1])).config.cached_scalars() == (11, 11, 11)
     assert push(tmp_path / "out", REPO).plan.changes == ()
 
 
@@ -223,7 +224,7 @@ def test_somebody_elses_namespace(hub: Hub, folder: Path) -> None:
     "name", ["wan-mla", "a/b/c", "alice/wan--mla", "alice/wan.git", "alice/", "./wan", "alice/w n"]
 )
 def test_impossible_names_never_reach_the_hub(hub: Hub, folder: Path, name: str) -> None:
-    for arguments in ({"repo": name}, {"repo": REPO, "base_model": name}):
+    for arguments in ({"repo": name}, {"repo": REPO, "stated": Stated(base_model=name)}):
         with pytest.raises(InputError, match="give user/name"):
             push(folder, **arguments)
     assert hub.requests == []

@@ -17,6 +17,7 @@ from mlaconvert.conversion.run import convert
 from mlaconvert.errors import CheckpointError, InputError, OutputError
 from mlaconvert.families.open import open_checkpoint
 from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
+from mlaconvert.listener import Listener
 from mlaconvert.publishing.hub import push
 
 # The client's own way of sending files.
@@ -156,7 +157,7 @@ def test_changed_weights_of_the_same_size_are_sent(hub: Hub, folder: Path) -> No
     data[-1] ^= 1
     (folder / WEIGHTS_NAME).write_bytes(data)
     hashed: list[tuple[str, int, int]] = []
-    report = push(folder, REPO, update=True, progress=lambda *step: hashed.append(step))
+    report = push(folder, REPO, listener=Listener(progress=lambda *step: hashed.append(step)), update=True)
     assert [file.path for file in report.plan.changes] == [WEIGHTS_NAME]
     assert hub.repos[REPO].files[WEIGHTS_NAME].data == bytes(data)
     assert hashed[-1][0] == "hash"

@@ -194,7 +194,7 @@ def with_lora(golden: Path, folders: dict[str, Path], tmp_path_factory: pytest.T
     state = peft.get_peft_model_state_dict(pipe.generator.model)  # type: ignore[arg-type]
     torch.save({"generator_lora": state, "critic_lora": {}}, root / "lora.pt")
     convert(
-        Source(golden, loras=[LoraFile(path=root / "lora.pt")]),
+        Source(golden, loras=(LoraFile(path=root / "lora.pt"),)),
         root / "longlive-mla",
         streaming_fixtures.RECIPES["absolute"],
     )
