@@ -14,13 +14,12 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+from mlaconvert import LatentSize, Sampler, load_model, rollout
 from mlaconvert.clips import tiny
 from mlaconvert.clips.tiny.clips import HEIGHT, HELD_BACK, WIDTH, embed_captions, null_context, sample_scenes
 from mlaconvert.demo import CAPTIONS, FRAMES, GUIDANCE, STEPS, generate
 from mlaconvert.generation.movies import contact_sheet
-from mlaconvert.model.load import load_model
-from mlaconvert.model.rollout import Given, LatentSize, rollout
-from mlaconvert.model.schedule import Sampler
+from mlaconvert.model.rollout import Given
 
 
 def main() -> None:

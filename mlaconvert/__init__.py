@@ -1,11 +1,9 @@
 """mlaconvert: give a pretrained video diffusion transformer Multi-Head Latent Attention.
 
-    from pathlib import Path
-
     from mlaconvert import ConvertRecipe, HealRecipe, convert, heal
 
     convert("Wan-AI/Wan2.1-T2V-1.3B", "wan-mla", ConvertRecipe(kv_rank=224), data="clips", device="cuda")
-    heal("wan-mla", "wan-healed", HealRecipe(stage="distill", steps=1000), data=Path("clips"))
+    heal("wan-mla", "wan-healed", HealRecipe(stage="distill", steps=1000), data="clips")
 
 What is named here is imported when it is first used, so that `import mlaconvert` is fast.
 """

@@ -157,7 +157,7 @@ class Stored:
 
 def open_source(
     recipe: HealRecipe,
-    data: Path | None,
+    data: str | Path | None,
     config: WanConfig,
     say: Callable[[str], None],
     *,
@@ -170,9 +170,9 @@ def open_source(
     if config.in_dim != config.out_dim:
         raise ConfigError("an image-to-video model cannot be healed yet: clips hold no image latents")
     if data is not None:
-        if not is_folder(data):
+        if not is_folder(Path(data)):
             raise InputError(f"{data}: there is no such folder of clips")
-        return _stored(recipe, data, config, say)
+        return _stored(recipe, Path(data), config, say)
     if draws:
         return Drawn(recipe.frames)
     if stage_of(recipe.stage).needs_clips:

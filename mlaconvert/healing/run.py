@@ -41,14 +41,14 @@ def heal(
     recipe: HealRecipe,
     *,
     teacher: AnySource | None = None,
-    data: Path | None = None,
+    data: str | Path | None = None,
     state: Path | None = None,
     cpu: bool = False,
     listener: Listener | None = None,
 ) -> HealReport:
     """Train the model folder `source` for one stage and write the result to `output`, whole or not at all.
 
-    heal("wan-mla", "wan-healed", HealRecipe(stage="distill", steps=1000, lr=1e-4), data=Path("clips"))
+    heal("wan-mla", "wan-healed", HealRecipe(stage="distill", steps=1000, lr=1e-4), data="clips")
 
     `teacher` is by default what the model was converted from, as its conversion.json says. `data` is a folder of clips
     (`mlaconvert.clips.folder`); the built-in model draws its own, and distill can do without. The run keeps its state
@@ -143,7 +143,7 @@ def plan(
     recipe: HealRecipe,
     *,
     teacher: AnySource | None = None,
-    data: Path | None = None,
+    data: str | Path | None = None,
     flops_per_second: float | None = None,
 ) -> Estimate:
     """What `heal` would need, without running anything: all checks of its input, and an estimate of one step."""
@@ -151,7 +151,9 @@ def plan(
     with ExitStack() as stack:
         student_file, teacher_file, draws = open_pair(stack, as_source(source), teacher)
         streaming = regime_of(recipe, student_file.config, teacher_file.config)
-        found = open_source(recipe, data, student_file.config, lambda _: None, draws=draws)
+        found = open_source(
+            recipe, None if data is None else Path(data), student_file.config, lambda _: None, draws=draws
+        )
         _check_guidance(recipe, found)
         config = student_file.config
         shape = clips_to_generate(recipe, config).shape(config) if found is None else found.clip_shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from mlaconvert.conversion import from_clips as calibrated
 from mlaconvert.conversion import from_weights, job
 from mlaconvert.conversion import from_weights as layers
+from mlaconvert.conversion.calibration.method import CalibrationSetup, Method
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.run import convert
 from mlaconvert.errors import CheckpointError, ConfigError, OutputError
@@ -77,6 +79,20 @@ def test_goes_on_after_the_last_finished_layer(
 def test_nothing_finished_leaves_nothing(source: Path, tmp_path: Path) -> None:
     assert interrupted(source, tmp_path / "out", 0) == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_half_done_work_of_earlier_versions_is_gone_on_from(source: Path, tmp_path: Path) -> None:
+    """Their recipes had a list of parts that are switched off, which is noted as it was."""
+    interrupted(source, tmp_path / "out", 3)
+    begun = json.loads((tmp_path / ".out.partial" / "run.json").read_text())
+    names = list(begun)
+    assert (names[names.index("allocation") + 1], begun["without"]) == ("without", [])
+    method = CalibrationSetup(method=Method(rho=False, refit=False))
+    calibrated = ConvertRecipe(clips=2, height=32, width=64)
+    interrupted(source, tmp_path / "other", 3, calibrated, data=method)
+    assert json.loads((tmp_path / ".other.partial" / "run.json").read_text())["without"] == ["rho", "refit"]
+    with pytest.raises(ConfigError, match=r"holds a conversion with another without"):
+        convert(source, tmp_path / "other", calibrated)
 
 
 def test_another_recipe_is_noticed(source: Path, tmp_path: Path, made: list[int]) -> None:

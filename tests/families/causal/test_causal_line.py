@@ -167,7 +167,7 @@ def test_the_teacher_of_a_bare_student_is_as_the_recipe_took_it(bare: Path, tmp_
         tmp_path / "healed",
         recipe,
         listener=Listener(say=lines.append),
-        data=tmp_path / "clips",
+        data=str(tmp_path / "clips"),
         cpu=True,
     )
     assert [line.partition(";")[0] for line in lines if "assumed" in line] == [
