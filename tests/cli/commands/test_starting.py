@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import os
@@ -12,12 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import documents
 import pytest
 import torch
 from cli_cases import COMMANDS, invoke
 from safetensors.torch import load_file
 from typer.testing import Result
 
+import mlaconvert
 from mlaconvert import __version__
 from mlaconvert.files.names import WEIGHTS_NAME
 from mlaconvert.model.load import load_model
@@ -73,6 +76,29 @@ def test_every_option_says_its_default_and_its_unit(command: str) -> None:
             assert info.metavar, name
         if "int" in kind or "float" in kind:
             assert re.search(UNITS, info.help, re.IGNORECASE), name
+
+
+OPTION = r"(?<![\w-])--[a-z][a-z-]*"
+OF_OTHER_PROGRAMS = {"--fsdp", "--use"}  # accelerate's, whose names go on with an underscore
+
+
+def test_options_that_messages_name_exist() -> None:
+    """Errors send a user to options: after a renaming they would send nowhere."""
+    texts = [
+        node.value
+        for path in Path(mlaconvert.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    named = {name for text in texts for name in re.findall(OPTION, text)}
+    assert {"--data", "--subfolder"} <= named
+    assert named.difference(*documents.options().values()) == OF_OTHER_PROGRAMS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_that_the_help_of_an_option_names_are_of_the_same_command(command: str) -> None:
+    named = {name for _, info in options(command).values() for name in re.findall(OPTION, info.help)}
+    assert named <= documents.options()[command]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
