@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
 import struct
 from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import invoke
 from safetensors.torch import load_file, save_file
-from typer.main import get_command
 
-from mlaconvert.cli import app
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import MLAConfig, MLALayer
 from mlaconvert.config.streaming import StreamingConfig
@@ -28,8 +25,6 @@ from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
 GEOMETRY = WanConfig(
     dim=24, num_heads=2, num_layers=2, ffn_dim=20, in_dim=4, out_dim=4, freq_dim=8, text_dim=10, text_len=6
 )
-# Typer would build all commands anew for every call, which takes longer than the calls do.
-_COMMANDS: Any = get_command(app)
 # One case spoils files in a folder.
 Spoil = Callable[[Path], Any]
 
@@ -135,22 +130,6 @@ def refused(folder: Path, *command: Path | str, says: str = "") -> str:
     check_refusal(code, stderr, says)
     assert tree(folder) == before
     return stderr
-
-
-def invoke(*command: Path | str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command, in this process."""
-    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors) for errors in ("strict", "backslashreplace"))
-    code: Any = 0
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            _COMMANDS.main([str(part) for part in command], prog_name="mlaconvert")
-        except SystemExit as end:
-            code = end.code
-    texts = []
-    for stream in (out, err):
-        stream.flush()
-        texts.append(stream.buffer.getvalue().decode())
-    return code, *texts
 
 
 def check_refusal(code: int, stderr: str, says: str = "") -> None:

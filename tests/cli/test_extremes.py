@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from hostile import Shelf, Spoil, arguments, change_state, invoke, make_shelf, refused, special
+from command_line import invoke
+from hostile import Shelf, Spoil, arguments, change_state, make_shelf, refused, special
 from safetensors.torch import load_file, save_file
 
 from mlaconvert.conversion.calibration import run

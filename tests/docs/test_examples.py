@@ -25,13 +25,12 @@ import pytest
 import torch
 import wan_base
 import yaml
-from documents import options, shell_lines
+from command_line import invoke, options
+from documents import shell_lines
 from hub_server import Blob, Hub
 from safetensors.torch import save
 from support import randomize
-from typer.testing import CliRunner
 
-from mlaconvert.cli import app
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.families.wan import WanFamily
 from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
@@ -181,7 +180,7 @@ def substituted(words: list[str], folder: Path) -> list[str]:
 
 def run(words: list[str], folder: Path) -> str:
     arguments = substituted(words, folder)
-    result = CliRunner().invoke(app, arguments)
+    result = invoke(*arguments)
     assert result.exit_code == 0, f"{' '.join(arguments)}\n{result.stderr}"
     return result.stdout
 

@@ -10,10 +10,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from documents import blocks, options, shell_lines
-from typer.testing import CliRunner, Result
+from command_line import invoke, options
+from documents import blocks, shell_lines
 
-from mlaconvert.cli import app
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import MLAConfig, MLALayer
 from mlaconvert.conversion.recipes import load_recipe
@@ -29,10 +28,6 @@ def commands() -> list[list[str]]:
     """Arguments of every `mlaconvert` call that the README shows, in code blocks and in running text."""
     inline = [shlex.split(line, comments=True) for line in re.findall(r"`(mlaconvert [^`\n]+)`", README)]
     return [words[1:] for words in (*shell_lines(README), *inline) if words[0] == "mlaconvert"]
-
-
-def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -7,11 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import command_line
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
-from mlaconvert.cli import app
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError
 from mlaconvert.evaluation.bench.flops import forward_flops
@@ -22,8 +21,8 @@ from mlaconvert.evaluation.bench.setting import BenchReport, BenchSetting, rando
 from mlaconvert.model.memory import StreamedVideo, plan_memory
 
 
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
+def invoke(*arguments: object) -> command_line.Result:
+    return command_line.invoke("bench", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +69,8 @@ def test_memory_agrees_with_the_plan(report: BenchReport, golden: Path) -> None:
     assert [side.cache_bytes for side in report.sides] == [
         2 * 5 * 6 * 3 * 4 * scalars for scalars in (192, 15, 15, 18, 18)
     ]
-    analyzed = CliRunner().invoke(
-        app,
-        ["analyze", str(golden), "--json", "--height", "32", "--width", "48", "--batch", "2", "--window-frames", "5"],
+    analyzed = command_line.invoke(
+        "analyze", golden, "--json", "--height", "32", "--width", "48", "--batch", "2", "--window-frames", "5"
     )
     memory = json.loads(analyzed.stdout)["memory"]
     # analyze counts a bfloat16 cache and weights.
@@ -120,9 +118,7 @@ def test_sides_of_the_published_sizes(geometry: str, dense: int, latent: int) ->
 
 def test_a_converted_geometry_brings_its_own_latent_side(golden: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    converted = CliRunner().invoke(
-        app, ["convert", str(golden), "-o", str(out), "--init", "svd", "--kv-rank", "7", "--layers", "0,2"]
-    )
+    converted = command_line.invoke("convert", golden, "-o", out, "--init", "svd", "--kv-rank", "7", "--layers", "0,2")
     assert converted.exit_code == 0
     sides = side_configs(BenchSetting(geometry=str(out)))
     assert list(sides) == ["dense", "MLA"]

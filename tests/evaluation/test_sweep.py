@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import invoke
 from recipes_cases import TINY, WAN_1B, shapes_only
 from safetensors.torch import save_file
-from typer.testing import CliRunner, Result
 
-from mlaconvert.cli import app
 from mlaconvert.clips import folder as folder_module
 from mlaconvert.clips.folder import ClipFolder
 from mlaconvert.conversion.recipe import ConvertRecipe
@@ -180,10 +179,6 @@ def test_a_killed_sweep_goes_on(golden: Path, data: Path, tmp_path: Path) -> Non
 
 def without_time(cell: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in cell.items() if name != "seconds"}
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_cells_of_another_version_of_the_method_are_not_mixed(

@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 import torch
 import wan_base
+from command_line import invoke, succeed
 from safetensors.torch import load_file, save_file
 from support import relative
 from torch import Tensor
-from typer.testing import CliRunner, Result
 
 from mlaconvert.base.repository import open_base
 from mlaconvert.base.text import embed_texts
 from mlaconvert.base.vae import Vae
-from mlaconvert.cli import app
 from mlaconvert.clips.footage import Footage, to_pixels
 from mlaconvert.errors import ConfigError, InputError, OutputError
 from mlaconvert.generation import movies, output
@@ -43,10 +42,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wanted(base: Path | None, **options: Any) -> Generation:
     small = {"frames": 6, "height": 32, "width": 48, "timesteps": (900.0, 300.0), "prompts": PROMPTS[:1]}
     return Generation(base=None if base is None else str(base), **small | options)
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["generate", *map(str, arguments)])
 
 
 def embedded(base: Path, *texts: str) -> list[Tensor]:
@@ -78,7 +73,7 @@ def assert_shows(path: Path, expected: Tensor) -> None:
 def test_words_become_a_movie(golden: Path, base: Path, tmp_path: Path) -> None:
     """Two prompts in time, with guidance away from a third, against every step by hand."""
     flags = ("--base", base, "--height", 32, "--width", 48, "--frames", 6, "--steps", 2, "--guidance", 3, "--seed", 4)
-    result = invoke(golden, *PROMPTS, "-o", tmp_path / "out", "--negative-prompt", "slowly", *flags)
+    result = invoke("generate", golden, *PROMPTS, "-o", tmp_path / "out", "--negative-prompt", "slowly", *flags)
     assert result.exit_code == 0, result.stderr
     *contexts, negative = embedded(base, *PROMPTS, "slowly")
     chunks = rollout(
@@ -116,7 +111,7 @@ def test_an_output_may_be_the_movie_alone(golden: Path, base: Path, tmp_path: Pa
 def test_the_tiny_model_writes_a_file_too(tmp_path: Path) -> None:
     caption = "large red disc right, sky"
     for name in ("out.mp4", "out.gif"):
-        result = invoke("tiny", caption, "-o", tmp_path / name, "--frames", 3, "--steps", 1)
+        result = invoke("generate", "tiny", caption, "-o", tmp_path / name, "--frames", 3, "--steps", 1)
         assert result.exit_code == 0, result.stderr
         assert result.stderr.endswith(f"MiB; {tmp_path / name}\n")
     assert read_movie(tmp_path / "out.mp4", 96, 128).shape[1] == 3
@@ -126,8 +121,7 @@ def test_the_tiny_model_writes_a_file_too(tmp_path: Path) -> None:
 def test_the_base_is_the_one_that_was_converted(golden: Path, base: Path, tmp_path: Path) -> None:
     repo = Path(shutil.copytree(base, tmp_path / "wan"))
     shutil.copytree(golden, repo / "transformer")
-    convert = ["convert", str(repo), "-o", str(tmp_path / "mla"), "--init", "svd"]
-    assert CliRunner().invoke(app, convert).exit_code == 0
+    succeed("convert", repo, "-o", tmp_path / "mla", "--init", "svd")
     generate(tmp_path / "mla", tmp_path / "found.mp4", wanted(None))
     generate(tmp_path / "mla", tmp_path / "named.mp4", wanted(base))
     assert torch.equal(read_movie(tmp_path / "found.mp4"), read_movie(tmp_path / "named.mp4"))
@@ -236,13 +230,13 @@ def test_vbench_prompts_are_embedded_and_decoded(golden: Path, base: Path, tmp_p
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     flags = ("--base", base, "--height", 32, "--width", 48, "--frames", 3, "--timesteps", "900", "--samples", 2)
     arguments = (golden, "-o", tmp_path / "out", "--prompts", tmp_path / "prompts.txt", "--vbench-names", *flags)
-    result = invoke(*arguments)
+    result = invoke("generate", *arguments)
     assert result.exit_code == 0, result.stderr
     names = {f"{prompt}-{i}.mp4" for prompt in PROMPTS for i in range(2)}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     (tmp_path / "out" / f"{PROMPTS[1]}-0.mp4").unlink()
     before = (tmp_path / "out" / f"{PROMPTS[0]}-0.mp4").stat().st_mtime_ns
-    assert invoke(*arguments).exit_code == 0
+    assert invoke("generate", *arguments).exit_code == 0
     assert (tmp_path / "out" / f"{PROMPTS[0]}-0.mp4").stat().st_mtime_ns == before
     chunks = rollout(
         load_model(golden),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_cases import COMMANDS, invoke
+from command_line import COMMANDS, invoke
 
 from mlaconvert.errors import MLAConvertError
 from mlaconvert.model.load import load_model

@@ -13,12 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import documents
+import command_line
 import pytest
 import torch
-from cli_cases import COMMANDS, invoke
+from command_line import COMMANDS, invoke, succeed
 from safetensors.torch import load_file
-from typer.testing import Result
 
 import mlaconvert
 from mlaconvert import __version__
@@ -26,12 +25,6 @@ from mlaconvert.files.names import WEIGHTS_NAME
 from mlaconvert.model.load import load_model
 
 SaveFolder = Callable[..., Path]
-
-
-def succeed(*arguments: object) -> Result:
-    result = invoke(*arguments)
-    assert result.exit_code == 0, result.stderr
-    return result
 
 
 @pytest.fixture
@@ -92,13 +85,13 @@ def test_options_that_messages_name_exist() -> None:
     ]
     named = {name for text in texts for name in re.findall(OPTION, text)}
     assert {"--data", "--subfolder"} <= named
-    assert named.difference(*documents.options().values()) == OF_OTHER_PROGRAMS
+    assert named.difference(*command_line.options().values()) == OF_OTHER_PROGRAMS
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_options_that_the_help_of_an_option_names_are_of_the_same_command(command: str) -> None:
     named = {name for _, info in options(command).values() for name in re.findall(OPTION, info.help)}
-    assert named <= documents.options()[command]
+    assert named <= command_line.options()[command]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

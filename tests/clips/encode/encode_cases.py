@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import command_line
 import torch
 from torch import Tensor
-from typer.testing import CliRunner, Result
 
-from mlaconvert.cli import app
 from mlaconvert.clips.encode import Encoding
 from mlaconvert.clips.footage import Footage, to_pixels
 from mlaconvert.generation.movies import save_movie
@@ -25,8 +24,8 @@ def movie(path: Path, frames: int, *, size: tuple[int, int] = (36, 60), fps: int
     return path
 
 
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["encode", *map(str, arguments)])
+def invoke(*arguments: object) -> command_line.Result:
+    return command_line.invoke("encode", *arguments)
 
 
 def decoded(path: Path, height: int = 32, width: int = 48, fps: float = 16) -> list[Tensor]:

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import torch
 from analyze_cases import CONFIG, dense_weights, mixed_weights, shown
+from command_line import invoke
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support import randomize
-from typer.testing import CliRunner, Result
 
-from mlaconvert.cli import app
 from mlaconvert.clips.folder import Clips
 from mlaconvert.config.mla import MLALayer
 from mlaconvert.config.streaming import StreamingConfig
@@ -264,17 +263,13 @@ def test_plot_draws_what_the_budgets_predict(case: Case, monkeypatch: pytest.Mon
     np.testing.assert_allclose(weighted.lines[0].get_ydata()[1:], (values.cumsum(0) / values.sum()).numpy())
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["analyze", *map(str, arguments)])
-
-
 def test_the_command_reads_clips_and_prints_both(golden: Path, tmp_path: Path) -> None:
     config = json.loads((golden / "config.json").read_text())
     data = tmp_path / "clips"
     data.mkdir()
     save_file(make_clips(config["in_dim"], config["text_dim"])._asdict(), data / "clips.safetensors")
     few = ("--calibrated", "--data", data, "--clips", 2, "--layers", "0")
-    result = run(golden, *few, "--json", "--plot", tmp_path / "plot.png")
+    result = invoke("analyze", golden, *few, "--json", "--plot", tmp_path / "plot.png")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["calibration"]["clips"] == 2
@@ -284,20 +279,22 @@ def test_the_command_reads_clips_and_prints_both(golden: Path, tmp_path: Path) -
     assert len(found["layers"][0]["weighted"]["singular_values"]) == 96
     with Image.open(tmp_path / "plot.png") as image:
         assert image.size == (1600, 1400)
-    result = run(golden, *few)
+    result = invoke("analyze", golden, *few)
     assert result.exit_code == 0, result.stderr
     assert "Predicted error of each latent budget" in result.stdout
 
 
 def test_the_command_generates_clips_without_data(golden: Path) -> None:
-    result = run(golden, "--calibrated", "--clips", 1, "--layers", "0", "--height", 32, "--width", 48, "--json")
+    result = invoke(
+        "analyze", golden, "--calibrated", "--clips", 1, "--layers", "0", "--height", 32, "--width", 48, "--json"
+    )
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["calibration"]["clips"] == 1
 
 
 @pytest.mark.parametrize("option", [("--data", "clips"), ("--clips", 3)])
 def test_clips_are_refused_where_nothing_reads_them(golden: Path, option: tuple[object, ...]) -> None:
-    result = run(golden, *option)
+    result = invoke("analyze", golden, *option)
     assert result.exit_code == 2
     assert "only read with --calibrated" in result.stderr
     assert result.stdout == ""

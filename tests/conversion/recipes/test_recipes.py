@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import invoke
 from recipes_cases import TINY, WAN_1B, shapes_only
-from typer.testing import CliRunner
 
-from mlaconvert.cli import app
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import MLAConfig
 from mlaconvert.config.streaming import StreamingConfig
@@ -136,7 +135,7 @@ def test_another_init_leaves_what_belonged_to_the_recipes_own() -> None:
             recipe = with_init(load_recipe(name), init)
             assert plan_conversion(shapes_only(SHIPPED[name][0]), recipe).recipe.init == init
     assert with_init(load_recipe("tiny"), "calibrated") == load_recipe("tiny")
-    result = CliRunner().invoke(app, ["convert", "tiny", "--recipe", "tiny", "--init", "svd", "--dry-run", "--json"])
+    result = invoke("convert", "tiny", "--recipe", "tiny", "--init", "svd", "--dry-run", "--json")
     assert result.exit_code == 0, result.stderr
     recipe_json = json.loads(result.stdout)["models"][0]["recipe"]
     assert (recipe_json["kv_rank"], recipe_json["key_norm"], recipe_json["rope"]) == (27, "latent", "cached")

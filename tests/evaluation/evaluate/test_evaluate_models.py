@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import invoke
 from evaluate_cases import STREAMING
 from hub_server import Blob, Hub
 from safetensors.torch import save_file
-from typer.testing import CliRunner, Result
 
-from mlaconvert.cli import app
 from mlaconvert.clips.folder import Clips
 from mlaconvert.conversion.provenance import open_teacher
 from mlaconvert.conversion.recipe import ConvertRecipe
@@ -35,10 +34,6 @@ from mlaconvert.progress import silent
 
 SaveFolder = Callable[..., Path]
 QUICK = Request(clips=3, frames=8, videos=2, steps=2)
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_models_side_by_side(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

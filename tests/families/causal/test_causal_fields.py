@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from causal_cases import ASSUMED, CAUSAL, SaveFolder, State, sees
-from hostile import invoke, refused
+from command_line import invoke
+from hostile import refused
 from hub_server import Blob, Hub
 from safetensors.torch import save, save_file
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from causal_cases import ASSUMED, CAUSAL, SaveFolder, State, sees
-from hostile import invoke, refused
+from command_line import invoke
+from hostile import refused
 from safetensors.torch import save_file
 
 from mlaconvert.config.streaming import StreamingConfig

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from typer.testing import CliRunner, Result
 
-from mlaconvert.cli import app
 from mlaconvert.families.wan import WanFamily
 
 RANK, DIM, FFN = 3, 96, 160  # the golden model's
@@ -69,7 +67,3 @@ def write_kohya(folder: Path, factors: Any) -> Path:
     state = {key.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): t for key, t in state.items()}
     save_file(state | {f"lora_unet_{m.replace('.', '_')}.alpha": torch.tensor(6.0) for m in factors}, file)
     return file
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from lora_cases import MODULES, RANK, invoke, plain, write_comfy, write_diffusers, write_kohya, write_peft
+from command_line import invoke
+from lora_cases import MODULES, RANK, plain, write_comfy, write_diffusers, write_kohya, write_peft
 from safetensors.torch import load_file, save_file
 from support import relative
 from torch import Tensor

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import invoke
 from hub_server import Hub
-from lora_cases import DIM, RANK, invoke, plain, write_comfy, write_diffusers, write_kohya, write_peft
+from lora_cases import DIM, RANK, plain, write_comfy, write_diffusers, write_kohya, write_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

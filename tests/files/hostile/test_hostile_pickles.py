@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from hostile import Shelf, arguments, check_refusal, invoke, packed, parts, refused, tree
+from command_line import invoke
+from hostile import Shelf, arguments, check_refusal, packed, parts, refused, tree
 from hostile_cases import named
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -227,7 +228,8 @@ CHILD = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from hostile import check_refusal, invoke
+from command_line import invoke
+from hostile import check_refusal
 for model in sorted(Path(sys.argv[2]).iterdir()):
     code, _, stderr = invoke("analyze", model)
     check_refusal(code, stderr)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from hostile import Shelf, arguments, change_json, check_refusal, invoke, refused, setting, special, tree
+from command_line import invoke
+from hostile import Shelf, arguments, change_json, check_refusal, refused, setting, special, tree
 from hostile_inputs_cases import HUGE, STATES, Tensors, spoil_values
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from hostile import Shelf, arguments, change_json, invoke, packed, refused, setting, special
+from command_line import invoke
+from hostile import Shelf, arguments, change_json, packed, refused, setting, special
 from hostile_inputs_cases import HUGE, SPECIAL
 from safetensors.torch import save_file
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import invoke
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
 
-from mlaconvert.cli import app
 from mlaconvert.clips.encode import encode
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.run import convert
@@ -38,10 +37,6 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shelf")
     convert("tiny", folder / "student", ConvertRecipe(init="svd", height=24, width=32, vae_stride=1))
     return folder
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def command(name: str, shelf: Path, output: Path) -> list[object]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import command_line
 import pytest
 import torch
 from generate_cases import CAPTIONS, SHORT, succeed
@@ -17,9 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from support import relative
 from torch import Tensor
-from typer.testing import CliRunner
 
-from mlaconvert.cli import app
 from mlaconvert.clips.folder import load_clips
 from mlaconvert.clips.tiny.clips import embed_captions, null_context, sample_scenes
 from mlaconvert.config.streaming import StreamingConfig
@@ -76,7 +75,7 @@ def test_the_output_serves_as_a_data_set(tmp_path: Path) -> None:
 
 
 def test_dense_and_converted_models_run_through_the_same_command(golden: Path, tmp_path: Path) -> None:
-    converted = CliRunner().invoke(app, ["convert", str(golden), "-o", str(tmp_path / "mla"), "--init", "svd"])
+    converted = command_line.invoke("convert", str(golden), "-o", str(tmp_path / "mla"), "--init", "svd")
     assert converted.exit_code == 0, converted.stderr
     prompts = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(1))
     save_file({"context": prompts, "null_context": prompts[:1] * 0}, tmp_path / "text.safetensors")

@@ -6,14 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import command_line
 import pytest
 import torch
 from generate_cases import CAPTIONS, invoke, needs_mp4, succeed
 from safetensors.torch import load_file, save_file
 from support import relative
-from typer.testing import CliRunner
 
-from mlaconvert.cli import app
 from mlaconvert.errors import InputError, OutputError
 from mlaconvert.files.names import WEIGHTS_NAME
 from mlaconvert.generation.request import Generation
@@ -92,7 +91,7 @@ def test_vbench_videos_of_two_models_never_mix(tmp_path: Path) -> None:
 
 @needs_mp4
 def test_vbench_videos_of_another_model_are_made_again_when_asked(tmp_path: Path) -> None:
-    converted = CliRunner().invoke(app, ["convert", "tiny", "-o", str(tmp_path / "mla"), "--init", "svd"])
+    converted = command_line.invoke("convert", "tiny", "-o", str(tmp_path / "mla"), "--init", "svd")
     assert converted.exit_code == 0, converted.stderr
     state = load_file(tmp_path / "mla" / WEIGHTS_NAME)
     name = next(name for name, tensor in sorted(state.items()) if tensor.ndim == 2)

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import invoke
 from heal_run_cases import run, save_teacher, settings
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
 
-from mlaconvert.cli import app
 from mlaconvert.clips.folder import Clips
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.run import convert
@@ -152,10 +151,6 @@ def test_a_run_that_explodes_stops_with_its_last_good_state(
         assert state["step"] == 12
         assert all(t.isfinite().all() for t in state["parts"]["student"]["weights"].values())
         assert not output.exists()
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_heal_from_the_command_line(home: Path, tmp_path: Path) -> None:

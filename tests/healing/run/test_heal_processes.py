@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import succeed
 from heal_cases import STREAMING
 from heal_run_cases import HANG, in_processes, settings, with_bad_clips
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from mlaconvert.cli import app
 from mlaconvert.families.open import open_checkpoint
 from mlaconvert.files.names import WEIGHTS_NAME
 from mlaconvert.healing.stages.distill import Distill
@@ -42,10 +41,7 @@ def test_two_processes_train_as_one_and_resume(home: Path, tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("step 4/4") == done.stderr.count("are left out") == 1  # only one process speaks
-    alone = CliRunner().invoke(
-        app, ["heal", str(home / "student"), "-o", str(tmp_path / "alone"), *flags, "--batch", "4"]
-    )
-    assert alone.exit_code == 0, alone.stderr
+    succeed("heal", home / "student", "-o", tmp_path / "alone", *flags, "--batch", "4")
     ours, theirs = (load_file(folder / WEIGHTS_NAME) for folder in (output, tmp_path / "alone"))
     assert all(torch.allclose(ours[name], theirs[name], atol=2e-5) for name in ours)
     assert load(tmp_path / "pair.state" / LAST)["processes"] == 2

@@ -13,11 +13,10 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from command_line import succeed
 from hub_server import Blob, Hub
 from support import SaveFolder, relative
-from typer.testing import CliRunner
 
-from mlaconvert.cli import app
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.run import convert
@@ -216,8 +215,7 @@ def test_folders_of_older_versions_load_everywhere(
         assert relative(load_model(old)(*inputs()), load_model(folders[layout])(*inputs())) == 0
     with open_checkpoint(old) as found, open_checkpoint(folders[layout]) as expected:
         assert found.config == expected.config
-    result = CliRunner().invoke(app, ["analyze", str(old)])
-    assert result.exit_code == 0, result.stderr
+    succeed("analyze", old)
     WanMLATransformer3DModel.from_pretrained(old).save_pretrained(tmp_path / "new")
     assert filecmp.cmp(tmp_path / "new" / WEIGHTS_NAME, old / WEIGHTS_NAME, shallow=False)
     again = json.loads((tmp_path / "new" / CONFIG_NAME).read_text())

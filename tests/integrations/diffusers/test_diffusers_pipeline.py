@@ -10,16 +10,15 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from command_line import succeed
 from diffusers_cases import TOLERANCE, diffusers
 from documents import blocks, shell_lines
 from safetensors.torch import save_file
 from support import relative
 from torch import Tensor
 from torch.nn import functional
-from typer.testing import CliRunner
 from wan_diffusers import SMALL, inputs
 
-from mlaconvert.cli import app
 from mlaconvert.errors import InputError, UnsupportedModelError
 from mlaconvert.families.wan import WanFamily
 from mlaconvert.files.names import WEIGHTS_NAME
@@ -288,8 +287,7 @@ def test_the_walkthrough_runs(
     pipeline(parts, diffusers.WanTransformer3DModel.from_pretrained(folders["source"])).save_pretrained(base)
     for words in shell_lines(page):
         shown = " ".join(words).replace("--device cuda", "--device cpu --init svd")
-        result = CliRunner().invoke(app, shown.split()[1:])
-        assert result.exit_code == 0, result.stderr
+        succeed(*shown.split()[1:])
     written: list[Any] = []
     monkeypatch.setattr("diffusers.utils.export_to_video", lambda video, path, fps: written.append((video.shape, path)))
     small = {

@@ -8,9 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from typer.testing import CliRunner, Result
-
-from mlaconvert.cli import app
 from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
 from mlaconvert.publishing.plan import PushReport
 
@@ -34,10 +31,6 @@ def once(pattern: str, verdict: int | str) -> Callable[[str, str], int | str | N
         return left.pop() if left and re.search(pattern, f"{method} {path}") else None
 
     return before
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 EVALUATION = {

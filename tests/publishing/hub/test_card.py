@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from hub_cases import EVALUATION, REPO, edit_json, invoke, once, states
+from command_line import invoke
+from hub_cases import EVALUATION, REPO, edit_json, once, states
 from hub_server import Blob, Hub
 from huggingface_hub import ModelCard
 from support import randomize

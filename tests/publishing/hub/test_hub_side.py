@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_cases import ALL, REPO, invoke, once
+from command_line import invoke
+from hub_cases import ALL, REPO, once
 from hub_server import Hub
 from safetensors.torch import load_file
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import hub_server
 import pytest
-from hub_cases import ALL, REPO, invoke, once, states
+from command_line import invoke
+from hub_cases import ALL, REPO, once, states
 from hub_server import TOKEN, Blob, Hub
 from huggingface_hub import HfApi, constants
 
