@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 
@@ -23,6 +24,14 @@ from safetensors.torch import load_file, save_file
 from support import SaveFolder
 
 from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loaded_modules_are_not_searched() -> None:
+    """The programs collect garbage after every model; that takes half a second each while all of torch, diffusers and
+    transformers is searched for cycles. What is loaded by now stays loaded."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
