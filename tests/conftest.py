@@ -26,12 +26,18 @@ from support import SaveFolder
 from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
 
 
+def pytest_collection() -> None:
+    """Until all tests are collected there are mostly imports: no garbage to search what they load for."""
+    gc.disable()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _loaded_modules_are_not_searched() -> None:
     """The programs collect garbage after every model; that takes half a second each while all of torch, diffusers and
     transformers is searched for cycles. What is loaded by now stays loaded."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -191,10 +191,19 @@ def test_what_is_left_for_the_end_is_not_lost_in_silence() -> None:
     assert CUT.fullmatch(done.stderr.strip())
 
 
-@pytest.mark.parametrize("buffered", [True, False])
-@pytest.mark.parametrize("arguments", [["--help"], ["analyze", "{golden}", "--json"], ["analyze", "{golden}"]])
+@pytest.mark.parametrize(
+    ("arguments", "buffered"),
+    [
+        (["--help"], True),
+        (["--help"], False),
+        (["analyze", "{golden}", "--json"], True),
+        pytest.param(["analyze", "{golden}", "--json"], False, marks=pytest.mark.slow),
+        pytest.param(["analyze", "{golden}"], True, marks=pytest.mark.slow),
+        (["analyze", "{golden}"], False),
+    ],
+)
 def test_a_reader_that_has_seen_enough_ends_the_command_quietly(
-    golden: Path, buffered: bool, arguments: list[str]
+    golden: Path, arguments: list[str], buffered: bool
 ) -> None:
     """As `head` does to `cat`, which SIGPIPE ends without a word."""
     reader, writer = os.pipe()

@@ -31,7 +31,7 @@ from mlaconvert.errors import ConfigError, InputError, OutputError
 from mlaconvert.evaluation.losses import measure_fidelity
 from mlaconvert.families.open import open_checkpoint
 from mlaconvert.families.source import Source
-from mlaconvert.files.names import WEIGHTS_NAME
+from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
 from mlaconvert.files.shipped import TINY
 from mlaconvert.listener import Listener
 from mlaconvert.model.load import load_model
@@ -120,6 +120,26 @@ def test_fewer_clips_than_asked_are_said(state: State, save_folder: SaveFolder, 
     assert lines == [f"{data} has 3 clips, fewer than the 5 of the recipe (--clips); all of them are used"]
 
 
+MEASURED = ConvertRecipe(kv_rank=9, clips=3, height=32, width=48, allocation="uniform", layers="0-1")
+
+
+@pytest.fixture(scope="module")
+def measured(state: State, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, clips and the moments of a conversion to them. Tests work on copies."""
+    root = tmp_path_factory.mktemp("measured")
+    (root / "model").mkdir()
+    (root / "clips").mkdir()
+    save_file(state, root / "model" / WEIGHTS_NAME)
+    (root / "model" / CONFIG_NAME).write_text(json.dumps(NATIVE))
+    g = torch.Generator().manual_seed(3)
+    tensors = {"latents": torch.randn(3, CONFIG.out_dim, 2, 4, 6, generator=g)}
+    save_file(tensors | {"context": torch.randn(3, 2, CONFIG.text_dim, generator=g)}, root / "clips" / "a.safetensors")
+    lines: list[str] = []
+    convert(root / "model", root / "out", MEASURED, listener=Listener(say=lines.append), data=root / "clips")
+    assert lines == []
+    return root
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -132,36 +152,23 @@ def test_fewer_clips_than_asked_are_said(state: State, save_folder: SaveFolder, 
     ],
 )
 def test_moments_of_another_version_are_measured_anew(
-    state: State, save_folder: SaveFolder, tmp_path: Path, change: Callable[[dict[str, Any]], Any], says: str
+    measured: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any], says: str
 ) -> None:
     """Whichever part of the record differs, one line says so; moments that were tampered with show what is reused."""
-    source, data = save_folder(state, NATIVE), tmp_path / "clips"
-    data.mkdir()
-    g = torch.Generator().manual_seed(3)
-    tensors = {"latents": torch.randn(3, CONFIG.out_dim, 2, 4, 6, generator=g)}
-    save_file(tensors | {"context": torch.randn(3, 2, CONFIG.text_dim, generator=g)}, data / "a.safetensors")
-    recipe = ConvertRecipe(kv_rank=9, clips=3, height=32, width=48, allocation="uniform")
-    lines: list[str] = []
-    convert(source, tmp_path / "out", recipe, listener=Listener(say=lines.append), data=data)
-    assert lines == []
-    kept = tmp_path / "out.moments"
+    kept = Path(shutil.copytree(measured / "out.moments", tmp_path / "kept"))
     record, first = kept / "calibration.json", kept / "layer-000.safetensors"
-    measured = load_file(first)
-    save_file({name: tensor * 2 if name == "mean" else tensor for name, tensor in measured.items()}, first)
+    true = load_file(first)
+    save_file({name: tensor * 2 if name == "mean" else tensor for name, tensor in true.items()}, first)
     noted = json.loads(record.read_text())
     assert noted["version"] == MOMENTS_VERSION
     changed = json.loads(record.read_text())
     change(changed)
     record.write_text(json.dumps(changed))
-    convert(
-        source,
-        tmp_path / "again",
-        recipe,
-        listener=Listener(say=lines.append),
-        data=CalibrationSetup(data=data, moments=kept),
-    )
+    lines: list[str] = []
+    setup = CalibrationSetup(data=measured / "clips", moments=kept)
+    convert(measured / "model", tmp_path / "again", MEASURED, listener=Listener(say=lines.append), data=setup)
     assert lines == ([] if not says else [line for line in lines if line.startswith(f"{kept}: ") and says in line][:1])
-    assert torch.equal(load_file(first)["mean"], measured["mean"]) == bool(says)
+    assert torch.equal(load_file(first)["mean"], true["mean"]) == bool(says)
     assert json.loads(record.read_text()) == noted
 
 
@@ -208,13 +215,13 @@ def test_calibrated_conversion_end_to_end(state: State, save_folder: SaveFolder,
     streaming = {"chunk_frames": 2, "window_frames": 5, "sink_frames": 1, "positions": "window"}
     source = save_folder(state, NATIVE | {"streaming": streaming})
     generator = torch.Generator().manual_seed(2)
-    latents = torch.randn(10, CONFIG.out_dim, 6, 4, 6, generator=generator)
-    context = torch.randn(10, 2, CONFIG.text_dim, generator=generator)
+    latents = torch.randn(5, CONFIG.out_dim, 6, 4, 6, generator=generator)
+    context = torch.randn(5, 2, CONFIG.text_dim, generator=generator)
     data = tmp_path / "clips"
     data.mkdir()
     save_file({"latents": latents, "context": context}, data / "a.safetensors")
     common = {"key_norm": "token", "q_rank": "none", "height": 32, "width": 48}
-    calibrated = {"init": "calibrated", "kv_rank": 16, "clips": 10, **common}
+    calibrated = {"init": "calibrated", "kv_rank": 16, "clips": 5, **common}
     recipes = {
         "svd": ConvertRecipe(init="svd", kv_rank=10, rope_dim=6, **common),
         "uniform": ConvertRecipe(allocation="uniform", **calibrated),
@@ -237,7 +244,7 @@ def test_calibrated_conversion_end_to_end(state: State, save_folder: SaveFolder,
         name: ["components"] if name == "fixed" else [] for name in recipes
     }
     teacher = load_model(source)
-    held = Clips(torch.randn(8, CONFIG.out_dim, 5, 4, 6, generator=generator), context[:8])
+    held = Clips(torch.randn(4, CONFIG.out_dim, 5, 4, 6, generator=generator), context[:4])
     students = {name: load_model(tmp_path / name) for name in recipes}
     errors = {name: measure_fidelity(teacher, student, held).velocity_error for name, student in students.items()}
     assert all(errors[name] < errors["svd"] for name in ("uniform", "adaptive", "shared", "cached"))
@@ -266,7 +273,7 @@ def test_calibrated_conversion_end_to_end(state: State, save_folder: SaveFolder,
     record = json.loads((tmp_path / "adaptive" / "conversion.json").read_text())
     assert list(record["losses"]) == ["dense", "low rank", "output refitted", "queries refitted"]
     assert list(record["layers"][0]["errors"]) == list(record["losses"])[1:]
-    found = losses_by_hand(source, tmp_path / "adaptive", Clips(latents[8:], context[8:]), recipes["adaptive"])
+    found = losses_by_hand(source, tmp_path / "adaptive", Clips(latents[4:], context[4:]), recipes["adaptive"])
     assert found == pytest.approx((record["losses"]["dense"], record["losses"]["queries refitted"]), rel=1e-5)
     with pytest.raises(InputError, match="shards"):
         convert(source, tmp_path / "none", ConvertRecipe(init="calibrated"), data=tmp_path / "svd" / "missing")
