@@ -102,7 +102,7 @@ def test_moments_are_measured_once_and_validation_clips_stay_unseen(
     monkeypatch.setattr(sweeps, "convert", spy)
     recipe = SweepRecipe(inits=("calibrated", "svd"), kv_ranks=(9, 14))
     report = sweep(
-        golden, tmp_path / "out", recipe, clips=SweepClips(data=data, calibration=8, validation=2), keep=True
+        golden, tmp_path / "out", recipe, clips=SweepClips(data=data, calibration=4, validation=2), keep=True
     )
     assert [cell.init for cell in report.results] == ["calibrated", "calibrated", "svd", "svd"]
     assert [call["data"].data for call in calls] == [data, data, None, None]
@@ -120,7 +120,7 @@ def test_moments_are_measured_once_and_validation_clips_stay_unseen(
     # Another budget starts from what was measured: no moments are written anew.
     states = [path.stat().st_mtime_ns for path in moments]
     more = SweepRecipe(inits=("calibrated",), kv_ranks=(5,))
-    sweep(golden, tmp_path / "out", more, clips=SweepClips(data=data, calibration=8, validation=2))
+    sweep(golden, tmp_path / "out", more, clips=SweepClips(data=data, calibration=4, validation=2))
     assert [path.stat().st_mtime_ns for path in moments] == states
     with pytest.raises(ConfigError, match="clips has 10 clips, too few for 9 to calibrate on and 2 to compare on"):
         sweep(golden, tmp_path / "other", more, clips=SweepClips(data=data, calibration=9, validation=2))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import COMMANDS, invoke
+from command_line import invoke
 
 from mlaconvert.errors import MLAConvertError
 from mlaconvert.model.load import load_model
@@ -149,7 +149,7 @@ def run(
 
 
 @needs_full
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)])
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["convert", "--help"]])
 def test_a_full_disk_under_stdout_is_one_line_and_exit_code_one(arguments: list[str]) -> None:
     with Path("/dev/full").open("w") as full:
         done = run(*arguments, stdout=full)
@@ -158,7 +158,7 @@ def test_a_full_disk_under_stdout_is_one_line_and_exit_code_one(arguments: list[
 
 
 @needs_full
-@pytest.mark.parametrize("flags", [["--json"], []])
+@pytest.mark.parametrize("flags", [["--json"], pytest.param([], marks=pytest.mark.slow)])
 def test_finished_work_outlives_a_full_stdout(golden: Path, tmp_path: Path, flags: list[str]) -> None:
     with Path("/dev/full").open("w") as full:
         done = run("convert", golden, "-o", tmp_path / "out", "--init", "svd", *flags, stdout=full)
@@ -169,7 +169,7 @@ def test_finished_work_outlives_a_full_stdout(golden: Path, tmp_path: Path, flag
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("buffered", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_disk_that_takes_only_a_part(golden: Path, tmp_path: Path, buffered: bool) -> None:
     """A file that may not grow takes the beginning of the one write, which is no error yet."""
     path = tmp_path / "out.json"

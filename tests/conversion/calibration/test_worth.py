@@ -134,7 +134,7 @@ def test_a_killed_sweep_goes_on_behind_the_finished_layers(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: tuple[int, ...]
 ) -> None:
     """The same tensors, errors and losses; layers whose results were lost are passed again."""
-    clips, made = make_clips(4), target("token")
+    clips, made = make_clips(2), target("token")
     shape = made.layer(13, SMALL)
     passed: list[int] = []
     with open_checkpoint(folder) as checkpoint:

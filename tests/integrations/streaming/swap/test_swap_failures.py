@@ -125,7 +125,10 @@ def by_block(pipe: TheirPipeline) -> None:
     blocks[2].self_attn = torch.compile(blocks[2].self_attn, backend="eager")  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("wrap", [compiled, compiled_in_place, parallel, by_block])
+@pytest.mark.parametrize(
+    "wrap",
+    [parallel, *(pytest.param(wrap, marks=pytest.mark.slow) for wrap in (compiled, compiled_in_place, by_block))],
+)
 @pytest.mark.parametrize("used", [False, True])
 def test_wrapped_models(make: Any, folders: dict[str, Path], vectors: dict[str, Tensor], wrap: Any, used: bool) -> None:
     """Before the first run, and after one has been compiled for dense attention."""
