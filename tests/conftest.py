@@ -8,10 +8,11 @@ import os
 
 # OpenMP threads that spin while they wait make small matrices crawl when another process needs a core; read at import.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Test processes side by side share the cores.
-os.environ.setdefault(
-    "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
-)
+# OpenBLAS's threads spin in any case, and as many processes run side by side; the program itself does the same.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Test processes side by side share the cores. The one that starts them sets nothing: they would inherit it.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
