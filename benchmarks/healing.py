@@ -54,7 +54,7 @@ from mlaconvert.conversion.run import convert
 from mlaconvert.evaluation.losses import validation_loss
 from mlaconvert.families.open import open_checkpoint
 from mlaconvert.files.shipped import TINY
-from mlaconvert.healing.batches import Batch, Batches, Drawn, Rows, mix
+from mlaconvert.healing.batches import Batch, Batches, DrawnClips, Rows, mix
 from mlaconvert.healing.estimate import estimate
 from mlaconvert.healing.frames import views
 from mlaconvert.healing.models import trainable
@@ -373,7 +373,7 @@ def noise_scale(model: Model, seed: int, spread: float, batches: int = 48) -> fl
     student = trainable(open_checkpoint(model.folder()))
     choose_trained(student, "all")
     objective = distill.Distill(student, load_model("tiny"), recipe, student.config.streaming)
-    source = Batches(Drawn(), recipe, student.config.streaming)
+    source = Batches(DrawnClips(), recipe, student.config.streaming)
     kept, distill.SPREAD = distill.SPREAD, spread
     gradients = []
     for step in range(batches):
@@ -401,7 +401,7 @@ def floor(seed: int) -> float:
 @functools.cache
 def generated(first: int) -> list[torch.Tensor]:
     """Features of what the teacher generates, drawn from `first` on."""
-    return reference_features(load_model("tiny"), _prompts(), Drawn().null, 3.0, first=first)
+    return reference_features(load_model("tiny"), _prompts(), DrawnClips().null, 3.0, first=first)
 
 
 def _prompts() -> Clips:

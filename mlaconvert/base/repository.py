@@ -56,14 +56,14 @@ class Base:
 
     def _fetch(self, *parts: str) -> Path:
         """The local root, with the files `parts` and those in the folders `parts`; of folders no pickles."""
-        wanted: list[str] = []
+        files: list[str] = []
         for part in parts:
             inside = [name for name in self.names if name.startswith(f"{part}/") and name.endswith(_WEIGHTS)]
             found = [part] if part in self.names else inside
             if not found:
                 raise CheckpointError(f"{self.source} has no {part}; {_ADVICE}")
-            wanted += found
-        return fetch_files(self.source, wanted, self.revision)
+            files += found
+        return fetch_files(self.source, files, self.revision)
 
 
 def open_base(source: str, revision: str | None = None) -> Base:

@@ -66,8 +66,8 @@ def embed_texts(
         for text in texts:
             tokens = tokenizer([clean(text)], truncation=True, max_length=max_tokens, return_tensors="pt")
             with torch.inference_mode():
-                found = encoder(tokens.input_ids.to(device), tokens.attention_mask.to(device)).last_hidden_state
-            yield found[0].to("cpu", torch.bfloat16).clone()
+                hidden = encoder(tokens.input_ids.to(device), tokens.attention_mask.to(device)).last_hidden_state
+            yield hidden[0].to("cpu", torch.bfloat16).clone()
     finally:
         del encoder
         free_memory()

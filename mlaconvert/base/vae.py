@@ -90,26 +90,26 @@ class Vae:
         from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 
         self.model.clear_cache()
-        memory, found = self.model._enc_feat_map, []
+        memory, latents = self.model._enc_feat_map, []
         for piece in _pieces(frames, self.frame_stride):
             with torch.inference_mode():
                 x = piece[None].to(self._mean)
                 if self.model.config.patch_size is not None:
                     x = patchify(x, patch_size=self.model.config.patch_size)
                 posterior = self.model.quant_conv(self.model.encoder(x, feat_cache=memory, feat_idx=[0]))
-                found.append(((posterior[0, : self.channels] - self._mean) / self._std).cpu())
-        return torch.cat(found, 1).clone()
+                latents.append(((posterior[0, : self.channels] - self._mean) / self._std).cpu())
+        return torch.cat(latents, 1).clone()
 
 
 def _pieces(frames: Iterable[Tensor], size: int) -> Iterator[Tensor]:
     """The first frame alone [3, 1, H, W], then `size` at a time."""
     held: list[Tensor] = []
-    wanted = 1
+    needed = 1
     for frame in frames:
         held.append(frame)
-        if len(held) == wanted:
+        if len(held) == needed:
             yield torch.stack(held, 1)
-            held, wanted = [], size
+            held, needed = [], size
 
 
 def _from_native(path: Path) -> Any:

@@ -66,7 +66,7 @@ def encode(
 
     if bad_videos not in ("refuse", "skip"):
         raise ConfigError(f"--bad-videos is {bad_videos!r}: give refuse or skip")
-    wanted = encoding.Encoding(height=height, width=width, frames=frames, fps=fps, clips=clips)
+    settings = encoding.Encoding(height=height, width=width, frames=frames, fps=fps, clips=clips)
     found = find_videos(videos, captions)
     err = console(stderr=True)
 
@@ -74,21 +74,21 @@ def encode(
         err.print(message, markup=False, soft_wrap=True)
 
     with progress_bar(err) as report:
-        made = encoding.encode(
+        result = encoding.encode(
             found,
             output,
             open_base(base),
-            wanted,
+            settings,
             device=device,
             text_device=text_device,
             on_bad=skipped if bad_videos == "skip" else None,
             progress=report,
         )
     if as_json:
-        print_json(made.to_json())
+        print_json(result.to_json())
     err.print(
-        f"{made.made} clips made, {made.kept} there before, from {made.videos} videos"
-        f"{f', {len(made.skipped)} of them skipped' if made.skipped else ''}; in {output}",
+        f"{result.made} clips made, {result.kept} there before, from {result.videos} videos"
+        f"{f', {len(result.skipped)} of them skipped' if result.skipped else ''}; in {output}",
         markup=False,
         soft_wrap=True,
     )

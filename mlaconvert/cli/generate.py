@@ -182,7 +182,7 @@ def generate(
     from mlaconvert.generation.request import Generation, Runtime
     from mlaconvert.generation.vbench_names import VBENCH_SAMPLES, generate_for_vbench
 
-    wanted = Generation(
+    request = Generation(
         frames=frames,
         seconds=seconds,
         prompts=(*(text or ()), *(prompt or ())),
@@ -229,17 +229,17 @@ def generate(
                 source,
                 output,
                 _lines(prompts),
-                wanted,
+                request,
                 runtime,
                 overwrite=overwrite,
                 progress=progress,
                 say=say,
             )
         else:
-            found = generation.generate(
+            report = generation.generate(
                 source,
                 output,
-                wanted,
+                request,
                 runtime,
                 movie=cast("Movie", movie),
                 overwrite=overwrite,
@@ -252,18 +252,22 @@ def generate(
         err.print(f"{len(files)} videos in {output}", markup=False, soft_wrap=True)
         return
     if as_json:
-        print_json(found.to_json())
-    err.print(_summary(found), markup=False, soft_wrap=True)
+        print_json(report.to_json())
+    err.print(_summary(report), markup=False, soft_wrap=True)
 
 
-def _summary(found: GenerationReport) -> str:
+def _summary(report: GenerationReport) -> str:
     from mlaconvert.units import format_bytes
 
-    resumed = f", {found.resumed_frames} of them from before" if found.resumed_frames else ""
+    resumed = f", {report.resumed_frames} of them from before" if report.resumed_frames else ""
     return (
-        f"{found.frames} latent frames{resumed} ({found.video_seconds:.1f} s of video) in {found.elapsed:.1f} s, "
-        f"{found.video_fps:.3g} frames/s, cache {format_bytes(found.cache_bytes)}; "
-        + (str(found.output) if found.output.name in found.files else f"{', '.join(found.files)} in {found.output}")
+        f"{report.frames} latent frames{resumed} ({report.video_seconds:.1f} s of video) in {report.elapsed:.1f} s, "
+        f"{report.video_fps:.3g} frames/s, cache {format_bytes(report.cache_bytes)}; "
+        + (
+            str(report.output)
+            if report.output.name in report.files
+            else f"{', '.join(report.files)} in {report.output}"
+        )
     )
 
 
@@ -281,7 +285,7 @@ def _lines(path: Path) -> list[str]:
     from mlaconvert.files.inputs import read_text
 
     lines = [line.strip() for line in read_text(path).splitlines()]
-    found = [line for line in lines if line]
-    if not found:
+    prompts = [line for line in lines if line]
+    if not prompts:
         raise InputError(f"{path} has no prompts; give one a line")
-    return found
+    return prompts

@@ -83,7 +83,7 @@ def encode(
     videos: Sequence[Video],
     output: str | Path,
     base: Base,
-    wanted: Encoding | None = None,
+    settings: Encoding | None = None,
     *,
     device: str = "cpu",
     text_device: str | None = None,
@@ -100,19 +100,19 @@ def encode(
     clips of other settings, or that another run has.
     """
     require("imageio_ffmpeg", "diffusers", "transformers", "ftfy")
-    wanted, folder, report = wanted or Encoding(), Path(output), progress or silent
+    settings, folder, report = settings or Encoding(), Path(output), progress or silent
     for name in (device, text_device or device):
         resolve_device(name, torch.float32)
     with claim(folder, "encode"):
-        _check_folder(folder, _settings(base, wanted))
-        return _encode(videos, folder, base, wanted, (device, text_device or device), on_bad, report)
+        _check_folder(folder, _settings(base, settings))
+        return _encode(videos, folder, base, settings, (device, text_device or device), on_bad, report)
 
 
 def _encode(
     videos: Sequence[Video],
     folder: Path,
     base: Base,
-    wanted: Encoding,
+    settings: Encoding,
     devices: tuple[str, str],
     on_bad: Callable[[str], None] | None,
     report: Progress,
@@ -121,17 +121,17 @@ def _encode(
     device, text_device = devices
     shards, kept, stale = _shards(folder), {}, {}
     for video in videos:
-        kept[video.name], stale[video.name] = _kept(video, shards.get(_stem(video), {}), wanted)
-    left = [video for video in videos if not _is_done(kept[video.name], wanted)]
+        kept[video.name], stale[video.name] = _kept(video, shards.get(_stem(video), {}), settings)
+    left = [video for video in videos if not _is_done(kept[video.name], settings)]
     for name in stale.keys() - {video.name for video in left}:
         _delete(stale[name])
     made, skipped = 0, []
     if left:
         vae = Vae.load(base).to(device)
-        for name, value in (("height", wanted.height), ("width", wanted.width)):
+        for name, value in (("height", settings.height), ("width", settings.width)):
             if value % (2 * vae.stride):
                 raise ConfigError(f"{name} is {value} pixels: give a multiple of {2 * vae.stride}")
-        _prepare(folder, _settings(base, wanted))
+        _prepare(folder, _settings(base, settings))
         _embed(folder, base, left, text_device, report)
     for number, video in enumerate(left):
 
@@ -142,7 +142,7 @@ def _encode(
         clips = {header["clip"] for header in kept[video.name]}
         try:
             _delete(stale[video.name])  # first, so that what a killed run left is never of two states of a video
-            made += _encode_video(folder, video, vae, wanted, clips, show)
+            made += _encode_video(folder, video, vae, settings, clips, show)
         except OutputError:
             raise
         except InputError as error:
@@ -161,11 +161,11 @@ def _encode(
     )
 
 
-def _settings(base: Base, wanted: Encoding) -> dict[str, Any]:
+def _settings(base: Base, settings: Encoding) -> dict[str, Any]:
     """What all clips of a folder share."""
-    settings = dataclasses.asdict(wanted)
-    del settings["clips"]  # more can be cut later
-    return {"base": public_name(base.source), **settings}
+    fields = dataclasses.asdict(settings)
+    del fields["clips"]  # more can be cut later
+    return {"base": public_name(base.source), **fields}
 
 
 def _check_folder(folder: Path, settings: dict[str, Any]) -> None:
@@ -200,11 +200,11 @@ def _shard(folder: Path, video: Video, clip: int) -> Path:
 
 def _shards(folder: Path) -> dict[str, dict[int, Path]]:
     """The shards that are there, by the stem of their video and the number of the clip."""
-    found: dict[str, dict[int, Path]] = {}
+    shards: dict[str, dict[int, Path]] = {}
     for path in folder.glob("*.safetensors"):
         if name := re.fullmatch(r"(.+)-(\d{4,})\.safetensors", path.name):
-            found.setdefault(name[1], {})[int(name[2])] = path
-    return found
+            shards.setdefault(name[1], {})[int(name[2])] = path
+    return shards
 
 
 def _delete(paths: Iterable[Path]) -> None:
@@ -218,34 +218,36 @@ def _key(video: Video, clip: int) -> dict[str, Any]:
     return {"file": video.name, "bytes": video.path.stat().st_size, "caption": video.caption, "clip": clip}
 
 
-def _kept(video: Video, shards: Mapping[int, Path], wanted: Encoding) -> tuple[list[dict[str, Any]], list[Path]]:
+def _kept(video: Video, shards: Mapping[int, Path], settings: Encoding) -> tuple[list[dict[str, Any]], list[Path]]:
     """What the headers of a video's wanted clips say, of those of its `shards` that are up to date; and the others."""
-    found, stale = [], []
+    headers, stale = [], []
     for clip, path in sorted(shards.items()):
         header: Any = None
         with suppress(OSError, SafetensorError, ValueError), safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
         if not isinstance(header, dict) or not _key(video, clip).items() <= header.items():
             stale.append(path)
-        elif clip < wanted.clips:
-            found.append(header)
-    return found, stale
+        elif clip < settings.clips:
+            headers.append(header)
+    return headers, stale
 
 
-def _is_done(found: Sequence[Mapping[str, Any]], wanted: Encoding) -> bool:
+def _is_done(headers: Sequence[Mapping[str, Any]], settings: Encoding) -> bool:
     """Whether these are all clips of a video that are wanted, or all that it has."""
-    return len(found) == wanted.clips or any(header["last"] and header["clip"] + 1 == len(found) for header in found)
+    return len(headers) == settings.clips or any(
+        header["last"] and header["clip"] + 1 == len(headers) for header in headers
+    )
 
 
 def _embed(folder: Path, base: Base, videos: Sequence[Video], device: str, report: Progress) -> None:
     """Embed the empty prompt and the captions that are not on the disk yet; the encoder is gone afterwards."""
     places = {_text_file(folder, caption): caption for caption in ("", *(video.caption for video in videos))}
     missing = [path for path in places if _read_text(path) is None]
-    found = embed_texts(base, [places[path] for path in missing], device=device)
+    embeddings = embed_texts(base, [places[path] for path in missing], device=device)
     count = Counter(report, "text", len(missing))
     if missing:
         count.show()
-    for path, text in zip(missing, found, strict=True):
+    for path, text in zip(missing, embeddings, strict=True):
         save_shard(path, {"text": text})
         count.step()
     save_shard(folder / NULL_CONTEXT, {"context": _context(folder, "")})
@@ -273,23 +275,23 @@ def _context(folder: Path, caption: str) -> Tensor:
 
 
 def _encode_video(
-    folder: Path, video: Video, vae: Vae, wanted: Encoding, kept: Collection[int], show: Callable[[float], None]
+    folder: Path, video: Video, vae: Vae, settings: Encoding, kept: Collection[int], show: Callable[[float], None]
 ) -> int:
     """Write the clips of one video that are not among the `kept` ones; how many."""
-    made, length = 0, 1 + (wanted.frames - 1) * vae.frame_stride
-    with Footage(video.path, height=wanted.height, width=wanted.width, fps=wanted.fps) as footage:
+    made, length = 0, 1 + (settings.frames - 1) * vae.frame_stride
+    with Footage(video.path, height=settings.height, width=settings.width, fps=settings.fps) as footage:
         clips = _clips(footage, length)
         clip = next(clips, None)
         if clip is None:
-            seconds = length / wanted.fps
+            seconds = length / settings.fps
             raise InputError(f"{video.path}: it is shorter than a clip of {length} frames ({seconds:.1f} s)")
-        for number in range(wanted.clips):
+        for number in range(settings.clips):
             # Looked up ahead, since a clip says in its header whether it is the video's last.
-            following = next(clips, None) if number + 1 < wanted.clips else None
+            following = next(clips, None) if number + 1 < settings.clips else None
             if number not in kept:
-                total = length * min(wanted.clips, max(1, (footage.num_frames or 0) // length))
+                total = length * min(settings.clips, max(1, (footage.num_frames or 0) // length))
                 latents = vae.encode(_counted(clip, number * length, total, show))[None]
-                last = following is None and number + 1 < wanted.clips
+                last = following is None and number + 1 < settings.clips
                 save_shard(
                     _shard(folder, video, number),
                     {"latents": latents, "context": _context(folder, video.caption)},

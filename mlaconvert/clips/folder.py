@@ -52,10 +52,10 @@ def load_clips(folder: Path, config: WanConfig, limit: int) -> Clips:
     """
     parts: list[Clips] = []
     for shard in clip_files(folder):
-        wanted = limit - sum(len(part.latents) for part in parts)
-        if wanted <= 0:
+        missing = limit - sum(len(part.latents) for part in parts)
+        if missing <= 0:
             break
-        parts.append(load_shard(shard, config, wanted))
+        parts.append(load_shard(shard, config, missing))
         _check_alike(shard, [part[0].shape for part in parts[-1]], [part[0].shape for part in parts[0]])
     return Clips(torch.cat([p.latents for p in parts]), torch.cat([p.context for p in parts]))
 
@@ -137,8 +137,8 @@ class ClipFolder:
 
     def some(self, numbers: Sequence[int]) -> Clips:
         """Several clips as one batch."""
-        found = [self[number] for number in numbers]
-        return Clips(torch.cat([clip.latents for clip in found]), torch.cat([clip.context for clip in found]))
+        clips = [self[number] for number in numbers]
+        return Clips(torch.cat([clip.latents for clip in clips]), torch.cat([clip.context for clip in clips]))
 
     def _complain(self, error: InputError, which: str = "") -> None:
         """Raise `error`, or go on without that shard, or without those of its clips."""
@@ -149,20 +149,20 @@ class ClipFolder:
 
     def _usable(self) -> list[int]:
         """The places of the clips that can be read and are finite."""
-        found: list[int] = []
+        places: list[int] = []
         for shard, start, end in zip(self.shards, (0, *self._ends), self._ends, strict=False):
             bad: dict[int, InputError] = {}
             for row in range(end - start):
                 try:
                     _read(shard, slice(row, row + 1))
-                    found.append(start + row)
+                    places.append(start + row)
                 except InputError as error:
                     bad[row] = error
             if bad:
                 named = [str(row) for row in bad][:_NAMED] + (["..."] if len(bad) > _NAMED else [])
                 which = f" ({len(bad)} of its {end - start} clips: {', '.join(named)}, counted from 0)"
                 self._complain(next(iter(bad.values())), which)
-        return found
+        return places
 
 
 def load_null_context(folder: Path, config: WanConfig) -> Tensor | None:

@@ -66,10 +66,10 @@ class Footage:
             raise InputError(f"{self.path}: cannot be decoded as video ({reason})")
 
     def _estimate(self) -> int:
-        found = _DURATION.search(self._text())
-        if found is None:
+        duration = _DURATION.search(self._text())
+        if duration is None:
             return 0
-        hours, minutes, seconds = found.groups()
+        hours, minutes, seconds = duration.groups()
         return round((3600 * int(hours) + 60 * int(minutes) + float(seconds)) * self.fps)
 
     @property

@@ -32,16 +32,16 @@ def find_videos(sources: Sequence[Path], captions: Path | None = None) -> list[V
     its folder, or by their bare name), without it from a text file beside each video with its name. Raises InputError
     when there is no video, when a caption is missing, or for two videos of one name.
     """
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for source in sources:
         for name, path in _below(source):
-            if found.setdefault(name, path) != path:
-                raise InputError(f"two videos are called {name}: {found[name]} and {path}; give the folder above both")
-    if not found:
+            if paths.setdefault(name, path) != path:
+                raise InputError(f"two videos are called {name}: {paths[name]} and {path}; give the folder above both")
+    if not paths:
         raise InputError(f"{', '.join(map(str, sources))}: no videos there ({', '.join(ENDINGS)})")
     table = None if captions is None else _read_captions(captions)
     return [
-        Video(name=name, path=path, caption=_caption(path, table, captions)) for name, path in sorted(found.items())
+        Video(name=name, path=path, caption=_caption(path, table, captions)) for name, path in sorted(paths.items())
     ]
 
 
@@ -77,14 +77,14 @@ def _read_captions(path: Path) -> dict[str, str]:
                     rows.append((number, parse_json(line)))
                 except ValueError as error:
                     raise InputError(f"{path}, line {number}: not JSON ({reason_of(error)})") from None
-    found: dict[str, str] = {}
+    captions: dict[str, str] = {}
     for number, row in rows:
         file, caption = (row.get(name) if isinstance(row, dict) else None for name in ("file", "caption"))
         if not isinstance(file, str) or not isinstance(caption, str) or not file:
             raise InputError(f"{path}, line {number}: expected file and caption, both text")
-        if found.setdefault(file, caption) != caption:
+        if captions.setdefault(file, caption) != caption:
             raise InputError(f"{path}, line {number}: {file} has two captions; keep one")
-    return found
+    return captions
 
 
 def _caption(video: Path, table: Mapping[str, str] | None, source: Path | None) -> str:

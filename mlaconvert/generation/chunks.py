@@ -19,7 +19,7 @@ from mlaconvert.files.inputs import is_file, read_json
 from mlaconvert.files.staging import Staging, disk_errors
 from mlaconvert.files.whole import write_whole
 from mlaconvert.generation.marks import raw_bytes
-from mlaconvert.generation.plan import Plan
+from mlaconvert.generation.plan import GenerationPlan
 from mlaconvert.generation.request import KEPT, LATENTS_NAME, MOVIES, REPORT_NAME
 
 _NOTE = "progress.json"
@@ -38,7 +38,7 @@ class ChunkFile:
         self.latents = torch.from_numpy(self._map)
 
     @classmethod
-    def open(cls, staging: Staging, plan: Plan, config: WanConfig, settings: dict[str, Any]) -> ChunkFile:
+    def open(cls, staging: Staging, plan: GenerationPlan, config: WanConfig, settings: dict[str, Any]) -> ChunkFile:
         """Take up what an interrupted run with the same settings left, or begin.
 
         Raises OutputError for one with other settings, unless the staging may overwrite; then it goes.
@@ -67,9 +67,9 @@ class ChunkFile:
                     file.seek(needed, os.SEEK_CUR)
                     file.write(b"" if context is None else raw_bytes(context))
                     file.truncate(max(file.tell(), len(header) + needed))
-                made = cls(staging, shape, len(header), settings, 0)
-                made._write_note()
-                return made
+                chunk_file = cls(staging, shape, len(header), settings, 0)
+                chunk_file._write_note()
+                return chunk_file
             except BaseException:
                 staging.close() if done else staging.remove()
                 raise

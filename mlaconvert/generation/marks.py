@@ -29,12 +29,12 @@ def raw_bytes(tensor: Tensor) -> bytes:
 
 def fingerprint_of(checkpoint: Checkpoint) -> str:
     """Tells weights apart without reading all: whole biases and norms, and a few values of every larger tensor."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in sorted(checkpoint.names):
         tensor = checkpoint.read(name).reshape(-1)
         step = 1 if len(checkpoint.info(name).shape) < 2 else max(1, len(tensor) // _SAMPLES)
-        found.update(f"{name} {list(checkpoint.info(name).shape)} ".encode() + raw_bytes(tensor[::step]))
-    return found.hexdigest()
+        digest.update(f"{name} {list(checkpoint.info(name).shape)} ".encode() + raw_bytes(tensor[::step]))
+    return digest.hexdigest()
 
 
 def fingerprint(model: WanModel) -> str:
@@ -65,7 +65,7 @@ def read_mark(path: Path) -> dict[str, str] | None:
                 stream.seek(-min(_TAIL, path.stat().st_size), os.SEEK_END)
                 text = stream.read().decode("utf-8", "replace").rpartition(f"{MARK} {{")[2]
                 text = "{" + text.partition("}")[0] + "}"
-        found = json.loads(text)
-        if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
-            return found
+        mark = json.loads(text)
+        if isinstance(mark, dict) and all(isinstance(value, str) for value in mark.values()):
+            return mark
     return None

@@ -10,7 +10,7 @@ from torch import Tensor
 from mlaconvert.base.vae import Vae
 from mlaconvert.files.staging import disk_errors
 from mlaconvert.generation.movies import can_write_mp4, contact_sheet, save_movie
-from mlaconvert.generation.plan import Plan
+from mlaconvert.generation.plan import GenerationPlan
 from mlaconvert.generation.request import FPS, KEPT, Movie
 from mlaconvert.progress import Progress
 
@@ -26,7 +26,7 @@ def save_pictures(latents: Tensor, folder: Path, seeds: Sequence[int], ending: s
     return [*names, SHEET_NAME]
 
 
-def decode_movies(latents: Tensor, folder: Path, plan: Plan, vae: Vae, progress: Progress) -> list[str]:
+def decode_movies(latents: Tensor, folder: Path, plan: GenerationPlan, vae: Vae, progress: Progress) -> list[str]:
     """A movie of each sample by the VAE, frame by frame; those of an interrupted run are kept."""
     names = [f"video-{seed}.mp4" for seed in plan.seeds]
     total = len(names) * plan.frames

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from mlaconvert.generation.chunks import ChunkFile
-from mlaconvert.generation.plan import Plan
+from mlaconvert.generation.plan import GenerationPlan
 from mlaconvert.generation.request import Runtime
 from mlaconvert.model.cache import LatentCache
 from mlaconvert.model.rollout import CacheUse, Given, LatentSize, passes, rollout
@@ -28,7 +28,7 @@ class PassCounter(Counter):
         super().show(note or (f"{rate:.3g} frames/s" if self.frames else ""))
 
 
-def count_passes(plan: Plan, runtime: Runtime, given: int | None = None) -> int:
+def count_passes(plan: GenerationPlan, runtime: Runtime, given: int | None = None) -> int:
     """How often the model runs for a plan of which `given` frames are only read."""
     if given is None:
         given = 0 if plan.prefix is None else plan.prefix.shape[2]
@@ -37,7 +37,7 @@ def count_passes(plan: Plan, runtime: Runtime, given: int | None = None) -> int:
 
 
 def chunk_passes(
-    model: WanModel, plan: Plan, runtime: Runtime, prefix: Tensor | None, count: PassCounter
+    model: WanModel, plan: GenerationPlan, runtime: Runtime, prefix: Tensor | None, count: PassCounter
 ) -> Iterator[Tensor]:
     """Run the model over a plan behind `prefix`; yields chunks [samples, C, f, H, W]."""
     given, start = 0 if prefix is None else prefix.shape[2], 0
@@ -58,7 +58,7 @@ def chunk_passes(
         yield chunk
 
 
-def run_passes(model: WanModel, plan: Plan, runtime: Runtime, store: ChunkFile, progress: Progress) -> int:
+def run_passes(model: WanModel, plan: GenerationPlan, runtime: Runtime, store: ChunkFile, progress: Progress) -> int:
     """Generate what the file lacks; the bytes of the cache that it takes."""
     if store.done < plan.frames:
         prefix = store.latents[:, :, : store.done] if store.done else plan.prefix

@@ -30,7 +30,7 @@ OF_ONE = {"seed", "conditioning", "prompt", "prompts_begin"}  # settings in whic
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text:
+class EmbeddedPrompts:
     """Embedded prompts: a context [1, T, text_dim] of each and of the negative one, and the words they come from."""
 
     contexts: tuple[Tensor, ...]
@@ -39,7 +39,7 @@ class Text:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class GenerationPlan:
     """A `Generation` with every choice made for one model."""
 
     frames: int  # latent
@@ -56,7 +56,7 @@ class Plan:
     has_pixels: bool  # the latents are RGB pixels
     words: Mapping[str, Any] | None  # what the contexts were embedded from
 
-    def sample(self, number: int) -> Plan:
+    def sample(self, number: int) -> GenerationPlan:
         """The plan of one of the samples alone."""
 
         def one(tensor: Tensor) -> Tensor:
@@ -111,7 +111,9 @@ def caption_tokens(caption: str) -> Tensor:
     return torch.tensor([[VOCABULARY.index(word) for word in words]])
 
 
-def plan_generation(wanted: Generation, config: WanConfig, *, row: int | None = None, text: Text | None = None) -> Plan:
+def plan_generation(
+    request: Generation, config: WanConfig, *, row: int | None = None, text: EmbeddedPrompts | None = None
+) -> GenerationPlan:
     """Check a `Generation` against a model and fill its defaults in. Raises ConfigError or InputError.
 
     With `row`, only that one of the prompts is shown. `text` has the prompts of a model without captions of its own.
@@ -119,49 +121,49 @@ def plan_generation(wanted: Generation, config: WanConfig, *, row: int | None = 
     video = default_video(config)
     pixels = config.works_on_pixels
     fps = 24 if config.has_high_compression_latents else FPS  # Wan2.2 5B, known by its VAE
-    if wanted.seconds is not None:
-        frames = max(1, round(wanted.seconds * fps / video.frame_stride))
+    if request.seconds is not None:
+        frames = max(1, round(request.seconds * fps / video.frame_stride))
     else:
-        frames = wanted.frames or (60 if pixels else 21)
+        frames = request.frames or (60 if pixels else 21)
     size = []
     for name, value, patch in (
-        ("height", wanted.height or video.height, config.patch_size[1]),
-        ("width", wanted.width or video.width, config.patch_size[2]),
+        ("height", request.height or video.height, config.patch_size[1]),
+        ("width", request.width or video.width, config.patch_size[2]),
     ):
         if value % (video.vae_stride * patch):
             raise ConfigError(f"{name} is {value} pixels: give a multiple of {video.vae_stride * patch}")
         size.append(value // video.vae_stride)
-    streaming = dataclasses.replace(config.streaming or StreamingConfig(), **_given_settings(wanted))
-    contexts, empty = make_contexts(wanted, config) if text is None else (list(text.contexts), text.negative)
+    streaming = dataclasses.replace(config.streaming or StreamingConfig(), **_given_settings(request))
+    contexts, empty = make_contexts(request, config) if text is None else (list(text.contexts), text.negative)
     if row is not None:
         contexts = [contexts[row]]
     steps, scale = (TINY_STEPS, TINY_GUIDANCE) if pixels else (MANY_STEPS, MANY_STEP_GUIDANCE)
-    few_step = config.few_step if wanted.few_step is None else wanted.few_step
-    many = wanted.steps or (None if few_step or wanted.timesteps is not None else steps)
-    guidance = wanted.guidance if wanted.guidance is not None else (scale if many and empty is not None else 1.0)
+    few_step = config.few_step if request.few_step is None else request.few_step
+    many = request.steps or (None if few_step or request.timesteps is not None else steps)
+    guidance = request.guidance if request.guidance is not None else (scale if many and empty is not None else 1.0)
     sampler = (
-        Sampler.many_step(many, shift=wanted.shift, guidance=guidance)
+        Sampler.many_step(many, shift=request.shift, guidance=guidance)
         if many
-        else Sampler.few_step(wanted.timesteps or FEW_STEPS, shift=wanted.shift, guidance=guidance)
+        else Sampler.few_step(request.timesteps or FEW_STEPS, shift=request.shift, guidance=guidance)
     )
     if guidance != 1 and empty is None:
         raise InputError(
             f"guidance {guidance} needs the embedding of an empty prompt: put null_context [1, T, {config.text_dim}] "
             "into the embeddings file, or take guidance 1"
         )
-    prefix, images = read_given(wanted, config, frames, size)
-    return Plan(
+    prefix, images = read_given(request, config, frames, size)
+    return GenerationPlan(
         frames=frames,
         size=(size[0], size[1]),
         stride=video.frame_stride,
         fps=fps,
         streaming=streaming,
         sampler=sampler,
-        seeds=tuple(range(wanted.seed, wanted.seed + wanted.samples)),
+        seeds=tuple(range(request.seed, request.seed + request.samples)),
         schedule=tuple(
-            (start, context.expand(wanted.samples, -1, -1))
+            (start, context.expand(request.samples, -1, -1))
             for start, context in zip(
-                prompt_starts(wanted, len(contexts), frames, fps / video.frame_stride), contexts, strict=True
+                prompt_starts(request, len(contexts), frames, fps / video.frame_stride), contexts, strict=True
             )
         ),
         null_context=empty,
@@ -172,37 +174,37 @@ def plan_generation(wanted: Generation, config: WanConfig, *, row: int | None = 
     )
 
 
-def _given_settings(wanted: Generation) -> dict[str, Any]:
+def _given_settings(request: Generation) -> dict[str, Any]:
     """The settings of `StreamingConfig` that replace the model's own."""
-    return {name: getattr(wanted, name) for name in SETTINGS if getattr(wanted, name) is not None}
+    return {name: getattr(request, name) for name in SETTINGS if getattr(request, name) is not None}
 
 
-def assumptions(checkpoint: Checkpoint, wanted: Generation) -> list[str]:
+def assumptions(checkpoint: Checkpoint, request: Generation) -> list[str]:
     """What a user should know of how the model is taken to see time and is sampled, a line each."""
-    given, config = set(_given_settings(wanted)), checkpoint.config
-    streaming = dataclasses.replace(config.streaming or StreamingConfig(), **_given_settings(wanted))
-    few_step = config.few_step if wanted.few_step is None else wanted.few_step
-    if wanted.few_step is not None or wanted.steps is not None or wanted.timesteps is not None:
+    given, config = set(_given_settings(request)), checkpoint.config
+    streaming = dataclasses.replace(config.streaming or StreamingConfig(), **_given_settings(request))
+    few_step = config.few_step if request.few_step is None else request.few_step
+    if request.few_step is not None or request.steps is not None or request.timesteps is not None:
         given.add("few_step")
     assumed = assumption_line(checkpoint.timing, streaming=streaming, few_step=few_step, given=given, how="generate")
     notes = [*checkpoint.timing.remarks, *([] if assumed is None else [assumed])]
-    if few_step and wanted.steps is None and wanted.timesteps is None:
+    if few_step and request.steps is None and request.timesteps is None:
         schedule = ", ".join(f"{step:g}" for step in FEW_STEPS)
-        notes.append(f"a few-step student: timesteps {schedule}, warped by shift {wanted.shift:g}")
+        notes.append(f"a few-step student: timesteps {schedule}, warped by shift {request.shift:g}")
     return notes
 
 
-def make_contexts(wanted: Generation, config: WanConfig) -> tuple[list[Tensor], Tensor | None]:
+def make_contexts(request: Generation, config: WanConfig) -> tuple[list[Tensor], Tensor | None]:
     """The prompts' contexts [1, T, text_dim], and that of an empty prompt."""
-    if wanted.embeddings is not None:
-        tensors = read_tensors(wanted.embeddings, ("context", "null_context"))
+    if request.embeddings is not None:
+        tensors = read_tensors(request.embeddings, ("context", "null_context"))
         if "context" not in tensors:
-            raise InputError(f"{wanted.embeddings}: no tensor 'context'; expected [prompts, T, {config.text_dim}]")
+            raise InputError(f"{request.embeddings}: no tensor 'context'; expected [prompts, T, {config.text_dim}]")
         for name, tensor in tensors.items():
             fits = tensor.ndim == 3 and tensor.shape[2] == config.text_dim and len(tensor) > 0
             if not fits or not 0 < tensor.shape[1] <= config.text_len:
                 raise InputError(
-                    f"{wanted.embeddings}: {name} is {list(tensor.shape)}; expected "
+                    f"{request.embeddings}: {name} is {list(tensor.shape)}; expected "
                     f"[prompts, 1 to {config.text_len}, {config.text_dim}]"
                 )
         empty = tensors.get("null_context")
@@ -212,28 +214,28 @@ def make_contexts(wanted: Generation, config: WanConfig) -> tuple[list[Tensor], 
             "this model needs text embeddings: give a prompt, or --embeddings FILE, a safetensors file with context "
             f"[prompts, T, {config.text_dim}]"
         )
-    captions = wanted.prompts or ("large red disc right, sky",)
+    captions = request.prompts or ("large red disc right, sky",)
     return [embed_captions(caption_tokens(caption)) for caption in captions], null_context()
 
 
-def unembedded(base: Base, wanted: Generation, config: WanConfig, *, one_each: bool = False) -> Text:
+def unembedded(base: Base, request: Generation, config: WanConfig, *, one_each: bool = False) -> EmbeddedPrompts:
     """The words, with zeros for their embeddings: enough to plan, and to check everything else."""
     blank = torch.zeros(1, 1, config.text_dim)
-    words = {"base": base.source, "prompts": list(wanted.prompts)}
-    text = Text(contexts=(blank,) * len(wanted.prompts), negative=blank, words=words)
-    if plan_generation(wanted, config, row=0 if one_each else None, text=text).sampler.guidance == 1:
+    words = {"base": base.source, "prompts": list(request.prompts)}
+    text = EmbeddedPrompts(contexts=(blank,) * len(request.prompts), negative=blank, words=words)
+    if plan_generation(request, config, row=0 if one_each else None, text=text).sampler.guidance == 1:
         return dataclasses.replace(text, negative=None)
-    return dataclasses.replace(text, words=words | {"negative": wanted.negative})
+    return dataclasses.replace(text, words=words | {"negative": request.negative})
 
 
-def prompt_starts(wanted: Generation, prompts: int, frames: int, rate: float) -> list[int]:
+def prompt_starts(request: Generation, prompts: int, frames: int, rate: float) -> list[int]:
     """The latent frame at which each prompt begins; `rate` is latent frames a second."""
-    if wanted.switch is None:
+    if request.switch is None:
         starts = [frames * i // prompts for i in range(prompts)]
-    elif len(wanted.switch) != prompts - 1:
-        raise ConfigError(f"{prompts} prompts switch {prompts - 1} times, not {len(wanted.switch)}")
+    elif len(request.switch) != prompts - 1:
+        raise ConfigError(f"{prompts} prompts switch {prompts - 1} times, not {len(request.switch)}")
     else:
-        starts = [0, *(round(second * rate) for second in wanted.switch)]
+        starts = [0, *(round(second * rate) for second in request.switch)]
     if any(a >= b for a, b in zip(starts, [*starts[1:], frames], strict=True)):
         raise ConfigError(
             f"the prompts would begin at latent frames {starts} of {frames}; let the switches ascend within the video"
@@ -241,11 +243,15 @@ def prompt_starts(wanted: Generation, prompts: int, frames: int, rate: float) ->
     return starts
 
 
-def read_given(wanted: Generation, config: WanConfig, frames: int, size: Sequence[int]) -> tuple[Tensor | None, Images]:
-    """The prefix [samples, C, F, H, W] and the image conditioning of the file `wanted.given`."""
+def read_given(
+    request: Generation, config: WanConfig, frames: int, size: Sequence[int]
+) -> tuple[Tensor | None, Images]:
+    """The prefix [samples, C, F, H, W] and the image conditioning of the file `request.given`."""
     extra = config.in_dim - config.out_dim
-    tensors = {} if wanted.given is None else read_tensors(wanted.given, ("latents", "image_latents", "image_features"))
-    where = wanted.given
+    tensors = (
+        {} if request.given is None else read_tensors(request.given, ("latents", "image_latents", "image_features"))
+    )
+    where = request.given
     expected: dict[str, tuple[str, Callable[[torch.Size], bool]]] = {
         "latents": ("C, F, H, W", lambda s: (s[1], *s[3:]) == (config.out_dim, *size) and 0 < s[2] <= frames),
         "image_latents": ("channels, frames, H, W", lambda s: tuple(s[1:]) == (extra, frames, *size)),
@@ -258,7 +264,7 @@ def read_given(wanted: Generation, config: WanConfig, frames: int, size: Sequenc
     }
     for name, tensor in tensors.items():
         dims, fits = expected[name]
-        if tensor.ndim != dims.count(",") + 2 or tensor.shape[0] not in (1, wanted.samples) or not fits(tensor.shape):
+        if tensor.ndim != dims.count(",") + 2 or tensor.shape[0] not in (1, request.samples) or not fits(tensor.shape):
             raise InputError(f"{where}: {name} is {list(tensor.shape)}; expected {shapes[name]} (or one a sample)")
     if extra and "image_latents" not in tensors:
         raise InputError(
@@ -267,19 +273,19 @@ def read_given(wanted: Generation, config: WanConfig, frames: int, size: Sequenc
         )
     prefix = tensors.get("latents")
     if prefix is not None:
-        prefix = prefix.expand(wanted.samples, -1, -1, -1, -1)
+        prefix = prefix.expand(request.samples, -1, -1, -1, -1)
     return prefix, Images(latents=tensors.get("image_latents"), features=tensors.get("image_features"))
 
 
 def prompt_plan(
-    wanted: Generation, config: WanConfig, prompts: Sequence[str], number: int, embedded: Base | None
-) -> Plan:
+    request: Generation, config: WanConfig, prompts: Sequence[str], number: int, embedded: Base | None
+) -> GenerationPlan:
     """The plan of one prompt of a list; with `embedded`, the base of the text encoder, before it is embedded."""
-    if wanted.embeddings is None:
-        alone = dataclasses.replace(wanted, prompts=(prompts[number],))
+    if request.embeddings is None:
+        alone = dataclasses.replace(request, prompts=(prompts[number],))
         text = None if embedded is None else unembedded(embedded, alone, config)
         return plan_generation(alone, config, text=text)
-    rows = len(make_contexts(wanted, config)[0])
+    rows = len(make_contexts(request, config)[0])
     if rows != len(prompts):
-        raise InputError(f"{wanted.embeddings}: context has {rows} rows for {len(prompts)} prompts; give one a prompt")
-    return plan_generation(wanted, config, row=number)
+        raise InputError(f"{request.embeddings}: context has {rows} rows for {len(prompts)} prompts; give one a prompt")
+    return plan_generation(request, config, row=number)

@@ -42,7 +42,7 @@ from mlaconvert.progress import Progress, silent
 def generate(
     source: AnySource,
     output: str | Path,
-    wanted: Generation | None = None,
+    request: Generation | None = None,
     runtime: Runtime | None = None,
     *,
     movie: Movie = "auto",
@@ -56,29 +56,29 @@ def generate(
 
     The folder gets `latents.safetensors` (`latents` [samples, C, F, H, W] in float32 and, with one prompt, its
     `context`), `generation.json`, and a movie for each sample: of models that work on RGB pixels always, with a contact
-    sheet, of others when prompts, `wanted.base` or `movie` "mp4" ask for it, by the base's VAE. An `output` that ends
+    sheet, of others when prompts, `request.base` or `movie` "mp4" ask for it, by the base's VAE. An `output` that ends
     in .mp4 or .gif is the movie alone. An interrupted run leaves its finished chunks in `.<output>.partial`, and the
     same call continues them: one pass a chunk, and the same video. `say` is told what is assumed of the model because
-    neither its files nor `wanted` state it, and of a few-step schedule. Raises OutputError for an output that exists,
+    neither its files nor `request` state it, and of a few-step schedule. Raises OutputError for an output that exists,
     and what `plan_generation`, `open_checkpoint`, `find_base` and `rollout` raise.
     """
-    source, wanted, runtime, target = as_source(source), wanted or Generation(), runtime or Runtime(), Path(output)
+    source, request, runtime, target = as_source(source), request or Generation(), runtime or Runtime(), Path(output)
     progress = progress or silent
     staging = Staging(target, "generate", overwrite=overwrite, inside="video")
-    movie = _check_target(staging, wanted, movie)
+    movie = _check_target(staging, request, movie)
     with open_checkpoint(source) as checkpoint:
-        geometry, notes, loras = checkpoint.config, assumptions(checkpoint, wanted), merged(checkpoint)
+        geometry, notes, loras = checkpoint.config, assumptions(checkpoint, request), merged(checkpoint)
     if say is not None:
         for note in notes:
             say(note)
-    if geometry.works_on_pixels or not wanted.prompts:
-        plan_generation(wanted, geometry)  # what is wrong shows before anything large is read
-    needs_base = bool(wanted.prompts) or movie in ("mp4", "gif")
-    base = find_text_base(source, wanted, geometry, needs_base)
+    if geometry.works_on_pixels or not request.prompts:
+        plan_generation(request, geometry)  # what is wrong shows before anything large is read
+    needs_base = bool(request.prompts) or movie in ("mp4", "gif")
+    base = find_text_base(source, request, geometry, needs_base)
     vae = None if base is None or movie == "none" else load_vae(base, geometry, movie)
-    text = None if base is None or not wanted.prompts else embed_prompts(base, wanted, geometry, runtime, progress)
+    text = None if base is None or not request.prompts else embed_prompts(base, request, geometry, runtime, progress)
     model = runtime.load(source)
-    plan = plan_generation(wanted, model.config, text=text)
+    plan = plan_generation(request, model.config, text=text)
     settings: dict[str, Any] = {"source": str(source), "revision": source.revision, "subfolder": source.subfolder}
     settings |= {"state_key": source.state_key, "weights": fingerprint(model), "dtype": str(model.dtype)}
     settings |= plan.settings() | ({"loras": loras} if loras else {})
@@ -113,15 +113,15 @@ def generate(
     return report
 
 
-def _check_target(staging: Staging, wanted: Generation, movie: Movie) -> Movie:
+def _check_target(staging: Staging, request: Generation, movie: Movie) -> Movie:
     """Refuse an output that cannot be written; the kind of movie, which a file's ending decides."""
     target = staging.path
     if target.suffix in MOVIES:
         ending = cast(Movie, target.suffix[1:])
         if movie not in ("auto", ending):
             raise ConfigError(f"{target} says {ending}, and --format {movie}; leave one of them out")
-        if wanted.samples > 1:
-            raise ConfigError(f"{target} is one movie, and {wanted.samples} samples are several; give a folder")
+        if request.samples > 1:
+            raise ConfigError(f"{target} is one movie, and {request.samples} samples are several; give a folder")
         movie = ending
     check_staging(staging, 0)
     if movie == "mp4" and not can_write_mp4():

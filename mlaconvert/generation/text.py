@@ -13,20 +13,20 @@ from mlaconvert.base.vae import Vae
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.families.source import AnySource
-from mlaconvert.generation.plan import Text, unembedded
+from mlaconvert.generation.plan import EmbeddedPrompts, unembedded
 from mlaconvert.generation.request import Generation, Movie, Runtime
 from mlaconvert.model.device import resolve_device
 from mlaconvert.progress import Counter, Progress
 
 
-def find_text_base(source: AnySource, wanted: Generation, config: WanConfig, needed: bool) -> Base | None:
+def find_text_base(source: AnySource, request: Generation, config: WanConfig, needed: bool) -> Base | None:
     """The repository of the text encoder and the VAE, None when nothing asks for one."""
     if config.works_on_pixels:
-        if wanted.base is not None:
+        if request.base is not None:
             raise ConfigError("this model works on pixels and has its own captions; leave --base out")
         return None
-    if wanted.base is not None:
-        return open_base(wanted.base)
+    if request.base is not None:
+        return open_base(request.base)
     return find_base(source) if needed else None
 
 
@@ -46,19 +46,19 @@ def load_vae(base: Base, config: WanConfig, movie: Movie) -> Vae:
 
 def embed_prompts(
     base: Base,
-    wanted: Generation,
+    request: Generation,
     config: WanConfig,
     runtime: Runtime,
     progress: Progress,
     one_each: bool = False,
-) -> Text:
+) -> EmbeddedPrompts:
     """Embed the prompts, and with guidance the negative one; everything else is checked before."""
     device = str(resolve_device(runtime.text_device or runtime.device, torch.float32))
     resolve_device(runtime.device, torch.float32)
-    text = unembedded(base, wanted, config, one_each=one_each)
+    text = unembedded(base, request, config, one_each=one_each)
     guided = text.negative is not None
-    texts = [*wanted.prompts, *([wanted.negative] if guided else [])]
-    found: list[Tensor] = []
+    texts = [*request.prompts, *([request.negative] if guided else [])]
+    embeddings: list[Tensor] = []
     count = Counter(progress, "text", len(texts))
     for embedding in embed_texts(base, texts, device=device, max_tokens=config.text_len):
         if embedding.shape[1] != config.text_dim:
@@ -66,7 +66,7 @@ def embed_prompts(
                 f"{base.source}: its text encoder gives {embedding.shape[1]} channels, the model takes "
                 f"{config.text_dim}; give the repository of the model's own base with --base"
             )
-        found.append(embedding[None].float())
+        embeddings.append(embedding[None].float())
         count.step()
-    contexts, negative = found[: len(wanted.prompts)], found[-1] if guided else None
+    contexts, negative = embeddings[: len(request.prompts)], embeddings[-1] if guided else None
     return dataclasses.replace(text, contexts=tuple(contexts), negative=negative)

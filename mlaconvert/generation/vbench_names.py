@@ -21,7 +21,7 @@ from mlaconvert.files.staging import claim, disk_errors
 from mlaconvert.generation.marks import MARK, digests, fingerprint_of, read_mark
 from mlaconvert.generation.movies import SCALE, can_write_mp4, remove_unfinished, save_movie
 from mlaconvert.generation.passes import PassCounter, chunk_passes, count_passes
-from mlaconvert.generation.plan import OF_ONE, Plan, assumptions, plan_generation, prompt_plan
+from mlaconvert.generation.plan import OF_ONE, GenerationPlan, assumptions, plan_generation, prompt_plan
 from mlaconvert.generation.request import Generation, Runtime
 from mlaconvert.generation.text import embed_prompts, find_text_base, load_vae
 from mlaconvert.progress import Progress, silent
@@ -34,7 +34,7 @@ def generate_for_vbench(
     source: AnySource,
     output: str | Path,
     prompts: Sequence[str],
-    wanted: Generation | None = None,
+    request: Generation | None = None,
     runtime: Runtime | None = None,
     *,
     overwrite: bool = False,
@@ -47,34 +47,34 @@ def generate_for_vbench(
     appears whole and holds a mark of the settings that made it. Files that are there already, made with these settings,
     are left alone, so an interrupted run continues; with `overwrite` others are made again. Files of earlier versions
     have no mark and are left alone, which `say` is told. The prompts are embedded by the base's text encoder, or are
-    the rows of `wanted.embeddings`, in order; then, without `wanted.base`, models that do not work on RGB pixels leave
+    the rows of `request.embeddings`, in order; then, without `request.base`, models that do not work on pixels leave
     "{prompt}-{index}.safetensors" with `latents` [1, C, F, H, W].
 
     Returns all files. Raises InputError for a prompt that cannot be a file name, OutputError for files of another model
     or other settings, and what `generate` raises.
     """
-    wanted, runtime, folder = wanted or Generation(samples=VBENCH_SAMPLES), runtime or Runtime(), Path(output)
-    if wanted.prompts:
+    request, runtime, folder = request or Generation(samples=VBENCH_SAMPLES), runtime or Runtime(), Path(output)
+    if request.prompts:
         raise ConfigError("the prompts come from their own list; leave prompts out")
     for number, prompt in enumerate(prompts, 1):
         _check_prompt_name(prompt, number, prompts)
     with open_checkpoint(source) as checkpoint:
-        geometry, notes = checkpoint.config, assumptions(checkpoint, wanted)
+        geometry, notes = checkpoint.config, assumptions(checkpoint, request)
         dtype = runtime.chosen_dtype() or checkpoint.dtype
         shared: dict[str, Any] = {"model": fingerprint_of(checkpoint), "dtype": str(dtype)}
     if say is not None:
         for note in notes:
             say(note)
-    base = find_text_base(source, wanted, geometry, wanted.embeddings is None)
+    base = find_text_base(source, request, geometry, request.embeddings is None)
     if geometry.works_on_pixels and not can_write_mp4():
         raise InputError("VBench's file names end in .mp4, which needs an encoder: pip install 'mlaconvert[video]'")
     vae = None if base is None else load_vae(base, geometry, "mp4")
-    embedded = base if wanted.embeddings is None else None
+    embedded = base if request.embeddings is None else None
     if base is not None:
         shared["base"] = public_name(base.source)
-    plans = [prompt_plan(wanted, geometry, prompts, number, embedded) for number in range(len(prompts))]
+    plans = [prompt_plan(request, geometry, prompts, number, embedded) for number in range(len(prompts))]
     ending = ".safetensors" if not geometry.works_on_pixels and vae is None else ".mp4"
-    files = [[folder / f"{prompt}-{i}{ending}" for i in range(wanted.samples)] for prompt in prompts]
+    files = [[folder / f"{prompt}-{i}{ending}" for i in range(request.samples)] for prompt in prompts]
     marks = {
         path: digests(shared | _own_settings(plan.sample(i)))
         for plan, paths in zip(plans, files, strict=True)
@@ -86,10 +86,10 @@ def generate_for_vbench(
         left = _not_made(folder, ending, marks, overwrite, say or (lambda _: None))
         missing = [number for number, paths in enumerate(files) if not left.isdisjoint(paths)]
         if missing and embedded is not None:
-            chosen = dataclasses.replace(wanted, prompts=tuple(prompts[number] for number in missing))
+            chosen = dataclasses.replace(request, prompts=tuple(prompts[number] for number in missing))
             text = embed_prompts(embedded, chosen, geometry, runtime, progress or silent, one_each=True)
             for row, number in enumerate(missing):
-                plans[number] = plan_generation(wanted, geometry, row=row, text=text)
+                plans[number] = plan_generation(request, geometry, row=row, text=text)
         if missing:
             with disk_errors(folder):
                 folder.mkdir(exist_ok=True)
@@ -106,7 +106,7 @@ def generate_for_vbench(
     return [path for paths in files for path in paths]
 
 
-def _write_marked(video: Tensor, path: Path, plan: Plan, vae: Vae | None, mark: str) -> None:
+def _write_marked(video: Tensor, path: Path, plan: GenerationPlan, vae: Vae | None, mark: str) -> None:
     """Write one video [C, F, H, W] as a movie, or as latents, with what it was made with. Raises OSError."""
     if vae is None and not plan.has_pixels:
         save_shard(path, {"latents": video[None]}, {MARK: mark})
@@ -116,7 +116,7 @@ def _write_marked(video: Tensor, path: Path, plan: Plan, vae: Vae | None, mark: 
         save_movie(frames, path, fps=plan.fps, scale=scale, comment=f"{MARK} {mark}")
 
 
-def _own_settings(plan: Plan) -> dict[str, Any]:
+def _own_settings(plan: GenerationPlan) -> dict[str, Any]:
     """What one video depends on besides the model and its base, by a name for the user."""
     settings = plan.settings()
     words = settings.pop("text", {})

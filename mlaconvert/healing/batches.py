@@ -91,7 +91,7 @@ class Batch:
         return int(self.shared * _FINE) % count
 
 
-class Source(Protocol):
+class ClipSource(Protocol):
     """Clips by number, without end. `fingerprint` tells one source from another."""
 
     fingerprint: str
@@ -107,7 +107,7 @@ class Source(Protocol):
         ...
 
 
-class Drawn:
+class DrawnClips:
     """The built-in model's clips, drawn when they are asked for."""
 
     fingerprint = "drawn"
@@ -126,7 +126,7 @@ class Drawn:
         return held_back(count, frames=self.clip_shape[1])
 
 
-class Stored:
+class StoredClips:
     """A folder's clips in an order that is drawn anew for each pass; the last `held` of them are never trained on."""
 
     def __init__(self, folder: ClipFolder, null: Tensor | None, *, held: int, seed: int) -> None:
@@ -162,7 +162,7 @@ def open_source(
     say: Callable[[str], None],
     *,
     draws: bool,
-) -> Source | None:
+) -> ClipSource | None:
     """Where the clips come from: a folder, drawings if the model `draws`, or None: the teacher has to generate them.
 
     Raises ConfigError when the stage needs a data set that is not there, InputError for one that does not fit.
@@ -174,22 +174,22 @@ def open_source(
             raise InputError(f"{data}: there is no such folder of clips")
         return _stored(recipe, Path(data), config, say)
     if draws:
-        return Drawn(recipe.frames)
+        return DrawnClips(recipe.frames)
     if stage_of(recipe.stage).needs_clips:
         raise ConfigError(f"stage {recipe.stage} needs clips; give a folder of them with --data DIR")
     return None
 
 
-def _stored(recipe: HealRecipe, folder: Path, config: WanConfig, say: Callable[[str], None]) -> Stored:
+def _stored(recipe: HealRecipe, folder: Path, config: WanConfig, say: Callable[[str], None]) -> StoredClips:
     clips = ClipFolder(folder, config, bad=recipe.bad_shards, on_bad=say)
     null = load_null_context(folder, config)
-    found = Stored(clips, null, held=min(recipe.validation_clips, clips.total // 4), seed=recipe.seed)
+    stored = StoredClips(clips, null, held=min(recipe.validation_clips, clips.total // 4), seed=recipe.seed)
     if clips.unusable or len(clips) < clips.total:
         say(
             f"{folder}: {clips.total - len(clips)} of {clips.total} clips and {clips.unusable} whole shards are left "
-            f"out; {found.count} clips are trained on, {len(clips) - found.count} validated on"
+            f"out; {stored.count} clips are trained on, {len(clips) - stored.count} validated on"
         )
-    return found
+    return stored
 
 
 def clips_to_generate(recipe: HealRecipe, config: WanConfig) -> OwnClips:
@@ -205,12 +205,12 @@ def generate_source(
     progress: Progress,
     *,
     write: bool,
-) -> Source:
+) -> ClipSource:
     """Clips that the teacher generates from an empty prompt into shards in `folder`; those that are there stay.
 
     Only the process told to `write` writes; the others must wait for it.
     """
-    config, wanted = teacher.config, clips_to_generate(recipe, teacher.config)
+    config, own = teacher.config, clips_to_generate(recipe, teacher.config)
     total = -(-recipe.clips // GENERATED)
     for number in range(total if write else 0):
         path = folder / f"clips-{number:05d}.safetensors"
@@ -219,7 +219,7 @@ def generate_source(
             continue
         folder.mkdir(parents=True, exist_ok=True)
         seed = mix(recipe.seed, "generate", number) >> 38
-        clips = wanted.make(teacher, GENERATED, seed=seed, batch=GENERATED)
+        clips = own.make(teacher, GENERATED, seed=seed, batch=GENERATED)
         save_shard(path, clips._asdict())
     progress("generate", total, total)
     return _stored(recipe, folder, config, say)
@@ -230,7 +230,7 @@ class Batches:
 
     def __init__(
         self,
-        source: Source,
+        source: ClipSource,
         recipe: HealRecipe,
         streaming: StreamingConfig | None,
         *,

@@ -22,7 +22,7 @@ from mlaconvert.files.output import AnyOutput, as_output
 from mlaconvert.files.staging import Staging, claim, disk_errors
 from mlaconvert.files.whole import remove_partial
 from mlaconvert.files.writer import is_model
-from mlaconvert.healing.batches import Batches, Source, clips_to_generate, generate_source, open_source
+from mlaconvert.healing.batches import Batches, ClipSource, clips_to_generate, generate_source, open_source
 from mlaconvert.healing.estimate import Estimate, estimate
 from mlaconvert.healing.loop import Run, make_accelerator, tracker_missing
 from mlaconvert.healing.models import assumptions, identity_of, load_models, name_of, open_pair, regime_of
@@ -189,7 +189,7 @@ class _Shape:
         raise NotImplementedError
 
 
-def _check_guidance(recipe: HealRecipe, source: Source | None) -> None:
+def _check_guidance(recipe: HealRecipe, source: ClipSource | None) -> None:
     guided = stage_of(recipe.stage).guided and recipe.guidance != 1
     if guided and source is not None and source.null is None:
         raise ConfigError(

@@ -58,7 +58,7 @@ def read_folder(path: Path) -> ModelFolder:
     path = path.expanduser()
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such folder; give a model folder that convert or heal wrote")
-    found: set[Path] = set()
+    files: set[Path] = set()
     with open_models(path) as checkpoints:
         homes = {subfolder: checkpoint.store.files[0].parent for subfolder, checkpoint in checkpoints.items()}
         for subfolder, checkpoint in checkpoints.items():
@@ -66,12 +66,12 @@ def read_folder(path: Path) -> ModelFolder:
                 raise CheckpointError(f"{path / subfolder}: it is a dense model; convert it first")
             sharded = checkpoint.store.path.is_dir()  # else the one weight file
             indexes = homes[subfolder].glob(f"*{INDEX_SUFFIX}") if sharded else ()
-            found |= {*checkpoint.store.files, *indexes}
+            files |= {*checkpoint.store.files, *indexes}
         for file in {file for home in (path, *homes.values()) for file in home.iterdir() if is_file(file)}:
             belongs = file.name in (*RECORDS, *TEXTS) or file.suffix.lower() in SHOWN
             if belongs and not file.name.startswith("."):
-                found.add(file)
-        names = sorted(file.relative_to(path).as_posix() for file in found)
+                files.add(file)
+        names = sorted(file.relative_to(path).as_posix() for file in files)
         for name in names:
             open_inside(path, name).close()
         models = [_card_model(subfolder, each, homes[subfolder]) for subfolder, each in checkpoints.items()]

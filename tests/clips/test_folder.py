@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from mlaconvert.clips.folder import NULL_CONTEXT, ClipFolder, Clips, load_clips, load_null_context
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.errors import InputError
-from mlaconvert.healing.batches import Stored, open_source
+from mlaconvert.healing.batches import StoredClips, open_source
 from mlaconvert.healing.recipe import HealRecipe
 
 CONFIG = WanConfig(dim=24, num_heads=2, num_layers=1, ffn_dim=8, in_dim=5, out_dim=5, text_dim=7, patch_size=(1, 3, 2))
@@ -167,11 +167,11 @@ def test_training_and_validation_never_meet(
         assert sorted(numbers(one)) == trained
 
 
-def open_stored(folder: Path, most: int) -> Stored:
+def open_stored(folder: Path, most: int) -> StoredClips:
     said: list[str] = []
     made = HealRecipe(stage="distill", bad_shards="skip", validation_clips=most, seed=3)
     found = open_source(made, folder, CONFIG, said.append, draws=False)
-    assert isinstance(found, Stored)
+    assert isinstance(found, StoredClips)
     assert bool(said) == (found.folder.unusable > 0 or len(found.folder) < found.folder.total)
     return found
 
@@ -213,12 +213,12 @@ def test_the_empty_prompt(folder: Path) -> None:
 
 
 def test_an_order_that_is_new_in_every_pass_and_keeps_its_validation(folder: Path) -> None:
-    stored = Stored(ClipFolder(folder, CONFIG), None, held=2, seed=3)
+    stored = StoredClips(ClipFolder(folder, CONFIG), None, held=2, seed=3)
     passes = [stored.clips(list(range(6 * i, 6 * i + 6))).latents[:, 0, 0, 0, 0].tolist() for i in range(3)]
     assert all(sorted(one) == [0, 1, 2, 3, 4, 5] for one in passes)
     assert len({tuple(one) for one in passes}) > 1
     assert stored.validation(5).latents[:, 0, 0, 0, 0].tolist() == [6, 7]
-    again = Stored(ClipFolder(folder, CONFIG), None, held=2, seed=3)
+    again = StoredClips(ClipFolder(folder, CONFIG), None, held=2, seed=3)
     assert again.clips([8, 1]).latents[:, 0, 0, 0, 0].tolist() == [passes[1][2], passes[0][1]]
     with pytest.raises(InputError, match="give more clips"):
-        Stored(ClipFolder(folder, CONFIG), None, held=8, seed=3)
+        StoredClips(ClipFolder(folder, CONFIG), None, held=8, seed=3)

@@ -1,4 +1,4 @@
-"""Fixtures of these tests."""
+"""A base repository with random weights, and a folder of short videos with captions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixtures of these tests."""
+"""Folders of two small random checkpoints, a streaming and a bidirectional one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixtures of these tests."""
+"""A random model of odd sizes: its tensors, its folder, two of them as experts, and its lossless conversion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixtures of these tests."""
+"""A small model, what its conversion writes when nothing interrupts it, and a copy that may be changed."""
 
 from __future__ import annotations
 

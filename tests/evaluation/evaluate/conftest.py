@@ -1,4 +1,4 @@
-"""Fixtures of these tests."""
+"""The golden model beside conversions of it, clips for them, and the model as a teacher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixtures of these tests."""
+"""Factors of a LoRA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixtures of these tests."""
+"""Good inputs and a model folder to spoil, and a Hub that cannot be reached."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixtures of these tests."""
+"""Good inputs to spoil, and a Hub that cannot be reached."""
 
 from __future__ import annotations
 

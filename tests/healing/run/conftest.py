@@ -1,4 +1,4 @@
-"""Fixtures of these tests."""
+"""A folder with a teacher, its conversion and clips; references of few steps are short."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def sharded(home: Path, folder: Path) -> None:
     from torch.distributed.fsdp import fully_shard
 
     from mlaconvert.clips.folder import ClipFolder
-    from mlaconvert.healing.batches import Batches, Stored
+    from mlaconvert.healing.batches import Batches, StoredClips
     from mlaconvert.healing.models import trainable
     from mlaconvert.healing.state import Trained, choose_trained, make_optimizer
 
@@ -63,7 +63,7 @@ def sharded(home: Path, folder: Path) -> None:
         clips = ClipFolder(home / "clips", student.config)
         # Alone, one process does what the two would: each loss is over its own clips.
         shares = [
-            Batches(Stored(clips, None, held=1, seed=0), recipe, STREAMING, rank=r, world=2)
+            Batches(StoredClips(clips, None, held=1, seed=0), recipe, STREAMING, rank=r, world=2)
             for r in ((rank,) if together else (0, 1))
         ]
         frozen = load_model(teacher)

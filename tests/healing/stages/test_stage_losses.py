@@ -12,7 +12,7 @@ from support import relative
 from torch import Tensor
 
 from mlaconvert.clips.folder import Clips
-from mlaconvert.healing.batches import Batch, Batches, Drawn, Rows, mix
+from mlaconvert.healing.batches import Batch, Batches, DrawnClips, Rows, mix
 from mlaconvert.healing.frames import guided, noisy_layout, velocity
 from mlaconvert.healing.objective import Uncast, with_past
 from mlaconvert.healing.stages.consistency import Consistency
@@ -125,7 +125,7 @@ def test_distill_weighs_its_noise_levels_to_the_schedule() -> None:
 
 def test_a_steps_samples_cover_the_schedule_evenly() -> None:
     """However they are shared among processes and micro-batches, and anew in every step."""
-    source = Drawn(2)
+    source = DrawnClips(2)
 
     def places(step: int, *, batch: int, accumulate: int, world: int) -> Tensor:
         made = recipe("teacher-forcing", batch=batch, accumulate=accumulate, steps=3)

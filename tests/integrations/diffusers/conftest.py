@@ -1,4 +1,4 @@
-"""Fixtures of these tests."""
+"""A model of diffusers' own, conversions of it, one that is loaded, and what our runtime makes of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixtures of these tests."""
+"""A converted golden model, a copy for each test, and waits of the Hub's client that take no time."""
 
 from __future__ import annotations
 

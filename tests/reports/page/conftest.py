@@ -1,4 +1,4 @@
-"""Fixtures of these tests."""
+"""A page of two models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixtures of these tests."""
+"""Fixtures of the streaming codebases: recorded outputs, conversions of one model, pipelines around it."""
 
 from __future__ import annotations
 
