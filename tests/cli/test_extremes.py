@@ -109,7 +109,7 @@ def test_frames_of_one_token(tmp_path: Path, shelf: Shelf, stage: str, frames: i
 
 
 @pytest.mark.parametrize("rope", ["head", "latent", "cached"])
-@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("rank", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_the_narrowest_latents(tmp_path: Path, shelf: Shelf, rank: int, rope: str) -> None:
     """As many scalars in all as were asked for, the rotary key's two with those of rope cached."""
     command = ["convert", shelf.dense, "-o", tmp_path / "out", "--data", shelf.clips, "--clips", "3"]

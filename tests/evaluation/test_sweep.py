@@ -146,6 +146,7 @@ def test_without_data_clips_are_generated_once(golden: Path, tmp_path: Path, mon
     assert "no calibration sees" in first.clips_from
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on(golden: Path, data: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of the second cell; the first is not made again, and all figures are those of one run."""
     code = (

@@ -93,6 +93,7 @@ def test_exceptions_become_one_line(
     assert ("Traceback" in result.stderr) == (code != 130)
 
 
+@pytest.mark.slow
 def test_a_killed_process_cleans_up(golden: Path, tmp_path: Path) -> None:
     """SIGTERM in the middle of the first layer, while the output is half written."""
     code = (
@@ -199,7 +200,7 @@ def test_what_is_left_for_the_end_is_not_lost_in_silence() -> None:
         (["analyze", "{golden}", "--json"], True),
         pytest.param(["analyze", "{golden}", "--json"], False, marks=pytest.mark.slow),
         pytest.param(["analyze", "{golden}"], True, marks=pytest.mark.slow),
-        (["analyze", "{golden}"], False),
+        pytest.param(["analyze", "{golden}"], False, marks=pytest.mark.slow),
     ],
 )
 def test_a_reader_that_has_seen_enough_ends_the_command_quietly(

@@ -158,6 +158,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_tables_need_no_plots() -> None:
     modules = "mlaconvert.conversion.run, mlaconvert.reports.tables, mlaconvert.reports.evaluation_tables"
     code = f"import sys, {modules}; print('matplotlib' in sys.modules)"

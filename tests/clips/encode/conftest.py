@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,17 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wan_base.save_base(tmp_path_factory.mktemp("base"))
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Videos of 3, 1 and 2 clips' length."""
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Videos of 3, 1 and 2 clips' length, with captions."""
+    folder = tmp_path_factory.mktemp("videos")
     for i, (name, frames) in enumerate((("a", 30), ("deep/a", 10), ("deep/b c", 18))):
-        path = movie(tmp_path / "videos" / f"{name}.mp4", frames, seed=i)
+        path = movie(folder / f"{name}.mp4", frames, seed=i)
         path.with_suffix(".txt").write_text(f"a cat {'and dog ' * i}\n")
-    return tmp_path / "videos"
+    return folder
+
+
+@pytest.fixture
+def folder(videos: Path, tmp_path: Path) -> Path:
+    """A copy of them that a test may change."""
+    return Path(shutil.copytree(videos, tmp_path / "videos"))

@@ -229,7 +229,7 @@ def test_a_calibration_is_not_repeated(source: Path, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("overwrite", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_disk_that_fails_anywhere_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
 ) -> None:
@@ -252,6 +252,7 @@ def slow_run(source: Path, output: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.slow
 def test_killed_again_and_again(source: Path, expected: dict[str, bytes], tmp_path: Path, made: list[int]) -> None:
     """SIGKILL in the second layer, Ctrl-C in the second of what is left, and then to the end."""
     for way in (signal.SIGKILL, signal.SIGINT):

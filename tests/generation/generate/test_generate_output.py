@@ -191,6 +191,7 @@ def test_nothing_is_left_when_nothing_was_made(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_process_keeps_its_chunks(tmp_path: Path) -> None:
     code = (
         "import sys, time, mlaconvert.generation.chunks as g, mlaconvert.cli as cli\n"

@@ -90,6 +90,7 @@ def test_vbench_videos_of_two_models_never_mix(tmp_path: Path) -> None:
 
 
 @needs_mp4
+@pytest.mark.slow
 def test_vbench_videos_of_another_model_are_made_again_when_asked(tmp_path: Path) -> None:
     converted = command_line.invoke("convert", "tiny", "-o", str(tmp_path / "mla"), "--init", "svd")
     assert converted.exit_code == 0, converted.stderr

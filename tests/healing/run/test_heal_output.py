@@ -105,6 +105,7 @@ def test_distill_needs_no_data(home: Path, tmp_path: Path) -> None:
     assert len(report.curves.losses) == 1
 
 
+@pytest.mark.slow
 def test_a_trained_teacher_of_the_built_in_model_still_draws_its_clips(tmp_path: Path) -> None:
     """So its stages follow each other as the paper's do, with the first stage's model as the next one's teacher."""
     recipe = ConvertRecipe(init="svd", kv_rank=7, rope_dim=4, height=24, width=32, vae_stride=1)

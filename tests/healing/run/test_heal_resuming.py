@@ -27,7 +27,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize("stage", ["distill", "teacher-forcing", "consistency", "dmd"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "distill",
+        pytest.param("teacher-forcing", marks=pytest.mark.slow),
+        pytest.param("consistency", marks=pytest.mark.slow),
+        "dmd",
+    ],
+)
 def test_an_interrupted_run_goes_on_bit_for_bit(home: Path, tmp_path: Path, stage: str) -> None:
     recipe = settings(stage, accumulate=2 if stage == "distill" else 1)
     straight = run(home, tmp_path / "straight", recipe)
@@ -51,6 +59,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(home: Path, tmp_path: Path, stag
     assert sorted(logs[0]) == sorted(logs[1])
 
 
+@pytest.mark.slow
 def test_soap_goes_on_bit_for_bit(home: Path, tmp_path: Path) -> None:
     """Through a turn of its eigenbases before and after the interruption."""
     recipe = settings("distill", steps=13, save_every=7, optimizer="soap", train="all", attention_steps=2)

@@ -139,6 +139,7 @@ def test_a_commit_whose_answer_is_lost_is_found_done(hub: Hub, folder: Path) -> 
     assert len(hub.repos[REPO].commits) == 2
 
 
+@pytest.mark.slow
 def test_an_interrupted_process_leaves_nothing_visible(hub: Hub, folder: Path, tmp_path: Path) -> None:
     """Ctrl-C during the upload, of the program itself, told of the Hub and the token as users tell it."""
     reached: list[str] = []
