@@ -71,6 +71,12 @@ def _adapter(cls: type, field: str) -> TypeAdapter[Any]:
     return TypeAdapter(get_type_hints(cls, include_extras=True)[field], config={"arbitrary_types_allowed": True})
 
 
+@functools.cache
+def adapter(cls: type) -> TypeAdapter[Any]:
+    """The one `TypeAdapter` of a dataclass: building it takes longer than reading most files."""
+    return TypeAdapter(cls)
+
+
 def _complaint(error: Mapping[str, Any], *within: str) -> str:
     """Which field pydantic complains of, below the fields `within`, and what to give instead."""
     # A part that could be no field's name is pydantic's own, of the members of a union.
@@ -91,7 +97,7 @@ def parse(cls: type[T], data: Any, where: str) -> T:
     """
     try:
         # Through JSON: strict JSON mode takes a list for a tuple, and nothing but plain data survives.
-        return TypeAdapter(cls).validate_json(json.dumps(data))
+        return adapter(cls).validate_json(json.dumps(data))  # type: ignore[arg-type]  # classes are hashable
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])

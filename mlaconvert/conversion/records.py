@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import Field, FiniteFloat, ValidationError
 
+from mlaconvert.config.parsing import adapter
 from mlaconvert.errors import CheckpointError
 from mlaconvert.files.inputs import is_file, read_json
 from mlaconvert.files.names import CONVERSION_NAME, HEALING_NAME
@@ -78,7 +79,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
     kind = _KINDS.get(path.name)
     if kind is not None:
         try:
-            TypeAdapter(kind).validate_json(json.dumps(data))
+            adapter(kind).validate_json(json.dumps(data))  # type: ignore[arg-type]  # classes are hashable
         except (ValidationError, ValueError) as failure:
             reason = "not plain data"
             if isinstance(failure, ValidationError):

@@ -115,6 +115,7 @@ def test_a_killed_process_cleans_up(golden: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_module_runs(tmp_path: Path) -> None:
     """`python -m mlaconvert`, quiet on stdout about errors."""
     environment = {**os.environ, "PYTHONWARNINGS": "error"}
@@ -170,7 +171,8 @@ def test_finished_work_outlives_a_full_stdout(golden: Path, tmp_path: Path, flag
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("buffered", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("buffered", [True, False])
 def test_a_disk_that_takes_only_a_part(golden: Path, tmp_path: Path, buffered: bool) -> None:
     """A file that may not grow takes the beginning of the one write, which is no error yet."""
     path = tmp_path / "out.json"

@@ -169,6 +169,7 @@ def clips_of(folder: Path, name: str) -> list[int]:
     return sorted(int(path.stem.rsplit("-", 1)[1]) for path in folder.glob(f"{name}-*.safetensors"))
 
 
+@pytest.mark.slow
 def test_no_shard_of_a_skipped_video_stays(folder: Path, base: Path, tmp_path: Path) -> None:
     """One that is damaged after its first clips, and one that was fine in an earlier run."""
     wanted = Encoding(height=32, width=48, frames=3, clips=5)

@@ -140,7 +140,12 @@ def score_error(layer: Layer, student: LatentAttention) -> float:
 
 @pytest.mark.parametrize(
     ("q_rank", "rope", "key_norm"),
-    [(None, "cached", "token"), (None, "latent", "latent"), (9, "latent", "token"), (None, "head", "token")],
+    [
+        (None, "cached", "token"),
+        pytest.param(None, "latent", "latent", marks=pytest.mark.slow),
+        (9, "latent", "token"),
+        pytest.param(None, "head", "token", marks=pytest.mark.slow),
+    ],
 )
 def test_refit_query_solves_the_normal_equations(q_rank: int | None, rope: RopeMode, key_norm: KeyNorm) -> None:
     layer = make_layer(1)

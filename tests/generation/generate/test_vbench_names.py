@@ -58,6 +58,7 @@ def test_vbench_latents_of_models_with_a_vae(golden: Path, tmp_path: Path) -> No
 
 
 @needs_mp4
+@pytest.mark.slow
 def test_vbench_videos_of_two_models_never_mix(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS))
     out, flags = tmp_path / "videos", ["--prompts", tmp_path / "prompts.txt", "--vbench-names", "--frames", 3]

@@ -85,6 +85,7 @@ def test_a_healed_model_can_be_healed_again(home: Path, tmp_path: Path) -> None:
     assert [stage["recipe"]["stage"] for stage in data["before"]] == ["distill"]
 
 
+@pytest.mark.slow
 def test_distill_needs_no_data(home: Path, tmp_path: Path) -> None:
     save_teacher(tmp_path / "teacher")
     (tmp_path / "student").symlink_to(home / "student")

@@ -278,7 +278,7 @@ def image_to_video(save_folder: SaveFolder) -> Path:
     return source.with_name("i2v-mla")
 
 
-@pytest.mark.parametrize("kind", ["streaming", "bidirectional", "image"])
+@pytest.mark.parametrize("kind", [pytest.param("streaming", marks=pytest.mark.slow), "bidirectional", "image"])
 def test_the_usage_snippets_run_as_printed(
     hub: Hub, folder: Path, tmp_path: Path, save_folder: SaveFolder, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,6 +45,7 @@ def test_what_was_pushed_loads_from_the_hub(hub: Hub, folder: Path, monkeypatch:
         open_checkpoint(REPO)
 
 
+@pytest.mark.slow
 def test_evaluation_goes_along_and_can_be_repeated_from_the_hub(hub: Hub, tmp_path: Path) -> None:
     """What evaluate saves is what the card says, and evaluating the published model finds it again."""
     folder = tmp_path / "tiny-mla"

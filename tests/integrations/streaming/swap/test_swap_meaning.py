@@ -135,7 +135,9 @@ class Sinkless(InfinityAttention):
         (LongLive2, "LongLive 2's .*t_scale"),
         (SkyReels, "takes nothing after block_mask.*mlaconvert generate"),
         (BlendingAttention, "other values than were written"),
-        (Sliding, "on a chunk once the window is full .*, sink 1.*keep its dense attention"),
+        pytest.param(
+            Sliding, "on a chunk once the window is full .*, sink 1.*keep its dense attention", marks=pytest.mark.slow
+        ),
         (Nearest, "on a chunk (run again )?(once|before) the window is full"),
         (Unrotated, "on the first chunk, the two differ"),
         (Sinkless, "once the window is full.*needs sink_size 1"),
