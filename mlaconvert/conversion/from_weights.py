@@ -76,8 +76,13 @@ def read_finite(checkpoint: Checkpoint, canonical: str) -> Tensor:
 
 
 def time_modulation(checkpoint: Checkpoint, timesteps: Sequence[float]) -> Tensor:
-    """What the time embedding gives to every block's self-attention: (shift, scale), float64 [T, 2, D]."""
+    """What the time embedding gives to every block's self-attention: (shift, scale), float64 [T, 2, D].
+
+    Zeros for a model whose time is not embedded as Wan's.
+    """
     dim = checkpoint.config.dim
+    if checkpoint.passengers.times_itself:
+        return torch.zeros(len(timesteps), 2, dim, dtype=torch.float64)
 
     def linear(name: str, x: Tensor, rows: int) -> Tensor:
         weight, bias = (read_finite(checkpoint, f"{name}.{leaf}")[:rows].double() for leaf in ("weight", "bias"))
@@ -90,6 +95,8 @@ def time_modulation(checkpoint: Checkpoint, timesteps: Sequence[float]) -> Tenso
 
 def layer_modulation(checkpoint: Checkpoint, layer: int, time: Tensor) -> Tensor:
     """(shift, scale) of one block's self-attention, float64 [T, 2, D]."""
+    if checkpoint.passengers.times_itself:
+        return time
     return time + read_finite(checkpoint, f"blocks.{layer}.modulation")[0, :2].double()
 
 

@@ -16,6 +16,7 @@ from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.recipes import mla_config, resolve_recipe
 from mlaconvert.errors import UnsupportedModelError
 from mlaconvert.families.checkpoint import Checkpoint
+from mlaconvert.files.headers import FLOATS
 from mlaconvert.files.names import public_name
 from mlaconvert.files.writer import TensorSpec
 
@@ -152,7 +153,9 @@ def _operations(checkpoint: Checkpoint, target: WanConfig, recipe: ConvertRecipe
             made[layer].append((name, shape))
 
     def operation(name: str, shape: tuple[int, ...], like: str, layer: int | None) -> Operation:
-        dtype = getattr(torch, recipe.dtype) if recipe.dtype is not None else checkpoint.info(like).dtype
+        dtype = checkpoint.info(like).dtype
+        if recipe.dtype is not None and dtype in FLOATS:
+            dtype = getattr(torch, recipe.dtype)
         spec = TensorSpec(checkpoint.output_name(name, recipe.layout), shape, dtype)
         return Operation(canonical=name, spec=spec, layer=layer)
 
@@ -170,7 +173,7 @@ def _operations(checkpoint: Checkpoint, target: WanConfig, recipe: ConvertRecipe
 def _attention_layer(canonical: str) -> int | None:
     """The layer whose self-attention a tensor belongs to."""
     parts = canonical.split(".")
-    return int(parts[1]) if parts[0] == "blocks" and parts[2] == "self_attn" else None
+    return int(parts[1]) if parts[0] == "blocks" and parts[2:3] == ["self_attn"] else None
 
 
 def recipe_json(recipe: ConvertRecipe, method: Method) -> dict[str, Any]:

@@ -152,6 +152,8 @@ def _plans(
     subfolder: str | None,
 ) -> dict[str, ConversionPlan]:
     """Each model's plan. Raises InputError for a recipe that does not fit, or clips that are missing."""
+    for checkpoint in checkpoints.values() if recipe.init == "calibrated" else ():
+        checkpoint.check_runs()
     plans = {
         name: plan_conversion(
             checkpoint,

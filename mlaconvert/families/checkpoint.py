@@ -12,6 +12,7 @@ from mlaconvert.config.geometry import WanConfig
 from mlaconvert.errors import UnsupportedModelError
 from mlaconvert.families.causal import Timing
 from mlaconvert.families.classes import skyreels_fields
+from mlaconvert.families.passengers import Passengers
 from mlaconvert.families.protocol import Family, Layout
 from mlaconvert.files.headers import TensorInfo
 from mlaconvert.files.shipped import TINY
@@ -25,7 +26,8 @@ class Checkpoint:
 
     `raw_config` is the source's config.json, or one in native fields made from the shapes. `names` maps canonical
     names to those in the files. `state_key` is the chosen top-level key of a pickle, None for a bare state dict.
-    `timing` is what the files say of time, as it is in `config`, and what they leave to be assumed.
+    `timing` is what the files say of time, as it is in `config`, and what they leave to be assumed. `passengers` are
+    the tensors that no Wan transformer has; `names` has them too, by their unwrapped name in the file.
     """
 
     store: TensorStore
@@ -36,6 +38,7 @@ class Checkpoint:
     state_key: str | None
     names: Mapping[str, str]
     timing: Timing = field(default_factory=Timing)
+    passengers: Passengers = field(default_factory=Passengers)
 
     @property
     def is_tiny(self) -> bool:
@@ -89,8 +92,27 @@ class Checkpoint:
         )
 
     def output_name(self, canonical: str, layout: Layout | None = None) -> str:
-        """The unwrapped name in `layout` (None: the source's), for tensors that it has and for converted ones alike."""
+        """The unwrapped name in `layout` (None: the source's), for tensors that it has and for converted ones alike.
+
+        Raises UnsupportedModelError for a passenger in another layout than the source's.
+        """
+        if canonical in self.passengers.names and self.family.canonical(canonical, "native") is None:
+            if layout not in (None, self.layout):
+                raise UnsupportedModelError(
+                    f"{self.store.path}: {canonical!r} is not a Wan model's, so it has no name in the {layout} layout; "
+                    f"keep the source's, {self.layout}"
+                )
+            return canonical
         return self.family.source(canonical, layout or self.layout)
+
+    def check_runs(self) -> None:
+        """Raise UnsupportedModelError unless the code here can run the model: with passengers only its own can."""
+        if self.passengers:
+            raise UnsupportedModelError(
+                f"{self.store.path}: the code here that runs models does not know all of this one "
+                f"({self.passengers.describe()}); convert it with --init svd or random, and run it in its own code "
+                "with swap_attention"
+            )
 
     def output_config(self, layout: Layout | None = None) -> dict[str, Any]:
         """config.json in `layout`: the source's own as it is (None or its own layout), or in the other's fields."""

@@ -18,12 +18,12 @@ from mlaconvert.errors import ConfigError, InputError, UnsupportedModelError
 from mlaconvert.families.causal import Timing, is_causal_class, read_timing
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.merged import merge_loras
+from mlaconvert.families.passengers import refuse_promises, some, sort_tensors
 from mlaconvert.families.protocol import Family
 from mlaconvert.families.source import AnySource, Source, as_source
 from mlaconvert.families.wan import WanFamily
 from mlaconvert.families.wrappers import STREAMING_KEYS, unwrap
 from mlaconvert.files.find import find_beside, open_store
-from mlaconvert.files.headers import FLOATS, TensorInfo
 from mlaconvert.files.inputs import read_json, read_yaml
 from mlaconvert.files.names import EXPERT_FOLDERS
 from mlaconvert.files.store import TensorStore
@@ -96,16 +96,16 @@ def _recognise(
     family = next((family for family in _FAMILIES if family.detect(raw, cleaned)), None)
     if family is None:
         raise UnsupportedModelError(
-            f"its family is not known; found {_some(cleaned)}; expected a Wan transformer (patch_embedding.weight, ...)"
+            f"its family is not known; found {some(cleaned)}; expected a Wan transformer (patch_embedding.weight, ...)"
         )
-    family.refuse_relatives(raw or {}, cleaned)
+    refuse_promises(str((raw or {}).get("model_type", "")), cleaned)
     layout = family.layout(cleaned)
     names: dict[str, str] = {}
-    unexpected = []
+    unknown: dict[str, str] = {}
     for clean, raw_name in cleaned.items():
         canonical = family.canonical(clean, layout)
         if canonical is None:
-            unexpected.append(clean)
+            unknown[clean] = raw_name
         else:
             names[canonical] = raw_name
     tensors = {canonical: store.tensors[raw_name] for canonical, raw_name in names.items()}
@@ -113,7 +113,7 @@ def _recognise(
     timing = _timing(store, raw, key, settings)
     parsed = replace(parsed, streaming=timing.streaming, few_step=timing.few_step)
     family.check_attention(parsed, tensors)
-    _check_tensors(family.expected_shapes(parsed), tensors, unexpected)
+    passengers = sort_tensors(family, layout, family.expected_shapes(parsed), tensors, unknown)
     return Checkpoint(
         store=store,
         family=family,
@@ -121,8 +121,9 @@ def _recognise(
         raw_config=raw if raw is not None else family.raw_config(parsed),
         layout=layout,
         state_key=key,
-        names=MappingProxyType(names),
+        names=MappingProxyType(names | unknown),
         timing=timing,
+        passengers=passengers,
     )
 
 
@@ -149,31 +150,6 @@ def _refuse_known(raw: Mapping[str, Any], names: Collection[str]) -> None:
         found = found or next((name for name in names if re.search(rf"(^|\.)({telltale})", name)), None)
         if found:
             raise UnsupportedModelError(f"this is {what} (found {found!r}), expected a Wan transformer; {why}")
-
-
-def _check_tensors(
-    expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo], unexpected: Collection[str]
-) -> None:
-    """Every tensor that the geometry asks for, with its shape and a floating dtype, and no other."""
-    missing = [name for name in expected if name not in tensors]
-    if missing:
-        raise UnsupportedModelError(f"{len(missing)} tensors of a Wan model are missing: {_some(missing)}")
-    extra = [*unexpected, *(info.name for name, info in tensors.items() if name not in expected)]
-    if extra:
-        raise UnsupportedModelError(f"{len(extra)} tensors are not part of a Wan model: {_some(extra)}")
-    for name, shape in expected.items():
-        info = tensors[name]
-        if info.shape != shape:
-            raise UnsupportedModelError(f"tensor {info.name!r} has shape {list(info.shape)}, expected {list(shape)}")
-        if info.dtype not in FLOATS:
-            raise UnsupportedModelError(
-                f"tensor {info.name!r} is {info.dtype}, expected float32, bfloat16, float16 or float64; "
-                "use the unquantised weights"
-            )
-
-
-def _some(names: Collection[str]) -> str:
-    return ", ".join(list(names)[:3]) + (", ..." if len(names) > 3 else "")
 
 
 @contextmanager

@@ -28,9 +28,6 @@ class Family(Protocol):
         Raises ConfigError for an impossible value, UnsupportedModelError for a model that cannot be converted.
         """
 
-    def refuse_relatives(self, raw_config: Mapping[str, Any], names: Collection[str]) -> None:
-        """Raise UnsupportedModelError, by name, for a detected model with parts that are not converted."""
-
     def check_attention(self, config: WanConfig, tensors: Mapping[str, TensorInfo]) -> None:
         """Raise UnsupportedModelError for attention that is not converted, before its shapes are compared."""
 

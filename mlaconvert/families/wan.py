@@ -70,20 +70,6 @@ _SAME_FIELDS = (
     *("dim", "num_heads", "num_layers", "ffn_dim", "model_type", "in_dim", "out_dim", "freq_dim"),
     *("text_dim", "text_len", "image_dim", "patch_size", "eps", "cross_attn_norm"),
 )
-# Relatives with more than a Wan transformer: (a tensor name's beginning or a model_type, what it is).
-_RELATIVES = (
-    ("vace", "Wan VACE (extra control blocks)"),
-    ("img_emb.emb_pos", "Wan FLF2V (first and last frame)"),
-    ("condition_embedder.image_embedder.pos_embed", "Wan FLF2V (first and last frame)"),
-    ("flf2v", "Wan FLF2V (first and last frame)"),
-    ("fps_embedding", "SkyReels-V2 with a frame-rate embedding"),
-    ("motion_encoder", "Wan Animate"),
-    ("animate", "Wan Animate"),
-    ("casual_audio_encoder", "Wan S2V (speech to video)"),
-    ("s2v", "Wan S2V (speech to video)"),
-    ("control_adapter", "Wan Fun (camera control)"),
-    ("ref_conv", "Wan Fun (reference control)"),
-)
 
 
 class WanFamily:
@@ -112,17 +98,6 @@ class WanFamily:
         if renamed is None:
             raise UnsupportedModelError(f"{name!r} is not a tensor of a Wan model")
         return renamed
-
-    def refuse_relatives(self, raw_config: Mapping[str, Any], names: Collection[str]) -> None:
-        """Raise UnsupportedModelError, naming the model, for Wan models with extra parts."""
-        model_type = str(raw_config.get("model_type", ""))
-        for sign, what in _RELATIVES:
-            found = next((name for name in names if name.startswith(sign)), None)
-            if found or model_type == sign:
-                raise UnsupportedModelError(
-                    f"this is {what}, which is not converted (found {found or f'model_type {model_type}'!r}); "
-                    "expected a plain Wan text- or image-to-video transformer"
-                )
 
     def parse_config(self, raw_config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> WanConfig:
         """Fields of `raw_config` (native or diffusers'), else what the shapes of `tensors` (canonical names) say.
@@ -281,8 +256,13 @@ def _shape_fields(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
             )
         return found
 
+    def of_part(name: str, otherwise: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a matrix, or `otherwise` for a model that is built without the whole part that it is of."""
+        module = re.split(r"(?:\d+|head)\.weight$", name)[0]
+        return shape(name, 2) if any(other.startswith(module) for other in tensors) else otherwise
+
     dim, in_dim, *patch = shape("patch_embedding.weight", 5)
-    out_dim = shape("head.head.weight", 2)[0] // prod(patch)
+    out_dim = of_part("head.head.weight", (in_dim * prod(patch), dim))[0] // prod(patch)
     image_dim = shape("img_emb.proj.1.weight", 2)[1] if "img_emb.proj.1.weight" in tensors else None
     return {
         "dim": dim,
@@ -290,9 +270,9 @@ def _shape_fields(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
         "out_dim": out_dim,
         "patch_size": patch,
         "num_layers": len({match[2] for name in tensors if (match := _BLOCK.fullmatch(name))}),
-        "ffn_dim": shape("blocks.0.ffn.0.weight", 2)[0],
-        "freq_dim": shape("time_embedding.0.weight", 2)[1],
-        "text_dim": shape("text_embedding.0.weight", 2)[1],
+        "ffn_dim": of_part("blocks.0.ffn.0.weight", (4 * dim, dim))[0],
+        "freq_dim": of_part("time_embedding.0.weight", (dim, WanConfig.freq_dim))[1],
+        "text_dim": of_part("text_embedding.0.weight", (dim, WanConfig.text_dim))[1],
         "image_dim": image_dim,
         "cross_attn_norm": "blocks.0.norm3.weight" in tensors,
         "model_type": "ti2v" if in_dim == out_dim == 48 else "t2v" if in_dim == out_dim else "i2v",

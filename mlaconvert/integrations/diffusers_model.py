@@ -195,6 +195,7 @@ class LatentTransformer(ModelMixin):  # type: ignore[misc]
         with open_checkpoint(
             Source(pretrained_model_name_or_path, revision=revision, subfolder=subfolder)
         ) as checkpoint:
+            checkpoint.check_runs()
             config = checkpoint.config
             skyreels = skyreels_fields(checkpoint.raw_config, "diffusers")
             raw = _FAMILY.raw_config(config, "diffusers") | skyreels | _sections(config)

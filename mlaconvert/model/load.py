@@ -57,6 +57,7 @@ def load_widened(
     checkpoint: Checkpoint, streaming: StreamingConfig | None, device: torch.device | str = "cpu"
 ) -> WanModel:
     """A dense model that computes in float32 while its linear layers keep the file's dtype, on a CPU mapped from it."""
+    checkpoint.check_runs()
     with torch.device("meta"):
         model = WanModel(dataclasses.replace(checkpoint.config, streaming=streaming))
     load_tensors(model, checkpoint, {name: name for name in checkpoint.names}, torch.device(device), torch.float32)
@@ -77,9 +78,10 @@ def load_model(
 
     `source` is anything that `open_checkpoint` reads, or a checkpoint that is open already. `dtype` None keeps the
     file's, or the widest of several. `streaming` replaces the checkpoint's own setting. Raises what `open_checkpoint`
-    raises, and CheckpointError for a NaN.
+    raises, UnsupportedModelError for a model with passengers, and CheckpointError for a NaN.
     """
     with opened(source) as checkpoint:
+        checkpoint.check_runs()
         config = replace(checkpoint.config, streaming=streaming) if streaming else checkpoint.config
         with torch.device("meta"):
             model = WanModel(config)

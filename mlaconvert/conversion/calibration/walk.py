@@ -54,6 +54,7 @@ class LayerWalk:
         validation: Clips | None = None,
         scratch: Path | None = None,
     ) -> None:
+        checkpoint.check_runs()
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
         self.scratch = Scratch(scratch)
         self.start = 0

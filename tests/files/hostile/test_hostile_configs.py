@@ -226,9 +226,12 @@ TENSORS: Cases = {
         "num_layers|layers|missing",
     ),
     "a negative block": (move(QUERY, "blocks.-1.self_attn.q.weight"), "missing"),
-    "an extra tensor": (change_state(lambda s: s.update({"extra": torch.ones(1)})), "'?extra"),
-    "an extra bias": (
-        change_state(lambda s: s.update({"blocks.0.ffn.0.gate": torch.ones(1)})),
+    "a gate of self-attention": (
+        change_state(lambda s: s.update({"blocks.0.self_attn.gate": torch.ones(1)})),
+        "gated attention",
+    ),
+    "self-attention of a block that is not counted": (
+        change_state(lambda s: s.update({"blocks.x.self_attn.q.weight": torch.ones(1)})),
         "not part of a Wan model",
     ),
     "another case": (move(QUERY, QUERY.upper()), "missing"),
@@ -251,7 +254,17 @@ TENSORS: Cases = {
         "not part of a Wan model",
     ),
     "a LoRA": (change_state(lambda s: s.update({"blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 24)})), "a LoRA"),
-    "a VACE": (change_state(lambda s: s.update({"vace_blocks.0.x": torch.ones(2)})), "VACE"),
+}
+PASSENGERS = {  # carried along by a conversion; what runs the model refuses them
+    case: (change_state(lambda s, name=name: s.update({name: torch.ones(2)})), rf"1 tensors beyond Wan's, of {says}\)")
+    for case, name, says in (
+        ("an extra tensor", "extra", "extra"),
+        ("an extra bias", "blocks.0.ffn.0.gate", "ffn"),
+        ("a tensor of a block itself", "blocks.0", "blocks"),
+        ("a tensor of no block", "blocks.x", "blocks"),
+        ("a VACE", "vace_blocks.0.x", "VACE's control blocks"),
+        ("a name of a hundred thousand letters", "y" * 100_000, "y{40}"),
+    )
 }
 
 
@@ -262,6 +275,14 @@ def test_tensors(tmp_path: Path, shelf: Shelf, case: str, command: str) -> None:
     model = spoiled(tmp_path, source, spoil)
     message = refused(tmp_path, *arguments(command, model, shelf, tmp_path / "out"), says=says)
     assert "model" in message
+
+
+@pytest.mark.parametrize(("case", "command"), named(PASSENGERS, ("generate", "heal", "evaluate")))
+def test_passengers(tmp_path: Path, shelf: Shelf, case: str, command: str) -> None:
+    spoil, says = PASSENGERS[case]
+    refused(
+        tmp_path, *arguments(command, spoiled(tmp_path, shelf.converted, spoil), shelf, tmp_path / "out"), says=says
+    )
 
 
 NOT_FINITE = {
