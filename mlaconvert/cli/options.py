@@ -85,7 +85,8 @@ StateKey = Annotated[
     str | None,
     typer.Option(
         metavar="KEY",
-        help="State dict of a .pt file. Default: generator_ema, generator, model, or none, whichever comes first.",
+        help="Which of a file's models, by the beginning of its names. Default: the only one; of several "
+        "generator_ema, generator, or of a .pt file model.",
     ),
 ]
 ConfigFile = Annotated[

@@ -28,6 +28,7 @@ class Checkpoint:
     names to those in the files. `state_key` is the chosen top-level key of a pickle, None for a bare state dict.
     `timing` is what the files say of time, as it is in `config`, and what they leave to be assumed. `passengers` are
     the tensors that no Wan transformer has; `names` has them too, by their unwrapped name in the file.
+    `notes` are lines on what was left out and how weights are decoded.
     """
 
     store: TensorStore
@@ -39,6 +40,7 @@ class Checkpoint:
     names: Mapping[str, str]
     timing: Timing = field(default_factory=Timing)
     passengers: Passengers = field(default_factory=Passengers)
+    notes: tuple[str, ...] = ()
 
     @property
     def is_tiny(self) -> bool:
@@ -56,7 +58,7 @@ class Checkpoint:
 
     def is_stored(self, canonical: str) -> bool:
         """Whether `read` gives just what the files hold under the tensor's name."""
-        return canonical in self.names
+        return canonical in self.names and self.store.is_plain(self.names[canonical])
 
     def info(self, canonical: str) -> TensorInfo:
         """Shape, dtype and size of one tensor; `name` is the one in the file. Raises KeyError for an unknown name."""

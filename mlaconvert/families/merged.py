@@ -40,9 +40,9 @@ def merged(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 
 
 def remarks(checkpoint: Checkpoint) -> list[str]:
-    """What a user should know of how `checkpoint` is read, a line each: what is carried along, and of LoRAs."""
+    """What a user should know of how `checkpoint` is read, a line each; that of LoRAs too."""
     loras = checkpoint.loras if isinstance(checkpoint, MergedCheckpoint) else ()
-    lines = [*checkpoint.passengers.remarks(), *(line for lora in loras for line in lora.remarks())]
+    lines = [*checkpoint.notes, *checkpoint.passengers.remarks(), *(line for lora in loras for line in lora.remarks())]
     file = checkpoint.store.files[0]
     for key in lora_keys(checkpoint.store) if not any(lora.store.files[0].samefile(file) for lora in loras) else ():
         lines.append(

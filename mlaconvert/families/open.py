@@ -22,7 +22,7 @@ from mlaconvert.families.passengers import refuse_promises, some, sort_tensors
 from mlaconvert.families.protocol import Family
 from mlaconvert.families.source import AnySource, Source, as_source
 from mlaconvert.families.wan import WanFamily
-from mlaconvert.families.wrappers import STREAMING_KEYS, unwrap
+from mlaconvert.families.wrappers import STREAMING_KEYS, left_out, unwrap
 from mlaconvert.files.find import find_beside, open_store
 from mlaconvert.files.inputs import read_json, read_yaml
 from mlaconvert.files.names import EXPERT_FOLDERS
@@ -92,6 +92,7 @@ def _recognise(
     store: TensorStore, raw: dict[str, Any] | None, state_key: str | None, settings: dict[str, Any] | None
 ) -> Checkpoint:
     key, cleaned = unwrap(store.tensors, state_key)
+    beside = left_out(store.tensors, cleaned.values())
     _refuse_known(raw or {}, cleaned)
     family = next((family for family in _FAMILIES if family.detect(raw, cleaned)), None)
     if family is None:
@@ -109,6 +110,9 @@ def _recognise(
         else:
             names[canonical] = raw_name
     tensors = {canonical: store.tensors[raw_name] for canonical, raw_name in names.items()}
+    if views := family.reshaped(raw, tensors):
+        store.present(views)
+        tensors |= {name: store.tensors[info.name] for name, info in tensors.items() if info.name in views}
     parsed = family.parse_config(raw, tensors)
     timing = _timing(store, raw, key, settings)
     parsed = replace(parsed, streaming=timing.streaming, few_step=timing.few_step)
@@ -124,12 +128,13 @@ def _recognise(
         names=MappingProxyType(names | unknown),
         timing=timing,
         passengers=passengers,
+        notes=(*store.notes, *([f"left out, beside the transformer: {', '.join(beside)}"] if beside else [])),
     )
 
 
 def _timing(store: TensorStore, raw: dict[str, Any] | None, key: str | None, settings: dict[str, Any] | None) -> Timing:
     """What the files say of time: config.json, the key of the weights, a pipeline's class, a codebase's YAML."""
-    student = (key or "").split("/")[0] in STREAMING_KEYS
+    student = re.split("[/.]", key or "")[0] in STREAMING_KEYS
     if settings is not None:
         own = {name: value for name, value in (raw or {}).items() if name in ("_class_name", "few_step")}
         return read_timing(own | settings, student=student, script=True, where="the YAML file of --config")

@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.files.headers import TensorInfo
+from mlaconvert.files.store import View
 
 Layout = Literal["native", "diffusers"]
 
@@ -27,6 +28,9 @@ class Family(Protocol):
 
         Raises ConfigError for an impossible value, UnsupportedModelError for a model that cannot be converted.
         """
+
+    def reshaped(self, raw_config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> dict[str, View]:
+        """Tensors that do the same in another shape, by their name in the file, as the family has them."""
 
     def check_attention(self, config: WanConfig, tensors: Mapping[str, TensorInfo]) -> None:
         """Raise UnsupportedModelError for attention that is not converted, before its shapes are compared."""

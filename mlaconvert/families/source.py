@@ -30,7 +30,10 @@ class Source:
     """Folder inside the path, such as one of two experts."""
 
     state_key: str | None = None
-    """State dict of a pickle; None takes generator_ema, generator, model, or none, whichever comes first."""
+    """Which of a file's models, by what its tensors' names begin with ("net_ema"), or by the key of a pickle.
+
+    None takes the only one; of several generator_ema or generator, whichever comes first, or a pickle's model.
+    """
 
     config: Path | None = None
     """A config.json to use, or a streaming codebase's YAML beside it; None is the config.json beside the weights."""

@@ -19,6 +19,7 @@ from mlaconvert.errors import CheckpointError, UnsupportedModelError
 from mlaconvert.families.causal import read_timing
 from mlaconvert.families.protocol import Layout
 from mlaconvert.files.headers import TensorInfo
+from mlaconvert.files.store import View
 
 HEAD_DIM = 128  # of every published Wan model
 _WHERE = "config.json"
@@ -98,6 +99,20 @@ class WanFamily:
         if renamed is None:
             raise UnsupportedModelError(f"{name!r} is not a tensor of a Wan model")
         return renamed
+
+    def reshaped(self, raw_config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> dict[str, View]:
+        """A patch embedding that is a linear layer of patches flattened by (channel, frame, row, column)."""
+        info = tensors.get("patch_embedding.weight")
+        patch = (raw_config or {}).get("patch_size", WanConfig.patch_size)
+        sizes = tuple(patch) if isinstance(patch, (list, tuple)) else ()
+        if info is None or len(info.shape) != 2 or len(sizes) != 3 or not all(type(n) is int and n > 0 for n in sizes):
+            return {}
+        channels, rest = divmod(info.shape[1], prod(sizes))
+        if rest or not channels:
+            return {}
+        shape = (info.shape[0], channels, *sizes)
+        name = info.name
+        return {name: View(replace(info, shape=shape), lambda read: read(name).view(shape))}
 
     def parse_config(self, raw_config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> WanConfig:
         """Fields of `raw_config` (native or diffusers'), else what the shapes of `tensors` (canonical names) say.

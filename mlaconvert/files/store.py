@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
 from types import MappingProxyType
@@ -26,12 +27,23 @@ _PIECE = 1 << 20  # bytes of a file that are read at a time
 Visit = Callable[[str], AbstractContextManager[Callable[[torch.Tensor], None] | None]]
 
 
+@dataclass(frozen=True)
+class View:
+    """A tensor in another form than the file's: what it is then, and how it is made from what the file has.
+
+    `make` is given a function that reads a tensor of the file by name.
+    """
+
+    info: TensorInfo
+    make: Callable[[Callable[[str], torch.Tensor]], torch.Tensor]
+
+
 class TensorStore:
     """The tensors of one checkpoint, read one at a time. Use it as a context manager, or call `close`.
 
     `source` is what was asked for, `path` the file or folder on this disk, `files` its weight files, `config` the
     config.json beside them (None when there is none), `revision` the Hub's commit that they are of (None for local
-    ones), `tensors` what each tensor is, in file order.
+    ones), `tensors` what each tensor is, in file order, `notes` what a user should know of how they are read.
     """
 
     def __init__(
@@ -64,7 +76,24 @@ class TensorStore:
                 self._home[info.name] = file
         if not tensors:
             raise CheckpointError(f"{path}: it holds no tensors; give a file with a model's weights")
+        self._held = tensors
+        self._views: dict[str, View] = {}
+        self.notes: tuple[str, ...] = ()
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
+
+    def present(self, views: Mapping[str, View], *, without: Collection[str] = (), notes: Sequence[str] = ()) -> None:
+        """Give tensors in another form from now on, and hide those `without` meaning of their own.
+
+        `notes` are lines that tell a user so. Files and their hash stay as they are.
+        """
+        shown = {name: info for name, info in self.tensors.items() if name not in without}
+        self._views |= views
+        self.tensors = MappingProxyType(shown | {name: view.info for name, view in views.items()})
+        self.notes += tuple(notes)
+
+    def is_plain(self, name: str) -> bool:
+        """Whether `read` gives the elements of a tensor just as the file holds them."""
+        return name not in self._views
 
     def _scan(self, file: Path) -> Iterable[TensorInfo]:
         if file.suffix == ".safetensors":
@@ -78,6 +107,9 @@ class TensorStore:
         """One tensor, mapped from the file rather than copied. Raises CheckpointError for an unknown name."""
         if name not in self.tensors:
             raise CheckpointError(f"{self.path}: it has no tensor {name!r}")
+        return self._views[name].make(self._read) if name in self._views else self._read(name)
+
+    def _read(self, name: str) -> torch.Tensor:
         if name in self._pickled:
             return self._pickled[name]
         file = self._home[name]
@@ -119,7 +151,7 @@ class TensorStore:
 
     def _regions(self, file: Path) -> list[TensorInfo]:
         """What a file consists of: a header without a name, then tensors without gaps; a PyTorch file is all header."""
-        inside = [info for info in self.tensors.values() if self._home[info.name] == file and file in self._handles]
+        inside = [info for info in self._held.values() if self._home[info.name] == file and file in self._handles]
         header = file.stat().st_size - sum(info.nbytes for info in inside)
         return [TensorInfo("", (header,), torch.uint8, header), *inside]
 

@@ -194,7 +194,7 @@ TENSORS: Cases = {
     "no rows": (swap(QUERY, lambda t: t[:0]), "shape"),
     "grouped queries": (swap("blocks.1.self_attn.k.weight", lambda t: t[:12]), "grouped-query"),
     "norms of heads": (swap("blocks.1.self_attn.norm_q.weight", lambda t: t[:12]), "norms each head"),
-    "patches of two dims": (swap("patch_embedding.weight", lambda t: t.flatten(1)), "expected 5 dimensions"),
+    "patches of two dims": (swap("patch_embedding.weight", lambda t: t.flatten(1)[:, 1:]), "expected 5 dimensions"),
     "patches of no size": (swap("patch_embedding.weight", lambda t: t[:, :0]), "expected 5 dimensions"),
     "no head": (change_state(lambda s: s.pop("head.head.weight")), "'head.head.weight' is missing"),
     "no patches": (change_state(lambda s: s.pop("patch_embedding.weight")), "family is not known"),
