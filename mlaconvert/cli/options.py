@@ -26,7 +26,9 @@ def files(incomplete: str, *endings: str) -> list[str]:
     except OSError:
         return []
     shown = [path for path in paths if start or not path.name.startswith(".")]
-    return [f"{path}/" if path.is_dir() else str(path) for path in shown if path.is_dir() or path.suffix in endings]
+    return [
+        f"{path}/" if path.is_dir() else str(path) for path in shown if path.is_dir() or path.suffix.lower() in endings
+    ]
 
 
 def source_of(
@@ -48,7 +50,9 @@ def source_of(
 
 def models(incomplete: str) -> list[str]:
     """The built-in model, weight files and folders."""
-    return among("tiny")(incomplete) + files(incomplete, ".safetensors", ".json", ".pt", ".pth", ".ckpt", ".bin")
+    return among("tiny")(incomplete) + files(
+        incomplete, ".safetensors", ".sft", ".json", ".pt", ".pth", ".ckpt", ".bin"
+    )
 
 
 def recipes(kind: str = "") -> Callable[[str], list[str]]:

@@ -33,7 +33,7 @@ from mlaconvert.clips.videos import Video
 from mlaconvert.config.parsing import Count, check_fields
 from mlaconvert.errors import ConfigError, InputError, OutputError
 from mlaconvert.files.inputs import read_json
-from mlaconvert.files.names import public_name
+from mlaconvert.files.names import is_hidden, public_name
 from mlaconvert.files.staging import claim, disk_errors, visible
 from mlaconvert.files.whole import remove_partial, write_whole
 from mlaconvert.model.device import resolve_device
@@ -202,7 +202,7 @@ def _shards(folder: Path) -> dict[str, dict[int, Path]]:
     """The shards that are there, by the stem of their video and the number of the clip."""
     shards: dict[str, dict[int, Path]] = {}
     for path in folder.glob("*.safetensors"):
-        if name := re.fullmatch(r"(.+)-(\d{4,})\.safetensors", path.name):
+        if (name := re.fullmatch(r"(.+)-(\d{4,})\.safetensors", path.name)) and not is_hidden(path.name):
             shards.setdefault(name[1], {})[int(name[2])] = path
     return shards
 

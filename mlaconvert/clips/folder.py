@@ -24,6 +24,7 @@ from mlaconvert.config.geometry import WanConfig
 from mlaconvert.errors import InputError, OutputError
 from mlaconvert.files.headers import read_header
 from mlaconvert.files.inputs import reason_of
+from mlaconvert.files.names import is_hidden
 from mlaconvert.files.store import check_floats, read_tensors
 from mlaconvert.files.whole import write_whole
 
@@ -192,10 +193,14 @@ def save_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
         raise OutputError(f"{path}: writing failed ({reason_of(error)}); make room, or check the folder") from None
 
 
+def _is_shard(path: Path) -> bool:
+    return path.name != NULL_CONTEXT and not is_hidden(path.name)
+
+
 def clip_files(folder: Path) -> list[Path]:
     """The shards of a folder by name, not opened yet. Raises InputError when there are none."""
     try:
-        shards = sorted(path for path in folder.glob("*.safetensors") if path.name != NULL_CONTEXT)
+        shards = sorted(path for path in folder.glob("*.safetensors") if _is_shard(path))
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: it cannot be listed ({reason_of(error)}); give a folder of clips") from None
     if not shards:

@@ -12,6 +12,7 @@ from typing import Any
 from mlaconvert.clips.footage import ENDINGS
 from mlaconvert.errors import InputError
 from mlaconvert.files.inputs import parse_json, read_text, reason_of
+from mlaconvert.files.names import is_hidden
 
 _CAPTIONS_LIMIT = 1 << 28  # bytes
 
@@ -49,8 +50,9 @@ def _below(source: Path) -> Iterator[tuple[str, Path]]:
     """(name, path) of a video file, or of all in a folder."""
     if source.is_dir():
         for path in sorted(source.rglob("*")):
-            if path.suffix.lower() in ENDINGS and path.is_file():
-                yield path.relative_to(source).as_posix(), path
+            name = path.relative_to(source).as_posix()
+            if path.suffix.lower() in ENDINGS and path.is_file() and not is_hidden(name):
+                yield name, path
     elif source.is_file():
         yield source.name, source
     else:

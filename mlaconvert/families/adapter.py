@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from mlaconvert.errors import CheckpointError
 from mlaconvert.files.inputs import is_file, parse_json, read_json
+from mlaconvert.files.names import is_safetensors
 
 PEFT_CONFIG = "adapter_config.json"
 _METADATA = "lora_adapter_metadata"  # where diffusers keeps the adapter's configuration in a safetensors header
@@ -59,7 +60,7 @@ def find_config(file: Path, ranks: Mapping[str, int]) -> AdapterConfig:
         if reason := _misfit(fields, ranks, own=True):
             raise CheckpointError(f"{beside}: {reason}; get the adapter's own file")
         return AdapterConfig(fields=fields, file=beside)
-    fields = _metadata(file) if file.suffix == ".safetensors" else {}
+    fields = _metadata(file) if is_safetensors(file.name) else {}
     if "lora_alpha" in fields or not is_file(beside):
         return AdapterConfig(fields=fields)
     try:

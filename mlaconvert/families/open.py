@@ -117,7 +117,7 @@ def _recognise(
     timing = _timing(store, raw, key, settings)
     parsed = replace(parsed, streaming=timing.streaming, few_step=timing.few_step)
     family.check_attention(parsed, tensors)
-    passengers = sort_tensors(family, layout, family.expected_shapes(parsed), tensors, unknown)
+    passengers = sort_tensors(family, layout, family.expected_shapes(parsed), tensors, unknown, raw or {})
     return Checkpoint(
         store=store,
         family=family,

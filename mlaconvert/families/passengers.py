@@ -45,6 +45,8 @@ _KNOWN = (
 )
 # model_type of a config.json -> the name that one of its tensors has.
 _PROMISED = {"vace": r"vace_", "flf2v": r"emb_pos|pos_embed", "animate": r"^motion_encoder", "s2v": r"audio"}
+# Fields of a config.json that say whether there are modules of these names.
+_STATED = {"cross_attn_norm": ("norm3",), "image_dim": ("img_emb", "k_img", "v_img", "norm_k_img")}
 _LONGEST = 40  # characters of a module's name that are shown
 _TIME = re.compile(r"time_embedding\.|time_projection\.|blocks\.\d+\.modulation$")
 
@@ -102,17 +104,19 @@ def sort_tensors(
     expected: Mapping[str, tuple[int, ...]],
     tensors: Mapping[str, TensorInfo],
     unknown: Collection[str],
+    raw_config: Mapping[str, Any],
 ) -> Passengers:
     """What is left when the tensors that a Wan transformer of this geometry has are taken away.
 
     `tensors` have canonical names, `unknown` are names in `layout` that mean nothing to the family. Raises
     UnsupportedModelError for self-attention that is not Wan's, and for a file that is damaged: a tensor that only some
-    of the blocks have, or that has another shape than the others.
+    of the blocks have, one that has another shape than the others, or one that is against the config.json.
     """
     _refuse_other_attention(unknown)
     missing = [name for name in expected if name not in tensors]
     blocks = 1 + max((int(match[1]) for name in expected if (match := _BLOCK.match(name))), default=0)
-    absent = _throughout(missing, blocks, expected)
+    stated = tuple(part for field, parts in _STATED.items() if raw_config.get(field) is not None for part in parts)
+    absent = {name for name in _throughout(missing, blocks, expected) if not _has_part(name, stated)}
     if damaged := [name for name in missing if name not in absent]:
         raise UnsupportedModelError(f"{len(damaged)} tensors of a Wan model are missing: {some(damaged)}")
     if inside := [name for name in unknown if _ATTENTION.match(name)]:
@@ -121,7 +125,7 @@ def sort_tensors(
             f"{some(inside)}"
         )
     beyond = [name for name in tensors if name not in expected]
-    carried = _throughout(beyond, blocks, expected)
+    carried = {name for name in _throughout(beyond, blocks, expected) if not _has_part(name, stated)}
     other: Layout = "native" if layout == "diffusers" else "diffusers"
     stray = [name for name in unknown if family.canonical(name, other) is not None]
     stray += [tensors[name].name for name in beyond if name not in carried]
@@ -175,6 +179,10 @@ def _throughout(names: Collection[str], blocks: int, expected: Iterable[str]) ->
         if (templates[_template(name)] == blocks and not _ATTENTION.match(name))
         or (not _BLOCK.match(name) and name.split(".")[0] not in broken)
     }
+
+
+def _has_part(name: str, parts: tuple[str, ...]) -> bool:
+    return any(part in parts for part in name.split("."))
 
 
 def _template(name: str) -> str:

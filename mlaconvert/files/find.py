@@ -11,8 +11,18 @@ from mlaconvert.errors import CheckpointError
 from mlaconvert.files.headers import read_index
 from mlaconvert.files.hub_cache import checked_subfolder, download, list_repo, split_hub_id
 from mlaconvert.files.inputs import is_folder, read_json
-from mlaconvert.files.names import CONFIG_NAME, INDEX_SUFFIX, PICKLE_SUFFIXES
-from mlaconvert.files.select import SHARD, find_experts, list_folder, local_path, offer_experts, select
+from mlaconvert.files.names import CONFIG_NAME, PICKLE_SUFFIXES, is_index, is_pickle, is_safetensors
+from mlaconvert.files.select import (
+    NON_BLOCK,
+    SHARD,
+    block_files,
+    find_experts,
+    list_folder,
+    local_path,
+    offer_experts,
+    select,
+    snapshot,
+)
 from mlaconvert.files.store import TensorStore
 
 
@@ -30,10 +40,16 @@ def open_store(
     if path is None:
         path, commit = download(str(source), revision, subfolder)
     elif path.is_dir():
+        path = snapshot(path)
         root = path / checked_subfolder(subfolder) if subfolder else path
         if not is_folder(root):
             raise CheckpointError(f"{path}: it has no folder {subfolder!r}{offer_experts(path)}")
         path = root / select(list_folder(root), str(root))
+        if path.is_symlink() and not path.exists():
+            lost = "shards but no index" if is_index(path.name) else "no weights"
+            raise CheckpointError(
+                f"{root}: it holds {lost}: {path.name} is a link to nowhere ({path.readlink()}); download it again"
+            )
     elif subfolder:
         raise CheckpointError(
             f"{path}: a file has no subfolder {subfolder!r}; give the folder, or leave --subfolder out"
@@ -71,7 +87,7 @@ def experts(source: str | os.PathLike[str], revision: str | None = None) -> tupl
     """The two subfolders of a Wan2.2 A14B source (high noise first), or () for any other source."""
     path = local_path(source, revision)
     if path is not None:
-        return find_experts(list_folder(path)) if path.is_dir() else ()
+        return find_experts(list_folder(snapshot(path))) if path.is_dir() else ()
     repo, inside = split_hub_id(str(source))
     prefix = f"{inside}/" if inside else ""
     return find_experts([n[len(prefix) :] for n in list_repo(repo, revision) if n.startswith(prefix)])
@@ -81,7 +97,7 @@ def _open_local(source: str, path: Path, revision: str | None) -> TensorStore:
     """Open one weight file, or the shards of an index."""
     config_file = path.parent / CONFIG_NAME
     config = read_json(config_file) if config_file.exists() or config_file.is_symlink() else None
-    if path.name.endswith(INDEX_SUFFIX):
+    if is_index(path.name):
         placed = read_index(path)
         store = TensorStore(source, path.parent, [path.parent / shard for shard in placed], config, revision)
         listed = set(chain.from_iterable(placed.values()))
@@ -90,8 +106,9 @@ def _open_local(source: str, path: Path, revision: str | None) -> TensorStore:
                 store.close()
                 raise CheckpointError(f"{path}: it {kind} {min(names)!r}, against its shards; download the files again")
         return store
-    if path.suffix not in (".safetensors", *PICKLE_SUFFIXES):
+    if not (is_safetensors(path.name) or is_pickle(path.name)):
         raise CheckpointError(f"{path}: not a weight file (.safetensors, {', '.join(PICKLE_SUFFIXES)})")
     if SHARD.search(path.name):
         raise CheckpointError(f"{path}: one shard of several; give its folder {path.parent}")
-    return TensorStore(source, path, [path], config, revision)
+    blocks = block_files(path.name, [file.name for file in path.parent.iterdir()] if path.name == NON_BLOCK else ())
+    return TensorStore(source, path, [path, *sorted(path.parent / name for name in blocks)], config, revision)

@@ -55,7 +55,7 @@ def read_index(path: Path) -> dict[str, list[str]]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: it has no weight_map; download the index again")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
+        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.(safetensors|sft)", shard, re.I):
             raise CheckpointError(f"{path}: {name!r} points to {shard!r}, which is not a .safetensors file beside it")
         placed.setdefault(shard, []).append(name)
     return dict(sorted(placed.items()))

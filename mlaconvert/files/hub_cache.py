@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 from mlaconvert.errors import CheckpointError
 from mlaconvert.files.headers import read_index
 from mlaconvert.files.inputs import reason_of
-from mlaconvert.files.names import CONFIG_NAME, CONVERSION_NAME, HEALING_NAME, INDEX_SUFFIX
-from mlaconvert.files.select import local_path, select
+from mlaconvert.files.names import CONFIG_NAME, CONVERSION_NAME, HEALING_NAME, is_hidden, is_index
+from mlaconvert.files.select import block_files, local_path, select
 
 
 def checked_subfolder(subfolder: str) -> str:
@@ -58,16 +58,18 @@ def download(source: str, revision: str | None, subfolder: str | None) -> tuple[
         chosen = inside
     else:
         prefix = f"{inside}/" if inside else ""
-        below = [n[len(prefix) :] for n in names if n.startswith(prefix)]
+        below = [n[len(prefix) :] for n in names if n.startswith(prefix) and n[len(prefix) :].count("/") < 3]
         if not below:
             raise CheckpointError(f"{repo} on the Hub has no file or folder {inside!r}; check the path and --revision")
         chosen = prefix + select(below, f"{repo}/{inside}".rstrip("/"))
     folder = chosen.rpartition("/")[0]
     beside = (f"{folder}/{name}".lstrip("/") for name in (CONFIG_NAME, CONVERSION_NAME, HEALING_NAME))
     snapshot = _fetch(repo, revision, [chosen, *(name for name in beside if name in names)])
-    if chosen.endswith(INDEX_SUFFIX):
+    if is_index(chosen):
         shards = [f"{folder}/{shard}".lstrip("/") for shard in read_index(snapshot / chosen)]
         _fetch(repo, revision, [chosen, *shards])
+    elif blocks := block_files(chosen, names):
+        _fetch(repo, revision, [chosen, *blocks])
     return snapshot / chosen, snapshot.name
 
 
@@ -88,7 +90,8 @@ def list_files(source: str | os.PathLike[str], revision: str | None = None) -> t
     """Names of all files of a local folder or a Hub repo, sorted, with "/" between folders. Raises CheckpointError."""
     path = local_path(source, revision)
     if path is not None:
-        return tuple(sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()))
+        names = (p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+        return tuple(sorted(name for name in names if not is_hidden(name)))
     repo, inside = split_hub_id(str(source))
     prefix = f"{inside}/" if inside else ""
     return tuple(sorted(n[len(prefix) :] for n in list_repo(repo, revision) if n.startswith(prefix)))

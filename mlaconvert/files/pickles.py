@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,8 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
             raise CheckpointError(
                 f"{path}: it is not a PyTorch checkpoint, or it is damaged; download it again"
             ) from None
+        if re.search(r"DTensor|ShardedTensor|torch\.distributed", str(error)):
+            raise _sharded(path) from None
         raise CheckpointError(
             f"{path}: it pickles more than tensors, and mlaconvert never runs pickled code. "
             "Save its state dict alone, as .safetensors or with torch.save, and use that"
@@ -50,6 +53,10 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
         check_name(path, name)
         if name in tensors:
             raise CheckpointError(f"{path}: two tensors are named {name!r}; save one state dict alone")
+        if type(tensor).__name__ in ("DTensor", "ShardedTensor"):
+            raise _sharded(path)
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+            raise CheckpointError(f"{path}: tensor {name!r} is a {type(tensor).__name__}; save it as a plain one")
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             raise CheckpointError(f"{path}: tensor {name!r} is not a plain dense tensor; save it as one")
         if tensor.untyped_storage().nbytes() < tensor.nbytes:
@@ -62,6 +69,13 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
     if sum(storages.values()) > available:
         raise CheckpointError(f"{path}: it promises more data than it has; download it again")
     return tensors
+
+
+def _sharded(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: a sharded training state (FSDP's DTensor); gather its tensors where it was trained, with "
+        "tensor.full_tensor() or `accelerate merge-weights`, save them with torch.save, and give that file"
+    )
 
 
 def check_zip(path: Path, size: int, *, longest_pickle: int = _MAX_PICKLE) -> int:

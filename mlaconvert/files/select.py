@@ -10,10 +10,32 @@ from pathlib import Path
 
 from mlaconvert.errors import CheckpointError, is_plain
 from mlaconvert.files.inputs import file_size
-from mlaconvert.files.names import EXPERT_FOLDERS, INDEX_SUFFIX, PICKLE_SUFFIXES, WEIGHTS_NAME
+from mlaconvert.files.names import (
+    EXPERT_FOLDERS,
+    INDEX_SUFFIX,
+    PICKLE_SUFFIXES,
+    SAFETENSORS_SUFFIXES,
+    WEIGHTS_NAME,
+    is_hidden,
+    is_index,
+    is_pickle,
+    is_safetensors,
+)
 from mlaconvert.files.shipped import TINY
 
-SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+SHARD = re.compile(r"-\d{5}-of-\d{5}(\.[\w-]+)?\.(safetensors|sft)$", re.IGNORECASE)
+NON_BLOCK = "non_block.safetensors"  # LightX2V's, beside a file for each block
+_BLOCK_FILE = re.compile(r"block_\d+\.safetensors")
+_DEEPSPEED = re.compile(r"zero_pp_rank_\d+|mp_rank_\d+_model_states")
+# Published names of what lies beside a transformer: text encoders, CLIP, VAEs, and a training's other states.
+_OTHER_WEIGHTS = re.compile(
+    r"(?i)(^|[^a-z])(u?mt5|t5|clip|vae|text_?encoder|(light)?tae(w|hv|sd)?|optimizer|scheduler|training_args|rng_state|"
+    r"random_states|ema_state)([^a-z]|$)"
+)
+_OTHER_FOLDERS = re.compile(
+    r"(?i)(^|/)(text_encoders?|tokenizers?|vae|clip(_vision)?|image_encoders?|loras?|google|xlm-roberta[^/]*|"
+    r"optimizers?)(/|$)"
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(/[^/\\]+)*/?")
 _REVISION = re.compile(r"(?!.*\.\.)[^\s/\\?#-][^\s\\?#]*")
 
@@ -40,7 +62,7 @@ def local_path(source: str | os.PathLike[str], revision: str | None) -> Path | N
         return path
     if path.is_symlink():
         raise CheckpointError(f"{path}: it is a link that leads nowhere; mend it, or give another path")
-    looks_like_file = text.count("/") == 1 and Path(text).suffix in (".safetensors", *PICKLE_SUFFIXES)
+    looks_like_file = text.count("/") == 1 and (is_safetensors(text) or is_pickle(text))
     if isinstance(source, str) and _HUB_ID.fullmatch(text) and not looks_like_file:
         if not {".", ".."}.isdisjoint(text.split("/")):
             raise CheckpointError(f"{text!r} leads outside its repository; give user/repo or user/repo/folder")
@@ -51,18 +73,39 @@ def local_path(source: str | os.PathLike[str], revision: str | None) -> Path | N
 
 
 def list_folder(folder: Path) -> list[str]:
-    """Names of the files in `folder` and in its folders, one level down."""
+    """Names of the files in `folder` and two levels of its folders, and of links to nowhere; hidden ones left out."""
     try:
-        return sorted(
-            p.relative_to(folder).as_posix() for p in chain(folder.glob("*"), folder.glob("*/*")) if p.is_file()
-        )
+        found = chain.from_iterable(folder.glob(pattern) for pattern in ("*", "*/*", "*/*/*"))
+        names = (p.relative_to(folder).as_posix() for p in found if p.is_file() or (p.is_symlink() and not p.exists()))
+        return sorted(name for name in names if not is_hidden(name))
     except OSError as error:
         raise CheckpointError(f"{folder}: it cannot be listed ({error.strerror})") from None
 
 
+def snapshot(folder: Path) -> Path:
+    """The files of the Hub client's own folder for a repository (`models--user--repo`); another folder as it is.
+
+    Raises CheckpointError when there are several of the repository's commits and none is its main branch.
+    """
+    commits = folder / "snapshots"
+    if not folder.resolve().name.startswith("models--") or not commits.is_dir():
+        return folder
+    main = folder / "refs" / "main"
+    if main.is_file() and file_size(main) < 100:
+        named = commits / main.read_text("utf-8", "replace").strip()
+        if named.is_dir() and named.parent == commits:
+            return named
+    found = sorted(path for path in commits.iterdir() if path.is_dir())
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{folder}: the Hub's folder of a repository with {len(found)} commits in {commits}; give one of them"
+        )
+    return found[0]
+
+
 def find_experts(names: Iterable[str]) -> tuple[str, ...]:
     """The folders of two experts among these file names, high noise first; () without."""
-    folders = {n.split("/")[0] for n in names if n.endswith(".safetensors") and n.count("/") == 1}
+    folders = {n.split("/")[0] for n in names if is_safetensors(n) and n.count("/") == 1 and not is_hidden(n)}
     return next((pair for pair in EXPERT_FOLDERS if folders.issuperset(pair)), ())
 
 
@@ -73,25 +116,86 @@ def offer_experts(folder: Path) -> str:
 
 
 def select(names: Sequence[str], where: str) -> str:
-    """Of the file names in a folder, the weight file or index to open. Raises CheckpointError when none stands out."""
+    """Of the file names in a folder, the weight file or index to open. Raises CheckpointError when none stands out.
+
+    Files that are named as a text encoder, a VAE, a LoRA or an optimizer are no model, and hidden ones are no files.
+    """
+    names = [name for name in names if not is_hidden(name)]
     if pair := find_experts(names):
         raise CheckpointError(f"{where}: it holds two experts; give --subfolder {pair[0]} or --subfolder {pair[1]}")
-    here = [n for n in names if "/" not in n and not n.startswith(".")]
-    indexes = [n for n in here if n.endswith(INDEX_SUFFIX)]
-    whole = [n for n in here if n.endswith(".safetensors") and not SHARD.search(n)]
-    pickles = [n for n in here if n.endswith(PICKLE_SUFFIXES)]
+    found = _select_here([n for n in names if "/" not in n], where)
+    if found is None or is_pickle(found):  # a pickle comes after the folder that is named for it
+        inner = [n.removeprefix("transformer/") for n in names if n.startswith("transformer/")]
+        if any(_is_weights(n) for n in inner):
+            return "transformer/" + select(inner, f"{where}/transformer")
+    return found or _select_below(names, where)
+
+
+def block_files(chosen: str, names: Iterable[str]) -> list[str]:
+    """All files of a model that LightX2V splits by blocks, without an index, of which `chosen` is one; [] otherwise."""
+    folder, _, name = chosen.rpartition("/")
+    if name != NON_BLOCK:
+        return []
+    inside = [n for n in names if n.rpartition("/")[0] == folder]
+    return [n for n in inside if _BLOCK_FILE.fullmatch(n.rpartition("/")[2])]
+
+
+def _is_weights(name: str) -> bool:
+    return is_safetensors(name) or is_pickle(name)
+
+
+def _select_here(here: Sequence[str], where: str) -> str | None:
+    """The weight file or index among files of one folder; None without any."""
+    weights = [n for n in here if _is_weights(n)]
+    models = [n for n in weights if not _OTHER_WEIGHTS.search(n)]
+    adapters = [n for n in weights if "lora" in n.lower()]
+    models = [n for n in models if n not in adapters] or adapters
+    indexes = [n for n in here if is_index(n) and not _OTHER_WEIGHTS.search(n)]
+    whole = [n for n in models if is_safetensors(n) and not SHARD.search(n)]
+    if NON_BLOCK in whole and not indexes:
+        whole = [n for n in whole if not _BLOCK_FILE.fullmatch(n)]
     for found in (indexes, whole):
         standard = [n for n in found if n in (WEIGHTS_NAME, f"{WEIGHTS_NAME}.index.json")]
         if standard or found:
             return _only(standard or found, where)
-    if any(SHARD.search(n) for n in here):
+    if any(SHARD.search(n) for n in models):
         raise CheckpointError(f"{where}: it holds shards but no *{INDEX_SUFFIX}; download the index too")
-    inner = [n.removeprefix("transformer/") for n in names if n.startswith("transformer/")]
-    if any(n.endswith((".safetensors", *PICKLE_SUFFIXES)) for n in inner):
-        return "transformer/" + select(inner, f"{where}/transformer")
-    if pickles:
-        return _only(pickles, where)
-    raise CheckpointError(f"{where}: it holds no weights (.safetensors, or {', '.join(PICKLE_SUFFIXES)})")
+    pickles = [n for n in models if is_pickle(n)]
+    if any(_DEEPSPEED.search(n) for n in pickles):
+        raise CheckpointError(
+            f"{where}: a sharded training state of DeepSpeed ({pickles[0]}, ...); gather it with the zero_to_fp32.py "
+            "beside or above it, and give the file that it writes"
+        )
+    return _only(pickles, where) if pickles else None
+
+
+def _select_below(names: Sequence[str], where: str) -> str:
+    """The weight file or index in the only folder, of those in one, that has any."""
+    folders: dict[str, list[str]] = {}
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        if folder and not _OTHER_FOLDERS.search(folder):
+            folders.setdefault(folder, []).append(file)
+    found = []
+    for folder, files in folders.items():
+        chosen = _select_here(files, f"{where}/{folder}") if any(map(_is_weights, files)) else None
+        found += [f"{folder}/{chosen}"] if chosen is not None else []
+    if len(found) > 1:
+        shown = ", ".join(found[:4]) + (", ..." if len(found) > 4 else "")
+        raise CheckpointError(f"{where}: it holds several models in its folders ({shown}); name the one to read")
+    if found:
+        return found[0]
+    if shards := next((n for n in names if n.endswith(".distcp")), None):
+        inside = f"{where}/{shards.rpartition('/')[0]}".rstrip("/")
+        raise CheckpointError(
+            f"{inside}: a sharded training state (.distcp); gather it with `python -m torch.distributed.checkpoint."
+            f"format_utils dcp_to_torch {inside} model.pt`, and give model.pt"
+        )
+    others = [n for n in names if _is_weights(n)]
+    there = f"; {', '.join(others[:3])} is no transformer by its name, and can be named" if others else ""
+    raise CheckpointError(
+        f"{where}: it holds no weights ({', '.join(SAFETENSORS_SUFFIXES[:1] + PICKLE_SUFFIXES)}){there}"
+    )
 
 
 def _only(names: Sequence[str], where: str) -> str:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from mlaconvert.errors import CheckpointError, is_plain
 from mlaconvert.files.headers import FLOATS, TensorInfo, read_header
 from mlaconvert.files.inputs import reason_of
+from mlaconvert.files.names import is_safetensors
 from mlaconvert.files.pickles import load_pickle
 from mlaconvert.progress import Counter, Progress, silent
 
@@ -96,7 +97,7 @@ class TensorStore:
         return name not in self._views
 
     def _scan(self, file: Path) -> Iterable[TensorInfo]:
-        if file.suffix == ".safetensors":
+        if is_safetensors(file.name):
             infos = read_header(file)
             self._handle(file)  # the library that will read the tensors must agree
             return infos
