@@ -2,15 +2,16 @@
 
 Self-attention is what a conversion replaces, so a LoRA made for the dense model has to be merged before, never loaded
 afterwards. Files may name the model's modules natively or as diffusers does, after PEFT (adapter_model with its
-adapter_config.json), diffusers, LongLive (`generator_lora` in a .pt file), ComfyUI or kohya.
+adapter_config.json), diffusers, LongLive (`generator_lora` in a .pt file), ComfyUI, kohya or DiffSynth.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mlaconvert.config.geometry import WanConfig
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, UnsupportedModelError
 from mlaconvert.families.adapter import PEFT_CONFIG, AdapterConfig, find_config
 from mlaconvert.families.checkpoint import Checkpoint
-from mlaconvert.families.protocol import Layout
+from mlaconvert.families.lora_names import FACTORS, ROLES, branch, flat, module_names, other_kind, split_key
 from mlaconvert.families.wrappers import unwrap
 from mlaconvert.files.find import open_store
 from mlaconvert.files.headers import TensorInfo
@@ -30,17 +31,6 @@ from mlaconvert.files.store import TensorStore, check_finite
 
 _STATE_KEY = "generator_lora"  # LongLive's; its file also holds the critic's
 _CRITIC = re.compile(r"critic|fake_score")
-_PREFIX = re.compile(r"(base_model\.model\.)?((transformer|transformer_2|model|diffusion_model)\.)*")
-_KOHYA = "lora_unet_"
-_LAYOUTS: tuple[Layout, ...] = ("native", "diffusers")
-_ROLES = (  # what a key is, by its end; PEFT may put an adapter's name before the leaf
-    ("down", re.compile(r"\.(?:lora_A|lora_down|lora\.down)(?:\.(?!weight$)\w+)?\.weight$")),
-    ("up", re.compile(r"\.(?:lora_B|lora_up|lora\.up)(?:\.(?!weight$)\w+)?\.weight$")),
-    ("up_bias", re.compile(r"\.lora_B(?:\.(?!bias$)\w+)?\.bias$")),
-    ("alpha", re.compile(r"\.alpha$")),
-    ("diff_b", re.compile(r"\.diff_b$")),
-    ("diff", re.compile(r"\.diff$")),
-)
 _SELF_ATTENTION = re.compile(r"blocks[._](\d+)[._](?:self_attn|attn1)[._]")
 
 
@@ -70,6 +60,8 @@ class _Parts:
 class Lora:
     """An opened LoRA, checked against its model. `modules` are canonical names of what it changes.
 
+    `left_out` counts its keys of each branch that the model has not.
+
     The scaling of a module is from the "file" (a tensor of its own), the "config" (adapter_config.json or metadata), or
     "rank" when nothing says it, which makes alpha / r one.
     """
@@ -79,6 +71,7 @@ class Lora:
     sha256: str
     config: AdapterConfig
     modules: Mapping[str, _Parts]
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -108,7 +101,16 @@ class Lora:
         return found | ({"scaling": list(self.scaling)} if self.config.file is not None else {})
 
     def remarks(self) -> list[str]:
-        """What was assumed of its alpha, a line each."""
+        """What was assumed of its alpha, and what was left out, a line each."""
+        lines = []
+        if self.left_out:
+            lines = [
+                f"LoRA {self.name}: {sum(self.left_out.values())} keys of branches that this model has not "
+                f"({', '.join(self.left_out)}) are left out"
+            ]
+        return lines + self._alpha_remarks()
+
+    def _alpha_remarks(self) -> list[str]:
         scaling = " and ".join(f"{value:g}" for value in self.scaling)
         if self.config.file is not None and self.store.files[0].stem != "adapter_model":
             return [f"LoRA {self.name}: alpha is that of the {PEFT_CONFIG} beside it, a factor of {scaling}"]
@@ -128,7 +130,8 @@ class Lora:
         Raises CheckpointError when the LoRA's values are not finite.
         """
         module, _, leaf = canonical.rpartition(".")
-        parts = self.modules.get(module)
+        bare = self.modules.get(canonical)
+        parts, leaf = (self.modules.get(module), leaf) if bare is None else (bare, "weight")
         change = self._change(parts, leaf) if parts is not None and leaf in ("weight", "bias") else None
         if change is None:
             return tensor
@@ -146,9 +149,9 @@ class Lora:
         return sum(changes[1:], changes[0]) if changes else None
 
     def _read(self, info: TensorInfo) -> Tensor:
-        tensor = self.store.read(info.name)
+        tensor = self.store.read(info.name).float()
         check_finite(tensor, info.name, self.store.path)
-        return tensor.float()
+        return tensor
 
 
 _BIAS = ("up_bias", "diff_b")
@@ -174,12 +177,19 @@ def open_lora(file: LoraFile, checkpoint: Checkpoint) -> Lora:
         raise ConfigError(f"the scale of {file.path} is {file.scale}: give a finite number, such as 1")
     store = open_store(path)
     try:
-        parts = _sort(store, checkpoint)
+        parts, left_out = _sort(store, checkpoint)
         config = _config(store, parts.values(), file.alpha)
         modules = {module: _parts(store, found, config) for module, found in parts.items()}
         for module, made in modules.items():
             _check_shapes(store, checkpoint, module, made.tensors)
-        lora = Lora(store=store, scale=file.scale, sha256=tensors_digest(store.files), config=config, modules=modules)
+        lora = Lora(
+            store=store,
+            scale=file.scale,
+            sha256=tensors_digest(store.files),
+            config=config,
+            modules=modules,
+            left_out=left_out,
+        )
         other = file.alpha not in (None, "file") and ("config" in file.alpha) != ("config" in lora.alpha)
         if other or file.scaling not in (None, lora.scaling):
             raise InputError(
@@ -209,29 +219,39 @@ def refuse_converted(names: Iterable[str], config: WanConfig, where: str | Path)
 _Found = dict[str, tuple[TensorInfo, str]]  # role -> (the tensor, the module's name in the file)
 
 
-def _sort(store: TensorStore, checkpoint: Checkpoint) -> dict[str, _Found]:
-    """Canonical module -> its parts. Raises CheckpointError naming a key that means nothing here."""
+def _sort(store: TensorStore, checkpoint: Checkpoint) -> tuple[dict[str, _Found], dict[str, int]]:
+    """Canonical module -> its parts; and of branches that the model has not, how many keys are left out.
+
+    Raises CheckpointError naming a key that means nothing here.
+    """
     keys = _chosen(store)
-    if not any(pattern.search(clean) for clean in keys for role, pattern in _ROLES if role != "alpha"):
+    if kind := other_kind(keys):
+        raise _of_another_kind(store, kind)
+    if not any(pattern.search(clean) for clean in keys for role, pattern in ROLES if role != "alpha"):
         raise CheckpointError(f"{store.path}: it holds no LoRA (keys such as ...q.lora_A.weight); found {min(keys)!r}")
-    if any("lora_magnitude" in key for key in keys):
-        raise _dora(store)
     refuse_converted(keys, checkpoint.config, store.path)
-    canonical = _names(checkpoint)
+    canonical = module_names(checkpoint)
     modules: dict[str, _Found] = {}
+    left_out: Counter[str] = Counter()
     for clean, raw in sorted(keys.items()):
-        role, named = next(((r, clean[: m.start()]) for r, p in _ROLES if (m := p.search(clean))), ("", clean))
-        module = canonical(named)
+        named, role = split_key(clean)
+        module = canonical.get(flat(named))
+        missing = branch(named) if module is None else None
+        if role and missing is not None:
+            left_out[missing] += 1
+            continue
         if not role or module is None:
             raise CheckpointError(
                 f"{store.path}: {raw!r} is no LoRA of this model ({checkpoint.family.name}, "
-                f"{checkpoint.config.num_layers} layers); only lora_A and lora_B (or down and up), alpha, diff and "
-                "diff_b of its modules can be merged"
+                f"{checkpoint.config.num_layers} layers); only lora_A and lora_B (or down and up), alpha, diff, diff_b "
+                "and diff_m of its modules can be merged"
             )
         found = modules.setdefault(module, {})
         if role in found:
             raise CheckpointError(f"{store.path}: {raw!r} and {found[role][0].name!r} are both {role} of {module!r}")
         found[role] = (store.tensors[raw], named)
+    if not modules:
+        raise CheckpointError(f"{store.path}: all of it is of branches that this model has not: {', '.join(left_out)}")
     for module, found in modules.items():
         if ("down" in found) != ("up" in found):
             (info, _) = found.get("down") or found["up"]
@@ -240,7 +260,7 @@ def _sort(store: TensorStore, checkpoint: Checkpoint) -> dict[str, _Found]:
             raise CheckpointError(
                 f"{store.path}: {found['up_bias'][0].name!r} has no lora_B.weight; get the whole file"
             )
-    return {module: found for module, found in modules.items() if set(found) != {"alpha"}}
+    return {module: found for module, found in modules.items() if set(found) != {"alpha"}}, dict(left_out)
 
 
 def _chosen(store: TensorStore) -> dict[str, str]:
@@ -255,43 +275,18 @@ def _chosen(store: TensorStore) -> dict[str, str]:
         raise CheckpointError(
             f"{store.path}: it holds LoRAs of two experts; split it, and convert each with --subfolder"
         )
-    return {_PREFIX.sub("", clean, count=1): raw for clean, raw in cleaned.items()}
+    return cleaned
 
 
 def lora_keys(store: TensorStore) -> list[str]:
     """State keys of a pickle under which there is a LoRA of the model: the generator's if it says so, no critic's."""
-    factor = [pattern for role, pattern in _ROLES if role in ("down", "up")]
-    keys = {name.rpartition("/")[0] for name in store.tensors if any(p.search(name) for p in factor)}
+    keys = {name.rpartition("/")[0] for name in store.tensors if any(p.search(name) for _, p in FACTORS)}
     found = [key for key in sorted(keys) if not _CRITIC.search(key.rpartition("/")[2])]
     return [key for key in found if key.rpartition("/")[2] == _STATE_KEY] or found
 
 
-def _names(checkpoint: Checkpoint) -> Callable[[str], str | None]:
-    """How a module's name in a LoRA becomes a canonical one of the model; None when the model has none such."""
-    family = checkpoint.family
-    modules = {name.rpartition(".")[0] for name in checkpoint.names if name.endswith((".weight", ".bias"))}
-    flat: dict[str, str] = {}  # kohya writes underscores for dots
-    for module in modules:
-        for layout in _LAYOUTS:
-            leaf = "weight" if f"{module}.weight" in checkpoint.names else "bias"
-            named = family.source(f"{module}.{leaf}", layout).rpartition(".")[0]
-            flat[_KOHYA + named.replace(".", "_")] = module
-
-    def canonical(named: str) -> str | None:
-        if named in flat:
-            return flat[named]
-        for layout in _LAYOUTS:
-            found = family.canonical(f"{named}.weight", layout)
-            module = found.rpartition(".")[0] if found else None
-            if module in modules:
-                return module
-        return None
-
-    return canonical
-
-
-def _dora(store: TensorStore) -> CheckpointError:
-    return CheckpointError(f"{store.path}: it is a DoRA, whose norms cannot be merged here; merge it with PEFT first")
+def _of_another_kind(store: TensorStore, kind: str) -> CheckpointError:
+    return CheckpointError(f"{store.path}: it is {kind}; merge it into the model with the library that made it first")
 
 
 def _config(store: TensorStore, parts: Iterable[_Found], recorded: str | None) -> AdapterConfig:
@@ -301,7 +296,7 @@ def _config(store: TensorStore, parts: Iterable[_Found], recorded: str | None) -
         return AdapterConfig()
     config = find_config(store.files[0], {named: info.shape[0] for info, named in without if info.shape})
     if config.fields.get("use_dora"):
-        raise _dora(store)
+        raise _of_another_kind(store, "a DoRA, whose norms cannot be merged here")
     return config
 
 
@@ -329,6 +324,7 @@ def _parts(store: TensorStore, found: _Found, config: AdapterConfig) -> _Parts:
 def _check_shapes(store: TensorStore, checkpoint: Checkpoint, module: str, tensors: Mapping[str, TensorInfo]) -> None:
     """Every part of one module against the model's tensor. Raises CheckpointError naming what does not fit."""
     weight, bias = (f"{module}.{leaf}" for leaf in ("weight", "bias"))
+    weight = module if module in checkpoint.names else weight  # a bare parameter
     shape = checkpoint.info(weight).shape if weight in checkpoint.names else ()
     outputs = checkpoint.info(bias).shape if bias in checkpoint.names else None
     rank = tensors["down"].shape[0] if "down" in tensors else 0

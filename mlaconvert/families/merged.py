@@ -72,7 +72,7 @@ def merge_loras(checkpoint: Checkpoint, files: Sequence[LoraFile]) -> Checkpoint
             stack.callback(loras[-1].store.close)
         stack.pop_all()
     modules = {module for lora in loras for module in lora.modules}
-    changes = {name: _merging(loras, name) for name in checkpoint.names if name.rpartition(".")[0] in modules}
+    changes = {name: _merging(loras, name) for name in checkpoint.names if {name, name.rpartition(".")[0]} & modules}
     return MergedCheckpoint(**fields_of(checkpoint), changes=changes, loras=tuple(loras))
 
 

@@ -60,7 +60,7 @@ def wrong(factors: Any, change: str) -> dict[str, Tensor]:
     ("change", "message"),
     [
         ("layer", r"'diffusion_model.blocks.7.self_attn.q.lora_A.weight' is no LoRA of this model \(wan, 3 layers\)"),
-        ("part", "'diffusion_model.blocks.0.self_attn.q.hada_w1_a' is no LoRA of this model"),
+        ("part", "is a LoHa .*merge it into the model with the library that made it"),
         ("shape", r"q.lora_A.weight' has shape \[3, 97\] for 'blocks.0.self_attn.q' .*expected \[3, 96\]"),
         ("rank", r"q.lora_B.weight' has shape \[96, 4\] for 'blocks.0.self_attn.q' .*expected \[96, 3\]"),
         ("partner", "q.lora_A.weight' has no partner"),
