@@ -69,6 +69,7 @@ def conversion_json(checkpoint: Checkpoint, report: ModelReport) -> str:
             "description": plan.description,
             "files": [file.name for file in checkpoint.store.files],
             "sha256": report.sha256,
+            **({"decoded": checkpoint.store.decoded} if checkpoint.store.decoded else {}),
             **({"passengers": checkpoint.passengers.record()} if checkpoint.passengers else {}),
             **({"loras": merged(checkpoint)} if merged(checkpoint) else {}),
         },

@@ -27,6 +27,7 @@ from mlaconvert.families.wrappers import unwrap
 from mlaconvert.files.find import open_store
 from mlaconvert.files.headers import TensorInfo
 from mlaconvert.files.inputs import is_file, is_folder
+from mlaconvert.files.quantised import decode
 from mlaconvert.files.store import TensorStore, check_finite
 
 _STATE_KEY = "generator_lora"  # LongLive's; its file also holds the critic's
@@ -177,6 +178,7 @@ def open_lora(file: LoraFile, checkpoint: Checkpoint) -> Lora:
         raise ConfigError(f"the scale of {file.path} is {file.scale}: give a finite number, such as 1")
     store = open_store(path)
     try:
+        decode(store)
         parts, left_out = _sort(store, checkpoint)
         config = _config(store, parts.values(), file.alpha)
         modules = {module: _parts(store, found, config) for module, found in parts.items()}

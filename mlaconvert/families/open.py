@@ -26,6 +26,7 @@ from mlaconvert.families.wrappers import STREAMING_KEYS, left_out, unwrap
 from mlaconvert.files.find import find_beside, open_store
 from mlaconvert.files.inputs import read_json, read_yaml
 from mlaconvert.files.names import EXPERT_FOLDERS
+from mlaconvert.files.quantised import decode
 from mlaconvert.files.store import TensorStore
 
 _FAMILIES: tuple[Family, ...] = (WanFamily(),)
@@ -91,6 +92,7 @@ def opened(source: AnySource | Checkpoint) -> AbstractContextManager[Checkpoint]
 def _recognise(
     store: TensorStore, raw: dict[str, Any] | None, state_key: str | None, settings: dict[str, Any] | None
 ) -> Checkpoint:
+    decode(store)
     key, cleaned = unwrap(store.tensors, state_key)
     beside = left_out(store.tensors, cleaned.values())
     _refuse_known(raw or {}, cleaned)
@@ -128,8 +130,12 @@ def _recognise(
         names=MappingProxyType(names | unknown),
         timing=timing,
         passengers=passengers,
-        notes=(*store.notes, *([f"left out, beside the transformer: {', '.join(beside)}"] if beside else [])),
+        notes=(*_decoded(store), *([f"left out, beside the transformer: {', '.join(beside)}"] if beside else [])),
     )
+
+
+def _decoded(store: TensorStore) -> list[str]:
+    return [f"quantised weights ({store.decoded}): decoded to bfloat16 as they are read"] if store.decoded else []
 
 
 def _timing(store: TensorStore, raw: dict[str, Any] | None, key: str | None, settings: dict[str, Any] | None) -> Timing:

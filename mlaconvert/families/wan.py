@@ -101,18 +101,23 @@ class WanFamily:
         return renamed
 
     def reshaped(self, raw_config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> dict[str, View]:
-        """A patch embedding that is a linear layer of patches flattened by (channel, frame, row, column)."""
-        info = tensors.get("patch_embedding.weight")
+        """A patch embedding that is a linear layer of patches flattened by (channel, frame, row, column).
+
+        Also modulations without their first dimension of one, which GGUF's quantiser drops.
+        """
         patch = (raw_config or {}).get("patch_size", WanConfig.patch_size)
         sizes = tuple(patch) if isinstance(patch, (list, tuple)) else ()
-        if info is None or len(info.shape) != 2 or len(sizes) != 3 or not all(type(n) is int and n > 0 for n in sizes):
-            return {}
-        channels, rest = divmod(info.shape[1], prod(sizes))
-        if rest or not channels:
-            return {}
-        shape = (info.shape[0], channels, *sizes)
-        name = info.name
-        return {name: View(replace(info, shape=shape), lambda read: read(name).view(shape))}
+        shapes: dict[str, tuple[int, ...]] = {
+            name: (1, *info.shape)
+            for name, info in tensors.items()
+            if name.rpartition(".")[2] == "modulation" and len(info.shape) == 2
+        }
+        info = tensors.get("patch_embedding.weight")
+        if info is not None and len(info.shape) == 2 and len(sizes) == 3:
+            span = prod(sizes) if all(type(n) is int and n > 0 for n in sizes) else 0
+            if span and info.shape[1] and not info.shape[1] % span:
+                shapes["patch_embedding.weight"] = (info.shape[0], info.shape[1] // span, *sizes)
+        return {tensors[name].name: _reshaped(tensors[name], shape) for name, shape in shapes.items()}
 
     def parse_config(self, raw_config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> WanConfig:
         """Fields of `raw_config` (native or diffusers'), else what the shapes of `tensors` (canonical names) say.
@@ -292,6 +297,10 @@ def _shape_fields(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
         "cross_attn_norm": "blocks.0.norm3.weight" in tensors,
         "model_type": "ti2v" if in_dim == out_dim == 48 else "t2v" if in_dim == out_dim else "i2v",
     }
+
+
+def _reshaped(info: TensorInfo, shape: tuple[int, ...]) -> View:
+    return View(replace(info, shape=shape), lambda read: read(info.name).reshape(shape))
 
 
 def _linear(shapes: dict[str, tuple[int, ...]], name: str, rows: int, columns: int) -> None:

@@ -11,7 +11,7 @@ from mlaconvert.errors import CheckpointError
 from mlaconvert.files.headers import read_index
 from mlaconvert.files.hub_cache import checked_subfolder, download, list_repo, split_hub_id
 from mlaconvert.files.inputs import is_folder, read_json
-from mlaconvert.files.names import CONFIG_NAME, PICKLE_SUFFIXES, is_index, is_pickle, is_safetensors
+from mlaconvert.files.names import CONFIG_NAME, PICKLE_SUFFIXES, is_gguf, is_index, is_pickle, is_safetensors
 from mlaconvert.files.select import (
     NON_BLOCK,
     SHARD,
@@ -31,9 +31,9 @@ def open_store(
 ) -> TensorStore:
     """Open a checkpoint: a file, a folder, "tiny", or a Hub id (`user/repo[/path]`, with `revision`).
 
-    A local path that exists wins over a Hub id. Reads .safetensors (one file, or shards with an index) and pickles
-    of tensors (.pt, .pth, .ckpt, .bin; `weights_only` always). Downloads only the config, index, weights and, of a
-    converted model, the records of its conversion and healing.
+    A local path that exists wins over a Hub id. Reads .safetensors (one file, or shards with an index), pickles
+    of tensors (.pt, .pth, .ckpt, .bin; `weights_only` always) and GGUF. Downloads only the config, index, weights
+    and, of a converted model, the records of its conversion and healing.
     Raises CheckpointError, naming the file and what to do.
     """
     path, commit = local_path(source, revision), None
@@ -106,8 +106,8 @@ def _open_local(source: str, path: Path, revision: str | None) -> TensorStore:
                 store.close()
                 raise CheckpointError(f"{path}: it {kind} {min(names)!r}, against its shards; download the files again")
         return store
-    if not (is_safetensors(path.name) or is_pickle(path.name)):
-        raise CheckpointError(f"{path}: not a weight file (.safetensors, {', '.join(PICKLE_SUFFIXES)})")
+    if not (is_safetensors(path.name) or is_pickle(path.name) or is_gguf(path.name)):
+        raise CheckpointError(f"{path}: not a weight file (.safetensors, {', '.join(PICKLE_SUFFIXES)}, .gguf)")
     if SHARD.search(path.name):
         raise CheckpointError(f"{path}: one shard of several; give its folder {path.parent}")
     blocks = block_files(path.name, [file.name for file in path.parent.iterdir()] if path.name == NON_BLOCK else ())

@@ -36,6 +36,11 @@ def is_pickle(name: str) -> bool:
     return name.lower().endswith(PICKLE_SUFFIXES)
 
 
+def is_gguf(name: str) -> bool:
+    """Whether a file's name ends as a GGUF file's."""
+    return name.lower().endswith(".gguf")
+
+
 def is_index(name: str) -> bool:
     """Whether it is the name of an index of shards, of a variant (`...index.fp16.json`) too."""
     return _INDEX.search(name) is not None

@@ -16,6 +16,7 @@ from mlaconvert.files.names import (
     PICKLE_SUFFIXES,
     SAFETENSORS_SUFFIXES,
     WEIGHTS_NAME,
+    is_gguf,
     is_hidden,
     is_index,
     is_pickle,
@@ -62,7 +63,7 @@ def local_path(source: str | os.PathLike[str], revision: str | None) -> Path | N
         return path
     if path.is_symlink():
         raise CheckpointError(f"{path}: it is a link that leads nowhere; mend it, or give another path")
-    looks_like_file = text.count("/") == 1 and (is_safetensors(text) or is_pickle(text))
+    looks_like_file = text.count("/") == 1 and _is_weights(text)
     if isinstance(source, str) and _HUB_ID.fullmatch(text) and not looks_like_file:
         if not {".", ".."}.isdisjoint(text.split("/")):
             raise CheckpointError(f"{text!r} leads outside its repository; give user/repo or user/repo/folder")
@@ -124,7 +125,9 @@ def select(names: Sequence[str], where: str) -> str:
     if pair := find_experts(names):
         raise CheckpointError(f"{where}: it holds two experts; give --subfolder {pair[0]} or --subfolder {pair[1]}")
     found = _select_here([n for n in names if "/" not in n], where)
-    if found is None or is_pickle(found):  # a pickle comes after the folder that is named for it
+    if found is None or not (
+        is_safetensors(found) or is_index(found)
+    ):  # another kind comes after the folder that is named for it
         inner = [n.removeprefix("transformer/") for n in names if n.startswith("transformer/")]
         if any(_is_weights(n) for n in inner):
             return "transformer/" + select(inner, f"{where}/transformer")
@@ -141,7 +144,7 @@ def block_files(chosen: str, names: Iterable[str]) -> list[str]:
 
 
 def _is_weights(name: str) -> bool:
-    return is_safetensors(name) or is_pickle(name)
+    return is_safetensors(name) or is_pickle(name) or is_gguf(name)
 
 
 def _select_here(here: Sequence[str], where: str) -> str | None:
@@ -166,7 +169,8 @@ def _select_here(here: Sequence[str], where: str) -> str | None:
             f"{where}: a sharded training state of DeepSpeed ({pickles[0]}, ...); gather it with the zero_to_fp32.py "
             "beside or above it, and give the file that it writes"
         )
-    return _only(pickles, where) if pickles else None
+    found = pickles or [n for n in models if is_gguf(n)]
+    return _only(found, where) if found else None
 
 
 def _select_below(names: Sequence[str], where: str) -> str:
@@ -194,7 +198,7 @@ def _select_below(names: Sequence[str], where: str) -> str:
     others = [n for n in names if _is_weights(n)]
     there = f"; {', '.join(others[:3])} is no transformer by its name, and can be named" if others else ""
     raise CheckpointError(
-        f"{where}: it holds no weights ({', '.join(SAFETENSORS_SUFFIXES[:1] + PICKLE_SUFFIXES)}){there}"
+        f"{where}: it holds no weights ({', '.join(SAFETENSORS_SUFFIXES[:1] + PICKLE_SUFFIXES)}, .gguf){there}"
     )
 
 

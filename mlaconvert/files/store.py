@@ -16,9 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mlaconvert.errors import CheckpointError, is_plain
+from mlaconvert.files.gguf_file import read_gguf
 from mlaconvert.files.headers import FLOATS, TensorInfo, read_header
 from mlaconvert.files.inputs import reason_of
-from mlaconvert.files.names import is_safetensors
+from mlaconvert.files.names import is_gguf, is_safetensors
 from mlaconvert.files.pickles import load_pickle
 from mlaconvert.progress import Counter, Progress, silent
 
@@ -44,7 +45,8 @@ class TensorStore:
 
     `source` is what was asked for, `path` the file or folder on this disk, `files` its weight files, `config` the
     config.json beside them (None when there is none), `revision` the Hub's commit that they are of (None for local
-    ones), `tensors` what each tensor is, in file order, `notes` what a user should know of how they are read.
+    ones), `tensors` what each tensor is, in file order, `decoded` what they are quantised to in
+    the files ("" for weights as they are).
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class TensorStore:
         self._home: dict[str, Path] = {}
         self._pickled: dict[str, torch.Tensor] = {}
         self._handles: dict[Path, Any] = {}
+        self._views: dict[str, View] = {}
+        self.decoded = ""
         self._stack = ExitStack()
         tensors: dict[str, TensorInfo] = {}
         for file in self.files:
@@ -78,19 +82,17 @@ class TensorStore:
         if not tensors:
             raise CheckpointError(f"{path}: it holds no tensors; give a file with a model's weights")
         self._held = tensors
-        self._views: dict[str, View] = {}
-        self.notes: tuple[str, ...] = ()
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
 
-    def present(self, views: Mapping[str, View], *, without: Collection[str] = (), notes: Sequence[str] = ()) -> None:
+    def present(self, views: Mapping[str, View], *, without: Collection[str] = (), decoded: str = "") -> None:
         """Give tensors in another form from now on, and hide those `without` meaning of their own.
 
-        `notes` are lines that tell a user so. Files and their hash stay as they are.
+        `decoded` says what they were quantised to. Files and their hash stay as they are.
         """
         shown = {name: info for name, info in self.tensors.items() if name not in without}
-        self._views |= views
+        self._views |= {name: _upon(self._views.get(name), view) for name, view in views.items()}
         self.tensors = MappingProxyType(shown | {name: view.info for name, view in views.items()})
-        self.notes += tuple(notes)
+        self.decoded = " and ".join(filter(None, (self.decoded, decoded)))
 
     def is_plain(self, name: str) -> bool:
         """Whether `read` gives the elements of a tensor just as the file holds them."""
@@ -101,11 +103,25 @@ class TensorStore:
             infos = read_header(file)
             self._handle(file)  # the library that will read the tensors must agree
             return infos
+        if is_gguf(file.name):
+            return self._scan_gguf(file)
         self._pickled = load_pickle(file)
         return [TensorInfo(name, tuple(t.shape), t.dtype, t.nbytes) for name, t in self._pickled.items()]
 
+    def _scan_gguf(self, file: Path) -> list[TensorInfo]:
+        infos, kinds = [], set()
+        for info, kind, make in read_gguf(file):
+            infos.append(info)
+            self._views[info.name] = View(info, make)
+            kinds.add(kind)
+        self.decoded = f"GGUF {', '.join(sorted(kinds))}"
+        return infos
+
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, mapped from the file rather than copied. Raises CheckpointError for an unknown name."""
+        """One tensor, mapped from the file rather than copied, or decoded.
+
+        Raises CheckpointError for an unknown name, and for one that cannot be decoded.
+        """
         if name not in self.tensors:
             raise CheckpointError(f"{self.path}: it has no tensor {name!r}")
         return self._views[name].make(self._read) if name in self._views else self._read(name)
@@ -167,6 +183,17 @@ class TensorStore:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _upon(view: View | None, other: View) -> View:
+    """`other` made from what `view` of the same tensor gives."""
+    if view is None:
+        return other
+
+    def make(read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        return other.make(lambda name: view.make(read) if name == other.info.name else read(name))
+
+    return View(other.info, make)
 
 
 def _pieces(stream: RawIOBase, file: Path, size: int, *, forget: bool) -> Iterator[torch.Tensor]:

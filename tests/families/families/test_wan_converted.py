@@ -193,12 +193,6 @@ BAD_MODELS: dict[str, tuple[Callable[[State], None], dict[str, Any], type[InputE
     ),
     "config disagrees": (keep, {"ffn_dim": 170}, UnsupportedModelError, r"\[160, 96\], expected \[170, 96\]"),
     "integer": (put(Q, torch.ones(96, 96, dtype=torch.int8)), {}, UnsupportedModelError, f"{Q}' is torch.int8"),
-    "float8": (
-        put(Q, torch.ones(96, 96).to(torch.float8_e4m3fn)),
-        {},
-        UnsupportedModelError,
-        "is torch.float8_e4m3fn, expected .* unquantised",
-    ),
     "complex": (put(Q, torch.ones(96, 96, dtype=torch.complex64)), {}, UnsupportedModelError, "torch.complex64"),
     "grouped queries": (put(K, torch.ones(48, 96)), {}, UnsupportedModelError, rf"{K}' has 48 rows for 96 .*grouped"),
     "norm per head": (
