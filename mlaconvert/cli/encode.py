@@ -31,8 +31,8 @@ def encode(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Captions: JSON lines with file and caption, or CSV with these columns. Default: a .txt file beside "
-            "each video.",
+            help="Captions: JSON lines or an array with file and caption, or CSV with these columns. Default: a .txt "
+            "file beside each video.",
         ),
     ] = None,
     height: Annotated[int, typer.Option(metavar="N", help="Height of the clips in pixels, cropped to fit.")] = 480,

@@ -284,7 +284,7 @@ def _lines(path: Path) -> list[str]:
     from mlaconvert.errors import InputError
     from mlaconvert.files.inputs import read_text
 
-    lines = [line.strip() for line in read_text(path).splitlines()]
+    lines = [line.strip() for line in read_text(path).split("\n")]
     prompts = [line for line in lines if line]
     if not prompts:
         raise InputError(f"{path} has no prompts; give one a line")

@@ -33,7 +33,7 @@ _DTYPES = {
 }
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MAX_HEADER = 1 << 22  # bytes of a .safetensors header; the largest Wan models have 0.2 million
+_MAX_HEADER = 100_000_000  # bytes of a .safetensors header, as the safetensors library has it
 _MAX_TENSORS = 100_000
 _MAX_DIMS = 8
 

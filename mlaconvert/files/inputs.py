@@ -6,6 +6,7 @@ place would block or never end.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import os
@@ -23,6 +24,7 @@ MAX_TEXT = 1 << 24  # bytes of a JSON or text file; conversion.json of the large
 MAX_RECIPE = 1 << 17  # bytes of a YAML file; the parser is slow
 MAX_DEPTH = 32  # lists and mappings inside each other
 MAX_PARTS = 1 << 19  # lists and objects of a JSON file; healing.json has one a step
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)', re.DOTALL)  # of JSON, closed or not: brackets in it are none
 
 
 def file_size(path: Path, error: type[InputError] = CheckpointError) -> int:
@@ -102,12 +104,15 @@ def _open_at(folder: Path, parts: Sequence[str]) -> BinaryIO:
 
 
 def read_text(path: Path, error: type[InputError] = InputError, *, limit: int = MAX_TEXT) -> str:
-    """A UTF-8 text file of at most `limit` bytes. Raises `error` naming the file."""
+    """A UTF-8 text file of at most `limit` bytes, with a byte order mark or without. Raises `error` naming the file."""
     size = file_size(path, error)
     if size > limit:
         raise error(f"{path}: it has {size:,} bytes, expected at most {limit:,}; check that it is the right file")
     try:
-        return path.read_bytes().decode("utf-8")
+        data = path.read_bytes()
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise error(f"{path}: it is UTF-16 text; save it as UTF-8 (in a spreadsheet: CSV UTF-8)")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as failure:
         raise error(f"{path}: not UTF-8 text ({failure.reason} at byte {failure.start}); save it as UTF-8") from None
     except OSError as failure:
@@ -128,7 +133,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def parse_json(text: str) -> Any:
     """Plain data from JSON. Raises ValueError; also for a key that comes twice, and beyond MAX_DEPTH or MAX_PARTS."""
-    if text.count("[") + text.count("{") > MAX_PARTS:
+    if _brackets(text) > MAX_PARTS and _brackets(_STRING.sub("", text)) > MAX_PARTS:
         raise ValueError(f"more than {MAX_PARTS:,} lists and objects")
     try:
         data = json.loads(text, object_pairs_hook=_no_duplicates)
@@ -140,6 +145,10 @@ def parse_json(text: str) -> Any:
     if level:
         raise ValueError("lists or objects are nested too deeply")
     return data
+
+
+def _brackets(text: str) -> int:
+    return text.count("[") + text.count("{")
 
 
 def _inside(level: list[Any]) -> list[Any]:
