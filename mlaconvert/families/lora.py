@@ -178,7 +178,7 @@ def open_lora(file: LoraFile, checkpoint: Checkpoint) -> Lora:
         raise ConfigError(f"the scale of {file.path} is {file.scale}: give a finite number, such as 1")
     store = open_store(path)
     try:
-        decode(store)
+        _decode(store)
         parts, left_out = _sort(store, checkpoint)
         config = _config(store, parts.values(), file.alpha)
         modules = {module: _parts(store, found, config) for module, found in parts.items()}
@@ -216,6 +216,13 @@ def refuse_converted(names: Iterable[str], config: WanConfig, where: str | Path)
                 f"{where}: {name!r} belongs to self-attention, which was converted; merge this LoRA before: "
                 "mlaconvert convert SOURCE --lora FILE"
             )
+
+
+def _decode(store: TensorStore) -> None:
+    try:
+        decode(store)
+    except CheckpointError as error:
+        raise CheckpointError(f"{store.path}: {error}") from None
 
 
 _Found = dict[str, tuple[TensorInfo, str]]  # role -> (the tensor, the module's name in the file)

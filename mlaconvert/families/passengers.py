@@ -117,6 +117,12 @@ def sort_tensors(
     blocks = 1 + max((int(match[1]) for name in expected if (match := _BLOCK.match(name))), default=0)
     stated = tuple(part for field, parts in _STATED.items() if raw_config.get(field) is not None for part in parts)
     absent = {name for name in _throughout(missing, blocks, expected) if not _has_part(name, stated)}
+    leaves = Counter(name.split(".", 2)[2] for name in missing if _ATTENTION.match(name))
+    if lost := [leaf for leaf, count in leaves.items() if count == blocks > 1]:
+        raise UnsupportedModelError(
+            f"its self-attention differs from Wan's: {len(lost) * blocks} tensors are missing, of every block "
+            f"{' and '.join(lost[:4])}; expected biases, and norms over the whole width"
+        )
     if damaged := [name for name in missing if name not in absent]:
         raise UnsupportedModelError(f"{len(damaged)} tensors of a Wan model are missing: {some(damaged)}")
     if inside := [name for name in unknown if _ATTENTION.match(name)]:

@@ -111,7 +111,7 @@ def read_text(path: Path, error: type[InputError] = InputError, *, limit: int = 
     try:
         data = path.read_bytes()
         if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise error(f"{path}: it is UTF-16 text; save it as UTF-8 (in a spreadsheet: CSV UTF-8)")
+            raise error(f"{path}: not UTF-8 text but UTF-16; save it as UTF-8 (in a spreadsheet: CSV UTF-8)")
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as failure:
         raise error(f"{path}: not UTF-8 text ({failure.reason} at byte {failure.start}); save it as UTF-8") from None

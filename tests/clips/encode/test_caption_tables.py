@@ -62,7 +62,7 @@ def test_tables(case: str, tmp_path: Path) -> None:
 
 
 BAD: dict[str, tuple[str, bytes, str]] = {
-    "UTF-16": ("c.csv", "file,caption\na,b".encode("utf-16"), "c.csv: it is UTF-16 text; save it as UTF-8"),
+    "UTF-16": ("c.csv", "file,caption\na,b".encode("utf-16"), "c.csv: not UTF-8 text but UTF-16; save it as UTF-8"),
     "Latin-1": ("c.csv", "file,caption\na,\u00e9".encode("latin-1"), "not UTF-8 text"),
     "other columns": (
         "c.csv",

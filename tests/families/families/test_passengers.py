@@ -193,8 +193,11 @@ def test_other_attention_is_named(name: str, golden_state: State, save_folder: S
     [
         (("blocks.1.cross_attn.k.bias",), r"1 tensors .* missing: blocks\.1\.cross_attn\.k\.bias"),
         (("text_embedding.2.bias",), r"1 tensors .* missing: text_embedding\.2\.bias"),
-        (("self_attn.q.bias",), r"3 tensors .* missing"),  # of all blocks: attention without biases is not Wan's
-        (("self_attn.norm_k",), r"3 tensors .* missing"),
+        (
+            ("self_attn.q.bias",),
+            r"differs from Wan's: 3 tensors are missing, of every block self_attn.q.bias; expected b",
+        ),  # of all blocks: attention without biases is not Wan's
+        (("self_attn.norm_k",), r"3 tensors are missing, of every block self_attn.norm_k.weight"),
     ],
 )
 def test_damage_is_no_other_model(

@@ -122,7 +122,8 @@ JSON_FILES: dict[str, tuple[bytes, str]] = {
     "a key twice": (b'{"dim": 24, "dim": 48}', "'dim' is in it twice"),
     "not UTF-8": (b'{"model_type": "\xff"}', "not UTF-8"),
     "UTF-16": ('{"dim": 24}'.encode("utf-16"), "not UTF-8"),
-    "a BOM": (b'\xef\xbb\xbf{"dim": 24}', "not readable JSON"),
+    "a BOM in the middle": (b'{"dim": \xef\xbb\xbf24}', "not readable JSON"),
+    "two BOMs": (b'\xef\xbb\xbf\xef\xbb\xbf{"dim": 24}', "not readable JSON"),
     "NULs": (bytes(100), "not readable JSON"),
     "a number of 5000 digits": (b'{"dim": ' + b"9" * 5000 + b"}", "not readable JSON"),
     "lists of lists": (b'{"dim": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "nested too deeply"),
@@ -165,7 +166,7 @@ def poison(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return make
 
 
-FFN = "blocks.0.ffn.0.weight"
+FFN, E4M3 = "blocks.0.ffn.0.weight", torch.float8_e4m3fn
 TENSORS: Cases = {
     **{
         f"dtype {dtype}": (
@@ -179,10 +180,18 @@ TENSORS: Cases = {
             swap(FFN, lambda t, dtype=dtype: t.to(getattr(torch, dtype))),
             f"is torch.{dtype}, expected",
         )  # type: ignore[misc]
-        for dtype in ("int8", "bool", "float8_e4m3fn", "float8_e5m2", "complex64")
+        for dtype in ("int8", "bool", "complex64")
     },
-    "dtype float8_e4m3fn": (swap(QUERY, lambda t: t.to(torch.float8_e4m3fn)), "is torch.float8_e4m3fn, expected"),
-    "dtype float8_e5m2": (swap(QUERY, lambda t: t.to(torch.float8_e5m2)), "is torch.float8_e5m2, expected"),
+    "a scale for nothing": (change_state(lambda s: s.update({f"{FFN}_scale": torch.ones(1)})), "not part of a Wan"),
+    "a scale of scales": (
+        change_state(lambda s: s.update({FFN: s[FFN].to(E4M3), f"{FFN}_scale": torch.ones(1).to(E4M3)})),
+        r"_scale' is \[1\] of torch.float8",
+    ),
+    "scales of blocks": (
+        change_state(lambda s: s.update({FFN: s[FFN].to(E4M3), f"{FFN}_scale": torch.ones(2, 2)})),
+        r"_scale' is \[2, 2\] of",
+    ),
+    "float8 of another shape": (swap(FFN, lambda t: t.T.to(torch.float8_e5m2)), r"\[24, 20\]|dimensions"),
     "dtype complex64": (swap(QUERY, lambda t: t.to(torch.complex64)), "is torch.complex64, expected"),
     "transposed": (swap(FFN, lambda t: t.T), r"shape \[24, 20\], expected \[20, 24\]|dimensions"),
     "transposed query up": (swap("text_embedding.0.weight", lambda t: t.T), "shape"),
