@@ -88,6 +88,7 @@ def _card_model(subfolder: str, checkpoint: Checkpoint, home: Path) -> CardModel
         conversion=read_record_of(home / CONVERSION_NAME),
         healing=read_record_of(home / HEALING_NAME),
         evaluation=read_record_of(home / EVALUATION_NAME),
+        passengers=checkpoint.passengers.describe(),
     )
 
 

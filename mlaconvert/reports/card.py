@@ -36,7 +36,8 @@ _LONGEST_LIST = 16  # longer ones are curves, which the JSON files keep
 class CardModel:
     """One model of a folder: its subfolder ("" for the only one), geometry, and JSON records ({} where missing).
 
-    `evaluation` is evaluation.json with one entry under "models".
+    `evaluation` is evaluation.json with one entry under "models". `passengers` says what of the model the code here
+    does not know, "" for one that it runs.
     """
 
     subfolder: str
@@ -45,6 +46,7 @@ class CardModel:
     conversion: Mapping[str, Any]
     healing: Mapping[str, Any]
     evaluation: Mapping[str, Any]
+    passengers: str = ""
 
     @property
     def stages(self) -> list[Mapping[str, Any]]:
@@ -244,6 +246,12 @@ def _making(model: CardModel) -> str:
 
 def _usage(facts: CardFacts) -> str:
     model = facts.models[0]
+    if model.passengers:
+        return (
+            f"It runs in its own code, which knows all of it ({model.passengers}), with mlaconvert {__version__} or "
+            f"later beside it: load the dense model there, then\n\n```python\nfrom mlaconvert import swap_attention\n\n"
+            f"swap_attention(pipeline, {facts.repo!r})\n```"
+        )
     config = model.config
     video = default_video(config)
     height, width = video.height // video.vae_stride, video.width // video.vae_stride

@@ -269,7 +269,7 @@ def test_sweeps_on_no_clips(tmp_path: Path, shelf: Shelf) -> None:
 
 
 TABLES = {
-    "a field that is too long": "file,caption\na.mp4," + csv.field_size_limit() * "x" + "x\n",
+    "a long field too many": "file,caption\na.mp4,x," + csv.field_size_limit() * "x" + "x\n",
     "a header that is too long": "file,caption," + csv.field_size_limit() * "x" + "x\n",
     "a quotation mark that is never closed": 'file,caption\na.mp4,"' + 20_000 * "one line of many\n",
     "a line break that is none": "file,caption\na.mp4,one\rtwo\rthree\n",
