@@ -135,6 +135,7 @@ def _recognise(
 
 
 def _decoded(store: TensorStore) -> list[str]:
+    """The line on quantised weights; floats that a GGUF file holds as such stay what they are."""
     return [f"quantised weights ({store.decoded}): decoded to bfloat16 as they are read"] if store.decoded else []
 
 

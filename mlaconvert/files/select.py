@@ -31,7 +31,7 @@ _DEEPSPEED = re.compile(r"zero_pp_rank_\d+|mp_rank_\d+_model_states")
 # Published names of what lies beside a transformer: text encoders, CLIP, VAEs, and a training's other states.
 _OTHER_WEIGHTS = re.compile(
     r"(?i)(^|[^a-z])(u?mt5|t5|clip|vae|text_?encoder|(light)?tae(w|hv|sd)?|optimizer|scheduler|training_args|rng_state|"
-    r"random_states|ema_state)([^a-z]|$)"
+    r"random_states)([^a-z]|$)"
 )
 _OTHER_FOLDERS = re.compile(
     r"(?i)(^|/)(text_encoders?|tokenizers?|vae|clip(_vision)?|image_encoders?|loras?|google|xlm-roberta[^/]*|"
