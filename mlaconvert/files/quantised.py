@@ -52,7 +52,7 @@ def decode(store: TensorStore) -> None:
             raise _refusal(f"quantised to {'int8' if info.dtype == torch.int8 else '4 or 8 bits'}", name)
         if scale is not None and info.dtype not in _FLOAT8:
             raise CheckpointError(
-                f"tensor {scale!r} is not part of a Wan model: a scale of a weight that is {info.dtype}, not float8"
+                f"tensor {scale!r} is the scale of a weight that is {info.dtype}, not float8; get an intact copy"
             )
         if info.dtype not in _FLOAT8 or name in hidden:
             continue

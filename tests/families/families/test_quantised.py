@@ -151,7 +151,7 @@ BAD: dict[str, tuple[Callable[[State], State], str]] = {
         lambda s: {f"{Q}.weight": s[f"{Q}.weight"].to(E4M3), f"{Q}.weight_scale": torch.ones(1, 96)},
         r"q.weight_scale' has shape \[1, 96\], expected \[96, 1\]",
     ),
-    "a scale of nothing": (lambda s: {f"{Q}.weight_scale": torch.ones(())}, "a scale of a weight that is torch.float"),
+    "a scale of nothing": (lambda s: {f"{Q}.weight_scale": torch.ones(())}, "scale of a weight that is torch.float"),
 }  # fmt: skip
 
 

@@ -182,7 +182,7 @@ TENSORS: Cases = {
         )  # type: ignore[misc]
         for dtype in ("int8", "bool", "complex64")
     },
-    "a scale for nothing": (change_state(lambda s: s.update({f"{FFN}_scale": torch.ones(1)})), "not part of a Wan"),
+    "a scale for nothing": (change_state(lambda s: s.update({f"{FFN}_scale": torch.ones(1)})), "scale of a weight"),
     "a scale of scales": (
         change_state(lambda s: s.update({FFN: s[FFN].to(E4M3), f"{FFN}_scale": torch.ones(1).to(E4M3)})),
         r"_scale' is \[1\] of torch.float8",
@@ -260,7 +260,7 @@ TENSORS: Cases = {
     ),
     "a quantised weight": (
         change_state(lambda s: s.update({QUERY + "_scale": torch.ones(1)})),
-        "not part of a Wan model",
+        "is the scale of a weight that is torch.float32, not float8",
     ),
     "a LoRA": (change_state(lambda s: s.update({"blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 24)})), "a LoRA"),
 }
