@@ -14,7 +14,7 @@ from mlaconvert.evaluation import figures
 from mlaconvert.evaluation.conditions import Conditions
 from mlaconvert.evaluation.drift import Drift, Speed, compare_videos, paired_rollouts
 from mlaconvert.evaluation.losses import Fidelity, measure_fidelity
-from mlaconvert.evaluation.timesteps import TimestepError, velocity_by_timestep
+from mlaconvert.evaluation.timesteps import CleanPast, TimestepError, has_past, velocity_by_timestep
 from mlaconvert.evaluation.vbench import VBenchScores
 from mlaconvert.model.cache import LatentCache
 from mlaconvert.model.wan import WanModel
@@ -25,15 +25,17 @@ from mlaconvert.progress import Counter, Progress
 class ModelEvaluation:
     """Everything measured of one model beside its teacher.
 
-    `cache_bytes` are those of the buffers for one video. `speed`, `drift` and the videos are None without a
-    rollout; videos are [B, C, F, H, W] latents on the CPU. `conversion` and `healing` are
-    the model's JSON records.
+    `fidelity` is measured with noisy pasts, an independent noise level per chunk; `clean_past` sums up `timesteps`, or
+    is None where the newest chunk has no past (bidirectional models, clips of one chunk). `cache_bytes` are those of
+    the buffers for one video. `speed`, `drift` and the videos are None without a rollout; videos are [B, C, F, H, W]
+    latents on the CPU. `conversion` and `healing` are the model's JSON records.
     """
 
     path: str
     fidelity: Fidelity
     timesteps: tuple[TimestepError, ...]
     cache_bytes: dict[str, int]
+    clean_past: CleanPast | None = None
     drift: Drift | None = None
     speed: Speed | None = None
     teacher_video: Tensor | None = None
@@ -86,6 +88,7 @@ def compare(
         path=path,
         fidelity=fidelity,
         timesteps=timesteps,
+        clean_past=CleanPast.of(timesteps) if has_past(teacher.config.streaming, clips) else None,
         cache_bytes=cache_bytes,
         frame_stride=default_video(student.config).frame_stride,
     )

@@ -20,12 +20,15 @@ from mlaconvert.evaluation.lines import (
     RATE,
     SCORE,
     SHARE,
+    SMALL_LOSS,
     Entry,
     Line,
     Reader,
     Row,
     Table,
+    Tile,
     Unit,
+    by_past,
     number,
     numbers,
     ratio,
@@ -39,16 +42,6 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tile:
-    """A number of its first model that the page shows large, and a few words below it."""
-
-    title: str
-    value: Reader
-    write: Callable[[float], str]
-    note: str | Callable[[Entry], str]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Figure:
     """Something measured of a model beside its teacher, and how it is shown."""
 
@@ -57,7 +50,7 @@ class Figure:
     measured: Callable[[ModelEvaluation], Any]
     """Its value there, plain data; None where it was not measured."""
     lines: tuple[Line, ...] = ()
-    tile: Tile | None = None
+    tiles: tuple[Tile, ...] = ()
     leads: bool = False
     """Tables and tiles begin with it."""
     optional: bool = False
@@ -93,9 +86,9 @@ def rows(models: Sequence[Entry], table: Table) -> list[Row]:
 def tiles(entry: Entry) -> Iterator[tuple[str, str, str]]:
     """Title, text and note of every tile that a model has."""
     for figure in _leading_first():
-        tile = figure.tile
-        if tile is not None and (value := tile.value(entry)) is not None:
-            yield tile.title, tile.write(value), tile.note if isinstance(tile.note, str) else tile.note(entry)
+        for tile in figure.tiles:
+            if (value := tile.value(entry)) is not None:
+                yield tile.title, tile.write(value), tile.note if isinstance(tile.note, str) else tile.note(entry)
 
 
 def _leading_first() -> list[Figure]:
@@ -127,6 +120,12 @@ def _errors_by_timestep(entry: Entry) -> dict[float, float] | None:
     return errors or None
 
 
+def _above(*path: str) -> Callable[[Entry], str]:
+    """What follows an excess: the teacher's loss, which lies at `path`; the smaller it is, the harsher the excess."""
+    loss = number(*path)
+    return lambda entry: "above the teacher’s" + (f" {SMALL_LOSS.table(loss(entry))}" if loss(entry) else "")
+
+
 def _saved(entry: Entry) -> float | None:
     sizes = numbers("cache_bytes")(entry) or {}
     return sizes["student"] / sizes["teacher"] - 1 if sizes.get("teacher") and "student" in sizes else None
@@ -142,7 +141,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         name="student_loss",
         measured=lambda model: model.fidelity.student_loss,
-        lines=(
+        lines=by_past(
             Line(
                 summary="validation loss",
                 card="validation loss",
@@ -152,17 +151,23 @@ FIGURES: tuple[Figure, ...] = (
                 compared=relative_change,
                 better="less",
             ),
+            summary="loss with noisy pasts",
+            card="loss with noisy pasts",
         ),
     ),
     Figure(
         name="excess",
         measured=lambda model: model.fidelity.excess,
-        tile=Tile(title="validation loss", value=number("excess"), write=signed_percent, note="above the teacher’s"),
+        tiles=by_past(
+            Tile(title="validation loss", value=number("excess"), write=signed_percent, note="above the teacher’s"),
+            title="loss with noisy pasts",
+            note=_above("teacher_loss"),
+        ),
     ),
     Figure(
         name="velocity_error",
         measured=lambda model: model.fidelity.velocity_error,
-        lines=(
+        lines=by_past(
             Line(
                 summary="velocity error",
                 card="velocity, relative error",
@@ -170,18 +175,64 @@ FIGURES: tuple[Figure, ...] = (
                 unit=SHARE,
                 better="less",
             ),
+            summary="velocity error with noisy pasts",
+            errors="velocity with noisy pasts",
+            card="velocity with noisy pasts, relative error",
         ),
-        tile=Tile(
-            title="velocity error", value=number("velocity_error"), write=percent, note="relative to the teacher’s"
+        tiles=by_past(
+            Tile(
+                title="velocity error", value=number("velocity_error"), write=percent, note="relative to the teacher’s"
+            ),
+            title="velocity error with noisy pasts",
+        ),
+    ),
+    Figure(
+        name="clean_past",
+        measured=lambda model: None if model.clean_past is None else model.clean_past.to_json(),
+        lines=(
+            Line(
+                summary="loss behind clean pasts",
+                card="loss behind clean pasts",
+                value=number("clean_past", "student_loss"),
+                teacher=number("clean_past", "teacher_loss"),
+                unit=SMALL_LOSS,
+                compared=relative_change,
+                better="less",
+            ),
+            Line(
+                summary="velocity error behind clean pasts",
+                card="velocity behind clean pasts, relative error",
+                value=number("clean_past", "velocity_error"),
+                unit=SHARE,
+                better="less",
+            ),
+        ),
+        tiles=(
+            Tile(
+                title="loss behind clean pasts",
+                value=number("clean_past", "excess"),
+                write=signed_percent,
+                note=_above("clean_past", "teacher_loss"),
+            ),
+            Tile(
+                title="velocity error behind clean pasts",
+                value=number("clean_past", "velocity_error"),
+                write=percent,
+                note="relative to the teacher’s",
+            ),
         ),
     ),
     Figure(
         name="velocity_by_timestep",
         measured=lambda model: [dataclasses.asdict(step) for step in model.timesteps],
         lines=(
+            *by_past(
+                Line(errors="velocity at timestep {name:.0f}", value=_errors_by_timestep, unit=SHARE, better="less"),
+                errors="velocity behind clean pasts, timestep {name:.0f}",
+            ),
             Line(
-                errors="velocity at timestep {name:.0f}",
-                value=_errors_by_timestep,
+                errors="velocity behind clean pasts, mean",
+                value=number("clean_past", "velocity_error"),
                 unit=SHARE,
                 better="less",
             ),
@@ -192,10 +243,7 @@ FIGURES: tuple[Figure, ...] = (
         measured=lambda model: list(model.fidelity.attention_errors),
         lines=(
             Line(
-                summary="attention error, median layer",
-                value=_of_layers(statistics.median),
-                unit=SHARE,
-                better="less",
+                summary="attention error, median layer", value=_of_layers(statistics.median), unit=SHARE, better="less"
             ),
             Line(summary="attention error, worst layer", value=_of_layers(max), unit=SHARE, better="less"),
             Line(
@@ -213,6 +261,7 @@ FIGURES: tuple[Figure, ...] = (
         lines=(
             Line(
                 summary="rollout, difference",
+                card="rollouts, last third: difference from the teacher's",
                 value=number("drift", "last_third", "difference", "student"),
                 teacher=number("drift", "last_third", "difference", "other_seed"),
                 unit=SHARE,
@@ -220,6 +269,7 @@ FIGURES: tuple[Figure, ...] = (
             ),
             Line(
                 summary="rollout, {name}",
+                card="rollouts, last third: change of {name}",
                 value=numbers("drift", "last_third", "deviation", "student"),
                 teacher=numbers("drift", "last_third", "deviation", "other_seed"),
                 unit=CHANGE,
@@ -241,8 +291,10 @@ FIGURES: tuple[Figure, ...] = (
                 better="less",
             ),
         ),
-        tile=Tile(
-            title="cache", value=_saved, write=lambda change: signed_percent(change).replace("-", "−"), note=_sizes
+        tiles=(
+            Tile(
+                title="cache", value=_saved, write=lambda change: signed_percent(change).replace("-", "−"), note=_sizes
+            ),
         ),
         leads=True,
     ),
@@ -267,11 +319,13 @@ FIGURES: tuple[Figure, ...] = (
                 better="more",
             ),
         ),
-        tile=Tile(
-            title="speed",
-            value=number("frames_per_second", "ratio"),
-            write="{:.2f}×".format,
-            note="the teacher’s, in the same run",
+        tiles=(
+            Tile(
+                title="speed",
+                value=number("frames_per_second", "ratio"),
+                write="{:.2f}×".format,
+                note="the teacher’s, in the same run",
+            ),
         ),
     ),
     Figure(

@@ -1,10 +1,11 @@
-"""A line of a table: numbers read from evaluation.json, written for people, the teacher's beside each model's."""
+"""Lines of tables and tiles of the page: numbers read from evaluation.json, written for people."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from mlaconvert.units import format_bytes, percent, signed_percent
 
@@ -48,6 +49,7 @@ class Unit(NamedTuple):
 
 BYTES = Unit(format_bytes, format_bytes)
 LOSS = Unit("{:.4f}".format, "{:.4g}".format)  # mean squared error of the velocity
+SMALL_LOSS = Unit("{:.3g}".format, "{:.4g}".format)  # one that may be next to nothing
 SHARE = Unit(percent, "{:.2%}".format)  # of the teacher's
 CHANGE = Unit(signed_percent, signed_percent)  # from the teacher's
 RATE = Unit("{:.3g}".format, "{:.3g}".format)
@@ -94,6 +96,36 @@ class Line:
     def called(self, table: Table) -> str | None:
         """What it is called in `table`."""
         return {"summary": self.summary, "errors": self.errors, "card": self.card}[table]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """A number of its first model that the page shows large, and a few words below it."""
+
+    title: str
+    value: Reader
+    write: Callable[[float], str]
+    note: str | Callable[[Entry], str]
+
+
+def has_clean_past(entry: Entry) -> bool:
+    """Whether there are figures behind clean pasts: not of a bidirectional model, nor of an earlier version."""
+    return isinstance(entry.get("clean_past"), Mapping)
+
+
+_Shown = TypeVar("_Shown", Line, Tile)
+
+
+def by_past(shown: _Shown, **with_past: Any) -> tuple[_Shown, _Shown]:
+    """`shown` for models without a past, and changed by `with_past` for those with one."""
+
+    def where(past: bool) -> Reader:
+        return lambda entry: shown.value(entry) if has_clean_past(entry) == past else None
+
+    return (
+        dataclasses.replace(shown, value=where(True), **with_past),
+        dataclasses.replace(shown, value=where(False)),
+    )
 
 
 class Row(NamedTuple):

@@ -23,7 +23,10 @@ BATCH_TOKENS = 16384  # clips of more tokens than this go through the models one
 
 @dataclass(frozen=True, kw_only=True)
 class Fidelity:
-    """How close a student is to its teacher on the same clips, noise and noise levels.
+    """How close a student is to its teacher on the same clips, noise and noise levels: with noisy pasts.
+
+    Every chunk has a noise level of its own, as in diffusion forcing, so the chunks that it sees are noisy too. In a
+    rollout they are clean, which `timesteps.velocity_by_timestep` measures. A bidirectional model has no past.
 
     Losses are mean squared errors of the velocity. `excess` is the student's loss above the teacher's, as a
     share of it. Errors are Frobenius norms relative to the teacher's output: `attention_errors` of each layer's

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
 from mlaconvert.clips.folder import Clips
+from mlaconvert.config.parsing import STRICT
+from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.evaluation.losses import batches_at, chunks_of, sums_of_squares
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.wan import WanModel
@@ -23,6 +28,43 @@ class TimestepError:
     velocity_error: float
     teacher_loss: float
     student_loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanPast:
+    """The newest chunk behind clean pasts, as every rollout has it, over all timesteps of `velocity_by_timestep`.
+
+    Losses (mean squared errors of the velocity) are means over the timesteps, so `excess` is the sum of the student's
+    over the sum of the teacher's, less one: timesteps with a large loss count most. `velocity_error` is the mean of the
+    relative errors: every timestep counts the same. A teacher that sees clean chunks leaves little loss, so a small
+    `velocity_error` may be a large `excess`.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+    teacher_loss: float
+    student_loss: float
+    velocity_error: float
+
+    @classmethod
+    def of(cls, steps: Sequence[TimestepError]) -> CleanPast:
+        """The summary of `steps`, of which there is at least one."""
+        names = ("teacher_loss", "student_loss", "velocity_error")
+        return cls(**{name: statistics.fmean(getattr(step, name) for step in steps) for name in names})
+
+    @property
+    def excess(self) -> float:
+        """Loss above the teacher's, as a share of it."""
+        return self.student_loss / self.teacher_loss - 1
+
+    def to_json(self) -> dict[str, float]:
+        """Plain data: the losses, the excess, the velocity error."""
+        names = ("teacher_loss", "student_loss", "excess", "velocity_error")
+        return {name: getattr(self, name) for name in names}
+
+
+def has_past(streaming: StreamingConfig | None, clips: Clips) -> bool:
+    """Whether the newest chunk of `clips` has chunks before it; a bidirectional model (None) has no chunks."""
+    return streaming is not None and clips.latents.shape[2] > streaming.chunk_frames
 
 
 @torch.no_grad()

@@ -20,9 +20,11 @@ from mlaconvert.config.geometry import WanConfig, default_video
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.readme import CONVERTED, UNTRAINED
 from mlaconvert.evaluation import figures
+from mlaconvert.evaluation.lines import has_clean_past
 from mlaconvert.families.open import family_of
 from mlaconvert.files.origin import origin_of
 from mlaconvert.healing.readme import HEALED
+from mlaconvert.reports.evaluation_tables import PASTS
 
 _SEAL = "<!-- mlaconvert wrote this card. Edit it freely: an edited card is kept. sha256: {} -->\n"
 # The README.md that `convert` leaves in a folder, and what `heal` adds at each stage, whatever the figures.
@@ -197,6 +199,10 @@ def _figures(model: CardModel) -> str:
     conditions = {name: model.evaluation[name] for name in _CONDITIONS if model.evaluation.get(name)}
     text = f"{_table([('', 'teacher', 'this model'), *rows])}\n\n"
     text += "The teacher is the model that this one was converted from. "
+    if any("*" in teacher for _, teacher, *_ in rows):
+        text += "\\* A rollout of the teacher from another noise: two rollouts part by chaos alone. "
+    if has_clean_past(model.figures):
+        text += " ".join(PASTS) + " "
     text += "`evaluation.json` has all results of `mlaconvert evaluate`"
     if conditions:
         text += f", which ran under these conditions:\n\n{_fenced(without_curves(conditions))}"

@@ -10,11 +10,23 @@ from mlaconvert.evaluation.cells import SweepReport
 from mlaconvert.evaluation.report import EvaluationReport
 from mlaconvert.units import percent, signed_percent
 
+PASTS = (
+    "Noisy pasts: every chunk has a noise level of its own, so the chunks that it sees are noisy too, as in diffusion "
+    "forcing. Attention errors are measured with these.",
+    "Clean pasts: only the newest chunk is noisy, at each timestep of the sampler in turn, as when video is "
+    "generated; loss and velocity error are means over the timesteps.",
+    "These are other inputs, so neither is a part of the other. Clean pasts leave the teacher little loss: a small "
+    "velocity error can be a large share of it.",
+)
+"""What the two kinds of losses are, for those who read figures of both."""
+
 
 def summary_notes(report: EvaluationReport) -> list[str]:
     """What the figures of the summary were measured on."""
     data, plan = report.data, report.conditions["rollout"]
     notes = [f"Losses and errors: {data['clips']} clips of {data['latent_frames']} latent frames ({data['from']})."]
+    if any(model.clean_past is not None for model in report.models):
+        notes += PASTS
     if plan is not None:
         notes.append(
             f"Rollouts: {plan['videos']} of {plan['latent_frames']} latent frames; their last third against the "

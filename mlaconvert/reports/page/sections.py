@@ -127,10 +127,11 @@ def _layers(report: EvaluationReport) -> str:
         for i, m in enumerate(models)
     ]
     rows = [(str(i), *(percent(m.fidelity.attention_errors[i]) for m in models)) for i in range(count)]
+    pasts = ", with noisy pasts" if models[0].clean_past is not None else ""
     return section(
         "Errors by layer",
-        "<p>Self-attention’s output in each layer when it reads what the teacher’s layer reads: error relative to the "
-        "teacher’s output.</p>",
+        f"<p>Self-attention’s output in each layer when it reads what the teacher’s layer reads{pasts}: error relative "
+        "to the teacher’s output.</p>",
         '<div class="charts">' + chart("Error of the attention output", "layer", series, percent_tick) + "</div>",
         details("Errors by layer", ("layer", *(m.path for m in models)), rows),
     )
@@ -159,8 +160,13 @@ def _timesteps(report: EvaluationReport) -> str:
         for i, step in enumerate(models[0].timesteps)
     ]
     heads = ("timestep", "loss, teacher", *(f"loss, {m.path}" for m in models), *(f"error, {m.path}" for m in models))
-    streaming = report.conditions["streaming"] is not None
-    seen = "The newest chunk is at the timestep, the chunks before it are clean." if streaming else ""
+    seen = (
+        "Behind clean pasts, as in every rollout: the newest chunk is at the timestep, the chunks before it are clean. "
+        "The summary’s figures behind clean pasts are means over these timesteps; its figures with noisy pasts are of "
+        "other inputs and may lie above all of them."
+        if models[0].clean_past is not None
+        else ""
+    )
     return section(
         "Velocity by timestep",
         f"<p>1000 is pure noise. {seen}</p>",

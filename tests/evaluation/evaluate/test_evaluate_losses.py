@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -20,7 +21,7 @@ from mlaconvert.evaluation import drift
 from mlaconvert.evaluation import losses as losses_module
 from mlaconvert.evaluation.drift import RolloutPlan, compare_videos, frame_statistics, paired_rollouts
 from mlaconvert.evaluation.losses import measure_fidelity, noisy_batches
-from mlaconvert.evaluation.timesteps import velocity_by_timestep
+from mlaconvert.evaluation.timesteps import CleanPast, TimestepError, has_past, velocity_by_timestep
 from mlaconvert.model.blocks import Block
 from mlaconvert.model.cache import LatentCache
 from mlaconvert.model.load import load_model
@@ -143,6 +144,62 @@ def test_velocity_by_timestep_is_what_a_rollout_would_see(teacher: WanModel, stu
         assert step.velocity_error == pytest.approx(relative(outputs[1], outputs[0]), rel=1e-3)
         assert step.teacher_loss == pytest.approx(float((outputs[0] - target).square().mean()), rel=1e-4)
         assert step.student_loss == pytest.approx(float((outputs[1] - target).square().mean()), rel=1e-4)
+
+
+def test_clean_pasts_are_summed_up_as_every_timestep_alone_in_float64(
+    teacher: WanModel, student: WanModel, clips: Clips
+) -> None:
+    """Both models in float64, from a cache of clean chunks; losses summed before they are compared, errors averaged."""
+    clips = Clips(clips.latents[:, :, :4], clips.context)
+    steps = velocity_by_timestep(teacher, student, clips, seed=6)
+    found = CleanPast.of(steps)
+    latents, context = clips.latents.double(), clips.context.double()
+    noise = torch.randn(clips.latents.shape, generator=torch.Generator().manual_seed(6)).double()
+    past, target = latents[:, :, :2], (noise - latents)[:, :, 2:]
+    wide = [copy.deepcopy(model).double() for model in (teacher, student)]
+    losses: list[list[float]] = []
+    errors: list[float] = []
+    for timestep in Sampler.many_step(8).timesteps:
+        sigma, velocities = timestep / 1000, []
+        for model in wide:
+            cache = LatentCache(model.config, batch=5, height=4, width=8, dtype=torch.float64)
+            noisy = (1 - sigma) * latents[:, :, 2:] + sigma * noise[:, :, 2:]
+            with torch.no_grad():
+                model(past, torch.zeros(5), context, cache=cache)
+                level = torch.full((5,), timestep, dtype=torch.float64)
+                velocities.append(model(noisy, level, context, cache=cache, start_frame=2).double())
+        losses.append([float((velocity - target).square().mean()) for velocity in velocities])
+        errors.append(float((velocities[1] - velocities[0]).norm() / velocities[0].norm()))
+    theirs, ours = (sum(column) for column in zip(*losses, strict=True))
+    assert found.excess == pytest.approx(ours / theirs - 1, rel=1e-3)
+    assert found.velocity_error == pytest.approx(sum(errors) / 8, rel=1e-4)
+    assert (found.teacher_loss, found.student_loss) == pytest.approx((theirs / 8, ours / 8), rel=1e-5)
+    # Other ways to sum up would give other numbers.
+    assert abs(sum(b / a for a, b in losses) / 8 - ours / theirs) > 0.01 * found.excess
+    assert abs((sum(error**2 for error in errors) / 8) ** 0.5 - found.velocity_error) > 0.001 * found.velocity_error
+
+
+def test_clean_pasts_by_hand() -> None:
+    """Two timesteps of 1 and 3 lose 2 and 3: 5 / 4, not the mean of 2 and 1."""
+    steps = [
+        TimestepError(timestep=1000.0, velocity_error=0.5, teacher_loss=1.0, student_loss=2.0),
+        TimestepError(timestep=750.0, velocity_error=0.1, teacher_loss=3.0, student_loss=3.0),
+    ]
+    found = CleanPast.of(steps)
+    assert (found.teacher_loss, found.student_loss, found.excess) == (2.0, 2.5, 0.25)
+    assert found.velocity_error == pytest.approx(0.3)
+    assert found.to_json() == {
+        "teacher_loss": 2.0,
+        "student_loss": 2.5,
+        "excess": 0.25,
+        "velocity_error": found.velocity_error,
+    }
+
+
+def test_only_clips_of_more_than_one_chunk_have_a_past(clips: Clips) -> None:
+    frames = {frames: Clips(clips.latents[:, :, :frames], clips.context) for frames in (1, 2, 3, 6)}
+    assert [has_past(STREAMING, some) for some in frames.values()] == [False, False, True, True]  # chunks of two frames
+    assert not any(has_past(None, some) for some in frames.values())
 
 
 def test_frame_statistics_of_known_pictures() -> None:

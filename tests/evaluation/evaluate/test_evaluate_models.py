@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,7 +74,12 @@ def test_json_has_the_fields_that_a_card_quotes(made: Path, clips: Clips, tmp_pa
     (model,) = data["models"]
     assert model["excess"] == pytest.approx(model["student_loss"] / model["teacher_loss"] - 1)
     assert len(model["attention_errors"]) == 3
-    assert len(model["velocity_by_timestep"]) == 8
+    steps, clean = model["velocity_by_timestep"], model["clean_past"]
+    assert len(steps) == 8
+    sums = [math.fsum(step[f"{who}_loss"] for step in steps) for who in ("teacher", "student")]
+    assert [clean["teacher_loss"], clean["student_loss"]] == pytest.approx([total / 8 for total in sums])
+    assert clean["excess"] == pytest.approx(sums[1] / sums[0] - 1)
+    assert clean["velocity_error"] == pytest.approx(math.fsum(step["velocity_error"] for step in steps) / 8)
     assert model["frames_per_second"].keys() == {"teacher", "student", "ratio"}
     assert len(model["drift"]["difference"]["student"]) == 8
     assert data["data"]["from"] == f"clips of the folder {tmp_path.name}"
@@ -102,6 +108,15 @@ def test_a_bidirectional_model_generates_whole_clips(made: Path) -> None:
     (model,) = report.models
     assert model.video is not None
     assert model.video.shape[2] == report.data["latent_frames"]
+    assert report.to_json()["models"][0]["clean_past"] is model.clean_past is None  # it has no past
+
+
+def test_clips_of_one_chunk_have_no_past(made: Path, clips: Clips, tmp_path: Path) -> None:
+    save_file({"latents": clips.latents[:, :, :2].contiguous(), "context": clips.context}, tmp_path / "c.safetensors")
+    request = dataclasses.replace(QUICK, data=tmp_path, frames=0)
+    (model,) = evaluate([str(made / "small")], request, progress=silent).models
+    assert model.clean_past is None
+    assert len(model.timesteps) == 8
 
 
 def test_generated_clips_are_not_those_of_a_calibration(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +217,7 @@ def test_the_command_shows_saves_and_prints_json(made: Path, tmp_path: Path) -> 
     flags = (*FLAGS, "--save", "--html", page, "--vbench", tmp_path, "--vbench", tmp_path)
     result = invoke("evaluate", one, made / "large", *flags)
     assert result.exit_code == 0, result.stderr
-    for word in ("Beside wan_tiny", "small", "large", "validation loss", "layer 2", "frames a second"):
+    for word in ("Beside wan_tiny", "small", "large", "noisy pasts", "clean pasts", "layer 2", "frames a second"):
         assert word in result.stdout
     saved = json.loads((one / "evaluation.json").read_text())
     assert [model["path"] for model in saved["models"]] == ["small"]

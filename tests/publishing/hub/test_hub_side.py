@@ -56,10 +56,12 @@ def test_evaluation_goes_along_and_can_be_repeated_from_the_hub(hub: Hub, tmp_pa
     (local,) = json.loads(result.stdout)["models"]
     report = push(folder, REPO)
     assert {"evaluation.json", "report.html"} < set(hub.repos[REPO].files)
-    excess = 100 * (local["student_loss"] / local["teacher_loss"] - 1)
-    row = f"| validation loss | {local['teacher_loss']:.4g} | {local['student_loss']:.4g} ({excess:+.1f}%) |"
-    assert row in report.plan.card
-    assert f"velocity, relative error |  | {100 * local['velocity_error']:.2f}% |" in report.plan.card
+    for pasts, measured in (("with noisy pasts", local), ("behind clean pasts", local["clean_past"])):
+        teacher, student = measured["teacher_loss"], measured["student_loss"]
+        row = f"| loss {pasts} | {teacher:.4g} | {student:.4g} ({100 * (student / teacher - 1):+.1f}%) |"
+        assert row in report.plan.card
+        error = f"| velocity {pasts}, relative error |  | {100 * measured['velocity_error']:.2f}% |"
+        assert error in report.plan.card
     assert "not been evaluated" not in report.plan.card
     assert str(tmp_path) not in report.plan.card
     assert str(tmp_path).encode() not in hub.repos[REPO].files["evaluation.json"].data

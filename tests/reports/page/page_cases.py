@@ -11,7 +11,7 @@ from mlaconvert.evaluation.compare import ModelEvaluation
 from mlaconvert.evaluation.drift import Speed, compare_videos
 from mlaconvert.evaluation.losses import Fidelity
 from mlaconvert.evaluation.report import EvaluationReport
-from mlaconvert.evaluation.timesteps import TimestepError
+from mlaconvert.evaluation.timesteps import CleanPast, TimestepError
 from mlaconvert.evaluation.vbench import VBenchScores
 
 VOID = {"meta", "img", "line", "circle", "rect", "polyline", "br"}
@@ -66,6 +66,7 @@ def model(name: str, seed: int, *, channels: int = 3, layers: int = 4) -> ModelE
             TimestepError(timestep=t, velocity_error=0.1 * seed, teacher_loss=0.2, student_loss=0.2 + 0.1 * seed)
             for t in (1000.0, 750.0, 416.67)
         ),
+        clean_past=CleanPast(teacher_loss=0.002, student_loss=0.002 + 0.001 * seed, velocity_error=0.015 * seed),
         cache_bytes={"teacher": 4096, "student": 1024},
         drift=compare_videos(teacher, student, other, given=3),
         speed=Speed(teacher=10.0, ratio=1.25),
