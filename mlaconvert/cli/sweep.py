@@ -144,10 +144,14 @@ def sweep(
     out, err = console(), console(stderr=True)
 
     def say(result: CellResult, done: int, total: int) -> None:
+        loss = f"loss {percent(result.excess)} above the dense model's"
+        if result.clean_past is not None:
+            loss += f" with noisy pasts, {percent(result.clean_past.excess)} behind clean ones"
         err.print(
-            f"{done} of {total}  {result.name}: cache {percent(-result.cache_reduction)}, loss "
-            f"{percent(result.excess)} above the dense model's, {result.seconds:.0f} s",
+            f"{done} of {total}  {result.name}: cache {percent(-result.cache_reduction)}, {loss}, "
+            f"{result.seconds:.0f} s",
             markup=False,
+            soft_wrap=True,
         )
 
     with progress_bar(err) as progress:

@@ -19,6 +19,7 @@ from mlaconvert.conversion.plan import ConversionPlan, plan_conversion
 from mlaconvert.conversion.recipe import ConvertRecipe, Init
 from mlaconvert.conversion.recipes import load_recipe, read_recipe, with_init
 from mlaconvert.errors import ConfigError
+from mlaconvert.evaluation.timesteps import CleanPast
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.files.shipped import recipe_folder, recipe_names
 
@@ -67,7 +68,9 @@ class Cell:
 class CellResult:
     """What one cell costs and loses, on the clips of the sweep; errors are relative to the dense model's output.
 
-    `scalars` are cached for a token over all layers. `seconds` is the time of the conversion.
+    Losses and errors are those with noisy pasts; `clean_past` has them behind clean ones, None where clips have no past
+    (bidirectional models) and in cells that versions before it measured. `scalars` are cached for a token over all
+    layers. `seconds` is the time of the conversion.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
@@ -84,6 +87,7 @@ class CellResult:
     attention_error_median: float
     attention_error_worst: float
     seconds: float
+    clean_past: CleanPast | None = None
 
     @property
     def excess(self) -> float:
@@ -103,7 +107,9 @@ class CellResult:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return dataclasses.asdict(self) | {"excess": self.excess, "cache_reduction": self.cache_reduction}
+        derived = {"excess": self.excess, "cache_reduction": self.cache_reduction}
+        clean_past = self.clean_past.to_json() if self.clean_past is not None else None
+        return dataclasses.asdict(self) | derived | {"clean_past": clean_past}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,7 @@ from mlaconvert.errors import ConfigError, MLAConvertError, OutputError
 from mlaconvert.evaluation.cells import Cell, CellResult, SweepRecipe, SweepReport, cells
 from mlaconvert.evaluation.conditions import generated_clips
 from mlaconvert.evaluation.losses import measure_fidelity
+from mlaconvert.evaluation.timesteps import CleanPast, has_past, velocity_by_timestep
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.merged import merged
 from mlaconvert.families.source import AnySource
@@ -142,6 +143,12 @@ def sweep(
             if isinstance(told, SweepListener) and told.on_cell is not None:
                 told.on_cell(results[-1], number + 1, len(planned))
         progress("sweep", len(planned), len(planned))
+        old = [result.name for result in results if result.clean_past is None]
+        if old and has_past(planned[0][1].config.streaming, validation):
+            told.say(
+                f"kept from an earlier version, which measured no loss behind clean pasts: {', '.join(old)}; --restart "
+                "measures every cell anew"
+            )
         report = SweepReport(
             source=public_name(checkpoint.store.source),
             clips_from=clips_from,
@@ -168,7 +175,10 @@ def _measure(
     """The converted `model` beside the dense one; both are in memory only here."""
     student = load_model(model, device=device)
     teacher = _dense(checkpoint, plan, student.dtype, device)
-    fidelity = measure_fidelity(teacher, student, clips, seed=plan.recipe.seed, progress=progress)
+    seed, clean_past = plan.recipe.seed, None
+    fidelity = measure_fidelity(teacher, student, clips, seed=seed, progress=progress)
+    if has_past(teacher.config.streaming, clips):
+        clean_past = CleanPast.of(velocity_by_timestep(teacher, student, clips, seed=seed, progress=progress))
     return CellResult(
         name=cell.name,
         init=plan.recipe.init,
@@ -183,6 +193,7 @@ def _measure(
         attention_error_median=statistics.median(fidelity.attention_errors),
         attention_error_worst=max(fidelity.attention_errors),
         seconds=round(seconds, 1),
+        clean_past=clean_past,
     )
 
 

@@ -59,26 +59,39 @@ def error_table(report: EvaluationReport) -> Table:
 
 
 def sweep_table(report: SweepReport) -> Table:
-    """One row a cell: what it caches, and what that costs."""
-    table = Table(title=f"Budgets of {escape(report.source)}", caption_justify="left")
-    titles = ("init", "latent", "nope/\nrope", "cached\nscalars", "less\ncache", "excess\nloss", "velocity\nerror")
-    for i, name in enumerate((*titles, "layers'\nerror")):
-        table.add_column(name, justify="right" if i else "left", no_wrap=i == 0)
+    """What each cell caches and what that costs; where clips have pasts, a second row is behind clean ones."""
+    first = report.results[0]
+    clean = next((result.clean_past for result in report.results if result.clean_past is not None), None)
+    table = Table(title=f"Budgets of {escape(report.source)}", caption_justify="left", collapse_padding=True)
+    titles = ["init", "latent", "nope/\nrope", "cached\nscalars", "less\ncache"]
+    titles += [*(["pasts"] if clean is not None else []), "excess\nloss", "velocity\nerror", "layers'\nerror"]
+    for i, name in enumerate(titles):
+        table.add_column(name, justify="right" if i else "left", no_wrap=i == 0, overflow="fold")
     for result in report.results:
-        table.add_row(
+        cell = (
             result.init,
             str(result.kv_rank),
             "-" if result.rope_dim is None else f"{result.nope_dim}/{result.rope_dim}",
             f"{result.scalars:,}",
             percent(result.cache_reduction),
-            signed_percent(result.excess),
-            percent(result.velocity_error),
-            percent(result.attention_error_median),
         )
-    table.caption = escape(
-        f"Dense: {report.results[0].dense_scalars:,} scalars a token in all layers, loss "
-        f"{report.results[0].teacher_loss:.4f}.\nOn {report.clips} clips: {report.clips_from}.\n"
-        "Before any training; one seed. Excess: above the dense loss. Layers' error: of\n"
-        "attention outputs, the median layer. nope/rope: channels of a head."
+        noisy = (signed_percent(result.excess), percent(result.velocity_error), percent(result.attention_error_median))
+        if clean is None:
+            table.add_row(*cell, *noisy)
+            continue
+        found = result.clean_past
+        behind = (signed_percent(found.excess), percent(found.velocity_error)) if found is not None else ("-", "-")
+        table.add_row(*cell, "noisy", *noisy)
+        table.add_row(*[""] * len(cell), "clean", *behind, "")
+    losses = f"loss {first.teacher_loss:.4f}"
+    if clean is not None:
+        losses += f" with noisy pasts, {clean.teacher_loss:.3g} behind clean ones"
+    notes = (
+        f"Dense: {first.dense_scalars:,} scalars a token in all layers, {losses}.",
+        f"On {report.clips} clips: {report.clips_from}.",
+        "Before any training; one seed. Excess: above the dense loss. Layers' error: of attention outputs, the median "
+        "layer. nope/rope: channels of a head.",
+        *(PASTS if clean is not None else ()),
     )
+    table.caption = escape("\n".join(notes))
     return table

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mlaconvert.conversion.spectra import Analysis, Summary
 from mlaconvert.evaluation.cells import CellResult, SweepReport
+from mlaconvert.evaluation.timesteps import CleanPast
 from mlaconvert.latent.spectrum import cumulative_energy
 from mlaconvert.reports.save import save_report
 from mlaconvert.units import percent
@@ -193,6 +194,8 @@ def _median(curves: list[list[float]]) -> list[float]:
 def plot_sweep(report: SweepReport, path: str | Path) -> None:
     """Write one PNG, 1600 x 750 pixels: loss above the dense model's, and velocity error, against the cache.
 
+    Where clips have pasts it is 1600 x 1400, with noisy pasts above, behind clean ones below; cells that lack these are
+    left out there.
     One line for each init and split; of a single budget's splits, one line for each init. An existing file is replaced,
     at once and only when the new one is complete. Raises OutputError when `path` cannot be written.
     """
@@ -201,15 +204,26 @@ def plot_sweep(report: SweepReport, path: str | Path) -> None:
     for result in sorted(report.results, key=lambda result: result.scalars):
         lines.setdefault(result.init if one_budget else result.series, []).append(result)
     with matplotlib.rc_context({"font.size": 13, "axes.grid": True, "grid.alpha": 0.3}):
-        figure = Figure(figsize=(16, 7.5), dpi=100, layout="constrained")
+        pasts = any(result.clean_past is not None for result in report.results)
+        figure = Figure(figsize=(16, 14 if pasts else 7.5), dpi=100, layout="constrained")
         figure.suptitle(f"{report.source}: quality against cache, before any training", parse_math=False)
-        panels = (
-            ("validation loss above the dense model's", "excess"),
-            ("relative error of the velocity", "velocity_error"),
-        )
-        for axes, (title, name) in zip(figure.subplots(1, 2), panels, strict=True):
-            for label, results in lines.items():
-                at, values = [r.scalars for r in results], [max(getattr(r, name), 1e-6) for r in results]
+        regimes: dict[str, Callable[[CellResult], CellResult | CleanPast | None]] = {
+            " with noisy pasts" if pasts else "": lambda result: result
+        }
+        if pasts:
+            regimes[" behind clean pasts"] = lambda result: result.clean_past
+        panels = [
+            (f"{title}{where}", name, read)
+            for where, read in regimes.items()
+            for title, name in (
+                ("loss above the dense model's", "excess"),
+                ("relative error of the velocity", "velocity_error"),
+            )
+        ]
+        for axes, (title, name, read) in zip(figure.subplots(len(regimes), 2).flat, panels, strict=True):
+            for label, every in lines.items():
+                results = [result for result in every if read(result) is not None]
+                at, values = [r.scalars for r in results], [max(getattr(read(r), name), 1e-6) for r in results]
                 axes.plot(at, values, "o-", linewidth=2, markersize=7, label=label)
                 for result, x, y in zip(results, at, values, strict=True):
                     text = f"{result.nope_dim}/{result.rope_dim}" if one_budget and result.rope_dim else result.kv_rank

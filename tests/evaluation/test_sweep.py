@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +22,16 @@ from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.run import convert
 from mlaconvert.errors import ConfigError, InputError, OutputError
 from mlaconvert.evaluation import sweep as sweeps
-from mlaconvert.evaluation.cells import CellResult, SweepRecipe, cells, load_sweep_recipe, sweep_recipe_names
+from mlaconvert.evaluation.cells import (
+    CellResult,
+    SweepRecipe,
+    cells,
+    load_sweep_recipe,
+    sweep_recipe_names,
+)
 from mlaconvert.evaluation.losses import measure_fidelity
 from mlaconvert.evaluation.sweep import SweepClips, SweepListener, sweep
+from mlaconvert.evaluation.timesteps import CleanPast, velocity_by_timestep
 from mlaconvert.families.lora import LoraFile
 from mlaconvert.families.source import Source
 from mlaconvert.model.load import load_model
@@ -83,6 +92,12 @@ def test_a_cell_is_the_conversion_and_the_evaluation_by_hand(
     expected = measure_fidelity(teacher, student, last, seed=4)
     assert (cell.loss, cell.teacher_loss) == (expected.student_loss, expected.teacher_loss)
     assert (cell.excess, cell.velocity_error) == (expected.excess, expected.velocity_error)
+    assert cell.clean_past == CleanPast.of(velocity_by_timestep(teacher, student, last, seed=4))
+    assert cell.clean_past.velocity_error > 0.01
+    names = ("cells/svd-kv7-rope10-nope14.json", "results.json")
+    kept, written = (json.loads((tmp_path / "out" / name).read_text()) for name in names)
+    assert kept["clean_past"] == dataclasses.asdict(cell.clean_past)
+    assert written["cells"][1]["clean_past"] == cell.clean_past.to_json()
     assert cell.attention_error_worst == max(expected.attention_errors)
     assert cell.attention_error_median == pytest.approx(torch.tensor(expected.attention_errors).quantile(0.5).item())
     assert (cell.scalars, cell.dense_scalars) == (3 * 17, 3 * 192)
@@ -178,6 +193,36 @@ def test_a_killed_sweep_goes_on(golden: Path, data: Path, tmp_path: Path) -> Non
     ]
 
 
+def test_cells_of_before_clean_pasts_were_measured_are_kept_as_they_are(
+    golden_state: dict[str, torch.Tensor], golden_config: dict[str, Any], save_folder: Any, data: Path, tmp_path: Path
+) -> None:
+    """Nothing is converted again; a line says which cells lack what the new ones have, and all are shown."""
+    streaming = {"chunk_frames": 2, "window_frames": 3, "sink_frames": 0}
+    model = save_folder(golden_state, golden_config | {"streaming": streaming})
+    arguments = ("sweep", model, "-o", tmp_path / "out", "--init", "svd", "--data", data)
+    first = invoke(*arguments, "--kv-ranks", "9")
+    assert first.exit_code == 0, first.stderr
+    assert re.search(r"loss \S+% above the dense model's with noisy pasts, \S+% behind clean ones", first.stderr)
+    record = tmp_path / "out" / "cells" / "svd-kv9.json"
+    old = json.loads(record.read_text())
+    whole = old.pop("clean_past")
+    record.write_text(json.dumps(old))
+    again = invoke(*arguments, "--kv-ranks", "9,4")
+    assert again.exit_code == 0, again.stderr
+    said = "kept from an earlier version, which measured no loss behind clean pasts: svd-kv9; --restart"
+    assert said in again.stderr
+    assert json.loads(record.read_text()) == old
+    cells = json.loads((tmp_path / "out" / "results.json").read_text())["cells"]
+    assert cells[0]["clean_past"] is None
+    assert cells[1]["clean_past"]["teacher_loss"] == pytest.approx(whole["teacher_loss"])
+    rows = [[cell.strip() for cell in line.split("│")[6:9]] for line in again.stdout.splitlines() if "│" in line]
+    shown = [[f"{100 * cell['excess']:+.1f}%", f"{100 * cell['velocity_error']:.1f}%"] for cell in cells]
+    clean = cells[1]["clean_past"]
+    behind = [f"{100 * clean['excess']:+.1f}%", f"{100 * clean['velocity_error']:.1f}%"]
+    assert rows == [["noisy", *shown[0]], ["clean", "-", "-"], ["noisy", *shown[1]], ["clean", *behind]]
+    assert said not in invoke(*arguments, "--kv-ranks", "4").stderr
+
+
 def without_time(cell: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in cell.items() if name != "seconds"}
 
@@ -215,6 +260,7 @@ def test_the_command_draws_and_tables(golden: Path, data: Path, tmp_path: Path) 
     result = invoke(*arguments)
     assert result.exit_code == 0, result.stderr
     assert "Budgets of wan_tiny" in result.stdout
+    assert "past" not in result.stdout + result.stderr  # a bidirectional model has none
     assert "the last clips of the folder clips" in " ".join(result.stdout.split())
     assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "out" / "results.json").read_text())
