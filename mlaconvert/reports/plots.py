@@ -194,10 +194,9 @@ def _median(curves: list[list[float]]) -> list[float]:
 def plot_sweep(report: SweepReport, path: str | Path) -> None:
     """Write one PNG, 1600 x 750 pixels: loss above the dense model's, and velocity error, against the cache.
 
-    Where clips have pasts it is 1600 x 1400, with noisy pasts above, behind clean ones below; cells that lack these are
-    left out there.
-    One line for each init and split; of a single budget's splits, one line for each init. An existing file is replaced,
-    at once and only when the new one is complete. Raises OutputError when `path` cannot be written.
+    Where clips have pasts it is 1600 x 1400: with noisy pasts above, behind clean ones below, without the cells that
+    lack these. One line for each init and split; of a single budget's splits, one line for each init. An existing file
+    is replaced, at once and only when the new one is complete. Raises OutputError when `path` cannot be written.
     """
     one_budget = len({result.kv_rank for result in report.results}) == 1
     lines: dict[str, list[CellResult]] = {}
