@@ -90,6 +90,14 @@ def bench(
             help="RMSNorm on the latent, or exact. Default: latent.",
         ),
     ] = None,
+    present: Annotated[
+        str | None,
+        typer.Option(
+            metavar="exact|latent",
+            autocompletion=among("exact", "latent"),
+            help="What a chunk sees of itself: the teacher's own keys and values, or latents. Default: latent.",
+        ),
+    ] = None,
     no_text_cache: Annotated[
         bool,
         typer.Option("--no-text-cache", help="Project the prompt in each pass: less memory a video, more work."),
@@ -117,7 +125,7 @@ def bench(
     from mlaconvert.generation.request import Runtime
 
     runtime = Runtime.of(device=device, dtype=dtype, attention=attention, compile=compiled, slice_size=slice_size)
-    choices: dict[str, Any] = {"rope": rope, "key_norm": key_norm}  # which BenchSetting checks
+    choices: dict[str, Any] = {"rope": rope, "key_norm": key_norm, "present": present}  # which BenchSetting checks
     given = {"window_frames": window_frames, "sink_frames": sink_frames, "chunk_frames": chunk_frames}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     streaming = base_geometry(geometry).streaming or StreamingConfig()

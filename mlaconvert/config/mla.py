@@ -14,7 +14,9 @@ from mlaconvert.errors import ConfigError
 
 KeyNorm = Literal["latent", "token"]
 RopeMode = Literal["cached", "latent", "head"]
-FORMAT_VERSION = 1
+Present = Literal["exact", "latent"]
+# The newest format; version 1 knows no exact present, and models without one are still written as that.
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,10 @@ class MLAConfig:
     Keys are cached unrotated and turned when they are used, so it can as well be read from the latent (k_rope_proj):
     "latent"; every cached scalar then serves rotary keys, content keys and values. "head" turns each head's own content
     keys by all its pairs, as the teacher does; nothing is shared, and there is no absorbed form."""
+    present: Present = "latent"
+    """What the chunk in work sees of itself: "exact" is the teacher's own keys and values, which are made anew in every
+    pass and need no cache; "latent" is the paper's, what the latent keeps of them. The past is read from latents in
+    both."""
     calibration: Mapping[str, Any] | None = None
     """What a calibrated conversion notes of itself; None for the others. Nothing is computed from it."""
 
@@ -75,6 +81,15 @@ class MLAConfig:
         check_fields(self)
         if self.rope == "head" and any(layer is not None and layer.rope_components for layer in self.layers):
             raise ConfigError("mla.rope head shares no rotary key; leave rope_components of all layers empty")
+        if self.present == "exact" and self.q_lora_rank is not None:
+            raise ConfigError(
+                "mla.present exact needs the teacher's queries; leave q_lora_rank null, or present latent"
+            )
+
+    @property
+    def past_queries(self) -> bool:
+        """Whether the past is read with queries of its own: not where whole heads turn beside an exact present."""
+        return self.present == "latent" or self.rope != "head"
 
     def cached_rope(self, layer: MLALayer) -> int:
         """Rotary scalars that a token caches beside its latent."""
@@ -91,7 +106,7 @@ class MLAConfig:
         """Plain data for config.json; `from_json` reads it back."""
         layers = [{"dense": True} if layer is None else dataclasses.asdict(layer) for layer in self.layers]
         data: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
+            "format_version": 1 if self.present == "latent" else FORMAT_VERSION,
             "q_lora_rank": self.q_lora_rank,
             "key_norm": self.key_norm,
             "softmax_scale": self.softmax_scale,
@@ -99,6 +114,8 @@ class MLAConfig:
         }
         if self.rope != "cached":
             data["rope"] = self.rope
+        if self.present != "latent":
+            data["present"] = self.present
         if self.calibration is not None:
             data["calibration"] = dict(self.calibration)
         return data
@@ -108,10 +125,13 @@ class MLAConfig:
         """Read the `mla` section. Raises ConfigError naming `where` and the field."""
         if not isinstance(data, Mapping):
             raise ConfigError(f"{where}: mla must be a mapping, not {type(data).__name__}")
-        if data.get("format_version") is True or data.get("format_version") != FORMAT_VERSION:
+        version = data.get("format_version")
+        if isinstance(version, bool) or version not in range(1, FORMAT_VERSION + 1):
             raise ConfigError(
-                f"{where}: mla.format_version is {data.get('format_version')!r}; this mlaconvert reads {FORMAT_VERSION}"
+                f"{where}: mla.format_version is {version!r}; this mlaconvert reads 1 to {FORMAT_VERSION}"
             )
+        if version == 1 and "present" in data:
+            raise ConfigError(f"{where}: mla.present is of format_version 2, and this says 1; correct the version")
         layers = data.get("layers")
         if not isinstance(layers, list) or len(layers) > MOST_LAYERS:
             raise ConfigError(f"{where}: mla.layers must be a list with one entry per layer")

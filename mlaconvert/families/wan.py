@@ -49,8 +49,11 @@ _LATENT_ATTENTION = (
     "kv_a_proj_with_mqa",
     "kv_a_layernorm",
     "k_norm_proj",
+    "k_norm",
     "k_rope_proj",
     "kv_b_proj",
+    "v_proj",
+    "past_out_proj",
 )
 # The same inside a block. diffusers numbers the norms in the order of use, so native norm3 is its norm2.
 _INSIDE = {
@@ -329,18 +332,24 @@ def _latent_attention(
     query_rank = mla.q_lora_rank or d
     _linear(shapes, prefix + "q_a_proj", query_rank, d)
     shapes[prefix + "q_a_layernorm.weight"] = (query_rank,)
-    exact_query = mla.q_lora_rank is None
-    shapes[prefix + "q_b_proj.weight"] = (
-        (heads, nope + rope, config.head_dim) if exact_query else (heads * (nope + rope), query_rank)
-    )
+    exact_present = mla.present == "exact"
+    if mla.q_lora_rank is not None:
+        shapes[prefix + "q_b_proj.weight"] = (heads * (nope + rope), query_rank)
+    elif mla.past_queries:
+        shapes[prefix + "q_b_proj.weight"] = (heads, nope + rope, config.head_dim)
     _linear(shapes, prefix + "kv_a_proj_with_mqa", rank + mla.cached_rope(layer), d)
     if mla.rope == "latent" and rope:
         _linear(shapes, prefix + "k_rope_proj", rope, rank)
     if mla.key_norm == "latent":
         shapes[prefix + "kv_a_layernorm.weight"] = (rank,)
-    else:
+    if mla.key_norm == "token" or exact_present:
         _linear(shapes, prefix + "k_norm_proj", d, d)
+    if exact_present:
+        shapes[prefix + "k_norm.weight"] = (d,)
+        _linear(shapes, prefix + "v_proj", d, d)
+        if value < config.head_dim:
+            shapes[prefix + "past_out_proj.weight"] = (heads, config.head_dim, value)
     shapes[prefix + "kv_b_proj.weight"] = (heads * (nope + value), rank)
-    shapes[prefix + "kv_b_proj.bias"] = (heads * nope,)
-    shapes[prefix + "o.weight"] = (d, heads * value)
+    shapes[prefix + "kv_b_proj.bias"] = (heads * (nope + value if exact_present else nope),)
+    shapes[prefix + "o.weight"] = (d, d if exact_present else heads * value)
     shapes[prefix + "o.bias"] = (d,)

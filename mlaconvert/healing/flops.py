@@ -18,10 +18,12 @@ def forward_flops(config: WanConfig, layout: Layout, height: int, width: int) ->
     """FLOPs of one clip's forward pass: `layout` of frames of `height` x `width` tokens.
 
     A linear layer takes 2 x (its weights) a token; attention 2 x (score width + value width) a head and visible pair
-    of tokens; cross-attention likewise for every token and text token.
+    of tokens; cross-attention likewise for every token and text token. Beside an exact present, pairs that see each
+    other take whole heads.
     """
     size = height * width
     tokens, pairs = len(layout.positions) * size, int(layout.visible.sum()) * size * size
+    present = int((layout.visible & layout.visible.mT).sum()) * size * size
     total = 0.0
     for name, shape in family_of(config).expected_shapes(config).items():
         if len(shape) < 2 or "modulation" in name:
@@ -36,7 +38,8 @@ def forward_flops(config: WanConfig, layout: Layout, height: int, width: int) ->
         layer = config.mla.layers[i] if config.mla else None
         score = config.head_dim if layer is None else layer.qk_nope_head_dim + layer.qk_rope_head_dim
         value = config.head_dim if layer is None else layer.v_head_dim
-        total += 2.0 * config.num_heads * (score + value) * pairs
+        own = present if layer is not None and config.mla and config.mla.present == "exact" else 0
+        total += 2.0 * config.num_heads * ((score + value) * (pairs - own) + 2 * config.head_dim * own)
         total += 2.0 * config.num_heads * 2 * config.head_dim * tokens * config.text_len
     return total
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mlaconvert.config.streaming import StreamingConfig
-from mlaconvert.model.attention.kernel import AttentionPlan
+from mlaconvert.model.attention.kernel import AttentionPlan, Segment, segments_of
 from mlaconvert.model.cache import LatentCache, LayerCache
 from mlaconvert.model.rollout import same_length
 from mlaconvert.model.rope import rotary
@@ -58,11 +58,12 @@ class Layout:
         dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
         at = torch.tensor(self.positions, device=device)
         turn = rotary(at, height, width, model.config.rope_split, dtype)
-        mask = None
+        mask, size = None, height * width
+        segments: tuple[Segment, ...] = ()
         if not self.visible.all():
-            size = height * width
+            segments = segments_of(self.visible.to(device), size)
             mask = self.visible.to(device).repeat_interleave(size, 0).repeat_interleave(size, 1)
-        return AttentionPlan(query_rotary=turn, key_rotary=turn, mask=mask, mode="expanded")
+        return AttentionPlan(query_rotary=turn, key_rotary=turn, mask=mask, mode="expanded", segments=segments)
 
 
 def noisy_layout(view: View, streaming: StreamingConfig | None) -> Layout:
@@ -194,6 +195,7 @@ def chunk_velocity(
         key_rotary=rotary(view.key_frames, height, width, split, dtype),
         window=view,
         mode="expanded",
+        segments=(Segment(slice(None), slice(None), view.past),),
         live=live,
     )
     rows = torch.full((len(chunk),), timestep, device=chunk.device)

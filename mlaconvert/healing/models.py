@@ -57,7 +57,9 @@ def _check_pair(student: Checkpoint, teacher: Checkpoint) -> None:
 
 
 def regime_of(recipe: HealRecipe, student: WanConfig, teacher: WanConfig) -> StreamingConfig | None:
-    """How the student sees time in this stage. Raises ConfigError for stages that need a streaming model."""
+    """How the student sees time in this stage. Raises ConfigError for stages that need a streaming model, and where
+    a student whose present is exact would have no past.
+    """
     if student.patch_size[0] != 1:
         raise ConfigError(f"patches span {student.patch_size[0]} frames; healing needs patches of one frame")
     stage = stage_of(recipe.stage)
@@ -66,7 +68,13 @@ def regime_of(recipe: HealRecipe, student: WanConfig, teacher: WanConfig) -> Str
     if stage.needs_streaming_teacher and teacher.streaming is None:
         raise ConfigError(f"stage {recipe.stage} needs a streaming teacher; give the teacher-forced model as --teacher")
     # A bidirectional teacher is no guide to a causal pass: both then see the whole clip.
-    return None if stage.sees_as_teacher and teacher.streaming is None else student.streaming
+    streaming = None if stage.sees_as_teacher and teacher.streaming is None else student.streaming
+    if streaming is None and student.mla is not None and student.mla.present == "exact":
+        raise ConfigError(
+            f"stage {recipe.stage} shows the student whole clips, as its bidirectional teacher sees them; its present "
+            "is exact, so nothing would be read from latents: give a streaming teacher, or take a stage that needs none"
+        )
+    return streaming
 
 
 def assumptions(student: Checkpoint, teacher: Checkpoint) -> list[str]:

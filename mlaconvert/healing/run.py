@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import gather_object
 
+from mlaconvert.config.geometry import WanConfig
 from mlaconvert.errors import ConfigError, InputError, OutputError
 from mlaconvert.families.changed import with_tensors
 from mlaconvert.families.source import AnySource, as_source
@@ -104,6 +105,7 @@ def heal(
             device=accelerator.device,
             whole=stage.whole_clips,
         )
+        _check_past(batches, student_file.config)
         clips = batches.validation()
         objective = stage.objective(models, recipe, streaming)
         objective.prepare_validation(clips, found.null)
@@ -161,8 +163,9 @@ def plan(
             model = WanModel(config)
         names = set(choose_trained(model, recipe.train))
         trained = [tuple(p.shape) for name, p in model.named_parameters() if name in names]
-        views = Batches(_Shape(shape), recipe, streaming, whole=stage.whole_clips).views
-        view = max(views, key=lambda v: len(v.frames))
+        batches = Batches(_Shape(shape), recipe, streaming, whole=stage.whole_clips)
+        _check_past(batches, config)
+        view = max(batches.views, key=lambda v: len(v.frames))
         return estimate(
             recipe,
             config,
@@ -187,6 +190,16 @@ class _Shape:
 
     def validation(self, count: int) -> Any:
         raise NotImplementedError
+
+
+def _check_past(batches: Batches, student: WanConfig) -> None:
+    """Raise ConfigError where a student whose present is exact would read nothing from latents."""
+    exact = student.mla is not None and student.mla.present == "exact"
+    if exact and all(len(view.chunks) == 1 for view in batches.views):
+        raise ConfigError(
+            f"clips of {len(batches.views[0].frames)} latent frames are one chunk, and the student's present is exact: "
+            "nothing is past that could be healed; give longer clips"
+        )
 
 
 def _check_guidance(recipe: HealRecipe, source: ClipSource | None) -> None:

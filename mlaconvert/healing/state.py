@@ -21,7 +21,7 @@ from mlaconvert.model.wan import WanModel
 LAST, BEST = "last.pt", "best.pt"
 # SOAP turns its eigenbases every so many steps; dimensions above this width keep the standard basis.
 TURN_EVERY, WIDEST = 2, 4096
-_LATENT = ("q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "k_rope_proj")
+_LATENT = ("q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "k_rope_proj", "past_out_proj")
 
 
 def choose_trained(model: WanModel, train: Train) -> list[str]:

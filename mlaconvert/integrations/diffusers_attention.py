@@ -5,9 +5,9 @@ Needs the extra `diffusers`.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
-import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanRotaryPosEmbed
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import MLAConfig, MLALayer
 from mlaconvert.errors import UnsupportedModelError
-from mlaconvert.model.attention.kernel import AttentionMode, AttentionPlan, kernel_width
+from mlaconvert.model.attention.kernel import AttentionMode, AttentionPlan, Segment, kernel_width, segments_of, widen
 from mlaconvert.model.attention.latent import LatentAttention
 from mlaconvert.model.rope import Rotary
 from mlaconvert.model.window import chunk_mask, default_chunks
@@ -31,7 +31,7 @@ class LatentAttnProcessor:
         """`attend` by diffusers' choice of backend."""
         value, width = v.shape[-1], kernel_width(q.shape[-1], v.shape[-1])
         q, k, v = (x.to(v.dtype) for x in (q, k, v))
-        q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+        q, k, v = (widen(x, width) for x in (q, k, v))
         made: Tensor = dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=self._attention_backend)
         return made[..., :value]
 
@@ -70,17 +70,31 @@ class LatentSelfAttention(LatentAttention, AttentionModuleMixin):  # type: ignor
         hidden_states: Tensor,
         encoder_hidden_states: None = None,
         attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, ...] = (),
+        rotary_emb: tuple[Any, ...] = (),
     ) -> Tensor:
         """[B, N, D] -> [B, N, D]; `rotary_emb` is what diffusers' rotary embedding makes, or `ChunkRope`.
 
         `attention_mask` is bool, broadcast to [B, H, N, N], True where a query sees a key; it wins over `ChunkRope`'s.
         """
         cos, sin, *chunks = rotary_emb
-        mask = attention_mask if attention_mask is not None or not chunks else chunks[0]
+        mask, segments = chunks or (None, ())
+        if attention_mask is not None:
+            mask = attention_mask
+            segments = _segments(mask, mask._version) if self.v_proj is not None else ()
         turn = Rotary(cos[0, :, 0, 0::2], sin[0, :, 0, 1::2])
-        plan = AttentionPlan(query_rotary=turn, key_rotary=turn, mask=mask, mode=self.mode)
+        plan = AttentionPlan(query_rotary=turn, key_rotary=turn, mask=mask, mode=self.mode, segments=segments)
         return self.to_out[0](self.heads(hidden_states, plan))
+
+
+@lru_cache(maxsize=1)  # all layers of a pass have the same mask
+def _segments(mask: Tensor, version: int) -> tuple[Segment, ...]:
+    """`segments_of` a mask of tokens. Raises UnsupportedModelError for one that differs between videos or heads."""
+    if mask.numel() != mask.shape[-1] ** 2:
+        raise UnsupportedModelError(
+            f"attention_mask is {list(mask.shape)}: beside an exact present, one mask serves all videos and heads; "
+            "give it as [N, N], or leave it out"
+        )
+    return segments_of(mask.reshape(mask.shape[-2:]))
 
 
 def check_processor(processor: Any) -> None:
@@ -93,21 +107,24 @@ def check_processor(processor: Any) -> None:
 
 
 class ChunkRope(WanRotaryPosEmbed):  # type: ignore[misc]
-    """diffusers' rotary embedding, and behind it the mask of a model that is causal between chunks."""
+    """diffusers' rotary embedding, and behind it the mask and segments of a model that is causal between chunks."""
 
     def __init__(self, config: WanConfig, max_frames: int) -> None:
         super().__init__(config.head_dim, config.patch_size, max_frames)
         self.streaming = config.streaming
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
-        """[B, C, F, H, W] -> cosines and sines [1, N, 1, D]; of a streaming model also its mask, bool [N, N]."""
+    def forward(self, hidden_states: Tensor) -> tuple[Any, ...]:
+        """[B, C, F, H, W] -> cosines and sines [1, N, 1, D]; of a streaming model also its mask, bool [N, N], and
+        what `AttentionPlan` has as segments.
+        """
         turn: tuple[Tensor, Tensor] = super().forward(hidden_states)
         if self.streaming is None:
             return turn
         frames = hidden_states.shape[2] // self.patch_size[0]
         tokens = turn[0].shape[1] // frames
         visible = chunk_mask(default_chunks(frames, self.streaming), self.streaming).to(hidden_states.device)
-        return (*turn, visible.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1))
+        mask = visible.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+        return (*turn, mask, segments_of(visible, tokens))
 
 
 class ChunkCausalProcessor(WanAttnProcessor):  # type: ignore[misc]
@@ -119,8 +136,8 @@ class ChunkCausalProcessor(WanAttnProcessor):  # type: ignore[misc]
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, ...] = (),
+        rotary_emb: tuple[Any, ...] = (),
     ) -> Tensor:
-        cos, sin, chunks = rotary_emb
+        cos, sin, chunks, _ = rotary_emb
         mask = chunks if attention_mask is None else attention_mask
         return super().__call__(attn, hidden_states, encoder_hidden_states, mask, (cos, sin))

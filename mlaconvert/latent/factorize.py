@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mlaconvert.config.mla import KeyNorm, MLALayer, RopeMode
+from mlaconvert.config.mla import KeyNorm, MLAConfig, MLALayer
 from mlaconvert.latent.components import content_and_shared
 from mlaconvert.latent.matrices import add_gram, leading_directions, mirror, product
 from mlaconvert.latent.metric import DenseLayer
@@ -49,24 +49,27 @@ def factorize_layer(
     moments: LayerMoments,
     *,
     num_heads: int,
-    key_norm: KeyNorm,
-    q_lora_rank: int | None,
-    rope: RopeMode = "cached",
+    mla: MLAConfig,
     weighted: bool = True,
 ) -> Factors:
-    """The best latent factors of a layer in the metric of `moments`.
+    """The best latent factors of a layer in the metric of `moments`; `mla` says of what kind, not which layers.
 
-    Not `weighted`, all heads and channels count alike. With `rope` "latent" the latent holds shared rotary keys
+    Beside an exact present, latents are read for the past alone: the teacher's own projections are kept, and what
+    values have where the latent is zero goes into a bias of their own.
+
+    Not `weighted`, all heads and channels count alike. With `mla.rope` "latent" the latent holds shared rotary keys
     beside content keys and values; with "head" content keys are whole heads that keep their rotation. With every pair
     kept in H components and a latent as wide as the model, the result is the teacher itself up to rounding (token key
     norm, exact queries). Latent channels are in descending order of what they hold: `narrower` cuts the last ones
     off.
     """
     dense = DenseLayer.of(weights, moments, num_heads, weighted=weighted)
+    key_norm, q_lora_rank, rope = mla.key_norm, mla.q_lora_rank, mla.rope
     mean, root = moments.mean, dense.root
     content, shared, errors = content_and_shared(dense, layer, rope)
     out_map, value_map = dense.narrow_values(layer.v_head_dim)
-    make_queries = partial(_query_path, dense, torch.cat((content.queries, shared.queries), 1), q_lora_rank, errors)
+    query_map = torch.cat((content.queries, shared.queries), 1) if mla.past_queries else None
+    make_queries = partial(_query_path, dense, query_map, q_lora_rank, errors)
     threads = torch.get_num_threads()
     # LAPACK runs in one thread: where there are more, two problems side by side. torch would give the new thread the
     # number that any thread set last, and its bits with it.
@@ -102,9 +105,28 @@ def factorize_layer(
         "kv_a_proj_with_mqa.bias": shift - down @ mean,
         "kv_b_proj.weight": torch.cat((up_key, up_value), 1).flatten(0, 1),
         "kv_b_proj.bias": key_bias.flatten(),
-        **_output(weights, out_map, value_bias),
     }
+    if mla.present == "exact":
+        tensors["kv_b_proj.bias"] = torch.cat((key_bias, value_bias.squeeze(-1)), 1).flatten()
+        tensors |= exact_present(weights)
+        if layer.v_head_dim < dense.head_dim:
+            tensors["past_out_proj.weight"] = out_map.mT.contiguous()  # L-BFGS takes no views
+    else:
+        tensors |= _output(weights, out_map, value_bias)
     return Factors(tensors=tensors | norms(weights, key_norm, layer.kv_lora_rank), errors=errors)
+
+
+def exact_present(w: AttentionWeights) -> dict[str, Tensor]:
+    """What a chunk sees itself through: the teacher's keys, values and output."""
+    return {
+        "k_norm_proj.weight": w.k_weight,
+        "k_norm_proj.bias": w.k_bias,
+        "k_norm.weight": w.norm_k,
+        "v_proj.weight": w.v_weight,
+        "v_proj.bias": w.v_bias,
+        "o.weight": w.o_weight,
+        "o.bias": w.o_bias,
+    }
 
 
 def _read(weight: Tensor, bias: Tensor, basis: Tensor, dense: DenseLayer) -> tuple[Tensor, Tensor]:
@@ -146,20 +168,20 @@ def norms(w: AttentionWeights, key_norm: KeyNorm, rank: int) -> dict[str, Tensor
     return {"k_norm_proj.weight": w.k_weight, "k_norm_proj.bias": w.k_bias}
 
 
-def _query_path(dense: DenseLayer, query_map: Tensor, rank: int | None, errors: dict[str, float]) -> dict[str, Tensor]:
+def _query_path(
+    dense: DenseLayer, query_map: Tensor | None, rank: int | None, errors: dict[str, float]
+) -> dict[str, Tensor]:
     """The teacher's own query projection and norm, or its best `rank` directions.
 
-    `query_map` [H, nope + rope, d] acts on normed queries. A latent of orthonormal directions of W_Q x + b_q has, but
-    for the energy cut off, the same length, hence the same norm: its RMSNorm only needs the gain sqrt(D kept / rank).
+    `query_map` [H, nope + rope, d] acts on normed queries; None leaves them as they are. A latent of orthonormal
+    directions of W_Q x + b_q has, but for the energy cut off, the same length, hence the same norm: its RMSNorm only
+    needs the gain sqrt(D kept / rank).
     """
     w = dense.weights
     if rank is None:
-        return {
-            "q_a_proj.weight": w.q_weight,
-            "q_a_proj.bias": w.q_bias,
-            "q_a_layernorm.weight": w.norm_q,
-            "q_b_proj.weight": query_map,
-        }
+        mapped = {} if query_map is None else {"q_b_proj.weight": query_map}
+        return {"q_a_proj.weight": w.q_weight, "q_a_proj.bias": w.q_bias, "q_a_layernorm.weight": w.norm_q, **mapped}
+    assert query_map is not None
     dim, heads = w.q_weight.shape[0], query_map.shape[0]
     total = query_map.new_zeros(dim, dim)
     add_gram(total, whitened(w.q_weight, w.q_bias, dense.moments.mean, dense.root).mT)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mlaconvert.config.mla import KeyNorm, MLALayer, RopeMode
-from mlaconvert.latent.factorize import Factors, norms
+from mlaconvert.config.mla import MLAConfig, MLALayer
+from mlaconvert.latent.factorize import Factors, exact_present, norms
 from mlaconvert.latent.weights import AttentionWeights
 
 
@@ -15,16 +15,14 @@ def random_layer(
     layer: MLALayer,
     *,
     num_heads: int,
-    key_norm: KeyNorm,
-    q_lora_rank: int | None,
+    mla: MLAConfig,
     generator: torch.Generator,
-    rope: RopeMode = "cached",
 ) -> Factors:
     """Every new projection drawn from N(0, 1 / fan_in), biases zero; what the teacher shares stays the teacher's.
 
     Those are W_O where values stay as wide as the head, the query projection of the exact path, and the key norm.
     """
-    w = weights
+    w, q_lora_rank, rope = weights, mla.q_lora_rank, mla.rope
     dim, rank, rotary = w.q_weight.shape[0], layer.kv_lora_rank, layer.qk_rope_head_dim
     width, head_dim = layer.qk_nope_head_dim + rotary, dim // num_heads
 
@@ -59,4 +57,11 @@ def random_layer(
     }
     if rope == "latent" and rotary:
         tensors |= {"k_rope_proj.weight": draw(rotary, rank), "k_rope_proj.bias": zeros(rotary)}
-    return Factors(tensors=tensors | norms(w, key_norm, rank), errors={})
+    if mla.present == "exact":
+        tensors["kv_b_proj.bias"] = zeros(num_heads * (layer.qk_nope_head_dim + layer.v_head_dim))
+        tensors |= exact_present(w)
+        if not same_width:
+            tensors["past_out_proj.weight"] = draw(num_heads, head_dim, layer.v_head_dim)
+        if rope == "head":
+            del tensors["q_b_proj.weight"]
+    return Factors(tensors=tensors | norms(w, mla.key_norm, rank), errors={})

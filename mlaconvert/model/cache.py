@@ -31,7 +31,8 @@ Write = Callable[[Tensor, Tensor, Tensor], None]
 class WindowView:
     """Where a chunk is written, and what it sees.
 
-    `write` [n * tokens] are the token slots of the chunk; the first `length` token slots hold the whole window.
+    `write` [n * tokens] are the token slots of the chunk; the first `length` token slots hold the whole window, and
+    those of them in `past` the frames before the chunk.
     `key_frames` [window] and `query_frames` [n] are positions in time, in slot order and in chunk order.
     """
 
@@ -39,6 +40,7 @@ class WindowView:
     length: int
     key_frames: Tensor
     query_frames: Tensor
+    past: slice | Tensor
 
 
 class LayerCache:
@@ -146,12 +148,18 @@ class LatentCache:
         position = dict(zip(seen, frame_positions(seen, self.end, self.streaming), strict=True))
         slots = {frame: slot(frame, self.streaming) for frame in seen}
         tokens = torch.arange(self.tokens_per_frame)
-        write = torch.tensor([slots[f] for f in range(start, self.end)])[:, None] * self.tokens_per_frame + tokens
+
+        def token_slots(frames: list[int]) -> Tensor:
+            return (torch.tensor(frames, dtype=torch.long)[:, None] * self.tokens_per_frame + tokens).flatten()
+
+        write = token_slots([slots[f] for f in range(start, self.end)])
+        past = token_slots(sorted(slots[f] for f in seen if f < start))
         self.view = WindowView(
-            write=write.flatten().to(self.device),
+            write=write.to(self.device),
             length=len(seen) * self.tokens_per_frame,
             key_frames=torch.tensor([position[f] for f in sorted(seen, key=slots.__getitem__)], device=self.device),
             query_frames=torch.tensor([position[f] for f in range(start, self.end)], device=self.device),
+            past=past.to(self.device),
         )
         return self.view
 

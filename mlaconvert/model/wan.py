@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.errors import ConfigError, InputError
-from mlaconvert.model.attention.kernel import AttentionMode, AttentionPlan
+from mlaconvert.model.attention.kernel import AttentionMode, AttentionPlan, Segment, segments_of
 from mlaconvert.model.attention.latent import LatentAttention
 from mlaconvert.model.blocks import Block, Head, ImageEmbedding
 from mlaconvert.model.cache import LatentCache, Write, write_slots
@@ -192,11 +192,13 @@ class WanModel(nn.Module):
                     window=window,
                     mode=self.attention_mode,
                     turns={pairs: (queries.select(pairs), keys.select(pairs)) for pairs in self._pairs},
+                    segments=(Segment(slice(None), slice(None), window.past),),
                 )
                 cache.plan = plan
             return plan
         turn = rotary(torch.arange(frames, device=device), height, width, split, dtype)
         mask = None
+        segments: tuple[Segment, ...] = ()
         if self.config.streaming is not None or chunks is not None:
             visible = chunk_mask(chunks or default_chunks(frames, self.config.streaming), self.config.streaming)
             if visible.shape[0] != frames:
@@ -205,7 +207,8 @@ class WanModel(nn.Module):
                 )
             if not visible.all():
                 mask = visible.repeat_interleave(height * width, 0).repeat_interleave(height * width, 1).to(device)
-        return AttentionPlan(query_rotary=turn, key_rotary=turn, mask=mask, mode=self.attention_mode)
+                segments = segments_of(visible.to(device), height * width)
+        return AttentionPlan(query_rotary=turn, key_rotary=turn, mask=mask, mode=self.attention_mode, segments=segments)
 
     def embed_patches(self, latents: Tensor, image_latents: Tensor | None) -> tuple[Tensor, tuple[int, int, int]]:
         """Tokens [B, N, D] and the grid F x H x W of `latents` [B, C, F, H, W] with any `image_latents` appended."""

@@ -92,6 +92,54 @@ def test_flops_are_those_of_a_chunk(report: BenchReport, golden: Path) -> None:
     assert report.sides[2].flops["attention"] < report.sides[0].flops["attention"]
 
 
+@pytest.mark.parametrize("rope", ["head", "latent", "cached"])
+def test_a_side_whose_present_is_exact(golden: Path, rope: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs, its bytes are as planned, and its FLOPs are those of 18 past keys and 12 own ones."""
+    asked = []
+    monkeypatch.setattr(
+        "mlaconvert.evaluation.bench.run.cheaper_mode", lambda *_, **sizes: asked.append(sizes) or "expanded"
+    )
+    setting = BenchSetting(
+        geometry=str(golden),
+        height=32,
+        width=48,
+        streaming=StreamingConfig(chunk_frames=2, window_frames=5),
+        steps=2,
+        rounds=1,
+        kv_ranks=(9,),
+        heads=((None, 10),),
+        rope=rope,
+        present="exact",
+    )
+    found = bench(setting).sides[1]
+    assert found.name.endswith("/10, exact present")
+    assert found.cache_bytes == found.plan_cache_bytes
+    assert found.weight_bytes == found.plan_weight_bytes
+    config = side_configs(setting)[found.name]
+    assert config.mla is not None
+    once = forward_flops(config, queries=12, keys=30, mode="expanded")
+    assert once["attention"] == 3 * 4 * 4 * 12 * (12 * 24 + 18 * 24)  # layers and heads
+    if rope == "head":
+        assert found.flops == {part: 3 * count for part, count in once.items()}
+    assert found.mode == "expanded"
+    assert {(sizes["queries"], sizes["keys"]) for sizes in asked} == (set() if rope == "head" else {(12, 18)})
+    recorded = side_configs(dataclasses.replace(setting, present=None))
+    assert [config.mla.present for config in recorded.values() if config.mla] == ["latent"]  # as from weights alone
+
+
+def test_the_present_is_asked_for_on_the_command_line(golden: Path) -> None:
+    size = ("--height", 32, "--width", 48, "--rounds", 1, "--steps", 1, "--kv-rank", 9, "--rope", "head")
+    done = invoke(golden, *size, "--present", "exact", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert [side["name"] for side in json.loads(done.stdout)["sides"]][1].endswith("exact present")
+    refused = invoke(golden, *size, "--present", "now")
+    assert refused.exit_code == 2
+    assert "present" in refused.stderr
+    compressed = invoke(golden, *size, "--present", "exact", "--q-rank", 7)
+    assert compressed.exit_code == 2
+    assert "q_rank is 7" in compressed.stderr
+
+
 def test_flops_at_wans_size() -> None:
     """Worked out by hand for a chunk of 4,680 queries in a window of 10,920 keys at 480 x 832."""
     setting = BenchSetting(kv_ranks=(192,), heads=((96, 128), (32, 64)))

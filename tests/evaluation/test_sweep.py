@@ -231,6 +231,7 @@ def test_cells_of_another_version_of_the_method_are_not_mixed(
     golden: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A record that does not say is of the first version."""
+    monkeypatch.setattr(sweeps, "MOMENTS_VERSION", 1)
     recipe = SweepRecipe(inits=("svd",), kv_ranks=(9,))
     clips = SweepClips(data=data, validation=2)
     sweep(golden, tmp_path / "out", recipe, clips=clips)

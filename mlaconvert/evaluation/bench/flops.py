@@ -32,7 +32,8 @@ def forward_flops(
 
     `queries` tokens see `keys` tokens. "attention": scores and values; "latent": expanding the latents, or mapping
     queries and outputs to them; "projections": of queries, keys, values and outputs; "cross-attention": to a text whose
-    keys and values are cached; "ffn". Norms, RoPE, embeddings and the head are not counted: under 1% at Wan's sizes.
+    keys and values are cached; "ffn". Beside an exact present, latents are read for the keys before the queries' chunk,
+    which are its own keys too. Norms, RoPE, embeddings and the head are not counted: under 1% at Wan's sizes.
     """
     dim, heads, tokens = config.dim, config.num_heads, queries
     parts = dict.fromkeys(("attention", "cross-attention", "latent", "projections", "ffn"), 0)
@@ -43,12 +44,9 @@ def forward_flops(
             parts["attention"] += 4 * tokens * keys * heads * width
             parts["projections"] += 4 * 2 * tokens * dim * dim
         else:
-            sizes = {
-                "num_heads": heads,
-                "content": mla.kv_lora_rank,
-                "queries": tokens,
-                "keys": keys,
-            }
+            exact = config.mla.present == "exact"
+            read = max(0, keys - tokens) if exact else keys  # from latents
+            sizes = {"num_heads": heads, "content": mla.kv_lora_rank, "queries": tokens, "keys": read}
             chosen: Literal["expanded", "absorbed"] = "absorbed" if mode == "absorbed" else "expanded"
             if mode == "auto" and config.mla.rope != "head":
                 chosen = cheaper_mode(mla, **sizes, itemsize=itemsize, flops_per_byte=flops_per_byte)
@@ -56,15 +54,23 @@ def forward_flops(
             width = mla.qk_nope_head_dim + mla.qk_rope_head_dim
             channels = sizes["content"] + 1 + mla.qk_rope_head_dim
             attended = kernel_width(width, mla.v_head_dim) if chosen == "expanded" else kernel_width(channels)
-            parts["attention"] += 4 * tokens * keys * heads * attended
-            parts["latent"] += total - 4 * tokens * keys * heads * attended
+            parts["attention"] += 4 * tokens * read * heads * attended
+            parts["latent"] += total - 4 * tokens * read * heads * attended
             rank = config.mla.q_lora_rank
-            query = dim * dim + heads * config.head_dim * width if rank is None else rank * (dim + heads * width)
+            query = dim * dim if rank is None else rank * dim
+            if config.mla.past_queries:
+                query += heads * (config.head_dim if rank is None else rank) * width
             down = dim * (mla.kv_lora_rank + config.mla.cached_rope(mla))
-            if config.mla.rope == "latent":  # the rotary key of the whole window
-                parts["latent"] += 2 * keys * mla.kv_lora_rank * mla.qk_rope_head_dim
-            norm = dim * dim if config.mla.key_norm == "token" else 0
-            parts["projections"] += 2 * tokens * (query + down + norm + heads * mla.v_head_dim * dim)
+            if config.mla.rope == "latent":  # the rotary key of all that is read
+                parts["latent"] += 2 * read * mla.kv_lora_rank * mla.qk_rope_head_dim
+            own = dim * dim if config.mla.key_norm == "token" or exact else 0
+            out = heads * mla.v_head_dim * dim
+            if exact:
+                parts["attention"] += 4 * tokens * tokens * heads * kernel_width(config.head_dim)
+                own, out = own + dim * dim, dim * dim
+                if mla.v_head_dim < config.head_dim:
+                    parts["latent"] += 2 * tokens * heads * mla.v_head_dim * config.head_dim
+            parts["projections"] += 2 * tokens * (query + down + own + out)
         parts["projections"] += 2 * 2 * tokens * dim * dim  # cross-attention's queries and output
         parts["cross-attention"] += 4 * tokens * config.text_len * heads * kernel_width(config.head_dim)
         parts["ffn"] += 2 * 2 * tokens * dim * config.ffn_dim

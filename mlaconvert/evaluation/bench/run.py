@@ -216,13 +216,14 @@ def _mode(resolved: ResolvedSetting, config: WanConfig) -> str:
         return resolved.setting.attention
     if config.mla.rope == "head":
         return "expanded"
+    past = resolved.window_tokens - resolved.chunk_tokens  # all that latents are read for beside an exact present
     chosen = {
         cheaper_mode(
             layer,
             num_heads=config.num_heads,
             content=layer.kv_lora_rank,
             queries=resolved.chunk_tokens,
-            keys=resolved.window_tokens,
+            keys=past if config.mla.present == "exact" else resolved.window_tokens,
             itemsize=resolved.dtype.itemsize,
             flops_per_byte=flops_per_byte(resolved.device),
         )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mlaconvert.config.geometry import WanConfig
-from mlaconvert.config.mla import KeyNorm, RopeMode
+from mlaconvert.config.mla import KeyNorm, Present, RopeMode
 from mlaconvert.config.parsing import Count, check_fields
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.recipe import ConvertRecipe
@@ -60,13 +60,15 @@ class BenchSetting:
     heads: tuple[tuple[int | None, int | None], ...] = ()
     """Latent sides to compare, by a head's unrotated and value channels; None is the default of `ConvertRecipe`."""
     rope_dim: int | None = None
-    """As in `ConvertRecipe`, as are the next three."""
+    """As in `ConvertRecipe`, as are the next four."""
     rope: RopeMode | None = None
     """Where rotary keys come from."""
     q_rank: int | str | None = None
     """The query latent, or "none"."""
     key_norm: KeyNorm | None = None
     """What of a key is normalised."""
+    present: Present | None = None
+    """What a chunk sees of itself."""
     search_batch: bool = True
     """Whether the largest batch that fits into memory is searched for."""
 
@@ -149,6 +151,7 @@ def side_configs(setting: BenchSetting) -> dict[str, WanConfig]:
             rope=setting.rope,
             q_rank=setting.q_rank,
             key_norm=setting.key_norm,
+            present=setting.present,
             height=setting.height,
             width=setting.width,
             streaming=streaming,
@@ -160,6 +163,7 @@ def side_configs(setting: BenchSetting) -> dict[str, WanConfig]:
             f"MLA {layer.kv_lora_rank}+{layer.qk_rope_head_dim}, "
             f"heads {layer.qk_nope_head_dim}+{layer.qk_rope_head_dim}/{layer.v_head_dim}"
         )
+        name += ", exact present" if mla.present == "exact" else ""
         sides[name] = dataclasses.replace(dense, mla=mla)
     return sides
 

@@ -18,7 +18,7 @@ from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import MLAConfig, MLALayer
 from mlaconvert.errors import InputError
 from mlaconvert.integrations.streaming.codebase import Codebase, Positions
-from mlaconvert.model.attention.kernel import AttentionPlan
+from mlaconvert.model.attention.kernel import AttentionPlan, Segment, segments_of
 from mlaconvert.model.attention.latent import LatentAttention
 from mlaconvert.model.cache import LayerCache, WindowView, layer_widths
 from mlaconvert.model.rope import Rotary, rotary
@@ -80,7 +80,16 @@ class Turns:
                 for frames in place.frames(self.positions)
             )
             keys = Rotary(*(place.seen(turns, 0) for turns in keys))
-            plan = AttentionPlan(queries, keys, window=_written(place.start, place.end, device), mode="auto")
+            # What is kept of an earlier run is read from its latents, although it is of these frames.
+            new = max(0, place.end - max(place.start, place.kept))
+            own, past = slice(len(queries.cos) - new, None), slice(0, max(0, len(keys.cos) - new))
+            plan = AttentionPlan(
+                queries,
+                keys,
+                window=_written(place.start, place.end, device),
+                mode="auto",
+                segments=(Segment(slice(None), own, past),),
+            )
             self._chunk = (key, plan)
         return self._chunk[1]
 
@@ -94,9 +103,11 @@ class Turns:
             frames = torch.arange(grid[0], device=device).repeat(copies)
             turn = rotary(frames, *grid[1:], self.config.rope_split)
             mask = None
+            segments: tuple[Segment, ...] = ()
             if block_mask is not None:
                 mask = create_mask(block_mask.mask_mod, None, None, tokens, tokens, device=str(device))[0, 0]
-            self._clip = ((block_mask, key), AttentionPlan(turn, turn, mask=mask, mode="auto"))
+                segments = segments_of(mask)
+            self._clip = ((block_mask, key), AttentionPlan(turn, turn, mask=mask, mode="auto", segments=segments))
         return self._clip[1]
 
 
@@ -302,7 +313,7 @@ def latents(dense: Tensor, channels: int, device: torch.device | str) -> Tensor:
 
 def _written(start: int, end: int, device: torch.device) -> WindowView:
     """A view for a cache whose keys know their turns from elsewhere."""
-    return WindowView(torch.arange(start, end, device=device), end, torch.empty(0), torch.empty(0))
+    return WindowView(torch.arange(start, end, device=device), end, torch.empty(0), torch.empty(0), slice(0, 0))
 
 
 def _set_indices(kv_cache: KvCache, *values: int) -> None:

@@ -25,6 +25,8 @@ def made(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "small": ConvertRecipe(init="svd", kv_rank=9, q_rank="none", key_norm="token", **video),
         "large": ConvertRecipe(init="svd", kv_rank=60, q_rank="none", key_norm="token", **video),
         "lossless": ConvertRecipe(init="lossless", **video),
+        "exact": ConvertRecipe(init="svd", kv_rank=9, rope="head", key_norm="token", present="exact", **video),
+        "exact_lossless": ConvertRecipe(init="lossless", present="exact", **video),
         "both_ways": ConvertRecipe(init="svd", kv_rank=9, height=32, width=64),
     }
     for name, recipe in recipes.items():

@@ -66,6 +66,24 @@ def test_models_side_by_side(made: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "not trained with" in " ".join(report.conditions["notes"])
 
 
+def test_models_with_an_exact_present(made: Path) -> None:
+    """Beside a lossless one nothing is lost; a lossy one begins its videos as the teacher does."""
+    lossless, lossy = evaluate([str(made / name) for name in ("exact_lossless", "exact")], QUICK).models
+    assert abs(lossless.fidelity.excess) < 1e-5
+    assert max(lossless.fidelity.attention_errors) < 1e-5
+    assert lossless.clean_past is not None
+    assert lossless.clean_past.velocity_error < 1e-5
+    assert lossless.drift is not None
+    assert max(lossless.drift.difference["student"]) < 1e-4
+    assert lossy.drift is not None
+    first, rest = lossy.drift.difference["student"][:2], lossy.drift.difference["student"][2:]
+    assert max(first) < 1e-4
+    assert min(rest) > 1e-2
+    assert lossy.clean_past is not None
+    assert lossy.clean_past.velocity_error > 1e-3
+    assert lossy.cache_bytes == {"teacher": 3 * 192 * 40 * 4, "student": 3 * (9 + 1) * 40 * 4}
+
+
 def test_json_has_the_fields_that_a_card_quotes(made: Path, clips: Clips, tmp_path: Path) -> None:
     save_file({"latents": clips.latents, "context": clips.context}, tmp_path / "clips.safetensors")
     request = dataclasses.replace(QUICK, data=tmp_path, clips=4)

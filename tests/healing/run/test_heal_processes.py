@@ -15,6 +15,8 @@ from heal_cases import STREAMING
 from heal_run_cases import HANG, in_processes, settings, with_bad_clips
 from safetensors.torch import load_file
 
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.conversion.run import convert
 from mlaconvert.families.open import open_checkpoint
 from mlaconvert.files.names import WEIGHTS_NAME
 from mlaconvert.healing.stages.distill import Distill
@@ -47,7 +49,7 @@ def test_two_processes_train_as_one_and_resume(home: Path, tmp_path: Path) -> No
     assert load(tmp_path / "pair.state" / LAST)["processes"] == 2
 
 
-def sharded(home: Path, folder: Path) -> None:
+def sharded(home: Path, folder: Path, student: str) -> None:
     """One of two processes: train with torch's fully_shard, save, restore into a fresh objective, and train on."""
     from torch.distributed.fsdp import fully_shard
 
@@ -59,8 +61,8 @@ def sharded(home: Path, folder: Path) -> None:
     together = torch.distributed.is_initialized()
     world, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if together else (1, 0)
     recipe = settings("distill", batch=2, train="attention", attention_steps=2).resolved()
-    with open_checkpoint(home / "student") as student, open_checkpoint(home / "teacher") as teacher:
-        clips = ClipFolder(home / "clips", student.config)
+    with open_checkpoint(home / student) as pupil, open_checkpoint(home / "teacher") as teacher:
+        clips = ClipFolder(home / "clips", pupil.config)
         # Alone, one process does what the two would: each loss is over its own clips.
         shares = [
             Batches(StoredClips(clips, None, held=1, seed=0), recipe, STREAMING, rank=r, world=2)
@@ -69,7 +71,7 @@ def sharded(home: Path, folder: Path) -> None:
         frozen = load_model(teacher)
 
         def start() -> tuple[Trained, Any]:
-            objective = Distill(trainable(student), frozen, recipe, STREAMING)
+            objective = Distill(trainable(pupil), frozen, recipe, STREAMING)
             choose_trained(objective.student, recipe.train)
             if world > 1:
                 units = [m for m in objective.modules() if type(m).__name__ in objective._no_split_modules]
@@ -100,9 +102,15 @@ def sharded(home: Path, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_sharded_run_is_the_whole_run(home: Path, tmp_path: Path) -> None:
-    sharded(home, tmp_path)
-    assert in_processes(_in_group, *((rank, home, tmp_path) for rank in range(2))) == [0, 0]
+@pytest.mark.parametrize("student", ["student", "exact"])
+def test_a_sharded_run_is_the_whole_run(home: Path, tmp_path: Path, student: str) -> None:
+    if student == "exact":  # its present
+        recipe = ConvertRecipe(
+            init="svd", kv_rank=7, present="exact", rope="latent", v_dim=9, height=4, width=6, vae_stride=1
+        )
+        convert(home / "teacher", home / student, recipe)
+    sharded(home, tmp_path, student)
+    assert in_processes(_in_group, *((rank, home, tmp_path, student) for rank in range(2))) == [0, 0]
     one, two = load(tmp_path / "1.pt"), load(tmp_path / "2.pt")
     assert (one["kinds"], two["kinds"]) == (["Parameter"], ["DTensor"])
     assert two["value"] == pytest.approx(one["value"], rel=1e-4)
@@ -111,9 +119,9 @@ def test_a_sharded_run_is_the_whole_run(home: Path, tmp_path: Path) -> None:
             assert torch.allclose(two["state"][kind][name], tensor, atol=2e-5), name
 
 
-def _in_group(rank: int, home: Path, folder: Path) -> None:
+def _in_group(rank: int, home: Path, folder: Path, student: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'group'}", rank=rank, world_size=2)
-    sharded(home, folder)
+    sharded(home, folder, student)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

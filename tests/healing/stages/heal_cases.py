@@ -10,7 +10,7 @@ from support import randomize
 from torch import Tensor
 
 from mlaconvert.config.geometry import WanConfig
-from mlaconvert.config.mla import MLAConfig, MLALayer
+from mlaconvert.config.mla import MLAConfig, MLALayer, RopeMode
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.healing.batches import Batch, Rows, mix
 from mlaconvert.healing.frames import views
@@ -38,6 +38,16 @@ STUDENT = dataclasses.replace(
     mla=MLAConfig(q_lora_rank=None, key_norm="token", softmax_scale=12**-0.5, layers=(LAYER, LAYER)),
 )
 HEIGHT, WIDTH = 4, 6  # latent pixels: 2 x 3 tokens
+
+
+def beside_present(rope: RopeMode) -> WanConfig:
+    """A student whose present is exact, with values narrower than heads."""
+    layer = dataclasses.replace(LAYER, v_head_dim=9)
+    if rope == "head":
+        layer = dataclasses.replace(layer, qk_nope_head_dim=12, rope_components=())
+    assert STUDENT.mla is not None
+    mla = dataclasses.replace(STUDENT.mla, rope=rope, present="exact", layers=(layer, layer))
+    return dataclasses.replace(STUDENT, mla=mla)
 
 
 def model(config: WanConfig, seed: int) -> WanModel:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from heal_cases import HEIGHT, STREAMING, STUDENT, TEACHER, WIDTH, make_batch, model, recipe, streamed
+from heal_cases import HEIGHT, STREAMING, STUDENT, TEACHER, WIDTH, beside_present, make_batch, model, recipe, streamed
 from support import relative
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -189,6 +189,23 @@ def test_flops_are_those_that_torch_counts() -> None:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it knows no fused CPU kernel
         net(torch.randn(1, 3, 3, HEIGHT, WIDTH), torch.zeros(1, 3), torch.randn(1, 4, 10))
     assert forward_flops(config, noisy_layout(view, None), 2, 3) == counter.get_total_flops()
+
+
+def test_pairs_of_an_exact_present_take_whole_heads() -> None:
+    """By hand, beside a model of the same weights whose present is latent: 2 x 2 frames of 6 tokens each."""
+    exact = beside_present("latent")
+    assert exact.mla is not None
+    view = views(4, STREAMING)[0]
+    assert view.chunks == (2, 2)
+    found = forward_flops(exact, noisy_layout(view, STREAMING), 2, 3)
+    past, present = 12 * 12, 2 * 12 * 12  # the second chunk sees the first, and each itself
+    attention = 2 * 4 * ((6 + 6 + 9) * past + 2 * 12 * present)
+    cross = 2 * 4 * 2 * 12 * 24 * 5
+    everywhere = forward_flops(TEACHER, noisy_layout(view, STREAMING), 2, 3)
+    dense = 2 * (2 * 4 * 2 * 12 * (past + present) + cross)
+    # Latent, rotary key and both ways back, and queries by head; the teacher's four projections are there as well.
+    more = 2 * 24 * (48 * 7 + 7 * 6 + 4 * (6 + 9) * 7 + 4 * (6 + 6) * 12 + 4 * 12 * 9)
+    assert found == everywhere - dense + 2 * (attention + cross + more)
 
 
 def test_the_estimate_counts_what_is_trained_only() -> None:

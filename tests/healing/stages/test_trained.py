@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from heal_cases import LAYER, STREAMING, STUDENT, make_batch, model, recipe
+from heal_cases import LAYER, STREAMING, STUDENT, beside_present, make_batch, model, recipe
 from torch import Tensor
 
 from mlaconvert.healing.stages.teacher_forcing import TeacherForcing
@@ -28,16 +28,31 @@ def test_frozen_parts_get_no_gradients() -> None:
     assert counts == {"latent": 2 * 5, "attention": 2 * 12, "all": len(list(net.parameters()))}
 
 
+@pytest.mark.parametrize(("rope", "count"), [("head", 5), ("latent", 8), ("cached", 6)])
+def test_of_a_layer_beside_an_exact_present_latent_is_what_its_past_is_read_with(rope: Any, count: int) -> None:
+    """The teacher's own keys, values and queries stay; whatever leads from latents to the output learns."""
+    net = model(beside_present(rope), 2)
+    names = choose_trained(net, "latent")
+    TeacherForcing(net, recipe("teacher-forcing"), STREAMING).loss(make_batch(), 0).backward()
+    assert sorted(names) == sorted(name for name, p in net.named_parameters() if p.grad is not None)
+    assert all(bool(p.grad.any()) for p in net.parameters() if p.grad is not None)
+    assert len(names) == 2 * count
+    owned = {name.split(".")[3] for name, _ in net.named_parameters() if ".self_attn." in name}
+    learning = {name.split(".")[3] for name in names}
+    assert owned - learning == {"q_a_proj", "q_a_layernorm", "k_norm_proj", "k_norm", "v_proj", "o"}
+
+
 @pytest.mark.parametrize("rank", [7, 8])
 @pytest.mark.parametrize("rope", ["cached", "latent", "head"])
 @pytest.mark.parametrize("key_norm", ["token", "latent"])
-def test_gradients_reach_every_kind_of_layer(rope: Any, key_norm: Any, rank: int) -> None:
+@pytest.mark.parametrize("present", ["latent", "exact"])
+def test_gradients_reach_every_kind_of_layer(present: Any, rope: Any, key_norm: Any, rank: int) -> None:
     """Held to a finite difference along the gradient, in float64, whatever the channels' places in memory."""
     layer = dataclasses.replace(LAYER, kv_lora_rank=rank)
     if rope == "head":
         layer = dataclasses.replace(layer, rope_components=(), qk_nope_head_dim=12)
     assert STUDENT.mla is not None
-    mla = dataclasses.replace(STUDENT.mla, rope=rope, key_norm=key_norm, layers=(layer, layer))
+    mla = dataclasses.replace(STUDENT.mla, rope=rope, key_norm=key_norm, present=present, layers=(layer, layer))
     net = model(dataclasses.replace(STUDENT, mla=mla), 2)
     names = choose_trained(net, "attention")
     parameters = [p for p in net.parameters() if p.requires_grad]

@@ -26,6 +26,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import InputError
 from mlaconvert.integrations.streaming import StreamingLatentAttention, swap_attention
+from mlaconvert.model.attention.kernel import AttentionPlan, Segment
 from mlaconvert.model.load import load_model
 from mlaconvert.model.rollout import LatentSize, rollout
 from mlaconvert.model.rope import rotary
@@ -54,6 +55,8 @@ def test_the_stand_in_is_self_forcing(make: Any, vectors: dict[str, Tensor], lat
         ("absolute", None, *RECORDED[1]),
         ("lossless", "window", "x", "infrope.chunks3.out"),
         ("absolute", "window", "x_long", "infrope.window6_sink1.out"),
+        ("lossless, exact present", "absolute", *RECORDED[1]),
+        ("absolute, exact present", "window", "x_long", "infrope.window6_sink1.out"),
     ],
 )
 @pytest.mark.parametrize("whole_pipeline", [True, False])
@@ -68,7 +71,10 @@ def test_a_lossless_swap_gives_the_recorded_outputs(
     assert pipe.devices == ["meta" if whole_pipeline else "cpu"]
 
 
-@pytest.mark.parametrize("name", ["paper", "token", "head"])
+BESIDE_PRESENT = ["heads beside an exact present", "shared key beside an exact present"]
+
+
+@pytest.mark.parametrize("name", ["paper", "token", "head", *BESIDE_PRESENT])
 def test_a_rollout_equals_ours(make: Any, folders: dict[str, Path], vectors: dict[str, Tensor], name: str) -> None:
     """Two videos, beyond the window, in two steps a chunk. Layers that stay dense count absolute frames."""
     sampler = Sampler.few_step((1000, 500))
@@ -215,7 +221,10 @@ def test_infinity_ropes_new_prompt(make: Any, folders: dict[str, Path], vectors:
         pipe.chunk(vectors["x"][:, :, :3], vectors["t"].expand(1, 3), vectors["context"], 15)
 
 
-def test_krea_writes_a_clip_under_a_mask(make: Any, folders: dict[str, Path], vectors: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("folder", ["lossless", "lossless, exact present"])
+def test_krea_writes_a_clip_under_a_mask(
+    make: Any, folders: dict[str, Path], vectors: dict[str, Tensor], folder: str
+) -> None:
     """Before each chunk its server runs the last frames again as one clip; indices are plain numbers."""
     chunk = torch.arange(6 * TOKENS) // (3 * TOKENS)
     mask = create_block_mask(
@@ -225,7 +234,7 @@ def test_krea_writes_a_clip_under_a_mask(make: Any, folders: dict[str, Path], ve
     for swapped in (False, True):
         pipe = make(window=-1, sink=0, kind=KreaAttention)
         if swapped:
-            swap_attention(pipe, folders["lossless"])
+            swap_attention(pipe, folders[folder])
             for attention in attentions(pipe):
                 attention.fuse_projections()  # type: ignore[operator]
         pipe.kv_cache1 = cache_of(12, global_end_index=0, local_end_index=0)
@@ -276,13 +285,19 @@ def test_a_cache_without_indices_is_causvids(make: Any, folders: dict[str, Path]
 
 @pytest.mark.filterwarnings("ignore:.*was converted for a window")  # windows of many sizes, one folder
 @pytest.mark.parametrize("sink", [0, 1, 3])
-def test_longlives_prompt_switch(make: Any, folders: dict[str, Path], vectors: dict[str, Tensor], sink: int) -> None:
-    """Behind the window, twice: past chunks with the sink kept, then with another sink, then new chunks."""
+@pytest.mark.parametrize("folder", ["lossless", "lossless, exact present"])
+def test_longlives_prompt_switch(
+    make: Any, folders: dict[str, Path], vectors: dict[str, Tensor], sink: int, folder: str
+) -> None:
+    """Behind the window, twice: past chunks with the sink kept, then with another sink, then new chunks.
+
+    What is kept of a chunk is the old prompt's, so it is no part of an exact present.
+    """
     found = []
     for swapped in (False, True):
         pipe = make(sink=sink, kind=LongLiveAttention)
         if swapped:
-            swap_attention(pipe, folders["lossless"], positions="absolute")
+            swap_attention(pipe, folders[folder], positions="absolute")
         x, context, out = vectors["x_long"], vectors["context"], []
         with torch.no_grad():
             for video in range(2):
@@ -298,12 +313,13 @@ def test_longlives_prompt_switch(make: Any, folders: dict[str, Path], vectors: d
 
 
 @pytest.mark.parametrize("copies", [1, 2])
-def test_without_a_cache_the_mask_is_theirs(make: Any, folders: dict[str, Path], copies: int) -> None:
+@pytest.mark.parametrize("name", ["token", *BESIDE_PRESENT])
+def test_without_a_cache_the_mask_is_theirs(make: Any, folders: dict[str, Path], name: str, copies: int) -> None:
     """A whole clip, and in teacher forcing the clean clip and behind it the noisy one, at the same positions."""
     pipe = make()
-    swap_attention(pipe, folders["token"], positions="window")
+    swap_attention(pipe, folders[name], positions="window")
     attention = attentions(pipe)[1]
-    reference = load_model(folders["token"]).blocks[1].self_attn
+    reference = load_model(folders[name]).blocks[1].self_attn
     count = 6 * TOKENS
     chunk = torch.arange(2 * count) % count // (3 * TOKENS)
 
@@ -320,10 +336,13 @@ def test_without_a_cache_the_mask_is_theirs(make: Any, folders: dict[str, Path],
     dense = torch.tensor([[bool(seen(0, 0, torch.tensor(q), torch.tensor(k))) for k in range(0, copies * count, 15)]
                           for q in range(0, copies * count, 15)])  # fmt: skip
     turn = rotary(torch.arange(6).repeat(copies), 3, 5, (4, 4, 4))
-    from mlaconvert.model.attention.kernel import AttentionPlan
-
     visible = dense.repeat_interleave(15, 0).repeat_interleave(15, 1)
-    plan = AttentionPlan(query_rotary=turn, key_rotary=turn, mask=visible)
+    # By hand: of six frames in chunks of three, and behind them any noisy copies, which see the clean frames before.
+    chunks = [(slice(0, 45), slice(0, 45), slice(0, 0)), (slice(45, 90), slice(45, 90), slice(0, 45))]
+    if copies == 2:
+        chunks += [(slice(90, 135), slice(90, 135), slice(0, 0)), (slice(135, 180), slice(135, 180), slice(0, 45))]
+    segments = tuple(Segment(*chunk) for chunk in chunks)
+    plan = AttentionPlan(query_rotary=turn, key_rotary=turn, mask=visible, segments=segments)
     assert relative(found, reference(x, plan)) < 1e-5
     assert relative(attention(x, lengths, grid, None, None), found) > 1e-3
     with pytest.raises(InputError, match="not one or two clips"):

@@ -93,9 +93,7 @@ def convert(
         layer,
         moments(weights),
         num_heads=HEADS,
-        key_norm=key_norm,
-        q_lora_rank=q_rank,
-        rope=rope,
+        mla=MLAConfig(key_norm=key_norm, q_lora_rank=q_rank, rope=rope, softmax_scale=1.0, layers=()),
     )
 
 

@@ -23,6 +23,7 @@ from factorize_cases import (
 )
 from support import relative
 
+from mlaconvert.config.mla import MLAConfig
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.latent.allocate import allocate
 from mlaconvert.latent.components import choose_components
@@ -214,7 +215,8 @@ def test_random_layer_is_seeded_and_keeps_what_is_shared() -> None:
     def draw(seed: int, q_rank: int | None, v: int) -> Factors:
         generator = torch.Generator().manual_seed(seed)
         layer = lossy(v_head_dim=v)
-        return random_layer(weights, layer, num_heads=HEADS, key_norm="token", q_lora_rank=q_rank, generator=generator)
+        mla = MLAConfig(key_norm="token", q_lora_rank=q_rank, softmax_scale=1.0, layers=())
+        return random_layer(weights, layer, num_heads=HEADS, mla=mla, generator=generator)
 
     one, same, other = draw(1, 13, WIDTH), draw(1, 13, WIDTH), draw(2, 13, WIDTH)
     assert all(torch.equal(one.tensors[k], same.tensors[k]) for k in one.tensors)
