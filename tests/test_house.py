@@ -87,8 +87,8 @@ def test_only_the_window_knows_the_rule_of_the_window() -> None:
         "model.window",
         "families.causal",
         "reports.card",
+        "reports.plan",
         "integrations.streaming.swap",
-        "cli.convert",
     }
     readers = {
         name

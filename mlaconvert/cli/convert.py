@@ -107,6 +107,31 @@ def convert(
             "Default: energy if calibrated, else highest.",
         ),
     ] = None,
+    present: Annotated[
+        str | None,
+        typer.Option(
+            metavar="exact|latent",
+            autocompletion=among("exact", "latent"),
+            help="What a chunk sees of itself: the teacher's own keys and values, which need no cache, or latents as "
+            "in the paper. Default: exact if calibrated for streaming, else latent.",
+        ),
+    ] = None,
+    noisy_past: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Share of a calibration's windows with noisy pasts, for models that are trained or run with them. "
+            "Default: 0, as in rollouts.",
+        ),
+    ] = None,
+    refit_steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Steps that refit all layers at once beside an exact present, by the model's velocity on the clips; 0 "
+            "for none. Default: 100, but none of a large model on a CPU.",
+        ),
+    ] = None,
     key_norm: Annotated[
         str | None,
         typer.Option(
@@ -219,6 +244,9 @@ def convert(
         "rope": rope,
         "rope_selection": rope_selection,
         "key_norm": key_norm,
+        "present": present,
+        "noisy_past": noisy_past,
+        "refit_steps": refit_steps,
         "allocation": allocation,
         "clips": clips,
         "dtype": dtype,
@@ -302,33 +330,10 @@ def _override(recipe: str | None, options: dict[str, Any]) -> ConvertRecipe:
 
 def _print_plan(console: Console, plan: ConversionPlan, data: Path | None, *, details: bool) -> None:
     """What will be done; with details, every new tensor of a converted layer."""
-    from mlaconvert.conversion.from_clips import room_needed
-    from mlaconvert.reports.tables import tensor_table, titled
-    from mlaconvert.units import format_bytes
+    from mlaconvert.reports.plan import plan_lines
+    from mlaconvert.reports.tables import tensor_table
 
-    recipe, less = plan.recipe, 100 * (1 - plan.mla_scalars / plan.dense_scalars)
-    layer = next(iter(plan.layers.values()))
-    queries = "exact" if recipe.q_rank in (None, "none") else f"rank {recipe.q_rank}"
-    norm = plan.config.mla.key_norm if plan.config.mla is not None else ""
-    streaming = plan.config.streaming
-    sees = "bidirectional"
-    if streaming is not None:
-        sees = f"streaming, window of {streaming.window_frames} latent frames, chunks of {streaming.chunk_frames}"
-        sees += f", sink of {streaming.sink_frames}" if streaming.sink_frames else ", no sink"
-    sees += ", few steps" if plan.config.few_step else ""
-    lines: tuple[str, ...] = (
-        f"{titled(plan.subfolder)}{plan.source}",
-        f"  model    {plan.description}",
-        f"  convert  layers {recipe.layers}, init {recipe.init}, {sees}",
-        f"  widths   latent {layer.kv_lora_rank}, rotary {layer.qk_rope_head_dim}, unrotated "
-        f"{layer.qk_nope_head_dim}, value {layer.v_head_dim}, queries {queries}, key norm {norm}",
-        f"  cache    {plan.dense_scalars:,} -> {plan.mla_scalars:,} scalars a token ({-less:+.1f}%)",
-        f"  weights  {format_bytes(plan.source_bytes)} -> {format_bytes(plan.output_bytes)}",
-    )
-    if recipe.init == "calibrated":
-        kept, used = (format_bytes(size) for size in room_needed(plan, data))
-        lines += (f"  disk     {kept} of moments, and about {used} of activations until it is done",)
-    console.print("\n".join(lines), markup=False, soft_wrap=True)
+    console.print("\n".join(plan_lines(plan, data)), markup=False, soft_wrap=True)
     if details:
         console.print(tensor_table(plan))
 

@@ -19,27 +19,31 @@ from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import MLALayer
 from mlaconvert.config.parsing import parse
 from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.calibration.refit_model import refit_model, with_attention
 from mlaconvert.conversion.calibration.run import Calibration, KeptWalk, Task, calibrate, refit_layers
 from mlaconvert.conversion.calibration.store import MOMENTS_VERSION, moments_file
 from mlaconvert.conversion.calibration.target import Target
-from mlaconvert.conversion.calibration.windows import BATCH_TOKENS, scratch_bytes
+from mlaconvert.conversion.calibration.windows import BATCH_TOKENS, Losses, scratch_bytes
 from mlaconvert.conversion.from_weights import LayerReport, layer_report
 from mlaconvert.conversion.plan import ConversionPlan, mla_of
 from mlaconvert.conversion.recipes import CALIBRATION_FRAMES, regime_of, token_grid
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, OutputError
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.merged import merged
+from mlaconvert.families.open import open_checkpoint
 from mlaconvert.files.inputs import file_states, read_json, refuse_links
 from mlaconvert.files.whole import write_whole
 from mlaconvert.latent.factorize import Factors
 from mlaconvert.latent.lapack import LINALG_ERRORS
-from mlaconvert.model.load import load_widened
+from mlaconvert.model.attention.latent import LatentAttention
+from mlaconvert.model.load import load_tensors, load_widened
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.progress import Progress, silent
 
 MOMENTS_NAME = "calibration.json"
 # What linear algebra raises for a layer that gives zeros, or values that are not finite.
 _DEGENERATE: tuple[type[Exception], ...] = (*LINALG_ERRORS, ZeroDivisionError)
+REFIT_NAME = "refit.safetensors"  # what a refit of the whole model changed
 CLIPS_NAME = "clips.safetensors"  # those that the teacher generated
 # What the record of moments says of them, in words.
 _ASPECTS = {
@@ -58,7 +62,7 @@ def from_clips(
     plan: ConversionPlan,
     clips: tuple[Clips, Clips | None],
     calibration: Calibration,
-    losses: dict[str, float],
+    losses: Losses,
     device: torch.device,
     *,
     kept: KeptWalk,
@@ -76,6 +80,41 @@ def from_clips(
             report = layer_report(checkpoint.attention(layer), plan, layer, errors, device)
             factors = Factors(tensors={name: tensor.cpu() for name, tensor in tensors.items()}, errors=errors)
             yield layer, factors, report
+
+
+def refit_converted(
+    checkpoint: Checkpoint,
+    folder: Path,
+    plan: ConversionPlan,
+    clips: tuple[Clips, Clips | None],
+    losses: Losses,
+    device: torch.device,
+    progress: Progress,
+) -> dict[str, torch.Tensor]:
+    """What a refit of the whole model changes of the converted model in `folder`, float32, by canonical name."""
+    regime = regime_of(plan.recipe)
+    teacher = load_widened(checkpoint, regime.streaming, device)
+    layers = {}
+    with open_checkpoint(folder) as converted:
+        for index, layer in plan.layers.items():
+            with torch.device("meta"):
+                layers[index] = LatentAttention(plan.config, mla_of(plan.config), layer)
+            prefix = f"blocks.{index}.self_attn."
+            names = {name: prefix + name for name in layers[index].state_dict()}
+            load_tensors(layers[index], converted, names, device, torch.float32)
+    made = refit_model(
+        (teacher, with_attention(teacher, plan.config, layers)),
+        clips,
+        regime,
+        steps=plan.recipe.refit_steps or 0,
+        losses=losses,
+        progress=progress,
+    )
+    return {
+        f"blocks.{index}.self_attn.{name}": tensor.float().cpu()
+        for index, tensors in made.items()
+        for name, tensor in tensors.items()
+    }
 
 
 @contextmanager
@@ -98,6 +137,7 @@ def _task(checkpoint: Checkpoint, plan: ConversionPlan, clips: Clips, device: to
         key_norm=mla.key_norm,
         q_lora_rank=mla.q_lora_rank,
         rope=mla.rope,
+        present=mla.present,
         v_dim=recipe.v_dim or plan.source_config.head_dim,
         nope_dim=recipe.nope_dim,
         rope_dim=recipe.rope_dim if recipe.rope == "latent" or recipe.allocation == "fixed" else None,
@@ -238,7 +278,7 @@ def calibration_clips(
     Generated clips are written to the file `kept`, and taken from there when it exists. The built-in tiny model draws
     its own clips. Raises InputError when the folder does not fit the model, and OutputError for `kept`.
     """
-    check_clips(checkpoint, data)
+    check_clips(checkpoint, data, plan)
     config, recipe, count = plan.source_config, plan.recipe, plan.recipe.clips or 1
     if data is not None:
         return load_clips(data, config, count)
@@ -274,8 +314,9 @@ def _kept_clips(path: Path, config: WanConfig, count: int) -> Clips:
     return clips
 
 
-def check_clips(checkpoint: Checkpoint, data: Path | None) -> None:
-    """Raise ConfigError when a model without `data` cannot generate clips either."""
-    config = checkpoint.config
+def check_clips(checkpoint: Checkpoint, data: Path | None, plan: ConversionPlan) -> None:
+    """Raise ConfigError when a model without `data` cannot generate clips either, or clips are too short for a past."""
+    config, regime = checkpoint.config, regime_of(plan.recipe)
     if data is None and config.in_dim != config.out_dim:
         raise ConfigError("an image-to-video model cannot generate its own clips here; give some with --data DIR")
+    regime.check_frames(CALIBRATION_FRAMES if data is None else ClipFolder(data, config).clip_shape[1])

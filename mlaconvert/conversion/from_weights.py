@@ -135,11 +135,9 @@ def _draw(
         weights,
         plan.layers[layer],
         num_heads=plan.source_config.num_heads,
-        key_norm=mla.key_norm,
-        q_lora_rank=mla.q_lora_rank,
+        mla=mla,
         # A generator a layer: a layer comes out the same whichever others are converted.
         generator=torch.Generator().manual_seed((plan.recipe.seed << 16) + layer),
-        rope=mla.rope,
     )
 
 
@@ -164,9 +162,7 @@ def _factorize(
             target,
             moments,
             num_heads=config.num_heads,
-            key_norm=mla.key_norm,
-            q_lora_rank=mla.q_lora_rank,
-            rope=mla.rope,
+            mla=mla,
         )
     except LINALG_ERRORS:
         factors = None

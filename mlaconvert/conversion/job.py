@@ -16,15 +16,19 @@ import torch
 
 from mlaconvert.clips.folder import Clips
 from mlaconvert.conversion.assembly import Assembly, Clock
+from mlaconvert.conversion.calibration.kept import read_exactly, write_tensors
 from mlaconvert.conversion.calibration.run import Calibration, KeptWalk
+from mlaconvert.conversion.calibration.windows import Losses
 from mlaconvert.conversion.from_clips import (
     CLIPS_NAME,
+    REFIT_NAME,
     calibration_clips,
     choose_splits,
     from_clips,
     held_back,
     keep_moments,
     kept_splits,
+    refit_converted,
     splits_json,
 )
 from mlaconvert.conversion.from_weights import LayerReport, from_weights
@@ -124,7 +128,7 @@ class ConversionJob:
     def _convert(self, name: str) -> ModelReport:
         """Convert one model into the staging folder."""
         checkpoint, plan, journal, clock = self.checkpoints[name], self.plans[name], self.journal, Clock()
-        losses: dict[str, float] = {}
+        losses = Losses()
         calibrated = plan.recipe.init == "calibrated"
         if calibrated:
             with clock("calibrate"):
@@ -135,6 +139,7 @@ class ConversionJob:
         files = self._files(name, plan)
         if not files.there():
             journal.forget(name)
+            self._refit_file(name).unlink(missing_ok=True)
             files.folder.mkdir(parents=True, exist_ok=True)
             files.create()
         reports = journal.layers(name, list(plan.layers))
@@ -155,23 +160,58 @@ class ConversionJob:
             self._put_layers(name, made, assembly, clock, reports)
             sha256 = assembly.finish()
         self._check_hash(name, sha256)
+        config = json.dumps(_output_config(checkpoint, plan), indent=2) + "\n"
+        write_whole(files.folder / CONFIG_NAME, config.encode())
+        if calibrated and plan.recipe.refit_steps and plan.method.refit:
+            with clock("refit the model"):
+                self._refit_model(name, plan, files, clips, losses)
         if not calibrated:
             reports = self._gather(name)
         report = ModelReport(
             plan=plan,
             sha256=sha256,
             layers=tuple(reports[layer] for layer in sorted(reports)),
-            losses=losses,
+            losses=losses.clean_past,
+            noisy_losses=losses.noisy_past,
             seconds=clock.seconds,
         )
         texts = {
-            CONFIG_NAME: json.dumps(_output_config(checkpoint, plan), indent=2) + "\n",
             CONVERSION_NAME: conversion_json(checkpoint, report),
             README_NAME: readme(plan),
         }
         for filename, text in texts.items():
             write_whole(files.folder / filename, text.encode())
         return report
+
+    def _refit_file(self, name: str) -> Path:
+        return self.journal.folder / f"{name or 'model'}-{REFIT_NAME}"
+
+    def _refit_model(
+        self, name: str, plan: ConversionPlan, files: ModelFiles, clips: tuple[Clips, Clips | None], losses: Losses
+    ) -> None:
+        """Refit all layers at once, when they are on the disk.
+
+        What comes of it is kept before anything is changed there: an interrupted run has all of it, or begins it again.
+        """
+        kept, note = self._refit_file(name), "refit"
+        if self.journal.recall(name, note) is None:
+            found = Losses()
+            tensors = refit_converted(
+                self.checkpoints[name], files.folder, plan, clips, found, self.device, self.listener.progress
+            )
+            if tensors:
+                write_tensors(kept, tensors, "the refit of the model")
+            self.journal.keep(name, note, dataclasses.asdict(found))
+        for kind, steps in (self.journal.recall(name, note) or {}).items():
+            getattr(losses, kind).update(steps)
+        if not kept.exists():  # it was no better
+            return
+        shapes = {operation.canonical: operation.spec.shape for operation in plan.operations}
+        refitted = read_exactly(kept, lambda names: {n: shapes.get(n, ()) for n in names}, torch.float32)
+        for operation in plan.operations:
+            if operation.canonical in refitted:
+                files.write(operation.spec.name, refitted[operation.canonical].to(operation.spec.dtype))
+        files.sync(operation.spec.name for operation in plan.operations if operation.canonical in refitted)
 
     def _gather(self, name: str) -> dict[int, LayerReport]:
         """The reports of all ranks' layers. Raises RankError when a rank fails, or works on another disk."""

@@ -13,7 +13,7 @@ from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import MLAConfig, MLALayer
 from mlaconvert.conversion.calibration.method import Method
 from mlaconvert.conversion.recipe import ConvertRecipe
-from mlaconvert.conversion.recipes import mla_config, resolve_recipe
+from mlaconvert.conversion.recipes import mla_config, resolve_recipe, with_refit_steps
 from mlaconvert.errors import UnsupportedModelError
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.files.headers import FLOATS
@@ -29,7 +29,10 @@ _REPLACES = {
     "k_rope_proj": "k",
     "kv_a_layernorm": "norm_k",
     "k_norm_proj": "k",
+    "k_norm": "norm_k",
     "kv_b_proj": "v",
+    "v_proj": "v",
+    "past_out_proj": "o",
     "o": "o",
 }
 
@@ -140,6 +143,11 @@ def plan_conversion(
         operations=tuple(_operations(checkpoint, target, resolved)),
         source_bytes=sum(checkpoint.info(name).nbytes for name in checkpoint.names),
     )
+
+
+def on_device(plan: ConversionPlan, device: torch.device) -> ConversionPlan:
+    """The plan with what its recipe leaves to the device."""
+    return dataclasses.replace(plan, recipe=with_refit_steps(plan.recipe, plan.source_config, device))
 
 
 def _operations(checkpoint: Checkpoint, target: WanConfig, recipe: ConvertRecipe) -> Iterator[Operation]:

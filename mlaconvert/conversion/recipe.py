@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mlaconvert.config.mla import KeyNorm, RopeMode
+from mlaconvert.config.mla import KeyNorm, Present, RopeMode
 from mlaconvert.config.parsing import MOST, STRICT, Frames, Pixels, Seed, Size, check_fields
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError
@@ -47,12 +47,22 @@ class ConvertRecipe:
     rope: RopeMode | None = None
     """As in `MLAConfig`; by default "cached", of a calibrated conversion "head", or "latent" where `nope_dim` narrows
     heads."""
+    present: Present | None = None
+    """As in `MLAConfig`; by default "exact" of a calibrated conversion for streaming windows of more than a
+    chunk, otherwise "latent"."""
     rope_selection: Literal["highest", "energy"] | None = None
     """Which pairs keep their rotation: the "highest" frequencies, as the paper does (the default of weights alone), or
     those whose loss costs most "energy" (of a calibrated conversion)."""
     allocation: Literal["fixed", "uniform", "adaptive"] | None = None
     """How a calibrated conversion divides its scalars: "fixed" as they are given, "uniform" by what each layer
     measures, "adaptive" (the default) the total between layers as well."""
+    noisy_past: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The share of a calibration's windows whose past is noisy, at a level of its own for every chunk, as in diffusion
+    forcing. None of a rollout's are: raise it for a model that is trained or run with noisy pasts. What is not
+    calibrated is not kept."""
+    refit_steps: Annotated[int, Field(ge=0, le=10_000)] | None = None
+    """Steps in which a calibrated conversion with an exact present refits all layers at once, by the model's velocity;
+    0 leaves it at refits layer by layer. By default 100, but none of a large model on a CPU."""
     clips: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """How many clips a calibrated conversion measures; by default 5 to 40, the fewer the larger their frames."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -90,6 +100,8 @@ class ConvertRecipe:
         fixed = [name for name in _LOSSLESS_SETS if getattr(self, name) is not None]
         if self.bidirectional and self.streaming is not None:
             raise ConfigError("bidirectional and streaming exclude each other; give one of them")
+        if self.refit_steps and (self.init != "calibrated" or self.present == "latent"):
+            raise ConfigError("refit_steps is about calibrated conversions with an exact present; leave it out")
         if self.init == "lossless" and fixed:
             raise ConfigError(f"init lossless keeps everything, so it fixes {fixed[0]}; leave {fixed[0]} out")
 

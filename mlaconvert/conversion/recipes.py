@@ -8,11 +8,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mlaconvert.config.budget import default_budget
 from mlaconvert.config.geometry import WanConfig, default_video
 from mlaconvert.config.mla import MLAConfig, MLALayer
 from mlaconvert.config.parsing import parse
 from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.calibration.refit_model import refit_flops
 from mlaconvert.conversion.calibration.windows import Regime
 from mlaconvert.conversion.recipe import ConvertRecipe, Init, parse_layers
 from mlaconvert.errors import ConfigError
@@ -24,6 +27,8 @@ from mlaconvert.model.schedule import Sampler
 
 # Of clips that the teacher generates: tokens in all, and latent frames each.
 CALIBRATION_TOKENS, CALIBRATION_FRAMES = 100_000, 9
+# Of a refit of the whole model: steps, and what is left out on a CPU, some ten minutes' worth.
+REFIT_STEPS, CPU_FLOPS = 100, 1e14
 
 
 def load_recipe(recipe: str | Path) -> ConvertRecipe:
@@ -43,7 +48,7 @@ def with_init(recipe: ConvertRecipe, init: Init) -> ConvertRecipe:
     """`recipe` for another way to convert: widths and how the model sees time stay, what was of its own way goes."""
     if init == recipe.init:
         return recipe
-    own = ["allocation", "rope", "rope_selection", "key_norm", "q_rank"]
+    own = ["allocation", "rope", "rope_selection", "key_norm", "q_rank", "present", "refit_steps"]
     own += ["kv_rank", "nope_dim", "rope_dim", "v_dim"] if init == "lossless" else []
     changes: dict[str, Any] = dict.fromkeys(own)
     return dataclasses.replace(recipe, init=init, **changes)
@@ -97,6 +102,18 @@ def resolve_recipe(recipe: ConvertRecipe, config: WanConfig) -> ConvertRecipe:
         "width": recipe.width or video.width,
         "vae_stride": recipe.vae_stride or video.vae_stride,
     }
+    streams = changes["streaming"] is not None
+    past = streams and changes["streaming"].window_frames > changes["streaming"].chunk_frames
+    exact = recipe.init == "calibrated" and past and recipe.q_rank in (None, "none")
+    changes["present"] = recipe.present or ("exact" if exact else "latent")
+    if changes["present"] == "exact":
+        if not streams:
+            raise ConfigError(
+                "present exact: a bidirectional model sees whole clips at once, so nothing is past; say how it is to "
+                "stream with --window-frames and --chunk-frames, or give present latent"
+            )
+        if isinstance(recipe.q_rank, int):
+            raise ConfigError(f"q_rank is {recipe.q_rank}, but present exact needs the teacher's queries; give none")
     if recipe.init != "lossless":
         budget, calibrated = default_budget(config), recipe.init == "calibrated"
         mode = recipe.rope or (("head" if recipe.nope_dim is None else "latent") if calibrated else "cached")
@@ -108,7 +125,7 @@ def resolve_recipe(recipe: ConvertRecipe, config: WanConfig) -> ConvertRecipe:
         latent = budget.kv_lora_rank if mode == "cached" else budget.kv_lora_rank + budget.qk_rope_head_dim
         changes |= {
             "kv_rank": recipe.kv_rank or latent,
-            "q_rank": recipe.q_rank or ("none" if calibrated else budget.q_lora_rank),
+            "q_rank": recipe.q_rank or ("none" if calibrated or changes["present"] == "exact" else budget.q_lora_rank),
             # A calibrated layer fills its heads up to their width, whatever rotary key it gets.
             "nope_dim": max(0, head_dim - rope) if recipe.nope_dim is None and not calibrated else recipe.nope_dim,
             "rope_dim": rope or None,
@@ -200,6 +217,7 @@ def mla_config(recipe: ConvertRecipe, config: WanConfig, measured: Mapping[int, 
         softmax_scale=config.head_dim**-0.5,
         layers=tuple((measured or {}).get(i, layer) if i in chosen else None for i in range(config.num_layers)),
         rope=recipe.rope or "cached",
+        present=recipe.present or "latent",
         calibration=calibration,
     )
 
@@ -211,7 +229,28 @@ def regime_of(recipe: ConvertRecipe) -> Regime:
     statistics that layers are fitted to leave that out.
     """
     streaming = recipe.streaming
-    return Regime.of(dataclasses.replace(streaming, positions="window") if streaming else None, recipe.seed)
+    return Regime.of(
+        dataclasses.replace(streaming, positions="window") if streaming else None,
+        recipe.seed,
+        few_step=bool(recipe.few_step),
+        noisy_past=recipe.noisy_past,
+        present=recipe.present or "latent",
+    )
+
+
+def with_refit_steps(recipe: ConvertRecipe, config: WanConfig, device: torch.device) -> ConvertRecipe:
+    """A resolved recipe with the default number of steps, which depends on what the `device` can do."""
+    if recipe.init != "calibrated" or recipe.present != "exact" or recipe.refit_steps is not None:
+        return recipe
+    steps = REFIT_STEPS if device.type != "cpu" or refit_flops_of(recipe, config) <= CPU_FLOPS else 0
+    return dataclasses.replace(recipe, refit_steps=steps)
+
+
+def refit_flops_of(recipe: ConvertRecipe, config: WanConfig, steps: int = REFIT_STEPS) -> float:
+    """About how many FLOPs so many steps take with a resolved recipe."""
+    height, width = token_grid(recipe, config)
+    window = min(recipe.streaming.window_frames if recipe.streaming else 1, CALIBRATION_FRAMES)
+    return steps * refit_flops(config, window, height * width)
 
 
 def timesteps_of(recipe: ConvertRecipe) -> tuple[float, ...]:

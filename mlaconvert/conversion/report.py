@@ -22,7 +22,8 @@ class ModelReport:
     """One converted model. A dry run leaves `sha256`, that of the source's files, and `layers` empty.
 
     `losses` are those of a calibration: mean squared velocity errors on clips that it did not see, of the "dense" model
-    and with all layers after each step of the conversion. `seconds` tell where the time went; what runs side by side
+    and with all layers after each step of the conversion, behind clean pasts where the model has pasts; `noisy_losses`
+    are the same with noisy pasts. `seconds` tell where the time went; what runs side by side
     adds up to more than the time that passed.
     """
 
@@ -30,6 +31,7 @@ class ModelReport:
     sha256: str = ""
     layers: tuple[LayerReport, ...] = ()
     losses: Mapping[str, float] = field(default_factory=dict)
+    noisy_losses: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     verification: Verification | None = None
 
@@ -41,11 +43,16 @@ class ModelReport:
             data["layers"] = [
                 {k: v for k, v in layer.to_json().items() if k != "singular_values"} for layer in self.layers
             ]
-            data["losses"] = {name: digits(loss) for name, loss in self.losses.items()}
+            data |= self.losses_json()
             data["seconds"] = {kind: round(seconds, 3) for kind, seconds in self.seconds.items()}
         if self.verification is not None:
             data["verification"] = dataclasses.asdict(self.verification)
         return data
+
+    def losses_json(self) -> dict[str, dict[str, float]]:
+        """Both losses after each step; those with noisy pasts only where the model has pasts."""
+        losses = {"losses": self.losses} | ({"noisy_losses": self.noisy_losses} if self.noisy_losses else {})
+        return {kind: {name: digits(loss) for name, loss in steps.items()} for kind, steps in losses.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +82,7 @@ def conversion_json(checkpoint: Checkpoint, report: ModelReport) -> str:
         },
         "recipe": recipe_json(plan.recipe, plan.method),
         "cache_scalars_per_token": {"dense": plan.dense_scalars, "mla": plan.mla_scalars},
-        "losses": {name: digits(loss) for name, loss in report.losses.items()},
+        **report.losses_json(),
     }
     head = json.dumps(data, indent=2, ensure_ascii=False).removesuffix("\n}")
     layers = ",\n".join("    " + json.dumps(layer.to_json()) for layer in report.layers)

@@ -19,7 +19,7 @@ from mlaconvert.conversion.calibration.method import AnySetup, CalibrationSetup,
 from mlaconvert.conversion.from_clips import check_clips
 from mlaconvert.conversion.job import ConversionJob
 from mlaconvert.conversion.journal import Journal, identity
-from mlaconvert.conversion.plan import ConversionPlan, plan_conversion
+from mlaconvert.conversion.plan import ConversionPlan, on_device, plan_conversion
 from mlaconvert.conversion.ranks import meet
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.recipes import with_settings
@@ -88,6 +88,7 @@ def convert(
     chosen_device = resolve_device(ranks.device(str(device)))
     with ranks.alive(), open_models(source) as checkpoints:
         plans = _plans(checkpoints, recipe, streaming or {}, setup, as_source(source).subfolder)
+        plans = {name: on_device(plan, chosen_device) for name, plan in plans.items()}
         staging = Staging(folder, "convert", overwrite=output.overwrite)
         if ranks.speaks:
             _check_output(staging, checkpoints, plans)
@@ -135,9 +136,10 @@ def preview(
     recipe, setup = recipe or ConvertRecipe(), as_setup(data)
     folder = None if output is None else Path(as_output(output).path)
     setup.check(recipe.init)
-    resolve_device(str(device))
+    chosen_device = resolve_device(str(device))
     with open_models(source) as checkpoints:
         plans = _plans(checkpoints, recipe, streaming or {}, setup, as_source(source).subfolder)
+        plans = {name: on_device(plan, chosen_device) for name, plan in plans.items()}
         if output is not None and folder is not None:
             _check_output(Staging(folder, "convert", overwrite=as_output(output).overwrite), checkpoints, plans)
         _announce(checkpoints, plans, recipe, streaming or {}, listener or Listener())
@@ -163,8 +165,8 @@ def _plans(
         )
         for name, checkpoint in checkpoints.items()
     }
-    for checkpoint in checkpoints.values() if recipe.init == "calibrated" else ():
-        check_clips(checkpoint, setup.data)
+    for name, checkpoint in checkpoints.items() if recipe.init == "calibrated" else ():
+        check_clips(checkpoint, setup.data, plans[name])
     return plans
 
 

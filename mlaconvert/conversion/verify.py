@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from mlaconvert.errors import MLAConvertError
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.open import open_checkpoint
 from mlaconvert.model.attention.dense import DenseAttention
-from mlaconvert.model.attention.kernel import AttentionPlan
+from mlaconvert.model.attention.kernel import AttentionPlan, segments_of
 from mlaconvert.model.attention.latent import LatentAttention
 from mlaconvert.model.rope import rotary
 from mlaconvert.progress import Counter, Progress, silent
@@ -28,7 +29,8 @@ _VERIFY_GRID = (3, 4, 5)  # frames, height and width in tokens
 @dataclass(frozen=True, kw_only=True)
 class Verification:
     """`passed_through` tensors are the source's bit for bit. `attention_errors` of each converted layer: relative
-    error of its output against the dense layer's on random inputs under the layer's own modulation.
+    error of its output against the dense layer's on random inputs under the layer's own modulation. Beside an exact
+    present each frame sees those before it, and the first one, which is exact by construction, does not count.
     """
 
     passed_through: int
@@ -88,14 +90,20 @@ def _attention_error(
     checkpoint: Checkpoint, converted: Checkpoint, plan: ConversionPlan, layer: int, x: Tensor
 ) -> float:
     """|latent - dense| / |dense| of one layer's attention output, in float32."""
-    prefix = f"blocks.{layer}.self_attn."
-    turn = rotary(torch.arange(_VERIFY_GRID[0], device=x.device), *_VERIFY_GRID[1:], plan.config.rope_split)
+    prefix, mla = f"blocks.{layer}.self_attn.", mla_of(plan.config)
+    frames, size = _VERIFY_GRID[0], _VERIFY_GRID[1] * _VERIFY_GRID[2]
+    turn = rotary(torch.arange(frames, device=x.device), *_VERIFY_GRID[1:], plan.config.rope_split)
+    passes, first = AttentionPlan(query_rotary=turn, key_rotary=turn), 0
+    if mla.present == "exact":
+        visible = torch.ones(frames, frames, dtype=torch.bool, device=x.device).tril()
+        mask = visible.repeat_interleave(size, 0).repeat_interleave(size, 1)
+        passes, first = dataclasses.replace(passes, mask=mask, segments=segments_of(visible, size)), size
     with torch.device("meta"):
         dense = DenseAttention(plan.source_config)
-        latent = LatentAttention(plan.config, mla_of(plan.config), plan.layers[layer])
+        latent = LatentAttention(plan.config, mla, plan.layers[layer])
     outputs = []
     for module, source in ((dense, checkpoint), (latent, converted)):
         state = {name: source.read(prefix + name).to(x.device, torch.float32) for name in module.state_dict()}
         module.load_state_dict(state, assign=True)
-        outputs.append(module(x, AttentionPlan(query_rotary=turn, key_rotary=turn)))
+        outputs.append(module(x, passes)[:, first:])
     return float((outputs[1] - outputs[0]).norm() / outputs[0].norm())

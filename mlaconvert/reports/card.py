@@ -175,6 +175,10 @@ def _geometry(model: CardModel) -> str:
         "latent": f"{shared}, read from the latent",
         "head": "each head's own content keys, turned by all rotary pairs",
     }
+    presents = {
+        "exact": "exact: a chunk sees itself through the source's own keys and values, and its past through latents",
+        "latent": "latent: a chunk sees itself through its latents, as it is cached",
+    }
     rows = [
         ("", ""),
         ("architecture", _inline(model.description)),
@@ -184,6 +188,7 @@ def _geometry(model: CardModel) -> str:
         ("cached for a token, a layer", f"{spread(config.cached_scalars())} scalars, dense {config.dense_scalars}"),
         ("queries", "exact" if mla and mla.q_lora_rank is None else f"latent of {mla.q_lora_rank if mla else 0}"),
         ("key norm", "exact, one more scalar a token" if mla and mla.key_norm == "token" else "RMSNorm on the latent"),
+        ("present", presents[mla.present] if mla else ""),
         ("sees time", sees),
     ]
     return _titled(model, _table(rows))

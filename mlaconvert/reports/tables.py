@@ -162,11 +162,19 @@ def layer_table(model: ModelReport) -> Table:
 def loss_table(model: ModelReport) -> Table:
     """The model's loss after each step of a calibrated conversion, on clips that the calibration did not see."""
     table = Table(title=f"{titled(model.plan.subfolder)}loss, step by step")
-    for name in ("with all layers", "loss", "above dense"):
-        table.add_column(name, justify="left" if name == "with all layers" else "right")
-    dense = model.losses["dense"]
-    for name, loss in model.losses.items():
-        table.add_row(name, f"{loss:.4f}", "" if name == "dense" else f"{100 * (loss / dense - 1):+.1f}%")
+    kinds = {"loss": model.losses}
+    if model.noisy_losses:
+        kinds = {"behind\nclean pasts": model.losses, "with\nnoisy pasts": model.noisy_losses}
+    table.add_column("with all layers")
+    for kind in kinds:
+        table.add_column(kind, justify="right")
+        table.add_column("above\ndense", justify="right")
+    for name in model.losses:
+        cells = []
+        for losses in kinds.values():
+            change = "" if name == "dense" else f"{100 * (losses[name] / losses['dense'] - 1):+.1f}%"
+            cells += [f"{losses[name]:.4f}", change]
+        table.add_row(name, *cells)
     table.caption, table.caption_justify = (
         "Mean squared error of the velocity on clips held back from calibration.",
         "left",

@@ -31,6 +31,12 @@ class Inputs:
     x: Tensor  # [B, N, D]
     plan: AttentionPlan
     first_query: int  # queries before this token do not count
+    past_only: bool = False  # whether latents are read for the tokens before that alone, beside an exact present
+
+    @property
+    def latent_keys(self) -> int:
+        """How many tokens, from the first on, are read from latents."""
+        return self.first_query if self.past_only else self.x.shape[1]
 
     def draw_queries(self, count: int, generator: torch.Generator) -> tuple[Tensor, Rotary]:
         """Up to `count` of the queries that count, drawn: their tokens [n] and their rotations."""
@@ -70,6 +76,7 @@ class Layer:
     inputs: Sequence[Inputs]
     followers: dict[int | str, LatentAttention] = field(default_factory=dict)
     scratch: Scratch | None = None  # where large tensors lie, if not in memory
+    held_back: Layer | None = None  # the same layer with inputs from clips that nothing is fitted to
 
     @cached_property
     def expected(self) -> list[Tensor]:

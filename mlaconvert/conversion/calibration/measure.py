@@ -20,7 +20,8 @@ from mlaconvert.model.rope import Rotary, rotate
 def layer_moments(layer: Layer) -> LayerMoments:
     """Moments of a layer's inputs over all counted (query, key) pairs, accumulated in float64.
 
-    A key counts once for every query that sees it; the mean rotation weighs a pair by |q|^2 |k|^2.
+    Keys are those that are read from latents. One counts once for every query that sees it; the mean rotation weighs a
+    pair by |q|^2 |k|^2.
     """
     attention, first = layer.attention, layer.inputs[0].x
     heads, dim, device = attention.num_heads, first.shape[2], first.device
@@ -31,18 +32,18 @@ def layer_moments(layer: Layer) -> LayerMoments:
     power = turned.real.clone()
     norm = pairs = queries = 0.0
     for batch in layer.inputs:
-        x, start = batch.x, batch.first_query
+        x, start, past = batch.x, batch.first_query, batch.latent_keys
         rows = x.shape[1] - start
         # Over all (i, j) of a window, E[|q|^2 |k|^2 e^{i theta (m - n)}] is a product of two sums.
         spins, energies = (t.new_zeros(2, len(x), heads, len(t)) for t in (turned, power))
-        for part in token_slices(0, x.shape[1], len(x) * dim):
+        for part in token_slices(0, past, len(x) * dim):
             wide = x[:, part].flatten(0, 1).double()
             total += rows * wide.sum(0)
             second.addmm_(wide.mT, wide, alpha=rows)
             projected = attention.k(x[:, part])
             norm += rows * float(inverse_rms(projected, attention.norm_k.eps).double().sum())
             _add_spin(attention.norm_k(projected), batch.plan.key_rotary, part, spins[1], energies[1])
-        pairs += rows * x.shape[0] * x.shape[1]
+        pairs += rows * x.shape[0] * past
         for part in token_slices(start, x.shape[1], len(x) * dim):
             q = attention.norm_q(attention.q(x[:, part]))
             _add_spin(q, batch.plan.query_rotary, part, spins[0], energies[0])
@@ -94,7 +95,8 @@ def _sensitivity(layer: Layer, samples: int = 512) -> tuple[Tensor, float]:
             q = rotate(attention.norm_q(attention.q(x[:, chosen])).unflatten(-1, (heads, -1)), turn)
             norm = inverse_rms(attention.k(x), attention.norm_k.eps).to(x.dtype)
         noise = torch.randn(len(x), len(chosen), dim, generator=generator).to(q)
-        gradient, out = torch.zeros_like(x), attention.o.bias.to(x.dtype).expand(noise.shape)
+        past = batch.latent_keys
+        gradient, out = torch.zeros_like(x[:, :past]), attention.o.bias.to(x.dtype).expand(noise.shape)
         step = max(1, PIECE_SCALARS // (max(x.shape[0] * x.shape[1], dim) * width))
         for head in range(0, heads, step):
             rows = slice(head * width, (head + step) * width)
@@ -104,18 +106,21 @@ def _sensitivity(layer: Layer, samples: int = 512) -> tuple[Tensor, float]:
             keys = F.linear(x, w_key, attention.k.bias[rows].to(x.dtype)) * gain
             values = F.linear(x, w_value, attention.v.bias[rows].to(x.dtype))
             with torch.enable_grad():
-                leaves = keys.detach().requires_grad_(True), values.detach().requires_grad_(True)
-                k, v = (leaf.unflatten(-1, (-1, width)) for leaf in leaves)
+                leaves = [t[:, :past].detach().requires_grad_(True) for t in (keys, values)]
+                k, v = (
+                    torch.cat((leaf, t[:, past:]), 1).unflatten(-1, (-1, width))
+                    for leaf, t in zip(leaves, (keys, values), strict=True)
+                )
                 made = attend(q[:, :, head : head + step], rotate(k, plan.key_rotary), v, mask).flatten(-2)
                 by_key, by_value = torch.autograd.grad((made * (noise @ w_out)).sum(), leaves)
             with torch.no_grad():
-                gradient += (by_key * gain) @ w_key + by_value @ w_value
+                gradient += (by_key * gain[:, :past]) @ w_key + by_value @ w_value
                 out = out + made @ w_out.mT
         power += float(out.double().square().sum())
-        for part in token_slices(0, x.shape[1], len(x) * dim):
+        for part in token_slices(0, past, len(x) * dim):
             wide = gradient[:, part].flatten(0, 1).double()
             total.addmm_(wide.mT, wide)
-        count += x.shape[0] * x.shape[1]
+        count += x.shape[0] * past
     return total.div_(count), power / count
 
 

@@ -18,18 +18,6 @@ RIDGE = 1e-3  # of the mean squared feature: how strongly a refit holds on to wh
 
 
 @torch.no_grad()
-def attention_error(layer: Layer, student: LatentAttention) -> float:
-    """Frobenius error of the counted queries' attention output, relative to the teacher's."""
-    error = power = 0.0
-    for batch, teacher in zip(layer.inputs, layer.expected, strict=True):
-        expected = teacher.double()
-        found = student(batch.x, batch.plan)[:, batch.first_query :].double()
-        error += float((found - expected).square().sum())
-        power += float(expected.square().sum())
-    return (error / power) ** 0.5
-
-
-@torch.no_grad()
 def refit_output(layer: Layer, student: LatentAttention, *, ridge: float = RIDGE) -> None:
     """Ridge regression of W_O and its bias, in place: from the student's heads to the teacher's attention output."""
     dim, width = student.o.weight.shape
@@ -74,7 +62,7 @@ def refit_query(
     gradient, features, cos, sin = (torch.cat(parts) for parts in zip(*rest, strict=True))
     sizes = [len(curvature) for curvature in curvatures]
     turn = Rotary(cos, sin)
-    weight = cast(Tensor, student.q_b_proj.weight)
+    weight = _query_weight(student)
     start = weight.unflatten(0, (student.num_heads, -1)).clone() if weight.ndim == 2 else weight.clone()
     nope = start.shape[1] - 2 * len(student.turned_pairs)
     back = Rotary(turn.cos, -turn.sin)
@@ -134,7 +122,7 @@ def _sample_scores(
                 made = (p[b, part].unsqueeze(-1) * key[b]).mT @ key[b]
                 curvature[b, part, head] = made.baddbmm_(mean_key[b, part, :, None], mean_key[b, part, None], alpha=-1)
     features = student.q_a_layernorm(student.q_a_proj(x[:, chosen]))
-    exact = cast(Tensor, student.q_b_proj.weight).ndim == 3
+    exact = _query_weight(student).ndim == 3
     features = features.unflatten(-1, (heads, -1)) if exact else features.unsqueeze(2).expand(-1, -1, heads, -1)
     spun = turn.select(student.turned_pairs)
     return (
@@ -144,3 +132,8 @@ def _sample_scores(
         spun.cos.repeat(len(x), 1).to(x.dtype),
         spun.sin.repeat(len(x), 1).to(x.dtype),
     )
+
+
+def _query_weight(student: LatentAttention) -> Tensor:
+    assert student.q_b_proj is not None
+    return cast(Tensor, student.q_b_proj.weight)

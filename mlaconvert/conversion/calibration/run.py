@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,11 +14,13 @@ from mlaconvert.clips.folder import Clips
 from mlaconvert.config.mla import MLALayer
 from mlaconvert.conversion.calibration.layer import Layer
 from mlaconvert.conversion.calibration.measure import layer_moments
-from mlaconvert.conversion.calibration.refit import attention_error, refit_output, refit_query
+from mlaconvert.conversion.calibration.newest import attention_error
+from mlaconvert.conversion.calibration.refit import refit_output, refit_query
+from mlaconvert.conversion.calibration.refit_past import refit_past
 from mlaconvert.conversion.calibration.store import load_moments, moments_file, save_moments
-from mlaconvert.conversion.calibration.target import REFITTED, ErrorTable, Target, share_budget
+from mlaconvert.conversion.calibration.target import ErrorTable, Target, branch, share_budget
 from mlaconvert.conversion.calibration.walk import LayerWalk
-from mlaconvert.conversion.calibration.windows import Regime
+from mlaconvert.conversion.calibration.windows import Losses, Regime
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.files.scratch import return_memory
 from mlaconvert.latent.moments import LayerMoments
@@ -116,12 +116,12 @@ def refit_layers(
     calibration: Calibration,
     *,
     validation: Clips | None = None,
-    losses: dict[str, float] | None = None,
+    losses: Losses | None = None,
     kept: KeptWalk | None = None,
 ) -> Iterator[tuple[int, dict[str, Tensor], dict[str, float]]]:
     """Second walk: each layer's tensors, its queries and output refitted, with its attention error by stage.
 
-    With `validation` clips, `losses` has the model's loss on them at the end, with all layers at each stage. With
+    With `validation` clips, `losses` has the model's losses on them at the end, with all layers at each stage. With
     `kept`, the walk keeps how far it is; called again, it goes on behind the finished layers, and whatever it has to
     pass again comes out the same.
     """
@@ -139,11 +139,12 @@ def refit_layers(
         for name, student in _stages(target, layer, calibration.layers[layer.index], moments):
             errors[name] = attention_error(layer, student)
             if validation is not None:
-                layer.follow(name, _branch(student))
+                layer.follow(name, branch(student))
             return_memory()
         yield layer.index, dict(student.state_dict()), errors
     if losses is not None:
-        losses |= {str(name): loss for name, loss in walk.losses.items()}
+        losses.clean_past |= walk.losses.clean_past
+        losses.noisy_past |= walk.losses.noisy_past
 
 
 def _stages(
@@ -166,15 +167,11 @@ def _stages(
     if target.key_norm == "latent" or target.q_lora_rank is not None:
         student = target.convert(layer, shape, moments)
         yield "norms and queries", student
-    if target.method.refit:
+    if target.method.refit and target.present == "exact":
+        yield "past refitted", refit_past(layer, student)
+    elif target.method.refit:
         refit_output(layer, student)
         yield "output refitted", student
         refit_query(layer, student)
         refit_output(layer, student)
         yield "queries refitted", student
-
-
-def _branch(student: LatentAttention) -> LatentAttention:
-    """A copy that refits of the other do not change; all else is shared."""
-    shared = {id(tensor): tensor for name, tensor in student.named_parameters() if name not in REFITTED}
-    return copy.deepcopy(student, cast(dict[int, Any], shared))

@@ -14,7 +14,7 @@ from mlaconvert.latent.moments import LayerMoments
 
 # What moments on the disk were made by. Raise it with any change after which the same checkpoint and clips give other
 # moments or other generated clips: of `windows`, `LayerWalk`, `layer_moments`, or what `save_moments` writes.
-MOMENTS_VERSION = 1
+MOMENTS_VERSION = 2
 
 
 def save_moments(folder: Path, index: int, moments: LayerMoments) -> None:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from mlaconvert.config.geometry import WanConfig
-from mlaconvert.config.mla import KeyNorm, MLAConfig, MLALayer, RopeMode
+from mlaconvert.config.mla import KeyNorm, MLAConfig, MLALayer, Present, RopeMode
 from mlaconvert.conversion.calibration.layer import Layer
 from mlaconvert.conversion.calibration.measure import without
 from mlaconvert.conversion.calibration.method import Method
-from mlaconvert.conversion.calibration.refit import attention_error, refit_output
+from mlaconvert.conversion.calibration.newest import attention_error
+from mlaconvert.conversion.calibration.refit import refit_output
 from mlaconvert.files.scratch import return_memory
 from mlaconvert.latent.allocate import allocate
 from mlaconvert.latent.components import choose_components
@@ -26,7 +28,19 @@ from mlaconvert.latent.pairs import highest_pairs
 from mlaconvert.latent.weights import AttentionWeights
 from mlaconvert.model.attention.latent import LatentAttention
 
-REFITTED = ("o.weight", "o.bias", "q_b_proj.weight")
+PAST_ONLY = (
+    *("kv_b_proj.weight", "kv_b_proj.bias", "q_b_proj.weight"),
+    *("past_out_proj.weight", "k_rope_proj.weight", "k_rope_proj.bias"),
+)
+"""What beside an exact present only meets the past, and decides nothing of what is cached."""
+REFITTED = ("o.weight", "o.bias", *PAST_ONLY)
+"""What refits may change."""
+
+
+def branch(student: LatentAttention) -> LatentAttention:
+    """A copy that refits of the other do not change; all else is shared."""
+    shared = {id(tensor): tensor for name, tensor in student.named_parameters() if name not in REFITTED}
+    return copy.deepcopy(student, cast(dict[int, Any], shared))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +55,7 @@ class Target:
     q_lora_rank: int | None
     rope: RopeMode
     v_dim: int
+    present: Present = "latent"
     nope_dim: int | None = None
     rope_dim: int | None = None
     rope_selection: str = "energy"
@@ -82,6 +97,7 @@ class Target:
             softmax_scale=self.config.head_dim**-0.5,
             layers=tuple(layers),
             rope=self.rope,
+            present=self.present,
             calibration=calibration,
         )
 
@@ -92,9 +108,7 @@ class Target:
             shape,
             without(moments, self.method),
             num_heads=self.config.num_heads,
-            key_norm=self.key_norm,
-            q_lora_rank=self.q_lora_rank,
-            rope=self.rope,
+            mla=self.mla([shape]),
             weighted=self.weighted,
         ).tensors
         module = self.module(layer, shape, tensors)
@@ -118,8 +132,8 @@ class Target:
         )
 
     def fit_output(self, layer: Layer, student: LatentAttention) -> None:
-        """`refit_output`, unless refits are switched off."""
-        if self.method.refit:
+        """`refit_output`, unless refits are switched off or the output serves an exact present."""
+        if self.method.refit and self.present == "latent":
             refit_output(layer, student)
 
     def module(self, layer: Layer, shape: MLALayer, tensors: Mapping[str, Tensor]) -> LatentAttention:

@@ -19,7 +19,7 @@ from mlaconvert.clips.folder import Clips
 from mlaconvert.conversion.calibration.kept import read_exactly, write_tensors
 from mlaconvert.conversion.calibration.layer import ChosenInputs, Inputs, Layer, draw_some
 from mlaconvert.conversion.calibration.pieces import PIECE_SCALARS
-from mlaconvert.conversion.calibration.windows import PROBE_SCALARS, Regime, batch_size, windows
+from mlaconvert.conversion.calibration.windows import PROBE_SCALARS, Losses, Regime, batch_size, windows
 from mlaconvert.errors import CheckpointError
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.files.scratch import Scratch, return_memory
@@ -37,7 +37,7 @@ class LayerWalk:
 
     A converted model that a layer asks to `follow` sees the windows of `validation` clips, which no layer's inputs
     have, or without them `probes` batches of the others. `velocity_errors` are squared, relative to the teacher's
-    velocity; `losses` mean squared errors of the velocity, the teacher's under "dense". On a CPU, activations lie in an
+    velocity, behind clean pasts; so are `losses`, beside those with noisy ones. On a CPU, activations lie in an
     unnamed file in the folder `scratch` (default: the temporary folder). Raises what `Checkpoint.read` raises, and
     OutputError when there is no room for the file.
     """
@@ -56,6 +56,7 @@ class LayerWalk:
     ) -> None:
         checkpoint.check_runs()
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
+        self.regime = regime
         self.scratch = Scratch(scratch)
         self.start = 0
         self.state: Path | None = None
@@ -64,20 +65,26 @@ class LayerWalk:
             self.model = WanModel(config).eval().requires_grad_(False)
         outside = {name: name for name in checkpoint.names if not name.startswith("blocks.")}
         load_tensors(self.model, checkpoint, outside, self.device, self.dtype)
+        regime.check_frames(clips.latents.shape[2])
         self.prepared: list[Prepared] = []
         self.queries: list[int] = []
         self.targets: list[Tensor] = []
         self.denoised: list[Tensor] = []  # [B] each: a clean pass writes the cache, its velocity is not used
         self._plans: dict[tuple[Any, ...], AttentionPlan] = {}
         self.fitted = self._prepare(clips, regime)  # so many batches are inputs of the layers
-        total = self.fitted if validation is None else self._prepare(validation, regime)
+        self.clean = self.fitted  # the batches behind them are of the same clips, but with noisy pasts
+        if validation is not None:
+            self.clean = self._prepare(validation, dataclasses.replace(regime, noisy_past=0.0))
+            if regime.streaming is not None:
+                self._prepare(validation, dataclasses.replace(regime, noisy_past=1.0))
+        total = len(self.prepared)
         self.hidden = [p.x for p in self.prepared]
         largest = max(x.numel() for x in self.hidden)
         probes = min(probes, max(1, PROBE_SCALARS // largest))
         self.followed = draw_some(total, probes) if validation is None else list(range(self.fitted, total))
         self.streams: dict[int | str, list[Tensor]] = {}
         self.velocity_errors: dict[int | str, float] = {}
-        self.losses: dict[int | str, float] = {}
+        self.losses = Losses()
 
     @torch.no_grad()
     def _prepare(self, clips: Clips, regime: Regime) -> int:
@@ -113,6 +120,7 @@ class LayerWalk:
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[Layer]:
+        past_only = self.regime.present == "exact"
         for index in range(self.start, self.model.config.num_layers):
             block = self._load(index)
 
@@ -120,7 +128,8 @@ class LayerWalk:
                 p, queries = self.prepared[i], self.queries[i]
                 with torch.no_grad():
                     x = block.attention_input(self.hidden[i], p.modulation)
-                return Inputs(x=x, plan=p.plan, first_query=x.shape[1] - queries * p.grid[1] * p.grid[2])
+                first = x.shape[1] - queries * p.grid[1] * p.grid[2]
+                return Inputs(x=x, plan=p.plan, first_query=first, past_only=past_only)
 
             layer = Layer(
                 index=index,
@@ -129,6 +138,9 @@ class LayerWalk:
                 inputs=ChosenInputs(inputs, range(self.fitted)),
                 scratch=self.scratch,
             )
+            held_back = range(self.fitted, len(self.prepared) if self.regime.noisy_past else self.clean)
+            if held_back:
+                layer.held_back = dataclasses.replace(layer, inputs=ChosenInputs(inputs, held_back))
             yield layer
             self._carry(block, layer.followers)
             for x, p in zip(self.hidden, self.prepared, strict=True):
@@ -137,10 +149,15 @@ class LayerWalk:
             return_memory()
             if self.state is not None:
                 self._save(self.state, index + 1)
-        if self.followed:
-            self.losses["dense"] = self._judge([self.hidden[i] for i in self.followed])[1]
-        for name, stream in self.streams.items():
-            self.velocity_errors[name], self.losses[name] = self._judge(stream)
+        noisy = [i >= self.clean for i in self.followed]
+        dense: dict[int | str, list[Tensor]] = {"dense": [self.hidden[i] for i in self.followed]}
+        for name, stream in (dense | self.streams).items():
+            for is_noisy, losses in ((False, self.losses.clean_past), (True, self.losses.noisy_past)):
+                part = [(x, i) for x, i, n in zip(stream, self.followed, noisy, strict=True) if n == is_noisy]
+                if part:
+                    error, losses[str(name)] = self._judge(part)
+                    if not is_noisy:
+                        self.velocity_errors[name] = error
 
     def resume(self, state: Path, finished: Callable[[int], bool], say: Callable[[str], None] | None = None) -> None:
         """Keep in the folder `state` how far the walk is after each layer, and go on from what is kept there.
@@ -217,10 +234,13 @@ class LayerWalk:
             modulation = p.modulation if p.modulation.shape[1] == 1 else p.modulation[:, start : start + step]
             out[:, part] = block.complete(x[:, part], attended[:, part], modulation, memory)
 
-    def _judge(self, stream: Sequence[Tensor]) -> tuple[float, float]:
-        """Squared velocity error relative to the teacher's velocity, and the loss, of the counted frames in use."""
+    def _judge(self, stream: Sequence[tuple[Tensor, int]]) -> tuple[float, float]:
+        """Squared velocity error relative to the teacher's velocity, and the loss, of the counted frames in use.
+
+        `stream` has the last block's output of some batches, and their numbers.
+        """
         error = power = loss = values = 0.0
-        for x, i in zip(stream, self.followed, strict=True):
+        for x, i in stream:
             rows, frames = self.denoised[i], slice(-self.queries[i], None)
             teacher, found = (
                 self.model.finish(hidden, self.prepared[i])[rows][:, :, frames].double().cpu()

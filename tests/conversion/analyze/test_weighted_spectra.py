@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from support import randomize
 
 from mlaconvert.clips.folder import Clips
-from mlaconvert.config.mla import MLALayer
+from mlaconvert.config.mla import MLAConfig, MLALayer
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.analyze import analyze, read_ahead
 from mlaconvert.conversion.calibration.measure import layer_moments
@@ -134,9 +134,8 @@ def test_the_predicted_error_is_that_of_the_inputs_a_latent_drops(case: Case) ->
         expected = (np.trace(metric @ rest @ covariance @ rest.T) / np.trace(metric @ covariance)) ** 0.5
         values = case.analysis.weighted[index].singular_values.square()
         assert float(values[5:].sum() / values.sum()) ** 0.5 == pytest.approx(expected, rel=1e-8)
-        made = factorize_layer(
-            weights, shape, moments, num_heads=4, key_norm="token", q_lora_rank=None, rope="head"
-        ).errors["latent"]
+        mla = MLAConfig(key_norm="token", q_lora_rank=None, rope="head", softmax_scale=1.0, layers=())
+        made = factorize_layer(weights, shape, moments, num_heads=4, mla=mla).errors["latent"]
         assert made == pytest.approx(expected, rel=1e-8)
 
 

@@ -9,7 +9,7 @@ from support import randomize
 
 from mlaconvert.clips.folder import Clips
 from mlaconvert.config.geometry import WanConfig
-from mlaconvert.config.mla import KeyNorm, RopeMode
+from mlaconvert.config.mla import KeyNorm, Present, RopeMode
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.calibration.layer import Inputs, Layer
 from mlaconvert.conversion.calibration.target import ErrorTable, Target
@@ -18,7 +18,7 @@ from mlaconvert.conversion.calibration.windows import Regime
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.latent.weights import AttentionWeights
 from mlaconvert.model.attention.dense import DenseAttention
-from mlaconvert.model.attention.kernel import AttentionPlan
+from mlaconvert.model.attention.kernel import AttentionPlan, segments_of
 from mlaconvert.model.rope import rotary
 
 # Heads of 14 are 7 rotary pairs, split (3, 2, 2). Clips of 4 x 6 latent pixels have 2 x 3 tokens a frame.
@@ -73,10 +73,27 @@ def make_layer(seed: int, *, batch: int = 2) -> Layer:
     return Layer(index=0, weights=AttentionWeights(**state), attention=attention, inputs=inputs)
 
 
+def beside_present(layer: Layer) -> Layer:
+    """The layer of `make_layer` for an exact present: each window is a past and its newest chunk."""
+    inputs = []
+    for batch in layer.inputs:
+        tokens = torch.arange(batch.x.shape[1])
+        newest = tokens >= batch.first_query
+        mask = newest[:, None] | ~newest
+        plan = dataclasses.replace(batch.plan, mask=mask, segments=segments_of(mask))
+        inputs.append(dataclasses.replace(batch, plan=plan, past_only=True))
+    return dataclasses.replace(layer, inputs=inputs)
+
+
 def target(
-    key_norm: KeyNorm = "token", *, q_rank: int | None = None, rope: RopeMode = "cached", v_dim: int = WIDTH
+    key_norm: KeyNorm = "token",
+    *,
+    q_rank: int | None = None,
+    rope: RopeMode = "cached",
+    v_dim: int = WIDTH,
+    present: Present = "latent",
 ) -> Target:
-    return Target(config=CONFIG, key_norm=key_norm, q_lora_rank=q_rank, rope=rope, v_dim=v_dim)
+    return Target(config=CONFIG, key_norm=key_norm, q_lora_rank=q_rank, rope=rope, v_dim=v_dim, present=present)
 
 
 def falling(start: float, smallest: int = 4, halving: float = 5.0) -> ErrorTable:

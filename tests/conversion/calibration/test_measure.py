@@ -28,6 +28,7 @@ from calibrate_cases import (
 from support import relative
 from torch import Tensor
 
+from mlaconvert.config.mla import Present
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.calibration.measure import layer_moments
 from mlaconvert.conversion.calibration.store import load_moments, save_moments
@@ -39,8 +40,10 @@ from mlaconvert.model.load import load_model
 from mlaconvert.model.rope import angles
 
 
-def longhand_moments(state: dict[str, Tensor], prefix: str, batches: Sequence[tuple[Tensor, int]]) -> LayerMoments:
-    """One (query, key) pair after the other."""
+def longhand_moments(
+    state: dict[str, Tensor], prefix: str, batches: Sequence[tuple[Tensor, int]], *, past_only: bool = False
+) -> LayerMoments:
+    """One (query, key) pair after the other; `past_only`: with keys from before the queries that count."""
     w = {name.removeprefix(prefix): tensor.double() for name, tensor in state.items() if name.startswith(prefix)}
     mean, second = torch.zeros(DIM).double(), torch.zeros(DIM, DIM).double()
     query, turned = torch.zeros(HEADS, WIDTH, WIDTH).double(), torch.zeros(WIDTH // 2, dtype=torch.complex128)
@@ -61,7 +64,7 @@ def longhand_moments(state: dict[str, Tensor], prefix: str, batches: Sequence[tu
             for i in range(first, len(row)):
                 query += torch.einsum("hd,he->hde", q[i], q[i])
                 queries += 1
-                for j in range(len(row)):
+                for j in range(first if past_only else len(row)):
                     mean += row[j]
                     second += torch.outer(row[j], row[j])
                     inverse_norm += float(s[j])
@@ -80,11 +83,13 @@ def longhand_moments(state: dict[str, Tensor], prefix: str, batches: Sequence[tu
     )
 
 
-@pytest.mark.parametrize("streaming", [STREAMING, None])
-def test_moments_count_every_pair(folder: Path, both_ways: Path, streaming: StreamingConfig | None) -> None:
-    """Inputs caught in the whole model, pairs counted one by one."""
+@pytest.mark.parametrize(("streaming", "present"), [(STREAMING, "latent"), (STREAMING, "exact"), (None, "latent")])
+def test_moments_count_every_pair(
+    folder: Path, both_ways: Path, streaming: StreamingConfig | None, present: Present
+) -> None:
+    """Inputs caught in the whole model, pairs counted one by one; beside an exact present, those with past keys."""
     source = folder if streaming else both_ways
-    regime = dataclasses.replace(FEW, streaming=streaming, noisy_context=streaming is None)
+    regime = dataclasses.replace(FEW, streaming=streaming, present=present)
     clips = make_clips(2, 7 if streaming else 3)
     model = load_model(source, dtype=torch.float64)
     caught: list[tuple[Tensor, int]] = []
@@ -94,7 +99,7 @@ def test_moments_count_every_pair(folder: Path, both_ways: Path, streaming: Stre
         model(w.latents, w.timestep, w.context, chunks=w.chunks)
         caught.append((given[-1], (w.latents.shape[2] - w.queries) * TOKENS))
     assert any(first > 0 for _, first in caught) == (streaming is not None)
-    expected = longhand_moments(model.state_dict(), "blocks.2.self_attn.", caught)
+    expected = longhand_moments(model.state_dict(), "blocks.2.self_attn.", caught, past_only=present == "exact")
     with open_checkpoint(source) as checkpoint:
         found = layer_moments(nth(make_sweep(checkpoint, clips, regime), 2))
     assert found.mean.dtype == found.covariance.dtype == found.query.dtype == torch.float64
@@ -122,12 +127,15 @@ def test_moments_are_summed_in_float64(folder: Path) -> None:
     assert relative(found.mean, total / pairs) < 1e-12
 
 
-def test_sensitivity_is_the_mean_of_squared_jacobians() -> None:
-    """Longhand in complex numbers: keys and values move with x_j, the key norm and the queries do not."""
+@pytest.mark.parametrize("past_only", [False, True])
+def test_sensitivity_is_the_mean_of_squared_jacobians(past_only: bool) -> None:
+    """Longhand in complex numbers: keys and values move with x_j, the key norm and the queries do not.
+
+    Beside an exact present only past tokens move, in one softmax with the present ones.
+    """
     layer = make_layer(2, batch=1)
-    layer = dataclasses.replace(
-        layer, inputs=[dataclasses.replace(i, x=i.x.expand(3000, -1, -1)) for i in layer.inputs[1:]]
-    )
+    copies = [dataclasses.replace(i, x=i.x.expand(3000, -1, -1), past_only=past_only) for i in layer.inputs[1:]]
+    layer = dataclasses.replace(layer, inputs=copies)
     (batch,), a = layer.inputs, layer.attention
     x = batch.x[0]
     turn = torch.exp(1j * angles(torch.arange(3), 2, 3, SPLIT))
@@ -149,11 +157,13 @@ def test_sensitivity_is_the_mean_of_squared_jacobians() -> None:
         out = torch.einsum("hnm,mhd->nhd", scores.softmax(-1), heads(a.v(read)))
         return out.reshape(-1, DIM) @ a.o.weight.T + a.o.bias
 
-    jacobian = torch.autograd.functional.jacobian(output, x)  # [n, D, N, D]
-    expected = torch.einsum("ndje,ndjf->ef", jacobian, jacobian) / len(x)
-    found = layer_moments(layer).sensitivity
-    assert found is not None
-    assert relative(found, expected) < 0.05  # one random direction for each of 3,000 copies
+    read = batch.first_query if past_only else len(x)
+    jacobian = torch.autograd.functional.jacobian(output, x)[:, :, :read]  # [n, D, read, D]
+    expected = torch.einsum("ndje,ndjf->ef", jacobian, jacobian) / read
+    found = layer_moments(layer)
+    assert found.sensitivity is not None
+    assert relative(found.sensitivity, expected) < 0.05  # one random direction for each of 3,000 copies
+    assert found.output_power == pytest.approx(float(output(x).square().sum()) / read, rel=1e-9)
 
 
 def test_moments_survive_the_disk(tmp_path: Path) -> None:
@@ -176,7 +186,8 @@ def test_a_regime_is_recorded_whole() -> None:
     assert json.loads(json.dumps(FEW.to_json())) == {
         "streaming": {"chunk_frames": 2, "window_frames": 5, "sink_frames": 1, "positions": "window"},
         "timesteps": [900.0, 400.0],
-        "noisy_context": True,
+        "noisy_past": 0.0,
+        "present": "latent",
         "seed": 0,
     }
     changes: list[dict[str, Any]] = [
@@ -184,7 +195,8 @@ def test_a_regime_is_recorded_whole() -> None:
         {"streaming": None},
         {"streaming": dataclasses.replace(STREAMING, window_frames=6)},
         {"timesteps": (900.0,)},
-        {"noisy_context": False},
+        {"noisy_past": 0.25},
+        {"present": "exact"},
         {"seed": 1},
     ]
     records = [json.dumps(dataclasses.replace(FEW, **change).to_json()) for change in changes]

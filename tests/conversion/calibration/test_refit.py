@@ -13,7 +13,8 @@ from torch import Tensor
 from mlaconvert.config.mla import KeyNorm, RopeMode
 from mlaconvert.conversion.calibration.layer import Layer
 from mlaconvert.conversion.calibration.measure import layer_moments
-from mlaconvert.conversion.calibration.refit import attention_error, refit_output, refit_query
+from mlaconvert.conversion.calibration.newest import attention_error
+from mlaconvert.conversion.calibration.refit import refit_output, refit_query
 from mlaconvert.model.attention.latent import LatentAttention
 from mlaconvert.model.rope import angles
 
@@ -91,7 +92,7 @@ def score_problem(layer: Layer, student: LatentAttention, head: int) -> tuple[Te
     """
     a, shape = layer.attention, student.layer
     scale, own = WIDTH**-0.5, slice(head * WIDTH, head * WIDTH + WIDTH)
-    up, _, bias = (part[head] for part in student.kv_b_proj())
+    up, _, bias, _ = (part[head] for part in student.kv_b_proj())
     rows, targets = [], []
 
     def normed(x: Tensor, gain: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from calibrate_cases import EVERY, FEW, HEADS, SMALL, WIDTH, falling, make_clips
 from mlaconvert.config.mla import KeyNorm, MLALayer, RopeMode
 from mlaconvert.conversion.calibration.measure import layer_moments
 from mlaconvert.conversion.calibration.method import Method
-from mlaconvert.conversion.calibration.refit import attention_error, refit_output, refit_query
+from mlaconvert.conversion.calibration.newest import attention_error
+from mlaconvert.conversion.calibration.refit import refit_output, refit_query
 from mlaconvert.conversion.calibration.target import ErrorTable, share_budget
 from mlaconvert.conversion.calibration.walk import LayerWalk
 from mlaconvert.conversion.calibration.windows import BATCH

@@ -12,6 +12,7 @@ from calibrate_cases import FEW, STREAMING, make_clips
 
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.calibration.windows import BATCH, Regime, windows
+from mlaconvert.errors import ConfigError
 
 # Frames seen and frames of each chunk, as a clip goes by.
 BY_HAND = [
@@ -31,7 +32,7 @@ def test_windows_by_hand(
     streaming: StreamingConfig, frames: int, expected: list[tuple[list[int], tuple[int, ...]]]
 ) -> None:
     clips, steps = make_clips(3, frames), (900.0, 250.0, 0.0, 600.0)
-    found = list(windows(clips, Regime(streaming=streaming, timesteps=steps, noisy_context=False)))
+    found = list(windows(clips, Regime(streaming=streaming, timesteps=steps)))
     assert len(found) == len(expected)
     noises = []
     for view, (w, (seen, chunks)) in enumerate(zip(found, expected, strict=True)):
@@ -70,7 +71,7 @@ def test_timesteps_take_equal_shares(streaming: StreamingConfig | None, queries:
     assert len(clips.latents) > BATCH
     seen: Counter[float] = Counter()
     counted: Counter[int] = Counter()
-    for w in windows(clips, dataclasses.replace(regime, noisy_context=False)):
+    for w in list(windows(clips, regime))[:: 1 if streaming else 2]:  # the others are at any level
         seen.update(round(float(t), 2) for t in w.timestep[:, -1])
         counted[w.queries] += len(w.latents)
         assert bool((w.timestep[:, -w.queries :] == w.timestep[:, -1:]).all())
@@ -79,27 +80,69 @@ def test_timesteps_take_equal_shares(streaming: StreamingConfig | None, queries:
     assert counted == {n: queries.count(n) * len(clips.latents) for n in set(queries)}
 
 
-def test_noisy_context_adds_independent_levels() -> None:
-    clips = make_clips(40)
-    regime = Regime(streaming=STREAMING, timesteps=(900.0, 0.0))
-    plain = list(windows(clips, dataclasses.replace(regime, noisy_context=False)))
-    found = list(windows(clips, regime))
-    assert len(found) == 2 * len(plain)
-    levels = []
-    for p, sampled, noisy in zip(plain, found[::2], found[1::2], strict=True):
-        assert torch.equal(p.timestep, sampled.timestep)
-        assert p.chunks == sampled.chunks == noisy.chunks
-        assert p.queries == noisy.queries
-        assert torch.equal(noisy.context, sampled.context)
-        assert noisy.chunks is not None
-        parts = noisy.timestep.split(noisy.chunks, 1)
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.2, 1.0])
+def test_a_share_of_the_pasts_is_noisy(share: float) -> None:
+    """Exactly so many rows, and of every timestep alike; the others are as they are without noisy pasts."""
+    clips, steps = make_clips(25), (900.0, 0.0, 300.0, 700.0, 500.0)
+    regime = Regime(streaming=STREAMING, timesteps=steps)
+    plain, levels, rows = list(windows(clips, regime)), [], []
+    found = list(windows(clips, dataclasses.replace(regime, noisy_past=share)))
+    assert len(found) == len(plain) == 4 * 4  # four batches of at most 8 clips, and four windows of each
+    for p, w in zip(plain, found, strict=True):
+        assert w.chunks == p.chunks is not None
+        assert w.queries == p.queries
+        assert torch.equal(w.context, p.context)
+        parts = w.timestep.split(w.chunks, 1)
         assert all(bool((part == part[:, :1]).all()) for part in parts)
-        levels += [part[:, 0] for part in parts]
-    each = torch.cat(levels) / 1000
-    assert len(each.unique()) == len(each)  # every chunk of every row has its own
-    assert bool(((each > 0) & (each < 1)).all())
-    # The mean of 5 u / (1 + 4 u) over u in [0, 1].
-    assert float(each.mean()) == pytest.approx(1.25 - 5 / 16 * math.log(5), abs=0.04)
+        each = torch.stack([part[:, 0] for part in parts], 1)
+        noisy = each[:, -1] != p.timestep[:, -1]
+        rows += noisy.tolist()
+        levels.append(each[noisy].flatten())
+        assert torch.equal(w.timestep[~noisy], p.timestep[~noisy])
+        past, clean = (x.latents[:, :, : -w.queries].flatten(1) for x in (w, p))
+        assert torch.equal(past[~noisy], clean[~noisy])
+        assert not past.numel() or not torch.isclose(past, clean).all(1)[noisy].any()
+    assert sum(rows) == round(share * 100)
+    for step in range(5):
+        assert sum(rows[step::5]) == pytest.approx(share * 20, abs=0.99)
+    every = torch.cat(levels) / 1000
+    assert len(every.unique()) == len(every)  # every chunk of every row has its own
+    if share == 1.0:
+        assert bool(((every > 0) & (every < 1)).all())
+        # The mean of 5 u / (1 + 4 u) over u in [0, 1].
+        assert float(every.mean()) == pytest.approx(1.25 - 5 / 16 * math.log(5), abs=0.04)
+
+
+@pytest.mark.parametrize("noisy_past", [0.0, 0.5])
+def test_windows_without_a_past_are_left_out_beside_an_exact_present(noisy_past: float) -> None:
+    clips = make_clips(9)
+    regime = Regime(streaming=STREAMING, timesteps=(900.0, 400.0), noisy_past=noisy_past)
+    every = [w.chunks for w in windows(clips, regime)]
+    found = list(windows(clips, dataclasses.replace(regime, present="exact")))
+    assert [w.chunks for w in found] == [chunks for chunks in every if chunks != (2,)]
+    assert len(found) == len(every) - 2  # one of each batch
+    turns = torch.cat([w.timestep[:, -1] for w in found])
+    if not noisy_past:  # and the timesteps go on in turn over those that are left
+        assert torch.equal(turns, torch.tensor([900.0, 400.0]).repeat(len(turns))[: len(turns)])
+
+
+def test_clips_of_one_chunk_have_no_past_that_could_be_measured() -> None:
+    regime = Regime(streaming=STREAMING, timesteps=(900.0,), present="exact")
+    with pytest.raises(ConfigError, match="2 latent frames are one chunk of 2"):
+        regime.check_frames(2)
+    regime.check_frames(3)
+    dataclasses.replace(regime, present="latent").check_frames(2)
+    alone = StreamingConfig(chunk_frames=2, window_frames=2, sink_frames=0)
+    with pytest.raises(ConfigError, match=r"windows of 2 latent frames are one chunk of 2.*more --window-frames"):
+        dataclasses.replace(regime, streaming=alone).check_frames(7)
+
+
+@pytest.mark.parametrize(("few_step", "count"), [(True, 5), (False, 9)])
+def test_timesteps_are_those_of_the_models_sampler(few_step: bool, count: int) -> None:
+    found = Regime.of(STREAMING, few_step=few_step).timesteps
+    assert len(found) == count
+    assert found[-1] == 0.0
+    assert list(found) == sorted(found, reverse=True)
 
 
 def test_windows_depend_on_the_seed_alone() -> None:

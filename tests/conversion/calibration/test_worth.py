@@ -36,12 +36,12 @@ from mlaconvert.config.mla import KeyNorm
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.calibration import pieces
 from mlaconvert.conversion.calibration.measure import layer_moments
-from mlaconvert.conversion.calibration.refit import attention_error
+from mlaconvert.conversion.calibration.newest import attention_error
 from mlaconvert.conversion.calibration.run import Calibration, KeptWalk, Task, calibrate, refit_layers
 from mlaconvert.conversion.calibration.store import save_moments
 from mlaconvert.conversion.calibration.target import share_budget
 from mlaconvert.conversion.calibration.walk import LayerWalk
-from mlaconvert.conversion.calibration.windows import Regime, batch_size, scratch_bytes
+from mlaconvert.conversion.calibration.windows import Losses, Regime, batch_size, scratch_bytes
 from mlaconvert.errors import OutputError
 from mlaconvert.families.open import open_checkpoint
 from mlaconvert.files.scratch import Scratch
@@ -143,16 +143,16 @@ def test_a_killed_sweep_goes_on_behind_the_finished_layers(
         calibration = Calibration(folder=tmp_path, layers={0: shape, 2: shape})
 
         def refit(
-            losses: dict[str, float], kept: KeptWalk | None = None
+            losses: Losses, kept: KeptWalk | None = None
         ) -> Iterator[tuple[int, dict[str, Tensor], dict[str, float]]]:
             task = Task(checkpoint=checkpoint, clips=clips, regime=FEW, target=made)
             return refit_layers(task, calibration, validation=make_clips(1, seed=7), losses=losses, kept=kept)
 
-        whole: dict[str, float] = {}
+        whole = Losses()
         expected = {index: (tensors, errors) for index, tensors, errors in refit(whole)}
         state = tmp_path / "state"
         state.mkdir()
-        interrupted = refit({}, KeptWalk(folder=state))
+        interrupted = refit(Losses(), KeptWalk(folder=state))
         for index, _, _ in interrupted:
             if index == 2:
                 break
@@ -163,14 +163,15 @@ def test_a_killed_sweep_goes_on_behind_the_finished_layers(
         assert len(list(state.iterdir())) <= 2
         load = LayerWalk._load
         monkeypatch.setattr(LayerWalk, "_load", lambda self, index: passed.append(index) or load(self, index))
-        losses: dict[str, float] = {}
+        losses = Losses()
         again = {
             index: (tensors, errors)
             for index, tensors, errors in refit(losses, KeptWalk(folder=state, finished=finished))
         }
     assert passed == {(): [0, 1, 2], (0,): [2], (0, 2): []}[finished]
     assert losses == whole
-    assert len(set(whole.values())) == len(whole)  # every stage is followed as it was
+    for kind in (whole.clean_past, whole.noisy_past):
+        assert len(kind) == len(set(kind.values())) > 3  # every stage is followed as it was
     for index, (tensors, errors) in again.items():
         assert errors == expected[index][1]
         assert all(torch.equal(tensors[name], expected[index][0][name]) for name in expected[index][0])
@@ -200,11 +201,11 @@ def test_a_sweep_goes_on_from_its_last_layers(folder: Path, tmp_path: Path) -> N
 
 
 BAD_STATES: dict[str, Any] = {
-    "a hidden state is missing": lambda t: t.pop("hidden 5"),
-    "a hidden state of another shape": lambda t: t.update({"hidden 5": t["hidden 5"][:, :-1].clone()}),
-    "one clip instead of two": lambda t: t.update({"hidden 5": t["hidden 5"][:1].clone()}),
-    "of another dtype": lambda t: t.update({"hidden 5": t["hidden 5"].double()}),
-    "not finite": lambda t: t["hidden 5"][1, 2, 3].fill_(torch.nan),
+    "a hidden state is missing": lambda t: t.pop("hidden 3"),
+    "a hidden state of another shape": lambda t: t.update({"hidden 3": t["hidden 3"][:, :-1].clone()}),
+    "one clip instead of two": lambda t: t.update({"hidden 3": t["hidden 3"][:1].clone()}),
+    "of another dtype": lambda t: t.update({"hidden 3": t["hidden 3"].double()}),
+    "not finite": lambda t: t["hidden 3"][1, 2, 3].fill_(torch.nan),
     "a stream cut short": lambda t: t.pop("stream low rank 1"),
     "a stream of another shape": lambda t: t.update({"stream low rank 1": t["stream low rank 1"][:, 1:].clone()}),
     "a stream too long": lambda t: t.update({"stream low rank 99": t["stream low rank 1"].clone()}),
@@ -230,7 +231,7 @@ def test_nothing_of_a_bad_state_is_taken_over(folder: Path, tmp_path: Path, case
                 layer.follow("low rank", student)
         newest = tmp_path / "sweep-003.safetensors"
         tensors = load_file(newest)
-        assert {"hidden 5", "stream low rank 1"} <= tensors.keys()
+        assert {"hidden 3", "stream low rank 1"} <= tensors.keys()
         BAD_STATES[case](tensors)
         save_file(tensors, newest)
         again = fresh()

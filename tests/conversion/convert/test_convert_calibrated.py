@@ -69,11 +69,11 @@ def test_open_models_opens_what_is_there(source: Path, pair: Path) -> None:
             assert list(models) == expected
 
 
-def losses_by_hand(source: Path, output: Path, clips: Clips, recipe: ConvertRecipe) -> tuple[float, float]:
+def losses_by_hand(source: Path, output: Path, clips: Clips, **regime: Any) -> tuple[float, float]:
     """Mean squared velocity errors of two whole models on the newest chunk of every window, but of clean passes."""
     streaming = StreamingConfig(chunk_frames=2, window_frames=5)
     sums, count = [0.0, 0.0], 0
-    for window in windows(clips, Regime.of(streaming, recipe.seed)):
+    for window in windows(clips, Regime.of(streaming, **regime)):
         rows = window.timestep[:, -1] > 0
         for i, model in enumerate((load_model(source), load_model(output))):
             velocity = model(window.latents, window.timestep, window.context, chunks=window.chunks)
@@ -211,7 +211,10 @@ def test_moments_are_kept_and_reused(state: State, save_folder: SaveFolder, tmp_
 
 @pytest.mark.slow
 def test_calibrated_conversion_end_to_end(state: State, save_folder: SaveFolder, tmp_path: Path) -> None:
-    """From clips in a folder: the total is kept, layers differ, and the result is closer than from weights alone."""
+    """From clips in a folder: the total is kept, layers differ, and the result is closer than from weights alone.
+
+    The present is exact unless a recipe says otherwise, and the account has two losses at every step.
+    """
     streaming = {"chunk_frames": 2, "window_frames": 5, "sink_frames": 1, "positions": "window"}
     source = save_folder(state, NATIVE | {"streaming": streaming})
     generator = torch.Generator().manual_seed(2)
@@ -227,14 +230,17 @@ def test_calibrated_conversion_end_to_end(state: State, save_folder: SaveFolder,
         "uniform": ConvertRecipe(allocation="uniform", **calibrated),
         "adaptive": ConvertRecipe(**calibrated),
         "again": ConvertRecipe(**calibrated),
-        "shared": ConvertRecipe(rope="latent", **calibrated),
+        "layers": ConvertRecipe(refit_steps=0, **calibrated),
+        "latent": ConvertRecipe(present="latent", **calibrated),
+        "shared": ConvertRecipe(rope="latent", present="latent", **calibrated),
         "cached": ConvertRecipe(rope="cached", **calibrated | {"kv_rank": 10, "rope_dim": 6}),
         "fixed": ConvertRecipe(
             rope="cached",
             allocation="fixed",
             **calibrated | {"kv_rank": 10, "rope_dim": 6},
         ),
-        "narrow": ConvertRecipe(nope_dim=6, v_dim=9, **calibrated),
+        "narrow": ConvertRecipe(nope_dim=6, v_dim=9, present="latent", **calibrated),
+        "narrow past": ConvertRecipe(nope_dim=6, v_dim=9, refit_steps=4, **calibrated),
     }
     setups = {name: CalibrationSetup(data=data) if name != "svd" else CalibrationSetup() for name in recipes}
     setups["fixed"] = CalibrationSetup(data=data, method=Method(components=False))
@@ -247,7 +253,9 @@ def test_calibrated_conversion_end_to_end(state: State, save_folder: SaveFolder,
     held = Clips(torch.randn(4, CONFIG.out_dim, 5, 4, 6, generator=generator), context[:4])
     students = {name: load_model(tmp_path / name) for name in recipes}
     errors = {name: measure_fidelity(teacher, student, held).velocity_error for name, student in students.items()}
-    assert all(errors[name] < errors["svd"] for name in ("uniform", "adaptive", "shared", "cached"))
+    assert all(errors[name] < errors["svd"] for name in ("uniform", "adaptive", "latent", "shared", "cached"))
+    presents = {name: student.config.mla.present for name, student in students.items() if student.config.mla}
+    assert {name for name, present in presents.items() if present == "latent"} == {"svd", "latent", "shared", "narrow"}
     for name, rope, components in (("adaptive", "head", False), ("shared", "latent", True), ("cached", "cached", True)):
         mla = students[name].config.mla
         assert mla is not None
@@ -262,19 +270,29 @@ def test_calibrated_conversion_end_to_end(state: State, save_folder: SaveFolder,
     assert {(layer.kv_lora_rank, layer.qk_rope_head_dim) for layer in fixed.layers if layer} == {(10, 6)}
     assert all(count == 1 for layer in fixed.layers if layer for _, count in layer.rope_components)
     assert students["cached"].config.mla != fixed
-    narrow = students["narrow"].config.mla
-    assert narrow is not None
-    assert {(layer.qk_nope_head_dim, layer.v_head_dim) for layer in narrow.layers if layer} == {(6, 9)}
+    for name in ("narrow", "narrow past"):
+        narrow = students[name].config.mla
+        assert narrow is not None
+        assert {(layer.qk_nope_head_dim, layer.v_head_dim) for layer in narrow.layers if layer} == {(6, 9)}
     for file in sorted(p.name for p in (tmp_path / "adaptive").iterdir()):
         assert (tmp_path / "adaptive" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
     # The account: every step with a loss of its own, the last step's being that of the model that was written.
     steps = ["dense", "rotations dropped", "rotary key shared", "heads narrowed", "low rank", "output refitted"]
     assert list(reports["narrow"].models[0].losses) == [*steps, "queries refitted"]
-    record = json.loads((tmp_path / "adaptive" / "conversion.json").read_text())
-    assert list(record["losses"]) == ["dense", "low rank", "output refitted", "queries refitted"]
-    assert list(record["layers"][0]["errors"]) == list(record["losses"])[1:]
-    found = losses_by_hand(source, tmp_path / "adaptive", Clips(latents[4:], context[4:]), recipes["adaptive"])
-    assert found == pytest.approx((record["losses"]["dense"], record["losses"]["queries refitted"]), rel=1e-5)
+    assert list(reports["narrow past"].models[0].losses) == [*steps[:-1], "past refitted", "model refitted"]
+    for name, last, present in (
+        ("latent", "queries refitted", "latent"),
+        ("layers", "past refitted", "exact"),
+        ("adaptive", "model refitted", "exact"),
+    ):
+        record = json.loads((tmp_path / name / "conversion.json").read_text())
+        assert list(record["losses"])[-1] == last
+        if name != "adaptive":
+            assert list(record["layers"][0]["errors"]) == list(record["losses"])[1:]
+        for kind, noisy in (("losses", 0.0), ("noisy_losses", 1.0)):
+            clips = Clips(latents[4:], context[4:])
+            found = losses_by_hand(source, tmp_path / name, clips, few_step=False, present=present, noisy_past=noisy)
+            assert found == pytest.approx((record[kind]["dense"], record[kind][last]), rel=1e-5)
     with pytest.raises(InputError, match="shards"):
         convert(source, tmp_path / "none", ConvertRecipe(init="calibrated"), data=tmp_path / "svd" / "missing")
     with pytest.raises(ConfigError, match="init calibrated"):

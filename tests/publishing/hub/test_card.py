@@ -18,6 +18,7 @@ from support import randomize
 
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import MLAConfig, MLALayer
+from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.run import convert
 from mlaconvert.errors import CheckpointError, InputError, MLAConvertError
@@ -70,6 +71,42 @@ def test_the_geometry_says_where_the_rotary_key_is(rope: Any, said: str, cached:
     assert f"| rotary key | {said}" in card
     assert f"| cached for a token, a layer | {cached} scalars, dense 96 |" in card
     assert "| converted layers | 1 of 2 |" in card
+
+
+@pytest.mark.parametrize(
+    ("present", "said"),
+    [
+        ("exact", "exact: a chunk sees itself through the source's own keys and values, and its past through latents"),
+        ("latent", "latent: a chunk sees itself through its latents, as it is cached"),
+    ],
+)
+def test_the_geometry_says_what_a_chunk_sees_of_itself(present: Any, said: str) -> None:
+    layer = MLALayer(kv_lora_rank=5, qk_nope_head_dim=16, v_head_dim=16, rope_components=())
+    mla = MLAConfig(
+        q_lora_rank=None, key_norm="token", softmax_scale=0.25, layers=(layer, None), rope="head", present=present
+    )
+    config = WanConfig(dim=48, num_heads=3, num_layers=2, ffn_dim=20, mla=mla, streaming=StreamingConfig())
+    model = CardModel(subfolder="", config=config, description="", conversion={}, healing={}, evaluation={})
+    card = write_card(CardFacts(repo=REPO, models=(model,), base_model=None, license={}))
+    assert f"| present | {said} |" in card
+    assert "| cached for a token, a layer | 6 to 96 scalars, dense 96 |" in card
+
+
+def test_an_exact_present_is_pushed_and_pulled(hub: Hub, golden: Path, tmp_path: Path) -> None:
+    """The same files come back, and the recipe in the card makes the same model again."""
+    window = StreamingConfig(chunk_frames=2, window_frames=5)
+    recipe = ConvertRecipe(init="svd", kv_rank=9, present="exact", rope="head", v_dim=17, streaming=window)
+    convert(golden, tmp_path / "made", recipe)
+    card = push(tmp_path / "made", REPO).plan.card
+    assert "| present | exact" in card
+    (settings,) = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)
+    (tmp_path / "recipe.yaml").write_text(settings)
+    result = invoke("convert", golden, "-o", tmp_path / "again", "--recipe", tmp_path / "recipe.yaml")
+    assert result.exit_code == 0, result.stderr
+    pulled = hub.repos[REPO].files
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "made" / name).read_bytes()
+        assert name in pulled
 
 
 def test_a_licence_is_inherited_whole_or_not_invented(hub: Hub, folder: Path) -> None:

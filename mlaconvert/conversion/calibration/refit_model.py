@@ -1,0 +1,186 @@
+"""A refit of all layers at once, by what they do to the model's velocity behind clean pasts.
+
+A layer's own error is a poor judge: errors of layers add up, or make up for each other. Only what the past uses is
+changed, as in `refit_past`, and nothing that decides what is cached.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from itertools import count, islice
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mlaconvert.clips.folder import Clips
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.conversion.calibration.target import PAST_ONLY
+from mlaconvert.conversion.calibration.windows import Losses, Regime, Window, batch_size, windows
+from mlaconvert.model.attention.latent import LatentAttention
+from mlaconvert.model.blocks import Block
+from mlaconvert.model.wan import WanModel
+from mlaconvert.progress import Counter, Progress, silent
+
+BATCH = 4  # clips a step, fewer of long ones
+# Adam's rates, tried in turn: relative to a module's weights, which read whitened latents. They fall along a cosine.
+RATES = (0.018, 0.018 / 8)
+DRAWS = 4  # of noise and timesteps, in which clips are judged by that were held back
+KEPT_SCALARS = 2**26  # of the blocks' outputs, up to which activations are kept for the way back
+STAGE = "model refitted"
+
+
+def with_attention(teacher: WanModel, config: WanConfig, layers: Mapping[int, LatentAttention]) -> WanModel:
+    """The teacher with converted self-attention in some layers and the converted `config`; all else is shared."""
+    student = copy.deepcopy(teacher, {id(p): p for p in teacher.parameters()})
+    student.config = dataclasses.replace(config, streaming=teacher.config.streaming)
+    for index, attention in layers.items():
+        cast(Block, student.blocks[index]).self_attn = attention
+    return student
+
+
+def refit_model(
+    models: tuple[WanModel, WanModel],
+    clips: tuple[Clips, Clips | None],
+    regime: Regime,
+    *,
+    steps: int,
+    losses: Losses | None = None,
+    progress: Progress = silent,
+) -> dict[int, dict[str, Tensor]]:
+    """What only the past uses in the converted layers, by layer and name below `self_attn.`, after `steps` of Adam.
+
+    `models` are the teacher and the student, streaming as the regime says. Each step takes some clips' windows of the
+    regime and lowers the squared difference of the newest chunk's velocities. Where that difference does not fall on
+    the second part of the clips, which nothing is fitted to, smaller steps are tried from the start; a model that is
+    nearly its teacher needs them. The result is {} where none help, or there are no such clips; `losses` gets both
+    losses of what is kept.
+    """
+    student, (fitted, held_back) = models[1], clips
+    if held_back is None:
+        return {}
+    layers = {i: b.self_attn for i, b in enumerate(student.blocks) if isinstance(b.self_attn, LatentAttention)}
+    parameters = {
+        i: {name: p for name, p in layer.named_parameters() if name in PAST_ONLY} for i, layer in layers.items()
+    }
+    trained = [p for named in parameters.values() for p in named.values()]
+    sizes = [
+        _size(layers[i].get_parameter(name.rpartition(".")[0] + ".weight"))
+        for i, named in parameters.items()
+        for name in named
+    ]
+    start, before = [p.detach().clone() for p in trained], _distance(models, held_back, regime)
+    better = False
+    for rate in RATES:
+        groups = [{"params": [p], "lr": rate * size} for p, size in zip(trained, sizes, strict=True)]
+        _train(models, groups, fitted, regime, steps, progress)
+        better = _distance(models, held_back, regime) < before
+        if better:
+            break
+        with torch.no_grad():
+            for parameter, old in zip(trained, start, strict=True):
+                parameter.copy_(old)
+    if losses is not None:
+        losses.clean_past[STAGE] = _loss(student, held_back, dataclasses.replace(regime, noisy_past=0.0))
+        losses.noisy_past[STAGE] = _loss(student, held_back, dataclasses.replace(regime, noisy_past=1.0))
+    if not better:
+        return {}
+    return {i: {name: p.detach() for name, p in named.items()} for i, named in parameters.items()}
+
+
+def _train(
+    models: tuple[WanModel, WanModel],
+    groups: list[dict[str, Any]],
+    clips: Clips,
+    regime: Regime,
+    steps: int,
+    progress: Progress,
+) -> None:
+    """Steps of Adam on the parameters of `groups`, each of which has its rate to begin with."""
+    teacher, student = models
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    trained, counted = [p for group in groups for p in group["params"]], Counter(progress, "refit the model", steps)
+    counted.show()
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    for window in islice(_endless(clips, regime, min(BATCH, batch_size(clips, student.config))), steps):
+        rows = window.timestep[:, -1] > 0  # a clean pass writes the cache, its velocity is not used
+        with torch.no_grad():
+            expected = _velocity(teacher, window)[rows]
+        with torch.enable_grad():
+            error = (_velocity(student, window)[rows] - expected).square().mean()
+            optimizer.zero_grad()
+            error.backward()
+        optimizer.step()
+        schedule.step()
+        counted.step()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+
+
+def _size(weight: Tensor) -> float:
+    """The root mean square of a weight."""
+    return float(weight.detach().square().mean().sqrt())
+
+
+def _endless(clips: Clips, regime: Regime, batch: int) -> Iterator[Window]:
+    """The windows of the clips, shuffled, again and again with other noise and timesteps."""
+    for epoch in count():
+        drawn = dataclasses.replace(regime, seed=regime.seed + epoch)
+        parts = list(windows(clips, drawn, batch))
+        for i in torch.randperm(len(parts), generator=torch.Generator().manual_seed(drawn.seed)).tolist():
+            yield parts[i]
+
+
+@torch.no_grad()
+def _distance(models: tuple[WanModel, WanModel], clips: Clips, regime: Regime) -> float:
+    """Summed squared difference of the newest chunk's velocities in the windows of `DRAWS` draws."""
+    total = 0.0
+    for draw in range(DRAWS):
+        drawn = dataclasses.replace(regime, seed=regime.seed + draw)
+        for window in windows(clips, drawn, batch_size(clips, models[0].config)):
+            teacher, student = (_velocity(model, window)[window.timestep[:, -1] > 0] for model in models)
+            total += float((student - teacher).double().square().sum())
+    return total
+
+
+@torch.no_grad()
+def _loss(model: WanModel, clips: Clips, regime: Regime) -> float:
+    """Mean squared error of the newest chunk's velocity, as `LayerWalk` has it."""
+    total = values = 0.0
+    for window in windows(clips, regime, batch_size(clips, model.config)):
+        rows = window.timestep[:, -1] > 0
+        error = _velocity(model, window)[rows] - window.target[rows].to(model.patch_embedding.weight.device)
+        total, values = total + float(error.double().square().sum()), values + error.numel()
+    return total / values
+
+
+def _velocity(model: WanModel, window: Window) -> Tensor:
+    """Of the newest chunk, [B, C, queries, H, W]; large activations are computed again on the way back."""
+    device = model.patch_embedding.weight.device
+    latents, timestep, context = (t.to(device) for t in (window.latents, window.timestep, window.context))
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        p = model.prepare(latents, timestep, context, chunks=window.chunks)
+        x = p.x
+        for block in model.blocks:
+            inputs = (x, p.modulation, p.text, p.image, p.plan, None)
+            if torch.is_grad_enabled() and x.numel() * len(model.blocks) > KEPT_SCALARS:
+                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(*inputs)
+        return model.finish(x, p).float()[:, :, -window.queries :]
+
+
+def refit_flops(config: WanConfig, frames: int, tokens: int) -> float:
+    """About how many FLOPs a step takes with one clip, whose window has so many latent frames of so many tokens.
+
+    The teacher's pass, the student's, its second one on the way back, and the gradients, which are as much as two.
+    """
+    weights = config.num_layers * config.dim * (8 * config.dim + 2 * config.ffn_dim)
+    seen = frames * tokens
+    return 5 * 2 * seen * (weights + 2 * seen * config.dim * config.num_layers)
