@@ -2,9 +2,10 @@
 
     python benchmarks/fidelity.py [--seeds 3] [--jobs 2] [--only REGEX] [--write BENCHMARKS.md] [--json]
 
-Excess is the validation loss on held-back clips above the teacher's, in percent of it (block-causal, an independent
-noise level per chunk, stratified shift-5 grid). A seed draws validation noise, random weights, calibration noise. Jobs
-are processes of one thread each.
+Two excesses of the velocity's loss on held-back clips above the teacher's, in percent of it: behind clean pasts (the
+newest chunk at each of eight timesteps, as in a rollout), with its relative velocity error, and with noisy pasts (an
+independent noise level per chunk, stratified shift-5 grid). A seed draws validation noise, random weights, calibration
+noise. Jobs are processes of one thread each.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tables import put_between
@@ -34,6 +36,7 @@ from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.recipes import load_recipe
 from mlaconvert.conversion.run import convert
 from mlaconvert.evaluation.losses import validation_loss
+from mlaconvert.evaluation.timesteps import CleanPast, velocity_by_timestep
 from mlaconvert.families.open import open_checkpoint
 from mlaconvert.latent.matrices import affine
 from mlaconvert.latent.moments import LayerMoments
@@ -47,10 +50,10 @@ ROPE = 8  # a quarter of a head, where the rotary key has scalars of its own
 change = dataclasses.replace
 BASE = ConvertRecipe(init="svd", height=TINY.height, width=TINY.width, vae_stride=TINY.vae_stride)
 WEIGHTS = change(BASE, kv_rank=TOTAL - ROPE, rope_dim=ROPE, q_rank="none")
-CACHED = change(BASE, init="calibrated", kv_rank=TOTAL - ROPE, rope_dim=ROPE, rope="cached", allocation="uniform")
-HEAD = change(BASE, init="calibrated", kv_rank=TOTAL, rope="head", allocation="uniform")
-ADAPTIVE = change(HEAD, allocation="adaptive")
-NARROW = change(ADAPTIVE, rope="latent")
+DEFAULT = change(BASE, init="calibrated", kv_rank=TOTAL)
+LATENT = change(DEFAULT, present="latent")
+LAYERS = change(DEFAULT, refit_steps=0)
+NARROW = change(LAYERS, rope="latent")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,48 +64,34 @@ class Ablated:
     method: Method
 
 
-def without(recipe: ConvertRecipe, *parts: str) -> Ablated:
-    return Ablated(recipe, Method(**dict.fromkeys(parts, False)))
-
-
-FIXED = change(CACHED, allocation="fixed")
-# Every row's name and conversion; None is the head-mean baseline, which the package does not offer.
+# Every row's name and recipe; None is the head-mean baseline, which the package does not offer.
 TABLES: dict[str, dict[str, ConvertRecipe | Ablated | None]] = {
     "conversion, no training after it": {
         "random, latent RMSNorm": change(WEIGHTS, init="random"),
         "head-mean RoPE key, SVD of weights, latent RMSNorm": None,
         "shared complex RoPE key, SVD of weights, latent RMSNorm": WEIGHTS,
         "the same, queries compressed too: the paper's widths": change(WEIGHTS, q_rank=None),
-        "the same with exact queries and key norm": change(WEIGHTS, key_norm="token"),
-        "covariance-weighted, key norm exact, rho and energy-chosen pairs": without(
-            FIXED, "centring", "components", "weights", "sensitivity", "refit"
-        ),
-        "and Omega": without(FIXED, "centring", "components", "sensitivity", "refit"),
-        "and W_O (and queries) refitted": without(FIXED, "centring", "components"),
-        "a better split of the same scalars, measured": without(CACHED, "centring", "components"),
-        "and several shared components of a pair, inputs centred": CACHED,
-        "and splits layer by layer, measured": change(CACHED, allocation="adaptive"),
-        "alike in all layers, rotary key read from the latent": without(change(HEAD, rope="latent"), "sensitivity"),
-        "and the latent chosen by the output's sensitivity": change(HEAD, rope="latent"),
-        "each head's own rotation": HEAD,
-        "and scalars shared between layers: **the default**": ADAPTIVE,
-        "the default, latent RMSNorm": change(ADAPTIVE, key_norm="latent"),
-        "the default at twice the cache": change(ADAPTIVE, kv_rank=2 * TOTAL),
+        "calibrated on pasts that are half noisy, present latent too": change(LATENT, noisy_past=0.5),
+        "calibrated on clean pasts, present latent too": LATENT,
+        "the present exact, nothing refitted": Ablated(DEFAULT, Method(refit=False)),
+        "and the past refitted layer by layer": LAYERS,
+        "and the whole model refitted: **the default**": DEFAULT,
+        "the default on pasts that are half noisy": change(DEFAULT, noisy_past=0.5),
+        "the default, latent RMSNorm": change(DEFAULT, key_norm="latent"),
+        "the default at twice the cache": change(DEFAULT, kv_rank=2 * TOTAL),
         "everything kept (lossless)": change(BASE, init="lossless"),
     },
-    "the default without": {
-        "centring": without(ADAPTIVE, "centring"),
-        "sensitivity": without(ADAPTIVE, "sensitivity"),
-        "sensitivity and Omega": without(ADAPTIVE, "weights"),
-        "refits": without(ADAPTIVE, "refit"),
+    "refitted layer by layer, without": {
+        "centring": Ablated(LAYERS, Method(centring=False)),
+        "sensitivity": Ablated(LAYERS, Method(sensitivity=False)),
+        "sensitivity and Omega": Ablated(LAYERS, Method(weights=False)),
+        "sharing scalars between layers": change(LAYERS, allocation="uniform"),
     },
-    "scores and values of a head (32 wide)": {
-        "32 and 32, each head's own rotation": ADAPTIVE,
-        "32 and 32, shared rotary key": NARROW,
-        "at most 28 (12 unrotated), 28": change(NARROW, nope_dim=12, rope_dim=16, v_dim=28),
-        "at most 24 (12 unrotated), 24": change(NARROW, nope_dim=12, rope_dim=12, v_dim=24),
-        "at most 24 (8 unrotated), 24": change(NARROW, nope_dim=8, rope_dim=16, v_dim=24),
-        "24 (8 unrotated), 16": change(NARROW, nope_dim=8, rope_dim=16, v_dim=16),
+    "heads that read the past (32 wide), refitted layer by layer": {
+        "scores 32, values 32, shared rotary key": NARROW,
+        "28 (12 unrotated), 28": change(NARROW, nope_dim=12, rope_dim=16, v_dim=28),
+        "24 (8 unrotated), 24": change(NARROW, nope_dim=8, rope_dim=16, v_dim=24),
+        "20 (8 unrotated), 20": change(NARROW, nope_dim=8, rope_dim=12, v_dim=20),
         "16 (8 unrotated), 16": change(NARROW, nope_dim=8, rope_dim=8, v_dim=16),
     },
 }
@@ -119,45 +108,60 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.only is not None and arguments.write is not None:
         parser.error("--write wants all rows; leave out --only")
-    found: dict[str, dict[int, float]] = {name: {} for name in ROWS if re.search(arguments.only or "", name)}
+    found: dict[str, dict[int, Measured]] = {name: {} for name in ROWS if re.search(arguments.only or "", name)}
     if not found:
         parser.error(f"no row's name has {arguments.only!r} in it")
-    teacher: dict[int, float] = {}
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        work = {pool.submit(measure, name, seed): (name, seed) for name in found for seed in range(arguments.seeds)}
+        work = {pool.submit(measure, name, seed): (name, seed) for seed in range(arguments.seeds) for name in found}
         for i, done in enumerate(as_completed(work), 1):
             name, seed = work[done]
-            teacher[seed], loss = done.result()
-            found[name][seed] = 100 * (loss / teacher[seed] - 1)
-            print(f"{i}/{len(work)}  {name}, seed {seed}: {found[name][seed]:.2f}%", file=sys.stderr, flush=True)
+            found[name][seed] = one = done.result()
+            print(
+                f"{i}/{len(work)}  {name}, seed {seed}: noisy {one.noisy:.2f}%, clean {one.clean:.2f}%, "
+                f"velocity {one.velocity:.3f}%",
+                file=sys.stderr,
+                flush=True,
+            )
     if arguments.json:
-        print(json.dumps({"teacher_loss": teacher, "excess_percent": found}, indent=2))
+        print(json.dumps({name: {s: one._asdict() for s, one in by.items()} for name, by in found.items()}, indent=2))
         return
-    text = tables(teacher, found)
+    text = tables(found)
     print(text)
     if arguments.write is not None:
         put_between(arguments.write, "fidelity", text)
 
 
-def tables(teacher: dict[int, float], found: dict[str, dict[int, float]]) -> str:
-    """The tables as Markdown."""
-    seeds = len(teacher)
-    lines = [f"Teacher's validation loss: {statistics.mean(teacher.values()):.4f} (mean of {seeds} seeds).", ""]
+class Measured(NamedTuple):
+    """Of one conversion, in percent: both excesses over the teacher's loss, and the velocity error."""
+
+    noisy: float
+    clean: float
+    velocity: float  # behind clean pasts
+
+
+def tables(found: dict[str, dict[int, Measured]]) -> str:
+    """The tables as Markdown: means over seeds, and from the lowest to the highest."""
+    lines = []
     for title, rows in TABLES.items():
         asked = [name for name in rows if name in found]
         if asked:
-            lines += [f"| {title} | excess, mean | lowest to highest |", "|---|---|---|"]
+            lines += [f"| {title} | behind clean pasts | velocity | with noisy pasts |", "|---|---|---|---|"]
         for name in asked:
-            values = found[name].values()
-            digits = 1 if max(values) >= 0.05 else 5
-            low, mean, high = min(values), statistics.mean(values), max(values)
-            lines.append(f"| {name} | {mean:.{digits}f}% | {low:.{digits}f} to {high:.{digits}f}% |")
+            measured = found[name].values()
+            cells = [_spread([getattr(one, field) for one in measured]) for field in ("clean", "velocity", "noisy")]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def measure(name: str, seed: int) -> tuple[float, float]:
-    """Validation losses of the teacher and of its conversion."""
+def _spread(values: list[float]) -> str:
+    low, mean, high = min(values), statistics.mean(values), max(values)
+    digits = 1 if high >= 5 else 2 if high >= 0.05 else 5
+    return f"{mean:.{digits}f}% ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def measure(name: str, seed: int) -> Measured:
+    """What the conversion of a row loses."""
     torch.set_num_threads(1)
     row, teacher, clips = ROWS[name], load_model("tiny"), held_back(CLIPS)
     recipe, method = (row.recipe, row.method) if isinstance(row, Ablated) else (row, Method())
@@ -168,7 +172,9 @@ def measure(name: str, seed: int) -> tuple[float, float]:
             chosen = dataclasses.replace(recipe, seed=seed)
             convert("tiny", Path(folder) / "out", chosen, data=CalibrationSetup(method=method))
             student = load_model(Path(folder) / "out")
-        return validation_loss(teacher, clips, seeds=[seed]), validation_loss(student, clips, seeds=[seed])
+    past = CleanPast.of(velocity_by_timestep(teacher, student, clips, seed=seed))
+    noisy = [validation_loss(model, clips, seeds=[seed]) for model in (student, teacher)]
+    return Measured(100 * (noisy[0] / noisy[1] - 1), 100 * past.excess, 100 * past.velocity_error)
 
 
 def head_mean(teacher: WanModel) -> WanModel:

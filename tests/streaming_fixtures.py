@@ -30,6 +30,12 @@ RECIPES = {
     "paper": ConvertRecipe(init="svd", streaming=WINDOW),
     "token": ConvertRecipe(init="svd", streaming=WINDOW, key_norm="token", rope="latent"),
     "head": ConvertRecipe(init="svd", streaming=WINDOW, key_norm="token", rope="head", layers="0,2"),
+    "lossless, exact present": ConvertRecipe(init="lossless", present="exact", streaming=WINDOW),
+    "absolute, exact present": ConvertRecipe(init="lossless", present="exact", streaming=ABSOLUTE),
+    "heads beside an exact present": ConvertRecipe(
+        init="svd", present="exact", streaming=WINDOW, key_norm="token", rope="head", v_dim=17
+    ),
+    "shared key beside an exact present": ConvertRecipe(init="svd", present="exact", streaming=WINDOW, rope="latent"),
 }
 
 

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import invoke, options
@@ -43,7 +44,7 @@ def test_the_first_screen_shows_what_one_gets() -> None:
     assert re.search(r"!\[.+\]\(examples/.+\.png\)", screen)
     (shown,) = blocks(screen, "bash")
     assert len(shown.splitlines()) == 3
-    assert len(re.findall(r"^\|.*\|$", screen, re.MULTILINE)) == 5
+    assert len(re.findall(r"^\|.*\|$", screen, re.MULTILINE)) == 7
 
 
 def test_commands_and_their_options_exist() -> None:
@@ -98,8 +99,15 @@ def test_the_config_and_the_tensors_are_those_of_the_format() -> None:
     format_section = README.split("## The output folder")[1].split("Names follow")[0]
     assert fields <= set(re.findall(r"\w+", format_section))
     names: set[str] = set()
-    for key_norm, rope in (("latent", "cached"), ("token", "latent")):
-        mla = MLAConfig(q_lora_rank=None, key_norm=key_norm, softmax_scale=1.0, layers=(latent,), rope=rope)
+    assert latent is not None
+    narrow = dataclasses.replace(latent, v_head_dim=64)
+    kinds: list[dict[str, Any]] = [
+        {"key_norm": "latent", "rope": "cached", "layers": (latent,)},
+        {"key_norm": "token", "rope": "latent", "layers": (latent,)},
+        {"key_norm": "token", "rope": "latent", "layers": (narrow,), "present": "exact"},
+    ]
+    for kind in kinds:
+        mla = MLAConfig(q_lora_rank=None, softmax_scale=1.0, **kind)
         config = WanConfig(dim=1536, num_heads=12, num_layers=1, ffn_dim=64, mla=mla)
         prefix = "blocks.0.self_attn."
         names |= {name.removeprefix(prefix) for name in WanFamily().expected_shapes(config) if prefix in name}
