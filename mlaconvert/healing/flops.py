@@ -7,14 +7,14 @@ from math import prod
 
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.families.open import family_of
-from mlaconvert.healing.frames import Layout, View
+from mlaconvert.healing.frames import FrameLayout, View
 from mlaconvert.healing.recipe import HealRecipe
 
 _ONCE_A_TEXT = ("cross_attn.k.", "cross_attn.v.", "text_embedding.")
 _ONCE_A_FRAME = ("time_embedding.", "time_projection.")
 
 
-def forward_flops(config: WanConfig, layout: Layout, height: int, width: int) -> float:
+def forward_flops(config: WanConfig, layout: FrameLayout, height: int, width: int) -> float:
     """FLOPs of one clip's forward pass: `layout` of frames of `height` x `width` tokens.
 
     A linear layer takes 2 x (its weights) a token; attention 2 x (score width + value width) a head and visible pair
@@ -57,7 +57,7 @@ class Passes:
     view: View
     grid: tuple[int, int]
 
-    def forward(self, config: WanConfig, layout: Layout) -> float:
+    def forward(self, config: WanConfig, layout: FrameLayout) -> float:
         """FLOPs of a pass of student or teacher without gradients."""
         return forward_flops(config, layout, *self.grid)
 

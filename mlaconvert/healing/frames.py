@@ -47,7 +47,7 @@ def views(frames: int, streaming: StreamingConfig | None) -> list[View]:
 
 
 @dataclass(frozen=True)
-class Layout:
+class FrameLayout:
     """Frames of one pass: their positions in time, and bool [F, F], True where a frame sees another."""
 
     positions: tuple[int, ...]
@@ -66,11 +66,11 @@ class Layout:
         return AttentionPlan(query_rotary=turn, key_rotary=turn, mask=mask, mode="expanded", segments=segments)
 
 
-def noisy_layout(view: View, streaming: StreamingConfig | None) -> Layout:
+def noisy_layout(view: View, streaming: StreamingConfig | None) -> FrameLayout:
     """Every frame once, each seeing its chunk and the window before it: the pass that a validation loss makes."""
     count = len(view.frames)
     visible = torch.ones(count, count, dtype=torch.bool) if streaming is None else chunk_mask(view.chunks, streaming)
-    return Layout(view.positions, visible)
+    return FrameLayout(view.positions, visible)
 
 
 def clean_frames(view: View) -> int:
@@ -78,7 +78,7 @@ def clean_frames(view: View) -> int:
     return len(view.frames) - view.chunks[-1]
 
 
-def forcing_layout(view: View, streaming: StreamingConfig | None) -> Layout:
+def forcing_layout(view: View, streaming: StreamingConfig | None) -> FrameLayout:
     """Teacher forcing in one pass: [clean past, all frames noisy].
 
     A clean frame sees what it sees in a rollout's clean pass; a noisy one its own noisy chunk and the clean frames of
@@ -92,7 +92,7 @@ def forcing_layout(view: View, streaming: StreamingConfig | None) -> Layout:
     visible[:past, :past] = window[:past, :past]
     visible[past:, :past] = (window & ~same)[:, :past]
     visible[past:, past:] = same
-    return Layout((*view.positions[:past], *view.positions), visible)
+    return FrameLayout((*view.positions[:past], *view.positions), visible)
 
 
 def prepare(model: WanModel, latents: Tensor, timestep: Tensor, context: Tensor, plan: AttentionPlan) -> Prepared:
@@ -126,7 +126,7 @@ def velocity(
     latents: Tensor,
     timestep: Tensor,
     context: Tensor,
-    layout: Layout,
+    layout: FrameLayout,
     *,
     checkpointing: bool = False,
 ) -> Tensor:

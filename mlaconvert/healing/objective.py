@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mlaconvert.clips.folder import Clips
 from mlaconvert.evaluation.losses import validation_loss
 from mlaconvert.healing.batches import Batch
-from mlaconvert.healing.frames import Layout, View, clean_frames, guided, velocity
+from mlaconvert.healing.frames import FrameLayout, View, clean_frames, guided, velocity
 from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.healing.state import Trained
 from mlaconvert.model.schedule import warp
@@ -87,12 +87,14 @@ class Objective(nn.Module):
         """The smaller the better; averaged weights are in place when this is called, and gradients are off."""
         return validation_loss(self.student, clips)
 
-    def run(self, model: WanModel, latents: Tensor, timestep: Tensor, context: Tensor, layout: Layout) -> Tensor:
+    def run(self, model: WanModel, latents: Tensor, timestep: Tensor, context: Tensor, layout: FrameLayout) -> Tensor:
         """`layout.velocity`, checkpointed when the recipe says so."""
         checkpointing = self.recipe.gradient_checkpointing
         return velocity(model, latents, timestep, context, layout, checkpointing=checkpointing)
 
-    def run_guided(self, model: WanModel, latents: Tensor, timestep: Tensor, batch: Batch, layout: Layout) -> Tensor:
+    def run_guided(
+        self, model: WanModel, latents: Tensor, timestep: Tensor, batch: Batch, layout: FrameLayout
+    ) -> Tensor:
         """The same with the recipe's guidance."""
         return guided(
             lambda text: self.run(model, latents, timestep, text, layout),

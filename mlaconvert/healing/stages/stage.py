@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.healing.flops import Passes
-from mlaconvert.healing.frames import Layout, View, noisy_layout
+from mlaconvert.healing.frames import FrameLayout, View, noisy_layout
 from mlaconvert.healing.objective import Objective
 from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.model.wan import WanModel
@@ -39,7 +39,7 @@ class Stage:
     """Default betas of AdamW."""
     ema: float = 0.99
     """Default decay of the averaged weights."""
-    layout: Callable[[View, StreamingConfig | None], Layout] = noisy_layout
+    layout: Callable[[View, StreamingConfig | None], FrameLayout] = noisy_layout
     """How the frames of a view meet in the pass that carries gradients."""
     needs_clips: bool = True
     """Whether there must be a data set; else the teacher can generate clips."""
