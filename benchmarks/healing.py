@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tables import put_between
+from tables import put_between, step_table
 
 from mlaconvert.clips.folder import Clips
 from mlaconvert.clips.tiny.clips import held_back
@@ -51,6 +51,7 @@ from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.recipes import load_recipe, mla_config, resolve_recipe
 from mlaconvert.conversion.run import convert
+from mlaconvert.evaluation.bench.runner import release
 from mlaconvert.evaluation.losses import validation_loss
 from mlaconvert.families.open import open_checkpoint
 from mlaconvert.files.shipped import TINY
@@ -429,9 +430,34 @@ def _slug(name: str) -> str:
 # --- real size -------------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RealStep:
+    """One step of a stage: tokens that are trained on, counted FLOPs, seconds, and on a GPU the peak of memory in bytes
+    and the share of its bfloat16 peak, where that is known.
+    """
+
+    stage: str
+    tokens: int
+    flops: float
+    seconds: float
+    peak_bytes: int | None
+    of_peak: float | None
+
+
 def real_size(small: bool) -> list[str]:
     """One step of each stage: time, tokens a second, peak memory and share of the device's bfloat16 peak."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return [
+        f"Device: {name}. Batch 1, bf16, gradient checkpointing, everything trained; the second step is timed.",
+        "",
+        *step_table([dataclasses.asdict(real_step(stage, small)) for stage in STAGES]),
+    ]
+
+
+def real_step(stage: str, small: bool) -> RealStep:
+    """The second of two steps with random weights; `small` is a model that a CPU can train."""
+    device = _device()
     config = WanConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, streaming=StreamingConfig())
     size = (60, 104)
     if small:
@@ -439,41 +465,28 @@ def real_size(small: bool) -> list[str]:
             config, dim=96, num_heads=2, num_layers=2, ffn_dim=128, text_dim=32, text_len=8, freq_dim=32
         )
         size = (8, 12)
-    recipe = resolve_recipe(ConvertRecipe(init="random"), config)
-    student = dataclasses.replace(config, mla=mla_config(recipe, config))
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    peak = next((rate for part, rate in PEAKS.items() if part in name), None)
-    lines = [
-        f"Device: {name}. Batch 1, bf16, gradient checkpointing, everything trained; the second step is timed.",
-        "",
-    ]
-    lines += [
-        "| stage | tokens | FLOPs | s a step | tokens/s | peak memory | of bf16 peak |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for stage in STAGES:
-        settings = HealRecipe(
-            stage=stage,
-            train="all",
-            batch=1,
-            precision="bf16",
-            gradient_checkpointing=True,
-            attention_steps=0,
-        ).resolved()
-        lines.append(_measure(settings, student, config, size, device, peak))
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return lines
+    conversion = resolve_recipe(ConvertRecipe(init="random"), config)
+    student = dataclasses.replace(config, mla=mla_config(conversion, config))
+    recipe = HealRecipe(
+        stage=stage,
+        train="all",
+        batch=1,
+        precision="bf16",
+        gradient_checkpointing=True,
+        attention_steps=0,
+    ).resolved()
+    found = _measure(recipe, student, config, size, device)
+    release()
+    return found
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _measure(
-    recipe: HealRecipe,
-    student_config: WanConfig,
-    config: WanConfig,
-    size: tuple[int, int],
-    device: torch.device,
-    peak: float | None,
-) -> str:
+    recipe: HealRecipe, student_config: WanConfig, config: WanConfig, size: tuple[int, int], device: torch.device
+) -> RealStep:
     student, teacher = _random_model(student_config, device), _random_model(config, device)
     choose_trained(student, "all")
     teacher = teacher.to(torch.bfloat16)
@@ -503,11 +516,17 @@ def _measure(
         _one_step(recipe, objective, optimizers, batch, device)
         _wait(device)
         seconds = time.monotonic() - began
-    memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else "-"
-    share = f"{found.flops / seconds / peak / 1e10:.0f}%" if peak is not None else "-"
-    rate = found.tokens / seconds
-    return (
-        f"| {recipe.stage} | {found.tokens:,} | {found.flops:.3g} | {seconds:.2f} | {rate:,.0f} | {memory} | {share} |"
+    name, memory = "", None
+    if device.type == "cuda":
+        name, memory = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
+    peak = next((rate for part, rate in PEAKS.items() if part in name), None)
+    return RealStep(
+        stage=recipe.stage,
+        tokens=found.tokens,
+        flops=found.flops,
+        seconds=seconds,
+        peak_bytes=memory,
+        of_peak=None if peak is None else found.flops / seconds / peak / 1e12,
     )
 
 

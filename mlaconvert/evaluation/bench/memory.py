@@ -46,10 +46,10 @@ def largest_batches(resolved: ResolvedSetting, config: WanConfig) -> tuple[int |
         return None, None
     release()
     runner = Runner("", config, resolved, compiled=False)  # every batch size would compile anew
-    return largest(partial(_fits, runner, False)), largest(partial(_fits, runner, True))
+    return largest(partial(batch_fits, runner, False)), largest(partial(batch_fits, runner, True))
 
 
-def _fits(runner: Runner, sliced: bool, batch: int) -> bool:
+def batch_fits(runner: Runner, sliced: bool, batch: int) -> bool:
     """Whether caches for `batch` videos and a pass with a full window fit."""
     caches = []
     size = 1 if sliced else batch

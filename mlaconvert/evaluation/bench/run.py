@@ -191,7 +191,7 @@ def _side(
     )
     return Side(
         name=name,
-        mode="dense" if config.mla is None else _mode(resolved, config),
+        mode="dense" if config.mla is None else full_window_mode(resolved, config),
         frames_per_second=frames / seconds,
         first_chunk=measured.first,
         next_chunk=seconds,
@@ -210,7 +210,7 @@ def _side(
     )
 
 
-def _mode(resolved: ResolvedSetting, config: WanConfig) -> str:
+def full_window_mode(resolved: ResolvedSetting, config: WanConfig) -> str:
     """The mode that latent layers choose with a full window; both names where they differ."""
     if config.mla is None or resolved.setting.attention != "auto":
         return resolved.setting.attention
