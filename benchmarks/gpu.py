@@ -74,7 +74,7 @@ class Record:
                 self.data = json.loads(path.read_text())
                 self.data["steps"].items()
             except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-                raise SystemExit(f"{path} holds no results of this program ({error}); name another --output") from None
+                raise _wrong(f"{path} holds no results of this program ({error}); name another --output") from None
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def done(self, step: str) -> bool:
@@ -82,29 +82,37 @@ class Record:
         return bool(self.data["steps"].get(step, {}).get("status") == "done")
 
     def begin(self, step: str) -> None:
-        """A step starts; results of an earlier try stay until they are replaced."""
-        self.data["steps"][step] = {"status": "begun", "results": {}} | self.data["steps"].get(step, {})
-        self.data["steps"][step]["status"] = "begun"
-        self._write()
+        """A step starts. Results of an earlier try stay until there are new ones of their names, or it is done."""
+        self.data["steps"][step] = {"results": {}} | self.data["steps"].get(step, {}) | {"status": "begun"}
+        self.new: set[str] = set()
 
     def put(self, step: str, name: str, result: dict[str, Any]) -> None:
         """Keep one result. Ends the program when the file is another device's."""
-        on = result.get("on", {})
-        mine = {key: on.get(key) for key in ("device", "small")}
+        mine = {key: result["on"][key] for key in ("device", "small")}
         if self.data.setdefault("device", mine) != mine:
-            raise SystemExit(
-                f"{self.path} holds results of {self.data['device']}, this is {mine}; name another --output"
+            raise _wrong(
+                f"{self.path} holds results of {self.data['device']}, these are of {mine}; name another --output"
             )
         self.data["steps"][step]["results"][name] = result
+        self.new.add(name)
         self._write()
 
     def end(self, step: str, status: str, message: str, seconds: float) -> None:
         """How a step ended."""
-        self.data["steps"][step] |= {"status": status, "message": message, "seconds": round(seconds, 1)}
+        kept = self.data["steps"][step]
+        kept |= {"status": status, "message": message, "seconds": round(seconds, 1)}
+        if status == "done":
+            kept["results"] = {name: result for name, result in kept["results"].items() if name in self.new}
         self._write()
 
     def _write(self) -> None:
         write_whole(self.path, (json.dumps(self.data, indent=1) + "\n").encode())
+
+
+def _wrong(message: str) -> SystemExit:
+    """What ends the program when it was called wrongly."""
+    print(f"error: {message}", file=sys.stderr)
+    return SystemExit(2)
 
 
 def run_child(command: Sequence[str], seconds: float, take: Take) -> tuple[str, str]:
@@ -155,8 +163,9 @@ def _read_results(child: subprocess.Popen[bytes], deadline: float, take: Take) -
             return
         *lines, left = (left + read).split(b"\n")
         for line in lines:
-            found = json.loads(line)
-            take(found["name"], found["result"])
+            with suppress(ValueError):  # something else that was printed
+                found = json.loads(line)
+                take(found["name"], found["result"])
     raise subprocess.TimeoutExpired(child.args, 0)
 
 
@@ -168,11 +177,11 @@ def run(steps: dict[str, list[str]], limits: dict[str, float], record: Record, *
             print(f"{step}: in {record.path} already", file=sys.stderr, flush=True)
             continue
         began = time.monotonic()
-        seconds = min(limits[step], deadline - began)
-        if seconds < LEAST:
+        if deadline - began < LEAST:
             print(f"{step}: no time left", file=sys.stderr, flush=True)
             code = 1
             continue
+        seconds = min(limits[step], deadline - began)
         record.begin(step)
 
         def take(name: str, result: dict[str, Any], step: str = step, began: float = began) -> None:
@@ -182,11 +191,11 @@ def run(steps: dict[str, list[str]], limits: dict[str, float], record: Record, *
         # A second before its end, a process that hangs shows where.
         status, message = run_child([*command, "--seconds", f"{seconds - 1:.1f}"], seconds, take)
         spent = time.monotonic() - began
-        record.end(step, status, message, spent)
         print(f"{step}: {status} after {spent:.0f} s{message and ': '}{message}", file=sys.stderr, flush=True)
         code = code if status == "done" else 1
-        if step == "device" and not record.data["steps"][step]["results"]:
-            return 1  # nothing else could run either
+        if step == "device" and not record.new:
+            return 1  # nothing else could run either, and nothing is known of this device
+        record.end(step, status, message, spent)
     return code
 
 
@@ -234,7 +243,7 @@ def main() -> int:
             {step: [sys.executable, str(STEPS_FILE), step, *options] for step in steps},
             {step: slower * limit for step, limit in LIMITS.items()},
             Record(arguments.output),
-            whole=arguments.limit or slower * WHOLE_LIMIT,
+            whole=slower * WHOLE_LIMIT if arguments.limit is None else arguments.limit,
             again={"device", *arguments.again},
         )
     except KeyboardInterrupt:
