@@ -39,7 +39,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mlaconvert.files.whole import write_whole
 
@@ -109,6 +109,11 @@ class Record:
         write_whole(self.path, (json.dumps(self.data, indent=1) + "\n").encode())
 
 
+def stop(*_: Any) -> NoReturn:
+    """What to do on SIGTERM, so that a step's process is ended, too."""
+    sys.exit(128 + signal.SIGTERM)
+
+
 def _wrong(message: str) -> SystemExit:
     """What ends the program when it was called wrongly."""
     print(f"error: {message}", file=sys.stderr)
@@ -125,23 +130,23 @@ def run_child(command: Sequence[str], seconds: float, take: Take) -> tuple[str, 
         tempfile.TemporaryDirectory(prefix="mlaconvert-gpu-", ignore_cleanup_errors=True) as scratch,
         tempfile.TemporaryFile("w+", errors="replace") as errors,
     ):
-        child = subprocess.Popen(
+        process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=errors,
             env=os.environ | {"TMPDIR": scratch},
             start_new_session=True,
         )
-        try:
-            _read_results(child, deadline, take)
-            code = child.wait(max(0.0, deadline - time.monotonic()))
-            status = "done" if code == 0 else "failed"
-        except subprocess.TimeoutExpired:
-            status, code = "cut short", 0
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+        with process as child:
+            try:
+                _read_results(child, deadline, take)
+                code = child.wait(max(0.0, deadline - time.monotonic()))
+                status = "done" if code == 0 else "failed"
+            except subprocess.TimeoutExpired:
+                status, code = "cut short", 0
+            finally:
+                with suppress(ProcessLookupError):  # none of its group is left
+                    os.killpg(child.pid, signal.SIGKILL)
         errors.seek(0)
         text = errors.read()
     if status == "done":
@@ -237,7 +242,7 @@ def main() -> int:
     options += ["--self-forcing", str(arguments.self_forcing.resolve())] if arguments.self_forcing else []
     chosen = [step for step in LIMITS if step in arguments.only and step not in arguments.skip]
     steps = ["device", *(step for step in chosen if step != "device")]  # it says whose results these are
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a step's process is ended, too
+    signal.signal(signal.SIGTERM, stop)
     try:
         return run(
             {step: [sys.executable, str(STEPS_FILE), step, *options] for step in steps},
