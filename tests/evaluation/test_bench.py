@@ -11,13 +11,18 @@ import command_line
 import pytest
 import torch
 
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.mla import Present
 from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.conversion.recipes import mla_config, resolve_recipe
 from mlaconvert.errors import ConfigError
 from mlaconvert.evaluation.bench.flops import forward_flops
 from mlaconvert.evaluation.bench.memory import largest
-from mlaconvert.evaluation.bench.run import bench
-from mlaconvert.evaluation.bench.runner import Runner
+from mlaconvert.evaluation.bench.run import bench, full_window_mode
+from mlaconvert.evaluation.bench.runner import ResolvedSetting, Runner
 from mlaconvert.evaluation.bench.setting import BenchReport, BenchSetting, random_model, side_configs
+from mlaconvert.model.attention.latent import LatentAttention
 from mlaconvert.model.memory import StreamedVideo, plan_memory
 
 
@@ -227,6 +232,37 @@ def test_on_a_gpu_memory_and_batches_are_measured(golden: Path) -> None:
         assert side.largest_batch is not None
         assert side.largest_batch_sliced >= side.largest_batch > 0
     assert latent.largest_batch_sliced > dense.largest_batch_sliced  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("present", "expected"), [("exact", "expanded"), ("latent", "absorbed")])
+def test_the_mode_that_is_named_is_the_one_that_runs(
+    monkeypatch: pytest.MonkeyPatch, present: Present, expected: str
+) -> None:
+    """Beside an exact present, a chunk reads only what is before it from latents: half of this window."""
+    streaming = StreamingConfig(chunk_frames=2, window_frames=4)
+    dense = WanConfig(dim=48, num_heads=2, num_layers=1, ffn_dim=64, text_dim=10, text_len=5, streaming=streaming)
+    recipe = ConvertRecipe(kv_rank=4, nope_dim=9, rope_dim=6, v_dim=15, present=present)
+    config = dataclasses.replace(dense, mla=mla_config(resolve_recipe(recipe, dense), dense))
+    resolved = ResolvedSetting(
+        setting=BenchSetting(streaming=streaming, steps=1),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        streaming=streaming,
+        height=4,
+        width=4,
+        frame_tokens=4,
+        context=torch.zeros(1, 5, 10),
+    )
+    runner = Runner("", config, resolved, compiled=False)
+    runner.begin()
+    for _ in range(resolved.filling):
+        runner.chunk()
+    chosen: list[str] = []
+    choose = LatentAttention._mode
+    monkeypatch.setattr(LatentAttention, "_mode", lambda *given: chosen.append(choose(*given)) or chosen[-1])
+    runner.chunk()
+    assert set(chosen) == {expected}
+    assert full_window_mode(resolved, config) == expected
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
