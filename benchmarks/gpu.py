@@ -72,7 +72,8 @@ class Record:
         if path.exists():
             try:
                 self.data = json.loads(path.read_text())
-                self.data["steps"].items()
+                for step in self.data["steps"].values():
+                    step["results"].items()
             except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
                 raise _wrong(f"{path} holds no results of this program ({error}); name another --output") from None
         path.parent.mkdir(parents=True, exist_ok=True)
