@@ -91,7 +91,7 @@ def evaluate(
     from mlaconvert.evaluation.vbench import load_vbench
     from mlaconvert.files.staging import claim
     from mlaconvert.model.device import resolve_device
-    from mlaconvert.reports.evaluation_tables import error_table, evaluation_table
+    from mlaconvert.reports.evaluation_tables import error_table, evaluation_table, verdict_lines
     from mlaconvert.reports.page.sections import save as save_evaluation
     from mlaconvert.reports.page.sections import write_page
 
@@ -141,3 +141,4 @@ def evaluate(
         print_json(report.to_json())
     else:
         out.print(evaluation_table(report), error_table(report))
+        out.print("\n".join(verdict_lines(report)), markup=False)

@@ -257,18 +257,30 @@ def generate(
 
 
 def _summary(report: GenerationReport) -> str:
-    from mlaconvert.units import format_bytes
-
     resumed = f", {report.resumed_frames} of them from before" if report.resumed_frames else ""
     return (
         f"{report.frames} latent frames{resumed} ({report.video_seconds:.1f} s of video) in {report.elapsed:.1f} s, "
-        f"{report.video_fps:.3g} frames/s, cache {format_bytes(report.cache_bytes)}; "
+        f"{report.video_fps:.3g} frames/s, {_cache(report)}; "
         + (
             str(report.output)
             if report.output.name in report.files
             else f"{', '.join(report.files)} in {report.output}"
         )
     )
+
+
+def _cache(report: GenerationReport) -> str:
+    """The bytes of the cache; where it holds several, also those of one video, as `evaluate` shows them."""
+    from mlaconvert.units import format_bytes
+
+    settings = report.settings
+    videos, halves = len(settings["seeds"]), 1 if settings["sampler"]["guidance"] == 1 else 2
+    size = f"cache {format_bytes(report.cache_bytes)}, {settings['dtype'].removeprefix('torch.')}"
+    if videos * halves == 1:
+        return size
+    of = f"{videos} videos" if videos > 1 else "one video"
+    twice = ", with and without its prompt for guidance" if halves == 2 else ""
+    return f"{size} ({of}{twice}: {videos * halves} x {format_bytes(report.cache_bytes / (videos * halves))})"
 
 
 def _numbers(name: str, text: str) -> tuple[float, ...]:

@@ -1,8 +1,8 @@
 """How close a converted model is to its teacher, what it saves, and how fast it is.
 
 `run.evaluate` measures models beside one teacher: `conditions` says on what, `compare` measures one model
-(`losses`, `timesteps`, `drift`), `figures` defines every figure once for JSON, tables, page and card. `sweep` measures
-many conversions of one checkpoint, `bench` the speed of random weights.
+(`losses`, `timesteps`, `drift`), `figures` defines every figure once for JSON, tables, page and card, `verdict`
+says what they come to. `sweep` measures many conversions of one checkpoint, `bench` the speed of random weights.
 
     from mlaconvert.clips.tiny.clips import held_back
     from mlaconvert.evaluation.losses import measure_fidelity

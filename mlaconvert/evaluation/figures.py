@@ -29,13 +29,16 @@ from mlaconvert.evaluation.lines import (
     Tile,
     Unit,
     by_past,
+    cache_change,
+    cache_of,
+    cache_sizes,
     number,
     numbers,
     ratio,
     relative_change,
     rows_of,
 )
-from mlaconvert.units import format_bytes, percent, signed_percent
+from mlaconvert.units import percent, signed_percent
 
 if TYPE_CHECKING:
     from mlaconvert.evaluation.compare import ModelEvaluation
@@ -65,9 +68,9 @@ def to_json(model: ModelEvaluation) -> dict[str, Any]:
 
 
 def entries(evaluation: Mapping[str, Any]) -> list[Entry]:
-    """The models of evaluation.json, each with the teacher's VBench scores, which are the whole evaluation's."""
+    """The models of evaluation.json, each with the teacher's VBench scores and the conditions, which all share."""
     models = evaluation.get("models")
-    shared = {name: evaluation[name] for name in ("teacher_vbench",) if name in evaluation}
+    shared = {name: evaluation[name] for name in ("teacher_vbench", "conditions") if name in evaluation}
     return [{**entry, **shared} for entry in (models if isinstance(models, list) else ()) if isinstance(entry, Mapping)]
 
 
@@ -124,15 +127,6 @@ def _above(*path: str) -> Callable[[Entry], str]:
     """What follows an excess: the teacher's loss, which lies at `path`; the smaller it is, the harsher the excess."""
     loss = number(*path)
     return lambda entry: "above the teacher’s" + (f" {SMALL_LOSS.table(loss(entry))}" if loss(entry) else "")
-
-
-def _saved(entry: Entry) -> float | None:
-    sizes = numbers("cache_bytes")(entry) or {}
-    return sizes["student"] / sizes["teacher"] - 1 if sizes.get("teacher") and "student" in sizes else None
-
-
-def _sizes(entry: Entry) -> str:
-    return " to ".join(format_bytes(entry["cache_bytes"][who]) for who in ("teacher", "student"))
 
 
 # In the order of evaluation.json and of the card.
@@ -282,10 +276,10 @@ FIGURES: tuple[Figure, ...] = (
         measured=lambda model: model.cache_bytes,
         lines=(
             Line(
-                summary="cache of one video",
-                card="KV cache of one video, measured",
-                value=number("cache_bytes", "student"),
-                teacher=number("cache_bytes", "teacher"),
+                summary="cache of {name}",
+                card="KV cache of {name}, measured",
+                value=cache_of("student"),
+                teacher=cache_of("teacher"),
                 unit=BYTES,
                 compared=relative_change,
                 better="less",
@@ -293,7 +287,10 @@ FIGURES: tuple[Figure, ...] = (
         ),
         tiles=(
             Tile(
-                title="cache", value=_saved, write=lambda change: signed_percent(change).replace("-", "−"), note=_sizes
+                title="cache",
+                value=cache_change,
+                write=lambda change: signed_percent(change).replace("-", "−"),
+                note=cache_sizes,
             ),
         ),
         leads=True,

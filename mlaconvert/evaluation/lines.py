@@ -174,3 +174,27 @@ def _row(line: Line, called: str, values: Sequence[Any], teachers: Sequence[Any]
     if any(value is not None for value in values):
         teacher = " / ".join(theirs if line.paired else theirs[:1])
         yield Row(called, teacher + line.mark * bool(teacher), tuple(cell(*pair) for pair in pairs), line.better)
+
+
+def cache_of(who: str) -> Reader:
+    """Reads the bytes of one video's cache, by what it is called: with the dtype, on which they depend."""
+    size = number("cache_bytes", who)
+    return lambda entry: None if size(entry) is None else {f"one video{_dtype(entry)}": size(entry)}
+
+
+def cache_change(entry: Entry) -> float | None:
+    """How much more than the teacher's cache, as a share of it; negative where it is smaller."""
+    sizes = numbers("cache_bytes")(entry) or {}
+    return sizes["student"] / sizes["teacher"] - 1 if sizes.get("teacher") and "student" in sizes else None
+
+
+def cache_sizes(entry: Entry) -> str:
+    """Both models' bytes in words."""
+    sizes = entry["cache_bytes"]
+    return f"{format_bytes(sizes['teacher'])} to {format_bytes(sizes['student'])}{_dtype(entry)}"
+
+
+def _dtype(entry: Entry) -> str:
+    """The dtype that models ran in, as it follows a name."""
+    dtype = _at(entry, ("conditions", "dtype"))
+    return f", {dtype}" if isinstance(dtype, str) else ""

@@ -15,6 +15,7 @@ from mlaconvert.evaluation.compare import ModelEvaluation
 from mlaconvert.evaluation.conditions import Conditions
 from mlaconvert.evaluation.drift import RolloutPlan
 from mlaconvert.evaluation.vbench import VBenchScores
+from mlaconvert.evaluation.verdict import Verdict, judge
 from mlaconvert.model.wan import WanModel
 
 
@@ -33,14 +34,24 @@ class EvaluationReport:
     models: tuple[ModelEvaluation, ...]
     teacher_vbench: VBenchScores | None = None
 
+    def verdicts(self) -> list[Verdict]:
+        """What the figures of each model come to."""
+        return [
+            judge({**model.to_json(), "conditions": self.conditions}, model.conversion, model.healing)
+            for model in self.models
+        ]
+
     def to_json(self) -> dict[str, Any]:
-        """Plain data, as evaluation.json holds it: every figure, no frames."""
+        """Plain data, as evaluation.json holds it: every figure and verdict, no frames."""
         data: dict[str, Any] = {
             "teacher": self.teacher,
             "data": self.data,
             "conditions": self.conditions,
             "versions": self.versions,
-            "models": [model.to_json() for model in self.models],
+            "models": [
+                {**model.to_json(), "verdict": verdict.to_json()}
+                for model, verdict in zip(self.models, self.verdicts(), strict=True)
+            ],
         }
         if self.teacher_vbench is not None:
             data["teacher_vbench"] = self.teacher_vbench.to_json()

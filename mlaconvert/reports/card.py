@@ -21,6 +21,7 @@ from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.readme import CONVERTED, UNTRAINED
 from mlaconvert.evaluation import figures
 from mlaconvert.evaluation.lines import has_clean_past
+from mlaconvert.evaluation.verdict import judge
 from mlaconvert.families.open import family_of
 from mlaconvert.files.origin import origin_of
 from mlaconvert.healing.readme import HEALED
@@ -202,7 +203,8 @@ def _figures(model: CardModel) -> str:
     if not rows:
         return _titled(model, "`evaluation.json` has the results of `mlaconvert evaluate`.")
     conditions = {name: model.evaluation[name] for name in _CONDITIONS if model.evaluation.get(name)}
-    text = f"{_table([('', 'teacher', 'this model'), *rows])}\n\n"
+    verdict = judge(model.figures, model.conversion, model.healing)
+    text = f"{_table([('', 'teacher', 'this model'), *rows])}\n\n{_inline(verdict.text)}\n\n"
     text += "The teacher is the model that this one was converted from. "
     if any("*" in teacher for _, teacher, *_ in rows):
         text += "\\* A rollout of the teacher from another noise: two rollouts part by chaos alone. "

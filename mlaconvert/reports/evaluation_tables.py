@@ -35,6 +35,11 @@ def summary_notes(report: EvaluationReport) -> list[str]:
     return notes
 
 
+def verdict_lines(report: EvaluationReport) -> list[str]:
+    """What the figures of each model come to, and what to do next."""
+    return [f"{model.path}: {found.text}" for model, found in zip(report.models, report.verdicts(), strict=True)]
+
+
 def evaluation_table(report: EvaluationReport) -> Table:
     """Every figure of an evaluation, the teacher and the models side by side."""
     table = Table(title=f"Beside {escape(report.teacher)}", caption_justify="left")

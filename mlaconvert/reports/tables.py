@@ -187,7 +187,8 @@ def memory_table(plan: MemoryPlan) -> Table:
     reduction = f"{-plan.reduction_percent:+.1f}%, {plan.ratio:.1f}x"
     change = 100 * (plan.mla.weight_bytes / plan.dense.weight_bytes - 1)
     frames = plan.window_frames
-    table = Table(title=f"Memory at {plan.height}x{plan.width}, {plan.fps} fps, batch {plan.batch}")
+    dtype = {2: "bfloat16", 4: "float32"}.get(plan.itemsize, f"{plan.itemsize} bytes a scalar")
+    table = Table(title=f"Memory at {plan.height}x{plan.width}, {plan.fps} fps, batch {plan.batch}, {dtype}")
     table.add_column("")
     for side in ("dense", "MLA", "change"):
         table.add_column(side, justify="right")
@@ -205,6 +206,8 @@ def memory_table(plan: MemoryPlan) -> Table:
         table.add_row(name, format_bytes(dense), format_bytes(mla), text)
     layers = len(plan.dense.scalars_per_token)
     notes = [f"Cache: {layers} layers, {plan.itemsize} bytes a scalar, {plan.frame_tokens} tokens a latent frame."]
+    if plan.itemsize == 2:
+        notes.append("In float32, in which float32 files run on a CPU, all of it takes twice that.")
     if plan.gpu_bytes is not None:
         table.add_section()
         batches = (plan.dense.largest_batch, plan.mla.largest_batch)

@@ -96,6 +96,7 @@ def test_names_and_structure_of_evaluation_json() -> None:
         "cache_bytes",
         "frames_per_second",
         "vbench",
+        "verdict",
     ]
     losses = [entry[name] for name in ("teacher_loss", "student_loss", "excess")]
     assert losses == pytest.approx([0.1, 0.12, 0.2])
@@ -229,6 +230,14 @@ def test_a_larger_cache_is_not_said_to_be_saved() -> None:
     larger = dataclasses.replace(model("one", 1), cache_bytes={"teacher": 1000, "student": 1250})
     assert "<b>+25.0%</b> <span>1000 B to 1.22 KiB</span>" in render(report(larger))
     assert "<b>−75.0%</b> <span>4 KiB to 1 KiB</span>" in render(report(model("one", 1)))
+
+
+def test_a_cache_says_in_which_dtype_it_was_measured() -> None:
+    """Whoever compares two sizes sees what they differ by: in the table, on the page, on the card."""
+    evaluation = report(model("one", 1), dtype="float32")
+    assert cells(shown(evaluation_table(evaluation)), "cache")[0] == "cache of one video, float32"
+    assert "<span>4 KiB to 1 KiB, float32</span>" in render(evaluation)
+    assert "| KV cache of one video, float32, measured | 4 KiB | 1 KiB (-75.0%) |" in card_of(evaluation.to_json())
 
 
 def test_a_saved_evaluation_reads_like_a_fresh_one() -> None:

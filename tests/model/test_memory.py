@@ -245,5 +245,7 @@ def test_table_says_what_people_need() -> None:
     for part in ("180 KiB", "13.1 KiB", "-92.7%, 13.7x", "1.87 GiB", "140 MiB", "2.64 GiB", "79 frames", "19.8 s"):
         assert part in text
     assert "activations not counted" in text
+    assert "batch 1, bfloat16" in text
+    assert "In float32, in which float32 files run on a CPU, all of it takes twice that." in text
     without_gpu = shown(plan_memory(WAN_1_3B, video=StreamedVideo(height=480, width=832, window_frames=7)))
     assert "max batch" not in without_gpu

@@ -19,7 +19,7 @@ from mlaconvert.evaluation.vbench import SIX
 from mlaconvert.files.names import EVALUATION_NAME, REPORT_NAME
 from mlaconvert.files.origin import origin_of
 from mlaconvert.latent.spectrum import cumulative_energy
-from mlaconvert.reports.evaluation_tables import summary_notes
+from mlaconvert.reports.evaluation_tables import summary_notes, verdict_lines
 from mlaconvert.reports.page.html import details, document, section, settings, table
 from mlaconvert.reports.page.pictures import STRIP, data_uri, previews
 from mlaconvert.reports.page.svg import Series, chart, number_tick, percent_tick
@@ -80,6 +80,7 @@ def _summary(report: EvaluationReport) -> str:
         "Summary",
         of,
         f'<dl class="tiles">{tiles}</dl>',
+        *(f'<p class="verdict">{escape(line)}</p>' for line in verdict_lines(report)),
         table("Every figure", heads, [row.cells for row in rows], hints=hints),
         f"<p>{escape(' '.join(summary_notes(report)))}</p>",
     )
