@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from mlaconvert.conversion.report import ConversionReport
 from mlaconvert.conversion.run import convert
 from mlaconvert.conversion.spectra import Analysis
 from mlaconvert.errors import OutputError
-from mlaconvert.evaluation.compare import compare
+from mlaconvert.evaluation.compare import ModelEvaluation, compare_on_clips, with_rollouts
 from mlaconvert.evaluation.conditions import TINY_GUIDANCE, TINY_STEPS, tiny_conditions
 from mlaconvert.evaluation.drift import RolloutPlan
 from mlaconvert.evaluation.report import EvaluationReport, make_report
@@ -31,7 +32,7 @@ from mlaconvert.listener import Listener
 from mlaconvert.model.load import load_model
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.wan import WanModel
-from mlaconvert.progress import Progress
+from mlaconvert.units import format_bytes, percent, signed_percent
 
 FRAMES = 60
 CAPTIONS = 3
@@ -71,25 +72,61 @@ def make_folder(output: Path) -> None:
         raise OutputError(f"{output}: cannot be made a folder ({error.strerror}); choose another with -o DIR") from None
 
 
-def run_demo(output: Path, progress: Progress, *, overwrite: bool = False) -> Demo:
+@dataclass(frozen=True, kw_only=True)
+class DemoListener(Listener):
+    """Who is told what the demo does and finds, as it comes: `say` a sentence before each stage and one after it."""
+
+    on_result: Callable[[Analysis | ConversionReport], None] = lambda _: None
+    """Told what the first two stages found."""
+
+
+def run_demo(output: Path, listener: DemoListener | None = None, *, overwrite: bool = False) -> Demo:
     """Convert the tiny model into `output`/tiny-mla and compare; the figures are those of this run.
 
     Raises OutputError when that folder exists (without `overwrite`), or `output` cannot be one.
     """
+    told = listener or DemoListener()
+    progress = told.progress
     make_folder(output)
-    if (output / "tiny-mla").exists() and not overwrite:
-        raise OutputError(f"{output / 'tiny-mla'} exists; choose another folder with -o DIR, or delete it")
-    analysis = analyze("tiny", progress=progress)
     path = output / "tiny-mla"
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists; choose another folder with -o DIR, or delete it")
+    told.say(
+        "1 of 4, analyze: how far do the weights of attention compress by themselves? The model is `tiny`, a small "
+        "trained one that ships and makes video chunk by chunk, as large streaming models do."
+    )
+    analysis = analyze("tiny", progress=progress)
+    told.on_result(analysis)
+    told.say(_analysed(analysis))
+    told.say(
+        "2 of 4, convert: clips run through the model, and each layer gets the latent that loses least of what "
+        "attention makes of them; then 100 steps refit all layers at once. Nothing else is trained."
+    )
     report = convert(
-        "tiny", Output(path, overwrite=overwrite), load_recipe("tiny"), listener=Listener(progress=progress)
+        "tiny",
+        Output(path, overwrite=overwrite),
+        load_recipe("tiny"),
+        listener=Listener(progress=progress),
     )
+    told.on_result(report)
+    told.say(_converted(report))
     teacher, student = load_model("tiny"), load_model(path)
-    conditions = dataclasses.replace(
-        tiny_conditions(teacher.config.streaming, clips=CLIPS), rollout=rollout_plan(teacher)
+    plan = rollout_plan(teacher)
+    conditions = dataclasses.replace(tiny_conditions(teacher.config.streaming, clips=CLIPS), rollout=plan)
+    told.say(
+        f"3 of 4, compare: both models predict the same {CLIPS} clips that neither has seen, at the same noise; then "
+        "the cache is measured."
     )
-    found = compare(teacher, student, conditions, path=path.name, progress=progress)
+    found = compare_on_clips(teacher, student, conditions, path=path.name, progress=progress)
+    told.say(_compared(found))
+    told.say(
+        f"4 of 4, rollouts: long videos made chunk by chunk, where each chunk sees the others only through the cache, "
+        f"so that errors can add up. {CAPTIONS} videos of {FRAMES} frames continue {plan.given} given ones: by the "
+        "teacher, by the converted model from the same noise, and by the teacher from another noise, to tell chance."
+    )
+    found = with_rollouts(found, teacher, student, plan, progress=progress)
     found = dataclasses.replace(found, conversion=read_json(path / CONVERSION_NAME))
+    told.say(_rolled_out(found))
     sheet, movie = output / "frames.png", output / "frames.gif"
     if found.teacher_video is not None and found.video is not None:
         videos = [found.teacher_video, found.video]
@@ -103,6 +140,62 @@ def run_demo(output: Path, progress: Progress, *, overwrite: bool = False) -> De
         sheet=sheet,
         movie=movie,
     )
+
+
+def _analysed(analysis: Analysis) -> str:
+    kept = analysis.summary()["energy_at_budget"].median
+    return (
+        f"A latent of {analysis.kv_rank} channels in place of {2 * analysis.dim} for keys and values keeps "
+        f"{percent(kept)} of the weights' energy in the median layer. By their weights alone little would be left."
+    )
+
+
+def _converted(report: ConversionReport) -> str:
+    (model,) = report.models
+    dense, mla = model.plan.dense_scalars, model.plan.mla_scalars
+    saved = f"A token now caches {mla:,} scalars in all layers instead of {dense:,} ({signed_percent(mla / dense - 1)})"
+    if not model.losses:  # so few clips that none was held back
+        return f"{saved}."
+    first, *_, last = model.losses.values()
+    change = signed_percent(last / first - 1)
+    return f"{saved}; on clips held back from it, the loss behind clean pasts changes by {change}."
+
+
+def _compared(found: ModelEvaluation) -> str:
+    clean, sizes = found.clean_past, found.cache_bytes
+    assert clean is not None
+    return (
+        f"The cache shrinks from {format_bytes(sizes['teacher'])} to {format_bytes(sizes['student'])} in float32 "
+        f"({signed_percent(-found.cache_reduction)}). Behind clean pasts, as in every rollout, the predicted velocity "
+        f"is off by {percent(clean.velocity_error)}, and the loss changes by {signed_percent(clean.excess)}."
+    )
+
+
+def _rolled_out(found: ModelEvaluation) -> str:
+    assert found.drift is not None
+    late = found.drift.late_difference
+    return (
+        f"In the last third of the frames the converted model's videos differ from the teacher's by "
+        f"{percent(late['student'])}; the teacher's own from another noise differ by {percent(late['other_seed'])}."
+    )
+
+
+def next_commands(demo: Demo) -> list[tuple[str, str]]:
+    """Commands to go on with, each with what it is for."""
+    model, folder = demo.model, demo.model.parent
+    return [
+        (f"mlaconvert generate {_quoted(model)} -o {_quoted(folder / 'video')} --seconds 8", "a longer video by it"),
+        (
+            f"mlaconvert heal {_quoted(model)} -o {_quoted(folder / 'tiny-healed')} --recipe tiny-distill",
+            "train it closer to the teacher; hours on a CPU",
+        ),
+        ("mlaconvert analyze CHECKPOINT --gpu-gb 24", "what it would save on a model of yours, and on your GPU"),
+        ("mlaconvert convert CHECKPOINT -o DIR --dry-run", "what converting it would do and need"),
+    ]
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
 
 
 def rollout_plan(model: WanModel) -> RolloutPlan:

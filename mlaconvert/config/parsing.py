@@ -48,6 +48,18 @@ _GIVE = {
     "less_than": "less than {lt:.12g}",
     "multiple_of": "a multiple of {multiple_of}",
 }
+# What a value must be, by the beginning of the type of pydantic's error.
+_KINDS = {
+    "int_": "a whole number",
+    "float_": "a number",
+    "finite_number": "a finite number",
+    "bool_": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping of fields",
+    "dataclass_type": "a mapping of fields",
+}
 
 
 def check_fields(config: Any) -> None:
@@ -87,7 +99,18 @@ def _complaint(error: Mapping[str, Any], *within: str) -> str:
     if error["type"] == "literal_error":
         choices = error["ctx"]["expected"].replace("'", "")
         return f"{name} is {error['input']!r}: give {choices}"
+    if error["type"] == "missing":
+        return f"{name} is missing: give it"
+    # Such as int_type, int_parsing and int_from_float.
+    wanted = next((words for kind, words in _KINDS.items() if error["type"].startswith(kind)), None)
+    if wanted is not None:
+        return f"{name} is {_shown(error['input'])}: give {wanted}"
     return f"{name}: {error['msg']}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def parse(cls: type[T], data: Any, where: str) -> T:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mlaconvert.config.geometry import default_video
 from mlaconvert.evaluation import figures
 from mlaconvert.evaluation.conditions import Conditions
-from mlaconvert.evaluation.drift import Drift, Speed, compare_videos, paired_rollouts
+from mlaconvert.evaluation.drift import Drift, RolloutPlan, Speed, compare_videos, paired_rollouts
 from mlaconvert.evaluation.losses import Fidelity, measure_fidelity
 from mlaconvert.evaluation.timesteps import CleanPast, TimestepError, has_past, velocity_by_timestep
 from mlaconvert.evaluation.vbench import VBenchScores
@@ -67,6 +67,15 @@ def compare(
     teacher: WanModel, student: WanModel, conditions: Conditions, *, path: str, progress: Progress
 ) -> ModelEvaluation:
     """Measure `student` against `teacher` under `conditions`. Raises InputError when they do not belong together."""
+    found = compare_on_clips(teacher, student, conditions, path=path, progress=progress)
+    plan = conditions.rollout
+    return found if plan is None else with_rollouts(found, teacher, student, plan, progress=progress)
+
+
+def compare_on_clips(
+    teacher: WanModel, student: WanModel, conditions: Conditions, *, path: str, progress: Progress
+) -> ModelEvaluation:
+    """What `compare` measures without a rollout: losses, errors and cache. Raises InputError as it does."""
     clips, seed, plan = conditions.clips, conditions.seed, conditions.rollout
     fidelity = measure_fidelity(teacher, student, clips, seed=seed, progress=progress)
     timesteps = velocity_by_timestep(teacher, student, clips, seed=seed, progress=progress)
@@ -84,7 +93,7 @@ def compare(
         ).nbytes
         for who, model in (("teacher", teacher), ("student", student))
     }
-    evaluation = ModelEvaluation(
+    return ModelEvaluation(
         path=path,
         fidelity=fidelity,
         timesteps=timesteps,
@@ -92,13 +101,17 @@ def compare(
         cache_bytes=cache_bytes,
         frame_stride=default_video(student.config).frame_stride,
     )
-    if plan is None:
-        return evaluation
+
+
+def with_rollouts(
+    found: ModelEvaluation, teacher: WanModel, student: WanModel, plan: RolloutPlan, *, progress: Progress
+) -> ModelEvaluation:
+    """`found` with drift, speed and videos: both models' rollouts, and the teacher's from another noise."""
     count = Counter(progress, "rollouts", 3 * plan.passes)
     expected, video, speed = paired_rollouts(teacher, student, plan, count.step)
     other = torch.cat(list(plan.chunks(teacher, seed=plan.other_seed, on_step=count.step)), 2)
     return dataclasses.replace(
-        evaluation,
+        found,
         drift=compare_videos(expected, video, other, given=plan.given),
         speed=speed,
         teacher_video=expected,

@@ -12,6 +12,12 @@ def recipe_names(folder: Path | None = None) -> list[str]:
     return sorted(path.stem for path in (folder or recipe_folder()).glob("*.yaml"))
 
 
+def recipe_kind(name: str) -> str | None:
+    """The folder of the shipped recipe of that name, "." for a conversion's; None where there is none."""
+    kinds = (".", *sorted(path.name for path in recipe_folder().iterdir() if path.is_dir()))
+    return next((kind for kind in kinds if name in recipe_names(recipe_folder() / kind)), None)
+
+
 def recipe_folder() -> Path:
     """`mlaconvert/recipes` of an installed wheel, `recipes` beside the package in a checkout."""
     package = Path(__file__).parents[1]
