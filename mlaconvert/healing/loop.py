@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, ProjectConfiguration
 from torch import Tensor
 
 from mlaconvert.clips.folder import Clips
 from mlaconvert.errors import ConfigError, InputError, MLAConvertError
 from mlaconvert.healing.batches import Batches
+from mlaconvert.healing.interrupt import deferred
 from mlaconvert.healing.objective import Objective
 from mlaconvert.healing.recipe import CHANGEABLE, HealRecipe, learning_rate
 from mlaconvert.healing.state import BEST, LAST, Trained, load, make_optimizer, not_a_state, save
@@ -50,16 +52,29 @@ def make_accelerator(recipe: HealRecipe, logs: Path | None, *, cpu: bool) -> Acc
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
         )
+    tracks = logs is not None and recipe.tracker != "none"
+    if tracks:
+        _check_tracker(recipe.tracker)
     return Accelerator(
         cpu=cpu,
         mixed_precision="bf16" if recipe.precision == "bf16" else "no",
         gradient_accumulation_steps=recipe.accumulate,
-        log_with=recipe.tracker if logs is not None and recipe.tracker != "none" else None,
+        log_with=recipe.tracker if tracks else None,
         project_config=ProjectConfiguration(logging_dir=str(logs)) if logs is not None else None,
         fsdp_plugin=plugin,
         # Matching attention leaves the rest of a model that is trained whole without gradients.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=recipe.train == "all")],
     )
+
+
+def _check_tracker(name: str) -> None:
+    """Raise ConfigError for a tracker that accelerate does not know, or would leave out without a word."""
+    if name == "all":  # of those that are installed
+        return
+    if name not in LOGGER_TYPE_TO_CLASS:
+        raise ConfigError(f"tracker is {name!r}: give {', '.join(LOGGER_TYPE_TO_CLASS)} or none")
+    if name not in map(str, get_available_trackers()):
+        raise ConfigError(f"tracker {name} is not installed; install it (pip install {name}), or give --tracker none")
 
 
 def tracker_missing(recipe: HealRecipe) -> bool:
@@ -114,16 +129,28 @@ class Run:
         self._began, self._first = time.monotonic(), self.step
         if not self.curves.validation:
             self._validate(say)
-        while self.step < self.recipe.steps:
-            progress(self.recipe.stage, self.step, self.recipe.steps)
-            self._step()
-            self.step += 1
-            last = self.step == self.recipe.steps
-            if last or self.step % self.recipe.validate_every == 0:
-                self._validate(say)
-            if last or self.step % self.recipe.save_every == 0:
-                self._save()
+        with deferred(say) as interruption:
+            while self.step < self.recipe.steps:
+                progress(self.recipe.stage, self.step, self.recipe.steps)
+                self._step()
+                self.step += 1
+                last = self.step == self.recipe.steps
+                if last or self.step % self.recipe.validate_every == 0:
+                    self._validate(say)
+                stops = not last and self._any(interruption.signal is not None)
+                if last or stops or self.step % self.recipe.save_every == 0:
+                    self._save()
+                if stops:
+                    kept = f"step {self.step} of {self.recipe.steps} is saved in {self.folder}"
+                    interruption.stop(f"{kept}; the same command goes on from there")
         progress(self.recipe.stage, self.step, self.recipe.steps)
+
+    def _any(self, flag: bool) -> bool:
+        """Whether `flag` is set in any process: all of them stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        found = torch.tensor(float(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(found, "sum") > 0)
 
     def _step(self) -> None:
         step, recipe = self.step, self.recipe

@@ -102,3 +102,13 @@ def test_the_plot_draws_short_and_long_runs() -> None:
     for steps in (1, 50):
         curves = Curves(losses=[[i + 1, 1.0, 0.1, 1.0] for i in range(steps)], validation=[[0, 1.0], [steps, 0.5]])
         assert plot_curves(curves, settings("dmd")).startswith(b"\x89PNG")
+
+
+def test_a_tracker_that_is_not_installed_is_named(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate would leave it out without a word."""
+    monkeypatch.setattr("mlaconvert.healing.loop.get_available_trackers", list)
+    with pytest.raises(ConfigError, match=r"tracker wandb is not installed; install it \(pip install wandb\)"):
+        run(home, tmp_path / "out", settings("distill", tracker="wandb"))
+    with pytest.raises(ConfigError, match=r"tracker is 'abacus': give .*wandb.* or none"):
+        run(home, tmp_path / "out", settings("distill", tracker="abacus"))
+    assert list(tmp_path.iterdir()) == []

@@ -215,3 +215,44 @@ def test_an_interruption_of_a_save_is_no_full_disk(
     with pytest.raises(signal_raised):
         save(tmp_path / LAST, {"step": 2})
     assert load(tmp_path / LAST)["step"] == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_it_came_in(home: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """Long before the next save: the step is finished and saved, which a line says, and the run goes on behind it."""
+    recipe = settings("distill", steps=5, save_every=100, validate_every=100)
+    straight = run(home, tmp_path / "straight", recipe)
+    before = signal.getsignal(number)
+
+    def interrupt(_: str, done: int, _total: int, _note: str = "") -> None:
+        if done == 2:
+            os.kill(os.getpid(), number)
+
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as stopped:
+        run(home, tmp_path / "again", recipe, progress=interrupt, say=said.append)
+    assert signal.getsignal(number) is before
+    if number == signal.SIGINT:
+        kept = f"step 3 of 5 is saved in {tmp_path / 'again.state'}; the same command goes on from there"
+        assert stopped.value.args == (kept,)
+    else:
+        assert stopped.value.args == (143,)
+    assert "interrupted: the state is saved after this step; interrupt again to stop at once" in said
+    assert load(tmp_path / "again.state" / LAST)["step"] == 3
+    again = run(home, tmp_path / "again", recipe, say=said.append)
+    assert f"going on from step 3, saved in {tmp_path / 'again.state'}" in said
+    assert again.curves == straight.curves
+    first, second = (load_file(tmp_path / name / WEIGHTS_NAME) for name in ("straight", "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_second_signal_stops_at_once(home: Path, tmp_path: Path) -> None:
+    def interrupt(_: str, done: int, _total: int, _note: str = "") -> None:
+        if done == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run(home, tmp_path / "out", settings("distill", steps=3, save_every=100), progress=interrupt)
+    assert stopped.value.args == ()
+    assert not (tmp_path / "out.state" / LAST).exists()
