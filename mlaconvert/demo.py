@@ -72,11 +72,15 @@ def make_folder(output: Path) -> None:
         raise OutputError(f"{output}: cannot be made a folder ({error.strerror}); choose another with -o DIR") from None
 
 
+def _unseen(_result: Analysis | ConversionReport) -> None:
+    """Show nothing to anybody."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DemoListener(Listener):
     """Who is told what the demo does and finds, as it comes: `say` a sentence before each stage and one after it."""
 
-    on_result: Callable[[Analysis | ConversionReport], None] = lambda _: None
+    on_result: Callable[[Analysis | ConversionReport], None] = _unseen
     """Told what the first two stages found."""
 
 

@@ -24,6 +24,14 @@ from mlaconvert.files.shipped import TINY
 from mlaconvert.progress import Progress, silent
 
 
+def refuse_dense(opened: Checkpoint, source: AnySource, command: str) -> None:
+    """Raise InputError when `opened` (called `source`) is not converted, which `command` needs."""
+    if opened.config.mla is None:
+        raise InputError(
+            f"{source} is not converted; run `mlaconvert convert {source} -o DIR`, then `mlaconvert {command} DIR`"
+        )
+
+
 @contextmanager
 def open_teacher(
     source: str,

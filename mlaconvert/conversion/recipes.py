@@ -21,7 +21,7 @@ from mlaconvert.conversion.recipe import ConvertRecipe, Init, parse_layers
 from mlaconvert.errors import ConfigError
 from mlaconvert.families.causal import STUDENT
 from mlaconvert.files.inputs import is_file, read_yaml
-from mlaconvert.files.shipped import recipe_folder, recipe_kind, recipe_names
+from mlaconvert.files.shipped import RECIPE_KINDS, recipe_folder, recipe_kind, recipe_names
 from mlaconvert.latent.pairs import highest_pairs
 from mlaconvert.model.schedule import Sampler
 
@@ -83,7 +83,7 @@ def read_recipe(recipe: str | Path, shipped: Path, kind: str, example: str) -> t
     data = read_yaml(path)
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of fields, such as `{example}`")
-    if not data.keys() & _TELLING[shipped.relative_to(recipe_folder()).as_posix()]:
+    if not data.keys() & _TELLING[_kind_of(shipped)]:
         _refuse_other_kind(
             next((kind for kind, fields in _TELLING.items() if data.keys() & fields), None), shipped, path
         )
@@ -92,20 +92,23 @@ def read_recipe(recipe: str | Path, shipped: Path, kind: str, example: str) -> t
 
 # Fields that a kind of recipe has, by its folder, and no other kind.
 _TELLING: dict[str, set[str]] = {
-    ".": {"init", "kv_rank", "q_rank", "rope", "key_norm", "present", "allocation", "layout"},
+    "": {"init", "kv_rank", "q_rank", "rope", "key_norm", "present", "allocation", "layout"},
     "heal": {"stage", "steps", "lr", "batch", "train", "optimizer", "ema"},
     "sweep": {"convert", "inits", "kv_ranks", "rope_dims", "nope_dims"},
 }
-_COMMANDS = {".": "convert", "heal": "heal", "sweep": "sweep"}
+
+
+def _kind_of(shipped: Path) -> str:
+    return shipped.name if shipped != recipe_folder() else ""
 
 
 def _refuse_other_kind(kind: str | None, shipped: Path, recipe: str | Path) -> None:
     """Raise ConfigError when `recipe` is one for another command than the one that reads those of `shipped`."""
-    wanted = shipped.relative_to(recipe_folder()).as_posix()
+    wanted = _kind_of(shipped)
     if kind is not None and kind != wanted:
         raise ConfigError(
-            f"{recipe} is a recipe of `mlaconvert {_COMMANDS[kind]}`, not of {_COMMANDS[wanted]}; "
-            f"`mlaconvert recipes list` shows those of {_COMMANDS[wanted]}"
+            f"{recipe} is a recipe of `mlaconvert {RECIPE_KINDS[kind]}`, not of {RECIPE_KINDS[wanted]}; "
+            f"`mlaconvert recipes list` shows those of {RECIPE_KINDS[wanted]}"
         )
 
 

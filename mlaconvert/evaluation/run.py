@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mlaconvert.conversion.provenance import open_teacher
+from mlaconvert.conversion.provenance import open_teacher, refuse_dense
 from mlaconvert.errors import InputError, UnsupportedModelError
 from mlaconvert.evaluation.compare import ModelEvaluation, compare
 from mlaconvert.evaluation.conditions import draw_conditions
@@ -92,6 +92,8 @@ def _read_sources(sources: Sequence[Source], request: Request) -> list[SourceRec
                 raise UnsupportedModelError(
                     f"{source} is an image-to-video model; clips hold no image for it, so it cannot be evaluated yet"
                 )
+            if request.teacher is None:
+                refuse_dense(opened, source, "evaluate")
             records.append(
                 SourceRecord(
                     source=source,

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mlaconvert.errors import ConfigError
+
+RECIPE_KINDS = {"": "convert", "heal": "heal", "sweep": "sweep"}
+"""The command of the recipes in each folder."""
+
 TINY = Path(__file__).parents[1] / "clips" / "tiny"
 
 
@@ -13,9 +18,16 @@ def recipe_names(folder: Path | None = None) -> list[str]:
 
 
 def recipe_kind(name: str) -> str | None:
-    """The folder of the shipped recipe of that name, "." for a conversion's; None where there is none."""
-    kinds = (".", *sorted(path.name for path in recipe_folder().iterdir() if path.is_dir()))
-    return next((kind for kind in kinds if name in recipe_names(recipe_folder() / kind)), None)
+    """The folder of the shipped recipe of that name, one of `RECIPE_KINDS`; None where there is none."""
+    return next((kind for kind in RECIPE_KINDS if name in recipe_names(recipe_folder() / kind)), None)
+
+
+def recipe_file(name: str) -> Path:
+    """The file of a shipped recipe. Raises ConfigError for a name that there is not."""
+    kind = recipe_kind(name)
+    if kind is None:
+        raise ConfigError(f"no recipe {name!r} ships; `mlaconvert recipes list` shows those that do")
+    return recipe_folder() / kind / f"{name}.yaml"
 
 
 def recipe_folder() -> Path:

@@ -84,6 +84,8 @@ def generate(
     settings |= plan.settings() | ({"loras": loras} if loras else {})
     with ChunkFile.open(staging, plan, model.config, settings) as store:
         resumed, started = store.done, time.monotonic()
+        if resumed and say is not None:
+            say(f"going on after latent frame {resumed} of {plan.frames}, kept from an interrupted run")
         cache_bytes = run_passes(model, plan, runtime, store, progress)
         elapsed = time.monotonic() - started
         del model

@@ -8,7 +8,7 @@ import torch
 
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.streaming import StreamingConfig
-from mlaconvert.conversion.provenance import draws_clips, open_teacher
+from mlaconvert.conversion.provenance import draws_clips, open_teacher, refuse_dense
 from mlaconvert.conversion.records import read_record
 from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.families.causal import assumption_line
@@ -36,6 +36,8 @@ def open_pair(stack: ExitStack, source: Source, teacher: AnySource | None) -> tu
     if pair and source.subfolder is None:
         raise InputError(f"{source} holds two experts; heal one with --subfolder {pair[0]} or --subfolder {pair[1]}")
     student = stack.enter_context(open_checkpoint(source))
+    if teacher is None:
+        refuse_dense(student, source, "heal")
     path = student.store.path
     folder = path if path.is_dir() else path.parent
     refuse_foreign_links(folder, (README_NAME, CONVERSION_NAME, HEALING_NAME))  # the output's go on from them

@@ -15,7 +15,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import diffusers
+try:
+    import diffusers
+except ImportError as error:
+    raise ImportError(f"diffusers cannot be imported ({error}); pip install 'mlaconvert[diffusers]'") from None
 from diffusers import ModelMixin, SkyReelsV2Transformer3DModel, WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 from rich.table import Table
 
 from mlaconvert.conversion.plan import ConversionPlan
 from mlaconvert.conversion.report import ModelReport
 from mlaconvert.conversion.spectra import Analysis, DenseSpectra, LatentSpectrum
+from mlaconvert.evaluation.lines import LOSS, SMALL_LOSS
 from mlaconvert.model.memory import MemoryPlan
 from mlaconvert.units import format_bytes, percent
 
@@ -171,14 +173,22 @@ def loss_table(model: ModelReport) -> Table:
         table.add_column("above\ndense", justify="right")
     for name in model.losses:
         cells = []
-        for losses in kinds.values():
+        for kind, losses in kinds.items():
+            write = (SMALL_LOSS if "clean" in kind else LOSS).table
             change = "" if name == "dense" else f"{100 * (losses[name] / losses['dense'] - 1):+.1f}%"
-            cells += [f"{losses[name]:.4f}", change]
+            cells += [write(losses[name]), change]
         table.add_row(name, *cells)
-    table.caption, table.caption_justify = (
-        "Mean squared error of the velocity on clips held back from calibration.",
-        "left",
-    )
+    notes = ["Mean squared error of the velocity on clips held back from calibration."]
+    steps = [name for name in model.losses if name != "dense"]
+    worse = [
+        after for before, after in pairwise(steps) if any(losses[after] > losses[before] for losses in kinds.values())
+    ]
+    if worse:
+        notes.append(
+            f"Worse than the step before: {', '.join(worse)}. Steps are fitted to the calibration clips, and most to "
+            "attention outputs: what is held back may lose a little by one."
+        )
+    table.caption, table.caption_justify = "\n".join(notes), "left"
     return table
 
 

@@ -113,7 +113,7 @@ def test_the_tiny_model_writes_a_file_too(tmp_path: Path) -> None:
     for name in ("out.mp4", "out.gif"):
         result = invoke("generate", "tiny", caption, "-o", tmp_path / name, "--frames", 3, "--steps", 1)
         assert result.exit_code == 0, result.stderr
-        assert result.stderr.endswith(f"MiB; {tmp_path / name}\n")
+        assert result.stderr.endswith(f"); {tmp_path / name}\n")
     assert read_movie(tmp_path / "out.mp4", 96, 128).shape[1] == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gif", "out.mp4"]
 
@@ -266,7 +266,7 @@ def test_wrong_requests_are_named_before_anything_is_loaded(
         (wanted(None), {}, "its text encoder and VAE are not known; name its base repository with --base"),
         (wanted(base), {"movie": "gif"}, "a GIF would lie in memory as a whole"),
         (wanted(None, prompts=()), {}, "this model needs text embeddings: give a prompt"),
-        (wanted(base), {"runtime": Runtime(text_device="abacus")}, "device 'abacus' cannot be used"),
+        (wanted(base), {"runtime": Runtime(text_device="abacus")}, "device 'abacus' is none that torch knows"),
     ]
     for request, options, message in cases:
         with pytest.raises(InputError, match=message):

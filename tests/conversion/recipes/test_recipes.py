@@ -158,7 +158,10 @@ def test_a_recipe_of_the_lossless_setting() -> None:
     [
         ("kv_rnak: 3", "unknown field 'kv_rnak'; known fields: init, kv_rank"),
         ("streaming: {windows: 3}", "unknown field 'streaming.windows'"),
-        ("kv_rank: '3'", "kv_rank: Input should be a valid integer"),
+        ("kv_rank: '3'", 'kv_rank is "3": give a whole number'),
+        ("kv_rank: 3.5", "kv_rank is 3.5: give a whole number"),
+        ("bidirectional: maybe", 'bidirectional is "maybe": give true or false'),
+        ("streaming: 3", "streaming is 3: give a mapping of fields"),
         ("kv_rank: 0", "kv_rank is 0"),
         ("q_rank: all", "q_rank is 'all'"),
         ("q_rank: -1", "q_rank is -1"),
