@@ -53,8 +53,9 @@ NAMED = {
     "base/text.py": "the encoder that was expected, in an error",
     "base/vae.py": "diffusers' class of the VAE and its conversion",
     "cli/__init__.py": "help",
-    "cli/convert.py": "help",
+    "cli/convert_options.py": "help",
     "cli/encode.py": "help, and the default base",
+    "cli/help.py": "examples",
     "cli/options.py": "help",
     "publishing/hub.py": "an example in an error",
 }

@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
 import mlaconvert
-from mlaconvert.cli.show import progress_bar
+from mlaconvert.cli.show import print_tables, progress_bar, progress_lines
 from mlaconvert.progress import Counter, silent
 
 ROOT = Path(mlaconvert.__file__).parent
@@ -70,8 +71,43 @@ def test_a_terminal_shows_stages_with_the_time_that_is_left() -> None:
     assert re.search(r"decode .* 0% ", lines)
 
 
-def test_a_log_shows_none() -> None:
+def test_a_log_shows_the_start_of_each_stage_and_a_line_a_minute() -> None:
+    said: list[str] = []
+    now = [1000.0]
+    report = progress_lines(said.append, lambda: now[0])
+    for done in range(11):  # 20 s a unit
+        report("losses", done, 10, "busy")
+        now[0] += 20
+    assert said == [
+        "losses ...",
+        "losses: 3 of 10, 30%, about 2 min left, busy",
+        "losses: 6 of 10, 60%, about 80 s left, busy",
+        "losses: 9 of 10, 90%, about 20 s left, busy",
+    ]
+    del said[:]
+    report("losses", 0, 10)  # the next model
+    report("rollouts", 1, 744)
+    now[0] += 7000
+    report("rollouts", 2, 744)
+    assert said == ["losses ...", "rollouts ...", "rollouts: 2 of 744, 0%, about 1442.8 h left"]
+
+
+def test_a_log_is_no_terminal() -> None:
     shown = io.StringIO()
     with progress_bar(Console(file=shown)) as progress:
         progress("generate", 1, 4)
-    assert shown.getvalue().strip() == ""
+        progress("generate", 2, 4)
+    assert shown.getvalue() == "generate ...\n"
+
+
+def test_tables_never_break_a_word() -> None:
+    """However narrow the terminal is; nothing is cut off."""
+    words = {"self-forcing-1.3b", "4,096", "-92.7%,", "13.7x", "unquestionable", "[K;V]", "at", "20"}
+    for width in (10, 25, 40, 120):
+        shown = io.StringIO()
+        table = Table(title="one of several")
+        for name in ("unquestionable", "at\n20", "\\[K;V]"):
+            table.add_column(name)
+        table.add_row("self-forcing-1.3b", "4,096", "-92.7%, 13.7x")
+        print_tables(Console(file=shown, width=width), table)
+        assert words <= set(re.findall(r"[^\s│┃┏┓┡┩┗┛└┘━─┴┳╇]+", shown.getvalue())), width

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -28,25 +29,31 @@ from mlaconvert.cli.encode import encode
 from mlaconvert.cli.evaluate import evaluate
 from mlaconvert.cli.generate import generate
 from mlaconvert.cli.heal import heal
+from mlaconvert.cli.help import EXAMPLES, KEPT, GroupedCommand, UsageError, epilog, usage_in_words
 from mlaconvert.cli.push import push
+from mlaconvert.cli.recipes import recipes
 from mlaconvert.cli.stdout import checked_stdout
 from mlaconvert.cli.sweep import sweep
 from mlaconvert.errors import MLAConvertError
 
-# The root of Typer's own errors (usage, bad values), which it prints itself and does not export.
-_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
-
 
 class _Group(TyperGroup):
-    """Turns exceptions of every command into one line and an exit code."""
+    """Lists commands in the order of the work; turns exceptions of each into one line and an exit code."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=list(EXAMPLES).index)
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, _UsageError, BrokenPipeError):
+        except UsageError as error:
+            usage_in_words(error)
+            raise
+        except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except KeyboardInterrupt as interruption:
-            typer.echo(": ".join(["interrupted", *map(str, interruption.args)]), err=True)
+            kept = " ".join(map(str, interruption.args)) or KEPT.get(ctx.invoked_subcommand or "", "")
+            typer.echo(f"interrupted: {kept}" if kept else "interrupted", err=True)
             raise typer.Exit(130) from None
         except Exception as error:
             if ctx.params.get("debug"):
@@ -99,5 +106,18 @@ def _global_options(
     pass
 
 
-for command in (analyze, convert, generate, demo, encode, heal, evaluate, push, bench, sweep):
-    app.command()(command)
+_COMMANDS: tuple[Callable[..., None], ...] = (
+    demo,
+    analyze,
+    encode,
+    convert,
+    evaluate,
+    heal,
+    generate,
+    push,
+    sweep,
+    bench,
+)
+for command in _COMMANDS:
+    app.command(cls=GroupedCommand, epilog=epilog(command.__name__))(command)
+app.add_typer(recipes, name="recipes", epilog=epilog("recipes"))

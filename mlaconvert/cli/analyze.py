@@ -19,7 +19,7 @@ from mlaconvert.cli.options import (
     Subfolder,
     source_of,
 )
-from mlaconvert.cli.show import console, print_json, progress_bar
+from mlaconvert.cli.show import console, print_json, print_tables, progress_bar
 
 if TYPE_CHECKING:
     from mlaconvert.families.checkpoint import Checkpoint as OpenCheckpoint
@@ -162,6 +162,6 @@ def analyze(
             results[name] = found.to_json(singular_values=calibrated) | {"memory": memory.to_json()}
             if not as_json:
                 budgets = (budget_table(found),) if calibrated else ()
-                out.print(analysis_table(found), *budgets, memory_table(memory))
+                print_tables(out, analysis_table(found), *budgets, memory_table(memory))
     if as_json:
         print_json(results.get("", {"experts": results}))

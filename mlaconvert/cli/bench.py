@@ -18,7 +18,7 @@ from mlaconvert.cli.options import (
     WindowFrames,
     among,
 )
-from mlaconvert.cli.show import console, print_json, progress_bar
+from mlaconvert.cli.show import console, print_json, print_tables, progress_bar
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -156,7 +156,7 @@ def bench(
     if as_json:
         print_json(report.to_json())
     else:
-        out.print(_speed_table(report), _parts_table(report))
+        print_tables(out, _speed_table(report), _parts_table(report))
 
 
 def _integers(name: str, text: str | None) -> tuple[int, ...]:

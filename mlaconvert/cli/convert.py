@@ -6,10 +6,37 @@ import dataclasses
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from mlaconvert.cli.convert_options import (
+    Allocation,
+    Bidirectional,
+    ChunkFrames,
+    Clips,
+    Data,
+    DryRun,
+    Dtype,
+    Init,
+    KeyNorm,
+    Layout,
+    Moments,
+    NoisyPast,
+    NopeDim,
+    Overwrite,
+    Present,
+    QRank,
+    Recipe,
+    RefitSteps,
+    Restart,
+    Rope,
+    RopeDim,
+    RopeSelection,
+    Seed,
+    SinkFrames,
+    VDim,
+    Verify,
+    WindowFrames,
+)
 from mlaconvert.cli.options import (
     Checkpoint,
     ConfigFile,
@@ -25,11 +52,9 @@ from mlaconvert.cli.options import (
     Revision,
     StateKey,
     Subfolder,
-    among,
-    recipes,
     source_of,
 )
-from mlaconvert.cli.show import console, print_json, progress_bar
+from mlaconvert.cli.show import console, print_json, print_tables, progress_bar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,170 +67,33 @@ if TYPE_CHECKING:
 def convert(
     checkpoint: Checkpoint,
     output: OutputFolder = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            autocompletion=recipes(),
-            help="Recipe file, or the name of a shipped recipe. Options override it. Default: none.",
-        ),
-    ] = None,
-    init: Annotated[
-        str | None,
-        typer.Option(
-            metavar="calibrated|svd|random|lossless",
-            autocompletion=among("calibrated", "svd", "random", "lossless"),
-            help="Factorise in the metric of real inputs, or the weights alone (no data, fast), draw new ones, or keep "
-            "everything (a check, saves nothing). Default: calibrated.",
-        ),
-    ] = None,
+    recipe: Recipe = None,
+    init: Init = None,
     kv_rank: KvRank = None,
-    q_rank: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|none",
-            autocompletion=among("none"),
-            help="Channels of the query latent, or none to keep queries exact. Default: none if calibrated, else half "
-            "the width, 768 at 1536.",
-        ),
-    ] = None,
-    nope_dim: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Unrotated score channels of a head; narrower heads attend faster. Default: what the rotary channels "
-            "leave of a head.",
-        ),
-    ] = None,
-    v_dim: Annotated[
-        int | None, typer.Option("--v-dim", metavar="N", help="Value channels of a head. Default: the head, 128.")
-    ] = None,
-    rope_dim: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Rotated score channels, shared by all heads. Default: a quarter head, 32 of 128; calibrated: what "
-            "measures best.",
-        ),
-    ] = None,
-    rope: Annotated[
-        str | None,
-        typer.Option(
-            metavar="cached|latent|head",
-            autocompletion=among("cached", "latent", "head"),
-            help="The rotary key: shared and cached beside the latent as in the paper, shared and read from it, or "
-            "each head's own. Default: head (latent with --nope-dim) if calibrated, else cached.",
-        ),
-    ] = None,
-    rope_selection: Annotated[
-        str | None,
-        typer.Option(
-            "--rope-selection",
-            metavar="highest|energy",
-            autocompletion=among("highest", "energy"),
-            help="Rotary pairs that a shared key keeps: the highest frequencies, or what costs most to lose. "
-            "Default: energy if calibrated, else highest.",
-        ),
-    ] = None,
-    present: Annotated[
-        str | None,
-        typer.Option(
-            metavar="exact|latent",
-            autocompletion=among("exact", "latent"),
-            help="What a chunk sees of itself: the teacher's own keys and values, which need no cache, or latents as "
-            "in the paper. Default: exact if calibrated for streaming, else latent.",
-        ),
-    ] = None,
-    noisy_past: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Share of a calibration's windows with noisy pasts, for models that are trained or run with them. "
-            "Default: 0, as in rollouts.",
-        ),
-    ] = None,
-    refit_steps: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Steps that refit all layers at once beside an exact present, by the model's velocity on the clips; 0 "
-            "for none. Default: 100, but none of a large model on a CPU.",
-        ),
-    ] = None,
-    key_norm: Annotated[
-        str | None,
-        typer.Option(
-            metavar="latent|token",
-            autocompletion=among("latent", "token"),
-            help="RMSNorm on the latent, or the exact key norm for one more cached scalar. Default: token if "
-            "calibrated, else latent.",
-        ),
-    ] = None,
-    allocation: Annotated[
-        str | None,
-        typer.Option(
-            metavar="fixed|uniform|adaptive",
-            autocompletion=among("fixed", "uniform", "adaptive"),
-            help="Cached scalars as --kv-rank and --rope-dim say, alike in all layers, or where they measure best; "
-            "with --init calibrated. Default: adaptive.",
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Clips for --init calibrated: safetensors with latents and context. Default: its own rollouts.",
-        ),
-    ] = None,
-    moments: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Where --init calibrated keeps its statistics of the inputs, float64, and finds them again. "
-            "Default: DIR.moments beside the output.",
-        ),
-    ] = None,
-    clips: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Clips that --init calibrated reads or generates. Default: 40, fewer (but 5) above 100,000 tokens.",
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="float32, bfloat16 or float16 for all tensors. Default: as in the source."),
-    ] = None,
-    layout: Annotated[
-        str | None,
-        typer.Option(
-            metavar="native|diffusers",
-            autocompletion=among("native", "diffusers"),
-            help="Tensor names and config.json of the output: Wan's own, or diffusers'. Default: the source's.",
-        ),
-    ] = None,
+    q_rank: QRank = None,
+    nope_dim: NopeDim = None,
+    v_dim: VDim = None,
+    rope_dim: RopeDim = None,
+    rope: Rope = None,
+    rope_selection: RopeSelection = None,
+    present: Present = None,
+    noisy_past: NoisyPast = None,
+    refit_steps: RefitSteps = None,
+    key_norm: KeyNorm = None,
+    allocation: Allocation = None,
+    data: Data = None,
+    moments: Moments = None,
+    clips: Clips = None,
+    dtype: Dtype = None,
+    layout: Layout = None,
     layers: Layers = None,
-    chunk_frames: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Latent frames made at a time. Default: the source's."),
-    ] = None,
-    window_frames: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Latent frames that a query sees: sink, cached, own chunk. Default: the source's."
-        ),
-    ] = None,
-    sink_frames: Annotated[
-        int | None, typer.Option(metavar="N", help="First latent frames, kept for good. Default: the source's.")
-    ] = None,
+    chunk_frames: ChunkFrames = None,
+    window_frames: WindowFrames = None,
+    sink_frames: SinkFrames = None,
     positions: Positions = None,
-    bidirectional: Annotated[
-        bool, typer.Option("--bidirectional", help="See whole clips, whatever the source says.")
-    ] = False,
+    bidirectional: Bidirectional = False,
     few_step: FewStep = None,
-    seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Seed of random weights and of calibration noise. Default: 0.")
-    ] = None,
+    seed: Seed = None,
     revision: Revision = None,
     subfolder: Subfolder = None,
     state_key: StateKey = None,
@@ -213,14 +101,10 @@ def convert(
     lora: Loras = None,
     lora_scale: LoraScales = None,
     device: Device = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the plan; write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder DIR.")] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Read the output back and compare it with the source.")
-    ] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Throw away what an interrupted run has finished, and begin again.")
-    ] = False,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    verify: Verify = False,
+    restart: Restart = False,
     as_json: Json = False,
 ) -> None:
     """Convert a checkpoint to latent attention, into a new model folder. Interrupted, the same command goes on.
@@ -305,9 +189,9 @@ def convert(
         return
     if not as_json:
         for model in report.models:
-            out.print(layer_table(model))
+            print_tables(out, layer_table(model))
             if model.losses:
-                out.print(loss_table(model))
+                print_tables(out, loss_table(model))
     whose = "those of source and LoRA" if lora else "the source's"
     err.print(_summary(report, time.monotonic() - started, whose), markup=False)
 
@@ -335,7 +219,7 @@ def _print_plan(console: Console, plan: ConversionPlan, data: Path | None, *, de
 
     console.print("\n".join(plan_lines(plan, data)), markup=False, soft_wrap=True)
     if details:
-        console.print(tensor_table(plan))
+        print_tables(console, tensor_table(plan))
 
 
 def _summary(report: ConversionReport, seconds: float, whose: str) -> str:

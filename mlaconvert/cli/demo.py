@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlaconvert.cli.options import Json
-from mlaconvert.cli.show import console, print_json, progress_bar
+from mlaconvert.cli.show import console, print_json, print_tables, progress_bar
 
 if TYPE_CHECKING:
     from mlaconvert.conversion.report import ConversionReport
@@ -37,9 +37,9 @@ def demo(
 
     def show(result: Analysis | ConversionReport) -> None:
         if isinstance(result, Analysis):
-            out.print(analysis_table(result))
+            print_tables(out, analysis_table(result))
         else:
-            out.print(*map(layer_table, result.models))
+            print_tables(out, *map(layer_table, result.models))
 
     started = time.monotonic()
     make_folder(output.parent)  # the folder itself only once no other command has it
@@ -50,7 +50,7 @@ def demo(
         page = save(found.evaluation, found.model)
     if as_json:
         print_json(found.to_json())
-    out.print(evaluation_table(found.evaluation))
+    print_tables(out, evaluation_table(found.evaluation))
     out.print("\n".join(verdict_lines(found.evaluation)), markup=False)
     err.print(
         f"done in {time.monotonic() - started:.0f} s; look at {found.sheet} (teacher above, converted below) "

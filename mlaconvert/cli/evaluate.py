@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlaconvert.cli.options import Json, Revision, RunDevice, source_of
-from mlaconvert.cli.show import console, print_json, progress_bar
+from mlaconvert.cli.show import console, print_json, print_tables, progress_bar
 
 if TYPE_CHECKING:
     from mlaconvert.evaluation.report import EvaluationReport
@@ -140,5 +140,5 @@ def evaluate(
     if as_json:
         print_json(report.to_json())
     else:
-        out.print(evaluation_table(report), error_table(report))
+        print_tables(out, evaluation_table(report), error_table(report))
         out.print("\n".join(verdict_lines(report)), markup=False)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlaconvert.cli.options import Json, OutputFolder, among, recipes, source_of
+from mlaconvert.cli.options import Json, OutputFolder, RunDevice, among, recipes, source_of
 from mlaconvert.cli.show import console, print_json, progress_bar
 from mlaconvert.healing.stages import STAGES
 
@@ -122,7 +122,8 @@ def heal(
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Throw the saved state away and begin again.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder of --output.")] = False,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU even where there is a GPU.")] = False,
+    device: RunDevice = "auto",
+    cpu: Annotated[bool, typer.Option("--cpu", help="The same as --device cpu.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the input, estimate memory and FLOPs, write nothing.")
     ] = False,
@@ -137,7 +138,9 @@ def heal(
     as_json: Json = False,
 ) -> None:
     """Train a converted model for one stage. Interrupted, the same command goes on where it was."""
+    from mlaconvert.conversion.provenance import refuse_dense
     from mlaconvert.errors import ConfigError
+    from mlaconvert.families.open import open_checkpoint
     from mlaconvert.files.output import Output
     from mlaconvert.healing.recipe import load_heal_recipe
     from mlaconvert.healing.run import heal as run
@@ -161,8 +164,12 @@ def heal(
         "seed": seed,
         "tracker": tracker,
     }
-    chosen = load_heal_recipe(recipe, {name: value for name, value in options.items() if value is not None})
     source, out, err = source_of(str(model), subfolder=subfolder), console(), console(stderr=True)
+    given = {name: value for name, value in options.items() if value is not None}
+    if recipe is None and stage is None:  # that the model cannot be healed goes before a stage that is missing
+        with open_checkpoint(source) as opened:
+            refuse_dense(opened, source, "heal")
+    chosen = load_heal_recipe(recipe, given)
     if dry_run:
         rate = None if tflops is None else 1e12 * tflops
         found = plan(source, chosen, teacher=teacher, data=data, flops_per_second=rate)
@@ -174,6 +181,7 @@ def heal(
         return
     if output is None:
         raise ConfigError("no folder to write to; give one with -o DIR, or --dry-run to see the estimate")
+    _train_on("cpu" if cpu else device)
     started, speaks = time.monotonic(), int(os.environ.get("RANK", "0")) == 0
     with progress_bar(err) as progress:
         report = run(
@@ -183,7 +191,7 @@ def heal(
             teacher=teacher,
             data=data,
             state=state,
-            cpu=cpu,
+            cpu=cpu or device == "cpu",
             listener=Listener(
                 progress=progress,
                 say=lambda line: err.print(line, markup=False, soft_wrap=True) if speaks else None,
@@ -206,6 +214,19 @@ def heal(
                 soft_wrap=True,
             )
     _leave_processes()
+
+
+def _train_on(device: str) -> None:
+    """Check the device; one of several GPUs is told to accelerate, which a launcher's processes divide themselves."""
+    from mlaconvert.errors import ConfigError
+    from mlaconvert.model.device import resolve_device
+
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if ":" in device and several:
+        raise ConfigError(f"device is {device!r}, but several processes share the work, each on its own; give cuda")
+    resolve_device(device)
+    if ":" in device:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = device
 
 
 def _leave_processes() -> None:

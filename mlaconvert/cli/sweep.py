@@ -19,7 +19,7 @@ from mlaconvert.cli.options import (
     recipes,
     source_of,
 )
-from mlaconvert.cli.show import console, print_json, progress_bar
+from mlaconvert.cli.show import console, print_json, print_tables, progress_bar
 
 if TYPE_CHECKING:
     from mlaconvert.evaluation.cells import CellResult
@@ -180,7 +180,7 @@ def sweep(
     if as_json:
         print_json(report.to_json())
     else:
-        out.print(sweep_table(report))
+        print_tables(out, sweep_table(report))
     err.print(f"written to {output}: results.json, sweep.png", markup=False, soft_wrap=True)
 
 

@@ -10,11 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import command_line
 import pytest
 import torch
 from command_line import invoke
+from typer.main import get_command
 
+from mlaconvert.cli import app
+from mlaconvert.cli.help import KEPT
 from mlaconvert.errors import MLAConvertError
+from mlaconvert.files.shipped import recipe_folder
 from mlaconvert.model.load import load_model
 
 
@@ -24,7 +29,25 @@ def test_a_gpu_is_used_where_there_is_one(golden: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     result = invoke(command, golden)
     assert result.exit_code == 2
-    assert "device 'cuda' cannot be used" in result.stderr.replace("\n", " ")
+    assert "device 'cuda' is not there" in result.stderr.replace("\n", " ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize(
+    "words", [("analyze", "tiny"), ("generate", "tiny"), ("bench", "tiny"), ("evaluate", "{golden}")]
+)
+@pytest.mark.parametrize("name", ["cuda", "cuda:3"])
+def test_a_gpu_that_is_not_there_is_not_advised(golden: Path, words: tuple[str, str], name: str) -> None:
+    result = invoke(words[0], words[1].format(golden=golden), "--device", name)
+    assert result.exit_code == 2
+    message = " ".join(result.stderr.split())
+    assert f"device '{name}' is not there: this torch" in message
+    assert "give cpu, or auto for a GPU where there is one" in message
+
+
+def test_heal_takes_the_device_as_other_commands_do(golden: Path, tmp_path: Path) -> None:
+    given = ("heal", golden, "-o", tmp_path / "out", "--stage", "distill", "--device")
+    assert "device 'abacus' is none that torch knows" in invoke(*given, "abacus").stderr
 
 
 @pytest.mark.parametrize(
@@ -38,12 +61,37 @@ def test_a_gpu_is_used_where_there_is_one(golden: Path, monkeypatch: pytest.Monk
         ),
         (["convert", "{golden}", "-o", "{out}", "--recipe", "none.yaml"], "error: none.yaml: no such recipe"),
         (["convert", "{golden}", "-o", "{out}", "--layers", "7"], "layer 7 does not exist"),
-        (["convert", "{golden}", "-o", "{out}", "--device", "abacus"], "error: device 'abacus'"),
+        (
+            ["convert", "{golden}", "-o", "{out}", "--device", "abacus"],
+            "error: device 'abacus' is none that torch knows",
+        ),
+        (
+            ["heal", "tiny", "-o", "{out}"],
+            "tiny is not converted; run `mlaconvert convert tiny -o DIR`, then `mlaconvert",
+        ),
+        (["heal", "tiny", "-o", "{out}", "--stage", "distill"], "tiny is not converted; run `mlaconvert convert tiny"),
+        (
+            ["evaluate", "tiny"],
+            "tiny is not converted; run `mlaconvert convert tiny -o DIR`, then `mlaconvert evaluate",
+        ),
+        (["convert", "tiny", "-o", "{out}", "--recipe", "tiny-dmd"], "tiny-dmd is a recipe of `mlaconvert heal`"),
+        (
+            ["convert", "tiny", "-o", "{out}", "--recipe", "{recipes}/heal/tiny-dmd.yaml"],
+            "is a recipe of `mlaconvert heal`",
+        ),
+        (
+            ["heal", "{golden}", "-o", "{out}", "--recipe", "tiny"],
+            "tiny is a recipe of `mlaconvert convert`, not of heal",
+        ),
+        (["sweep", "tiny", "-o", "{out}", "--recipe", "{recipes}/tiny.yaml"], "is a recipe of `mlaconvert convert`"),
+        (["recipes", "show", "nonsense"], "no recipe 'nonsense' ships; `mlaconvert recipes list` shows those that do"),
         (["convert", "{out}", "-o", "{out}2"], "there is no such file or folder"),
         (["convert", "{golden}", "-o", "{out}/a/b"], "does not exist; create it first"),
         (["convert", "{golden}"], "give one with -o DIR"),
         (["demo", "-o", "{golden}/config.json"], "cannot be made a folder"),
-        (["convert", "{golden}", "-o", "{out}", "--kv-rank", "many"], "--kv-rank"),
+        (["convert", "{golden}", "-o", "{out}", "--kv-rank", "many"], "'--kv-rank': give a whole number"),
+        (["bench", "tiny", "--batch", "1.5"], "'--batch': give a whole number"),
+        (["analyze", "tiny", "--threshold", "most"], "'--threshold': give a number"),
         (["convert", "{golden}", "-o", "{out}", "--no-such-option"], "No such option"),
         (["analyze", "{golden}", "--threshold", "2"], "error: "),
         (["analyze", "{golden}", "--height", "481"], "error: height is 481"),
@@ -55,9 +103,11 @@ def test_a_gpu_is_used_where_there_is_one(golden: Path, monkeypatch: pytest.Monk
 def test_wrong_usage_is_one_sentence_and_exit_code_two(
     golden: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    result = invoke(*(a.format(golden=golden, out=tmp_path / "out") for a in arguments))
+    places = {"golden": golden, "out": tmp_path / "out", "recipes": recipe_folder()}
+    result = invoke(*(a.format(**places) for a in arguments))
     assert result.exit_code == 2
     assert message in result.stderr
+    assert "should be" not in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
     assert list(tmp_path.iterdir()) == []
@@ -68,7 +118,7 @@ def test_wrong_usage_is_one_sentence_and_exit_code_two(
     [
         (MLAConvertError("it broke"), 1, "error: it broke"),
         (ZeroDivisionError("by zero\nmore"), 1, "error: unexpected ZeroDivisionError: by zero (--debug shows where)"),
-        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt(), 130, "interrupted: no layer is kept; an output that is there is whole"),
     ],
 )
 def test_exceptions_become_one_line(
@@ -227,3 +277,26 @@ def test_a_stdout_that_is_closed() -> None:
     found = CUT.fullmatch(done.stderr.strip())
     assert found
     assert found[1] == "Bad file descriptor"
+
+
+@pytest.mark.parametrize("command", sorted(KEPT))
+def test_an_interrupted_command_says_what_is_kept(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    """Whatever the run itself has not said; what it says goes first."""
+    root = get_command(app)
+    for said, shown in ((), KEPT[command]), (("3 layers are kept",), "3 layers are kept"):
+
+        def interrupt(*_: object, said: tuple[str, ...] = said, **__: object) -> None:
+            raise KeyboardInterrupt(*said)
+
+        monkeypatch.setattr(command_line._ROOT.commands[command], "invoke", interrupt)
+        needed = {
+            "encode": ("video", "-o", "x"),
+            "push": ("x", "a/b"),
+            "demo": (),
+            "bench": (),
+            "sweep": ("x", "-o", "y"),
+        }
+        result = invoke(command, *needed.get(command, ("x",)))
+        assert result.exit_code == 130
+        assert result.stderr == f"interrupted: {shown}\n"
+    assert set(KEPT) == set(root.commands) - {"recipes"}  # type: ignore[attr-defined]
