@@ -82,7 +82,7 @@ def test_only_its_own_folder_is_written(folder: Path, base: Path, tmp_path: Path
     encode(videos[:1], tmp_path / "out", components, SMALL)
     with pytest.raises(OutputError, match="holds clips of other settings"):
         encode(videos, tmp_path / "out", components, Encoding(height=32, width=48, frames=2))
-    with pytest.raises(ConfigError, match="device 'abacus' cannot be used"):
+    with pytest.raises(ConfigError, match="device 'abacus' is none that torch knows"):
         encode(videos, tmp_path / "new", components, SMALL, text_device="abacus")
     with pytest.raises(ConfigError, match="height is 40 pixels: give a multiple of 16"):
         encode(videos, tmp_path / "new", components, Encoding(height=40, width=48, frames=2))

@@ -208,7 +208,12 @@ BAD_MODELS: dict[str, tuple[Callable[[State], None], dict[str, Any], type[InputE
     "flf2v": (keep, {"model_type": "flf2v"}, UnsupportedModelError, "model_type 'flf2v', and the weights"),
     "class name": (keep, {"_class_name": "LTXVideoTransformer3DModel"}, UnsupportedModelError, "this is LTX-Video"),
     "heads": (keep, {"num_heads": 7}, ConfigError, "dim 96 does not split into 7 heads"),
-    "text for a number": (keep, {"num_heads": "many"}, ConfigError, "config.json: num_heads: "),
+    "text for a number": (
+        keep,
+        {"num_heads": "many"},
+        ConfigError,
+        'config.json: num_heads is "many": give a whole number',
+    ),
     "window_size of a wrong type": (keep, {"window_size": 4}, UnsupportedModelError, "window_size 4"),
     "eps": (keep, {"eps": -1}, ConfigError, "eps is -1"),
     "streaming": (keep, {"streaming": {"window": 3}}, ConfigError, "unknown field 'window'"),
