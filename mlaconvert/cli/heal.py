@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlaconvert.cli.options import Json, OutputFolder, RunDevice, among, recipes, source_of
+from mlaconvert.cli.options import Json, OutputFolder, among, recipes, source_of
 from mlaconvert.cli.show import console, print_json, progress_bar
 from mlaconvert.healing.stages import STAGES
 
@@ -122,7 +122,12 @@ def heal(
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Throw the saved state away and begin again.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder of --output.")] = False,
-    device: RunDevice = "auto",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Device to train on: cpu, cuda or cuda:N. Default: a GPU where there is one."
+        ),
+    ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="The same as --device cpu.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the input, estimate memory and FLOPs, write nothing.")
@@ -181,7 +186,12 @@ def heal(
         return
     if output is None:
         raise ConfigError("no folder to write to; give one with -o DIR, or --dry-run to see the estimate")
-    _train_on("cpu" if cpu else device)
+    if device in ("auto", None):
+        device = "cpu" if cpu else None
+    elif cpu and device != "cpu":
+        raise ConfigError(f"--cpu and --device {device} are two devices; give one of them")
+    if device is not None:
+        _train_on(device)
     started, speaks = time.monotonic(), int(os.environ.get("RANK", "0")) == 0
     with progress_bar(err) as progress:
         report = run(
@@ -191,7 +201,7 @@ def heal(
             teacher=teacher,
             data=data,
             state=state,
-            cpu=cpu or device == "cpu",
+            cpu=device == "cpu",
             listener=Listener(
                 progress=progress,
                 say=lambda line: err.print(line, markup=False, soft_wrap=True) if speaks else None,
@@ -218,13 +228,15 @@ def heal(
 
 def _train_on(device: str) -> None:
     """Check the device; one of several GPUs is told to accelerate, which a launcher's processes divide themselves."""
+    import torch
+
     from mlaconvert.errors import ConfigError
     from mlaconvert.model.device import resolve_device
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if ":" in device and several:
         raise ConfigError(f"device is {device!r}, but several processes share the work, each on its own; give cuda")
-    resolve_device(device)
+    resolve_device(device, torch.float32)
     if ":" in device:
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
 

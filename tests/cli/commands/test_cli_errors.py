@@ -48,6 +48,7 @@ def test_a_gpu_that_is_not_there_is_not_advised(golden: Path, words: tuple[str, 
 def test_heal_takes_the_device_as_other_commands_do(golden: Path, tmp_path: Path) -> None:
     given = ("heal", golden, "-o", tmp_path / "out", "--stage", "distill", "--device")
     assert "device 'abacus' is none that torch knows" in invoke(*given, "abacus").stderr
+    assert "--cpu and --device cuda are two devices" in invoke(*given, "cuda", "--cpu").stderr
 
 
 @pytest.mark.parametrize(
