@@ -168,7 +168,7 @@ def test_an_interrupted_process_leaves_nothing_visible(hub: Hub, folder: Path, t
         finally:
             process.kill()
     assert (process.returncode, out) == (130, ""), err
-    assert err.splitlines()[-1] == "interrupted"
+    assert err.splitlines()[-1].startswith("interrupted: nothing of it is visible")
     assert set(hub.repos[REPO].files) == {".gitattributes"}
     hub.before = None
     push(folder, REPO)
