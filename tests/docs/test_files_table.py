@@ -294,6 +294,7 @@ def test_every_row_is_a_test() -> None:
     assert list(table("Captions")) == list(CAPTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", MODELS)
 def test_models(row: str, state: State, tmp_path: Path) -> None:
     write, says = MODELS[row]

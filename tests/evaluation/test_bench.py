@@ -97,6 +97,7 @@ def test_flops_are_those_of_a_chunk(report: BenchReport, golden: Path) -> None:
     assert report.sides[2].flops["attention"] < report.sides[0].flops["attention"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rope", ["head", "latent", "cached"])
 def test_a_side_whose_present_is_exact(golden: Path, rope: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs, its bytes are as planned, and its FLOPs are those of 18 past keys and 12 own ones."""
@@ -132,6 +133,7 @@ def test_a_side_whose_present_is_exact(golden: Path, rope: Any, monkeypatch: pyt
     assert [config.mla.present for config in recorded.values() if config.mla] == ["latent"]  # as from weights alone
 
 
+@pytest.mark.slow
 def test_the_present_is_asked_for_on_the_command_line(golden: Path) -> None:
     size = ("--height", 32, "--width", 48, "--rounds", 1, "--steps", 1, "--kv-rank", 9, "--rope", "head")
     done = invoke(golden, *size, "--present", "exact", "--json")
@@ -268,6 +270,7 @@ def test_the_mode_that_is_named_is_the_one_that_runs(
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_prints_tables_or_json(golden: Path) -> None:
     flags = ("--height", 16, "--width", 32, "--chunk-frames", 1, "--window-frames", 3, "--steps", 1, "--rounds", 1)
     shown = invoke(golden, *flags)

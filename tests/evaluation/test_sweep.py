@@ -105,6 +105,7 @@ def test_a_cell_is_the_conversion_and_the_evaluation_by_hand(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cells", "results.json", "sweep.json"]
 
 
+@pytest.mark.slow
 def test_moments_are_measured_once_and_validation_clips_stay_unseen(
     golden: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +194,7 @@ def test_a_killed_sweep_goes_on(golden: Path, data: Path, tmp_path: Path) -> Non
     ]
 
 
+@pytest.mark.slow
 def test_cells_of_before_clean_pasts_were_measured_are_kept_as_they_are(
     golden_state: dict[str, torch.Tensor], golden_config: dict[str, Any], save_folder: Any, data: Path, tmp_path: Path
 ) -> None:
@@ -245,6 +247,7 @@ def test_cells_of_another_version_of_the_method_are_not_mixed(
         sweep(golden, tmp_path / "out", recipe, clips=clips)
 
 
+@pytest.mark.slow
 def test_the_command_draws_and_tables(golden: Path, data: Path, tmp_path: Path) -> None:
     arguments = (
         "sweep",

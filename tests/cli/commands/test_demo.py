@@ -15,6 +15,7 @@ from mlaconvert import demo
 from mlaconvert.conversion.recipes import load_recipe
 
 
+@pytest.mark.slow
 def test_every_stage_has_a_sentence_and_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short = dataclasses.replace(load_recipe("tiny"), clips=2, refit_steps=0)
     monkeypatch.setattr(demo, "load_recipe", lambda _: short)

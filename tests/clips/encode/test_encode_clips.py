@@ -200,6 +200,7 @@ def test_no_shard_of_a_skipped_video_stays(folder: Path, base: Path, tmp_path: P
     assert len(ClipFolder(tmp_path / "out", CONFIG)) == 3
 
 
+@pytest.mark.slow
 def test_no_clip_of_an_older_state_of_a_video_stays(folder: Path, base: Path, tmp_path: Path) -> None:
     """It has become shorter, or fewer of its clips are wanted now."""
     arguments = (tmp_path / "out", open_base(str(base)))

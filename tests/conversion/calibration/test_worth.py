@@ -76,6 +76,7 @@ def test_calibration_beats_a_guess_from_weights(folder: Path, key_norm: KeyNorm)
     assert max(ratios) < 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_two_sweeps_convert_a_model(save_folder: SaveFolder, tmp_path: Path, adaptive: bool) -> None:
     """Layers 0 and 2, whose output hardly counts: the total is met, the best split is found, each refit helps."""
@@ -129,6 +130,7 @@ def test_no_layer_gets_more_than_the_model_is_wide() -> None:
     assert target().layer(DIM + 9, SMALL).kv_lora_rank == DIM
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished", [(), (0,), (0, 2)])
 def test_a_killed_sweep_goes_on_behind_the_finished_layers(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: tuple[int, ...]

@@ -167,6 +167,7 @@ def test_a_window_of_one_chunk_keeps_a_latent_present(streaming: Path, data: Pat
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_refits_change_only_what_the_past_uses_and_are_reported(streaming: Path, tmp_path: Path) -> None:
     recipes = {
         "none": (dataclasses.replace(RECIPE, clips=40), Method(refit=False)),
@@ -196,6 +197,7 @@ def test_refits_change_only_what_the_past_uses_and_are_reported(streaming: Path,
     assert losses["model"]["losses"]["past refitted"] == losses["layers"]["losses"]["past refitted"]
 
 
+@pytest.mark.slow
 def test_a_refit_that_is_interrupted_ends_with_the_same_bytes(streaming: Path, data: Path, tmp_path: Path) -> None:
     convert(streaming, tmp_path / "whole", RECIPE, data=data)
 
@@ -213,6 +215,7 @@ def test_a_refit_that_is_interrupted_ends_with_the_same_bytes(streaming: Path, d
     assert files(tmp_path / "again") == files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_refit_that_does_not_help_is_left_out(
     streaming: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -153,6 +153,7 @@ def test_generated_clips_are_not_those_of_a_calibration(made: Path, monkeypatch:
     assert seeds == [first, first + 2]  # clips in batches of two, a seed each
 
 
+@pytest.mark.slow
 def test_the_teacher_has_to_be_the_recorded_one(made: Path, golden: Path, tmp_path: Path) -> None:
     (tmp_path / "small").symlink_to(made / "small")
     source = str(tmp_path / "small")

@@ -171,6 +171,7 @@ def test_hidden_clips_and_videos_are_none(tmp_path: Path) -> None:
     assert [video.name for video in find_videos([tmp_path])] == ["x.mp4"]
 
 
+@pytest.mark.slow
 def test_sharded_pickles_are_named(tmp_path: Path) -> None:
     """DTensors of one process, as FSDP2 leaves them; the classes they need are never loaded for them."""
     script = """

@@ -22,6 +22,7 @@ from mlaconvert.model.rollout import LatentSize, rollout
 from mlaconvert.model.schedule import Sampler
 
 
+@pytest.mark.slow
 @needs_mp4
 def test_vbench_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(("", *CAPTIONS, "")))

@@ -47,6 +47,7 @@ def velocity(model: WanModel, chunks: tuple[int, ...]) -> torch.Tensor:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["distill", "teacher-forcing", "consistency", "dmd"])
 @pytest.mark.parametrize("rope", ["head", "latent"])
 def test_every_stage_heals_the_past_alone(

@@ -141,6 +141,7 @@ def test_a_lower_rate_may_go_on(home: Path, tmp_path: Path) -> None:
     assert report.curves.losses[2][2] == 1e-3
 
 
+@pytest.mark.slow
 def test_a_run_without_bad_clips_goes_on_bit_for_bit(home: Path, tmp_path: Path) -> None:
     """Eleven good clips of thirteen, of which the last two were held back when there were three."""
     clips = with_bad_clips(home, tmp_path / "clips", 2, 6)
@@ -217,6 +218,7 @@ def test_an_interruption_of_a_save_is_no_full_disk(
     assert load(tmp_path / LAST)["step"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_the_step_it_came_in(home: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Long before the next save: the step is finished and saved, which a line says, and the run goes on behind it."""

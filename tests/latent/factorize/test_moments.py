@@ -146,6 +146,7 @@ def test_mean_rotation_counts_every_pair(streaming: StreamingConfig | None) -> N
     assert relative(torch.view_as_real(rho), torch.view_as_real(expected)) < EXACT
 
 
+@pytest.mark.slow
 def test_modulation_moments_are_those_of_sampled_inputs() -> None:
     """A million draws of white noise through the modulation, at equally likely timesteps."""
     weights, modulation = make_weights(), make_modulation()
