@@ -43,7 +43,6 @@ from mlaconvert.progress import Progress, silent
 MOMENTS_NAME = "calibration.json"
 # What linear algebra raises for a layer that gives zeros, or values that are not finite.
 _DEGENERATE: tuple[type[Exception], ...] = (*LINALG_ERRORS, ZeroDivisionError)
-REFIT_NAME = "refit.safetensors"  # what a refit of the whole model changed
 CLIPS_NAME = "clips.safetensors"  # those that the teacher generated
 # What the record of moments says of them, in words.
 _ASPECTS = {

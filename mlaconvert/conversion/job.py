@@ -21,7 +21,6 @@ from mlaconvert.conversion.calibration.run import Calibration, KeptWalk
 from mlaconvert.conversion.calibration.windows import Losses
 from mlaconvert.conversion.from_clips import (
     CLIPS_NAME,
-    REFIT_NAME,
     calibration_clips,
     choose_splits,
     from_clips,
@@ -32,7 +31,7 @@ from mlaconvert.conversion.from_clips import (
     splits_json,
 )
 from mlaconvert.conversion.from_weights import LayerReport, from_weights
-from mlaconvert.conversion.journal import COPIED, SPLITS, Journal, difference
+from mlaconvert.conversion.journal import COPIED, REFIT, SPLITS, Journal, difference
 from mlaconvert.conversion.plan import ConversionPlan, mla_of, plan_conversion
 from mlaconvert.conversion.ranks import PATIENCE, RankError, Ranks
 from mlaconvert.conversion.readme import readme
@@ -139,7 +138,6 @@ class ConversionJob:
         files = self._files(name, plan)
         if not files.there():
             journal.forget(name)
-            self._refit_file(name).unlink(missing_ok=True)
             files.folder.mkdir(parents=True, exist_ok=True)
             files.create()
         reports = journal.layers(name, list(plan.layers))
@@ -183,9 +181,6 @@ class ConversionJob:
             write_whole(files.folder / filename, text.encode())
         return report
 
-    def _refit_file(self, name: str) -> Path:
-        return self.journal.folder / f"{name or 'model'}-{REFIT_NAME}"
-
     def _refit_model(
         self, name: str, plan: ConversionPlan, files: ModelFiles, clips: tuple[Clips, Clips | None], losses: Losses
     ) -> None:
@@ -193,16 +188,16 @@ class ConversionJob:
 
         What comes of it is kept before anything is changed there: an interrupted run has all of it, or begins it again.
         """
-        kept, note = self._refit_file(name), "refit"
-        if self.journal.recall(name, note) is None:
+        kept = self.journal.refit_file(name)
+        if self.journal.recall(name, REFIT) is None:
             found = Losses()
             tensors = refit_converted(
                 self.checkpoints[name], files.folder, plan, clips, found, self.device, self.listener.progress
             )
             if tensors:
                 write_tensors(kept, tensors, "the refit of the model")
-            self.journal.keep(name, note, dataclasses.asdict(found))
-        for kind, steps in (self.journal.recall(name, note) or {}).items():
+            self.journal.keep(name, REFIT, dataclasses.asdict(found))
+        for kind, steps in self.journal.recall(name, REFIT).items():
             getattr(losses, kind).update(steps)
         if not kept.exists():  # it was no better
             return

@@ -24,6 +24,7 @@ from mlaconvert.files.whole import write_whole
 
 COPIED = "copied"  # the note that all tensors that pass through are on the disk
 SPLITS = "splits"  # how a calibration divides each layer's scalars
+REFIT = "refit"  # the losses of a refit of the whole model, whose tensors lie beside the note
 _RUN = "run.json"
 
 
@@ -98,7 +99,8 @@ class Journal:
 
     def forget(self, model: str) -> None:
         """Throw away the notes on what a model's weight files hold."""
-        for path in (*self.folder.glob(f"{_prefix(model)}layer-*.json"), self._note(model, COPIED)):
+        notes = (self._note(model, COPIED), self._note(model, REFIT), self.refit_file(model))
+        for path in (*self.folder.glob(f"{_prefix(model)}layer-*.json"), *notes):
             path.unlink(missing_ok=True)
 
     def keep_layer(self, model: str, report: LayerReport) -> None:
@@ -116,6 +118,10 @@ class Journal:
                 values = torch.tensor(data["singular_values"], dtype=torch.float64)
                 found[layer] = LayerReport(**data | {"singular_values": values})
         return found
+
+    def refit_file(self, model: str) -> Path:
+        """Where the tensors that a refit of the whole model changed are kept."""
+        return self.folder / f"{_prefix(model)}{REFIT}.safetensors"
 
     def _note(self, model: str, note: str) -> Path:
         return self.folder / f"{_prefix(model)}{note}.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,31 @@ def test_a_refit_that_is_interrupted_ends_with_the_same_bytes(streaming: Path, d
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt, match=r"finished layers \(3\) are kept"):
             convert(streaming, tmp_path / "again", RECIPE, data=data, listener=stop("refit the model"))
+    convert(streaming, tmp_path / "again", RECIPE, data=data)
+    assert files(tmp_path / "again") == files(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_kept_refit_is_gone_on_from_and_never_outlives_the_weights(
+    streaming: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    """Interrupted behind the refit; with `lost`, the weight file that it was written to goes missing besides."""
+    from mlaconvert.conversion import job
+    from mlaconvert.conversion.calibration import refit_model
+
+    falling = count(0, -1)
+    monkeypatch.setattr(refit_model, "_distance", lambda *_: next(falling))
+    convert(streaming, tmp_path / "whole", RECIPE, data=data)
+    convert(streaming, tmp_path / "plain", dataclasses.replace(RECIPE, refit_steps=0), data=data)
+    ours, plain = (load_file(tmp_path / name / WEIGHTS_NAME) for name in ("whole", "plain"))
+    assert any(not torch.equal(ours[name], plain[name]) for name in plain)  # the refit is kept
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "conversion_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(streaming, tmp_path / "again", RECIPE, data=data)
+    if lost:
+        (tmp_path / ".again.partial" / "model" / WEIGHTS_NAME).unlink()
     convert(streaming, tmp_path / "again", RECIPE, data=data)
     assert files(tmp_path / "again") == files(tmp_path / "whole")
 
