@@ -7,20 +7,19 @@ each of their frames sees what it would see in a rollout. All layouts are at the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.model.attention.kernel import AttentionPlan, Segment, segments_of
 from mlaconvert.model.cache import LatentCache, LayerCache
 from mlaconvert.model.rollout import same_length
 from mlaconvert.model.rope import rotary
-from mlaconvert.model.wan import Prepared, WanModel
+from mlaconvert.model.wan import Prepared, WanModel, run_blocks
 from mlaconvert.model.window import chunk_mask, frame_positions, window_views
 
 
@@ -101,24 +100,6 @@ def prepare(model: WanModel, latents: Tensor, timestep: Tensor, context: Tensor,
     embedding, modulation = model.embed_time(timestep, x.shape[0], grid[0])
     text = model.embed_text(context)
     return Prepared(x=x, grid=grid, embedding=embedding, modulation=modulation, text=text, image=None, plan=plan)
-
-
-def run_blocks(
-    model: WanModel, prepared: Prepared, plans: Sequence[AttentionPlan] | None = None, *, checkpointing: bool = False
-) -> Tensor:
-    """Velocity, float32 [B, out_dim, F, H, W]; `plans` are each layer's own, else all layers share the prepared one.
-
-    With `checkpointing`, activations inside a block are computed again on the way back.
-    """
-    p, x = prepared, prepared.x
-    for i, block in enumerate(model.blocks):
-        inputs = (x, p.modulation, p.text, p.image, p.plan if plans is None else plans[i], None)
-        if checkpointing and torch.is_grad_enabled():
-            # Nothing in a block draws random numbers.
-            x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-        else:
-            x = block(*inputs)
-    return model.finish(x, p).float()
 
 
 def velocity(

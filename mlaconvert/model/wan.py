@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.errors import ConfigError, InputError
@@ -273,6 +274,24 @@ class WanModel(nn.Module):
         patch = self.config.patch_size
         x = x.unflatten(1, grid).unflatten(-1, (*patch, self.config.out_dim))  # [B, F, H, W, pf, ph, pw, C]
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def run_blocks(
+    model: WanModel, prepared: Prepared, plans: Sequence[AttentionPlan] | None = None, *, checkpointing: bool = False
+) -> Tensor:
+    """Velocity, float32 [B, out_dim, F, H, W]; `plans` are each layer's own, else all layers share the prepared one.
+
+    With `checkpointing`, activations inside a block are computed again on the way back.
+    """
+    p, x = prepared, prepared.x
+    for i, block in enumerate(model.blocks):
+        inputs = (x, p.modulation, p.text, p.image, p.plan if plans is None else plans[i], None)
+        if checkpointing and torch.is_grad_enabled():
+            # Nothing in a block draws random numbers.
+            x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = block(*inputs)
+    return model.finish(x, p).float()
 
 
 def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:

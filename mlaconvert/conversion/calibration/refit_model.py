@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from mlaconvert.clips.folder import Clips
 from mlaconvert.config.geometry import WanConfig
@@ -22,7 +21,7 @@ from mlaconvert.conversion.calibration.target import PAST_ONLY
 from mlaconvert.conversion.calibration.windows import Losses, Regime, Window, batch_size, windows
 from mlaconvert.model.attention.latent import LatentAttention
 from mlaconvert.model.blocks import Block
-from mlaconvert.model.wan import WanModel
+from mlaconvert.model.wan import WanModel, run_blocks
 from mlaconvert.progress import Counter, Progress, silent
 
 BATCH = 4  # clips a step, fewer of long ones
@@ -72,12 +71,13 @@ def refit_model(
         for i, named in parameters.items()
         for name in named
     ]
-    start, before = [p.detach().clone() for p in trained], _distance(models, held_back, regime)
+    judges = _judges(models[0], held_back, regime)
+    start, before = [p.detach().clone() for p in trained], _distance(student, judges)
     better = False
     for rate in RATES:
         groups = [{"params": [p], "lr": rate * size} for p, size in zip(trained, sizes, strict=True)]
         _train(models, groups, fitted, regime, steps, progress)
-        better = _distance(models, held_back, regime) < before
+        better = _distance(student, judges) < before
         if better:
             break
         with torch.no_grad():
@@ -108,11 +108,10 @@ def _train(
     for parameter in trained:
         parameter.requires_grad_(True)
     for window in islice(_endless(clips, regime, min(BATCH, batch_size(clips, student.config))), steps):
-        rows = window.timestep[:, -1] > 0  # a clean pass writes the cache, its velocity is not used
         with torch.no_grad():
-            expected = _velocity(teacher, window)[rows]
+            expected = _velocity(teacher, window)
         with torch.enable_grad():
-            error = (_velocity(student, window)[rows] - expected).square().mean()
+            error = (_velocity(student, window) - expected).square().mean()
             optimizer.zero_grad()
             error.backward()
         optimizer.step()
@@ -138,15 +137,17 @@ def _endless(clips: Clips, regime: Regime, batch: int) -> Iterator[Window]:
 
 
 @torch.no_grad()
-def _distance(models: tuple[WanModel, WanModel], clips: Clips, regime: Regime) -> float:
-    """Summed squared difference of the newest chunk's velocities in the windows of `DRAWS` draws."""
-    total = 0.0
-    for draw in range(DRAWS):
-        drawn = dataclasses.replace(regime, seed=regime.seed + draw)
-        for window in windows(clips, drawn, batch_size(clips, models[0].config)):
-            teacher, student = (_velocity(model, window)[window.timestep[:, -1] > 0] for model in models)
-            total += float((student - teacher).double().square().sum())
-    return total
+def _judges(teacher: WanModel, clips: Clips, regime: Regime) -> list[tuple[Window, Tensor]]:
+    """The windows of `DRAWS` draws, and the teacher's velocities there."""
+    drawn = (dataclasses.replace(regime, seed=regime.seed + draw) for draw in range(DRAWS))
+    size = batch_size(clips, teacher.config)
+    return [(window, _velocity(teacher, window)) for one in drawn for window in windows(clips, one, size)]
+
+
+@torch.no_grad()
+def _distance(student: WanModel, judges: list[tuple[Window, Tensor]]) -> float:
+    """Summed squared difference of the newest chunk's velocities from the teacher's."""
+    return sum(float((_velocity(student, window) - teacher).double().square().sum()) for window, teacher in judges)
 
 
 @torch.no_grad()
@@ -154,26 +155,23 @@ def _loss(model: WanModel, clips: Clips, regime: Regime) -> float:
     """Mean squared error of the newest chunk's velocity, as `LayerWalk` has it."""
     total = values = 0.0
     for window in windows(clips, regime, batch_size(clips, model.config)):
-        rows = window.timestep[:, -1] > 0
-        error = _velocity(model, window)[rows] - window.target[rows].to(model.patch_embedding.weight.device)
+        velocity = _velocity(model, window)
+        error = velocity - window.target[window.denoised].to(velocity)
         total, values = total + float(error.double().square().sum()), values + error.numel()
     return total / values
 
 
 def _velocity(model: WanModel, window: Window) -> Tensor:
-    """Of the newest chunk, [B, C, queries, H, W]; large activations are computed again on the way back."""
+    """Of the newest chunk, of the rows that are denoised: [b, C, queries, H, W].
+
+    Large activations are computed again on the way back.
+    """
     device = model.patch_embedding.weight.device
     latents, timestep, context = (t.to(device) for t in (window.latents, window.timestep, window.context))
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        p = model.prepare(latents, timestep, context, chunks=window.chunks)
-        x = p.x
-        for block in model.blocks:
-            inputs = (x, p.modulation, p.text, p.image, p.plan, None)
-            if torch.is_grad_enabled() and x.numel() * len(model.blocks) > KEPT_SCALARS:
-                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(*inputs)
-        return model.finish(x, p).float()[:, :, -window.queries :]
+        prepared = model.prepare(latents, timestep, context, chunks=window.chunks)
+        large = prepared.x.numel() * len(model.blocks) > KEPT_SCALARS
+        return run_blocks(model, prepared, checkpointing=large)[window.denoised][:, :, -window.queries :]
 
 
 def refit_flops(config: WanConfig, frames: int, tokens: int) -> float:

@@ -10,7 +10,6 @@ from torch import Tensor
 from mlaconvert.conversion.calibration.layer import Layer
 from mlaconvert.conversion.calibration.newest import NewestPass, attention_error, newest_pass
 from mlaconvert.conversion.calibration.target import PAST_ONLY, branch
-from mlaconvert.model.attention.kernel import Segment
 from mlaconvert.model.attention.latent import LatentAttention, OwnChunk
 from mlaconvert.model.rope import Rotary
 
@@ -74,7 +73,6 @@ def _passes(layer: Layer, student: LatentAttention) -> list[tuple[NewestPass, Te
         k, v = (layer.space(large.shape, large).copy_(large) for large in (one.own.k, one.own.v))
         own = OwnChunk(one.own.normed[:, chosen], one.own.unnormed[:, :0], one.own.q[:, chosen], k, v)
         query_turn = Rotary(*(part[chosen] for part in one.plan.query_rotary))
-        everything = (Segment(slice(None), slice(None), slice(None)),)
-        plan = dataclasses.replace(one.plan, query_rotary=query_turn, segments=everything)
+        plan = dataclasses.replace(one.plan, query_rotary=query_turn)
         found.append((NewestPass(own, one.cached, plan), expected[:, chosen]))
     return found

@@ -69,7 +69,7 @@ class LayerWalk:
         self.prepared: list[Prepared] = []
         self.queries: list[int] = []
         self.targets: list[Tensor] = []
-        self.denoised: list[Tensor] = []  # [B] each: a clean pass writes the cache, its velocity is not used
+        self.denoised: list[Tensor] = []  # [B] each
         self._plans: dict[tuple[Any, ...], AttentionPlan] = {}
         self.fitted = self._prepare(clips, regime)  # so many batches are inputs of the layers
         self.clean = self.fitted  # the batches behind them are of the same clips, but with noisy pasts
@@ -111,7 +111,7 @@ class LayerWalk:
             )
             self.queries.append(window.queries)
             self.targets.append(self._keep(window.target))
-            self.denoised.append(window.timestep[:, -1] > 0)
+            self.denoised.append(window.denoised)
         return len(self.prepared)
 
     def _keep(self, tensor: Tensor) -> Tensor:

@@ -104,6 +104,11 @@ class Window:
     chunks: tuple[int, ...] | None
     queries: int
 
+    @property
+    def denoised(self) -> Tensor:
+        """Which rows of the batch count, bool [B]: a clean pass writes the cache, its velocity is not used."""
+        return self.timestep[:, -1] > 0
+
 
 def windows(clips: Clips, regime: Regime, batch: int = BATCH) -> Iterator[Window]:
     """Every window of every clip, `batch` clips at a time; the rows of a batch take the timesteps in turn.
