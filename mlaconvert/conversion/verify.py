@@ -18,7 +18,7 @@ from mlaconvert.errors import MLAConvertError
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.open import open_checkpoint
 from mlaconvert.model.attention.dense import DenseAttention
-from mlaconvert.model.attention.kernel import AttentionPlan, segments_of
+from mlaconvert.model.attention.kernel import AttentionPlan, by_token
 from mlaconvert.model.attention.latent import LatentAttention
 from mlaconvert.model.rope import rotary
 from mlaconvert.progress import Counter, Progress, silent
@@ -96,8 +96,8 @@ def _attention_error(
     passes, first = AttentionPlan(query_rotary=turn, key_rotary=turn), 0
     if mla.present == "exact":
         visible = torch.ones(frames, frames, dtype=torch.bool, device=x.device).tril()
-        mask = visible.repeat_interleave(size, 0).repeat_interleave(size, 1)
-        passes, first = dataclasses.replace(passes, mask=mask, segments=segments_of(visible, size)), size
+        mask, segments = by_token(visible, size)
+        passes, first = dataclasses.replace(passes, mask=mask, segments=segments), size
     with torch.device("meta"):
         dense = DenseAttention(plan.source_config)
         latent = LatentAttention(plan.config, mla, plan.layers[layer])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mlaconvert.config.streaming import StreamingConfig
-from mlaconvert.model.attention.kernel import AttentionPlan, Segment, segments_of
+from mlaconvert.model.attention.kernel import AttentionPlan, Segment, by_token
 from mlaconvert.model.cache import LatentCache, LayerCache
 from mlaconvert.model.rollout import same_length
 from mlaconvert.model.rope import rotary
@@ -57,11 +57,10 @@ class FrameLayout:
         dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
         at = torch.tensor(self.positions, device=device)
         turn = rotary(at, height, width, model.config.rope_split, dtype)
-        mask, size = None, height * width
+        mask: Tensor | None = None
         segments: tuple[Segment, ...] = ()
         if not self.visible.all():
-            segments = segments_of(self.visible.to(device), size)
-            mask = self.visible.to(device).repeat_interleave(size, 0).repeat_interleave(size, 1)
+            mask, segments = by_token(self.visible.to(device), height * width)
         return AttentionPlan(query_rotary=turn, key_rotary=turn, mask=mask, mode="expanded", segments=segments)
 
 
@@ -176,7 +175,7 @@ def chunk_velocity(
         key_rotary=rotary(view.key_frames, height, width, split, dtype),
         window=view,
         mode="expanded",
-        segments=(Segment(slice(None), slice(None), view.past),),
+        segments=(Segment(past=view.past),),
         live=live,
     )
     rows = torch.full((len(chunk),), timestep, device=chunk.device)

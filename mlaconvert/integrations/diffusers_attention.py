@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import MLAConfig, MLALayer
 from mlaconvert.errors import UnsupportedModelError
-from mlaconvert.model.attention.kernel import AttentionMode, AttentionPlan, Segment, kernel_width, segments_of, widen
+from mlaconvert.model.attention.kernel import AttentionMode, AttentionPlan, Segment, by_token, padded, segments_of
 from mlaconvert.model.attention.latent import LatentAttention
 from mlaconvert.model.rope import Rotary
 from mlaconvert.model.window import chunk_mask, default_chunks
@@ -29,9 +29,8 @@ class LatentAttnProcessor:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """`attend` by diffusers' choice of backend."""
-        value, width = v.shape[-1], kernel_width(q.shape[-1], v.shape[-1])
-        q, k, v = (x.to(v.dtype) for x in (q, k, v))
-        q, k, v = (widen(x, width) for x in (q, k, v))
+        value = v.shape[-1]
+        q, k, v = padded(*(x.to(v.dtype) for x in (q, k, v)))
         made: Tensor = dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=self._attention_backend)
         return made[..., :value]
 
@@ -123,8 +122,7 @@ class ChunkRope(WanRotaryPosEmbed):  # type: ignore[misc]
         frames = hidden_states.shape[2] // self.patch_size[0]
         tokens = turn[0].shape[1] // frames
         visible = chunk_mask(default_chunks(frames, self.streaming), self.streaming).to(hidden_states.device)
-        mask = visible.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
-        return (*turn, mask, segments_of(visible, tokens))
+        return (*turn, *by_token(visible, tokens))
 
 
 class ChunkCausalProcessor(WanAttnProcessor):  # type: ignore[misc]

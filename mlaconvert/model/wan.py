@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.errors import ConfigError, InputError
-from mlaconvert.model.attention.kernel import AttentionMode, AttentionPlan, Segment, segments_of
+from mlaconvert.model.attention.kernel import AttentionMode, AttentionPlan, Segment, by_token
 from mlaconvert.model.attention.latent import LatentAttention
 from mlaconvert.model.blocks import Block, Head, ImageEmbedding
 from mlaconvert.model.cache import LatentCache, Write, write_slots
@@ -193,12 +193,12 @@ class WanModel(nn.Module):
                     window=window,
                     mode=self.attention_mode,
                     turns={pairs: (queries.select(pairs), keys.select(pairs)) for pairs in self._pairs},
-                    segments=(Segment(slice(None), slice(None), window.past),),
+                    segments=(Segment(past=window.past),),
                 )
                 cache.plan = plan
             return plan
         turn = rotary(torch.arange(frames, device=device), height, width, split, dtype)
-        mask = None
+        mask: Tensor | None = None
         segments: tuple[Segment, ...] = ()
         if self.config.streaming is not None or chunks is not None:
             visible = chunk_mask(chunks or default_chunks(frames, self.config.streaming), self.config.streaming)
@@ -207,8 +207,7 @@ class WanModel(nn.Module):
                     f"chunks {list(chunks or ())} add up to {visible.shape[0]} frames, the clip has {frames}"
                 )
             if not visible.all():
-                mask = visible.repeat_interleave(height * width, 0).repeat_interleave(height * width, 1).to(device)
-                segments = segments_of(visible.to(device), height * width)
+                mask, segments = by_token(visible.to(device), height * width)
         return AttentionPlan(query_rotary=turn, key_rotary=turn, mask=mask, mode=self.attention_mode, segments=segments)
 
     def embed_patches(self, latents: Tensor, image_latents: Tensor | None) -> tuple[Tensor, tuple[int, int, int]]:

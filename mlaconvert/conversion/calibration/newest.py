@@ -32,7 +32,7 @@ def newest_pass(batch: Inputs, student: LatentAttention) -> NewestPass:
         query_rotary=Rotary(turn.cos[first:], turn.sin[first:]),
         key_rotary=Rotary(turn.cos[:first], turn.sin[:first]),
         mode="expanded",
-        segments=(Segment(slice(None), slice(None), slice(None)),),
+        segments=(Segment(),),
     )
     return NewestPass(student.own_chunk(batch.x[:, first:], plan), student.compress(batch.x[:, :first]), plan)
 

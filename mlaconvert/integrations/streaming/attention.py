@@ -88,7 +88,7 @@ class Turns:
                 keys,
                 window=_written(place.start, place.end, device),
                 mode="auto",
-                segments=(Segment(slice(None), own, past),),
+                segments=(Segment(own=own, past=past),),
             )
             self._chunk = (key, plan)
         return self._chunk[1]

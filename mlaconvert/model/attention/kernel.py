@@ -28,9 +28,9 @@ class Segment(NamedTuple):
     from latents.
     """
 
-    queries: Tokens
-    own: Tokens
-    past: Tokens
+    queries: Tokens = slice(None)
+    own: Tokens = slice(None)
+    past: Tokens = slice(None)
 
 
 def take(x: Tensor, tokens: Tokens, dim: int = 1) -> Tensor:
@@ -55,6 +55,11 @@ def segments_of(visible: Tensor, size: int = 1) -> tuple[Segment, ...]:
         own, past = (_tokens(which, size) for which in (mutual[start], visible[start] & ~mutual[start]))
         segments.append(Segment(slice(start * size, end * size), own, past))
     return tuple(segments)
+
+
+def by_token(visible: Tensor, size: int) -> tuple[Tensor, tuple[Segment, ...]]:
+    """The mask of tokens, bool [F * size, F * size], and the segments of a pass for `segments_of`'s arguments."""
+    return visible.repeat_interleave(size, 0).repeat_interleave(size, 1), segments_of(visible, size)
 
 
 def _tokens(chosen: Tensor, size: int) -> Tokens:
@@ -127,6 +132,12 @@ def widen(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
+def padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [..., D] widened to one width that the fused kernels take."""
+    width = kernel_width(q.shape[-1], v.shape[-1])
+    return widen(q, width), widen(k, width), widen(v, width)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
     """Softmax attention: [B, N, H, Dq], [B, M, H, Dq], [B, M, H, Dv] -> [B, N, H, Dv]."""
     scale, value = scale or q.shape[-1] ** -0.5, v.shape[-1]
@@ -138,8 +149,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | 
             scores = scores + torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))
         out = scores.softmax(-1).to(v.dtype) @ v
     else:
-        width = kernel_width(q.shape[-1], value)
-        q, k, v = (widen(x, width) for x in (q, k, v))
+        q, k, v = padded(q, k, v)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[..., :value]
     return out.transpose(1, 2)
 
@@ -182,13 +192,12 @@ def _attend_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, 
     """Attention [B, N, H, Dv] and the log-sum-exp of its scores [B, N, H]; None where no kernel gives both."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return None
-    value, width = v.shape[-1], kernel_width(q.shape[-1], v.shape[-1])
-    q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))
-    q, k, v = (widen(x, width) for x in (q, k, v))
+    value = v.shape[-1]
+    q, k, v = padded(*(x.to(v.dtype).transpose(1, 2) for x in (q, k, v)))
     half = v.dtype in (torch.float16, torch.bfloat16)
     if q.device.type == "cpu":
         out, lse = _LSE_KERNELS["cpu"](q, k, v, scale=scale)
-    elif q.device.type == "cuda" and half and width <= 256:
+    elif q.device.type == "cuda" and half and q.shape[-1] <= 256:
         out, lse = _LSE_KERNELS["cuda half"](q, k, v, scale=scale)[:2]
     elif q.device.type == "cuda" and v.dtype == torch.float32:
         out, lse = _LSE_KERNELS["cuda"](q, k, v, None, True, scale=scale)[:2]
