@@ -29,6 +29,7 @@ from mlaconvert.files.store import check_floats, read_tensors
 from mlaconvert.files.whole import write_whole
 
 NULL_CONTEXT = "null_context.safetensors"
+BATCH, BATCH_TOKENS = 8, 2**14  # clips that go through a model at once, and their tokens, but for long clips
 _NAMED = 20  # clips of a shard that a message names
 _MOST_VALUES = 1 << 27  # of one clip: five minutes of 480 x 832 pixels
 BadShards = Literal["refuse", "skip"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mlaconvert.clips.folder import ClipFolder, Clips, clip_files, load_clips, load_shard, save_shard
+from mlaconvert.clips.folder import BATCH_TOKENS, ClipFolder, Clips, clip_files, load_clips, load_shard, save_shard
 from mlaconvert.clips.teacher_made import OwnClips
 from mlaconvert.clips.tiny.clips import training_clips
 from mlaconvert.config.geometry import WanConfig
@@ -23,7 +23,7 @@ from mlaconvert.conversion.calibration.refit_model import refit_model, with_atte
 from mlaconvert.conversion.calibration.run import Calibration, KeptWalk, Task, calibrate, refit_layers
 from mlaconvert.conversion.calibration.store import MOMENTS_VERSION, moments_file
 from mlaconvert.conversion.calibration.target import Target
-from mlaconvert.conversion.calibration.windows import BATCH_TOKENS, Losses, scratch_bytes
+from mlaconvert.conversion.calibration.windows import Losses, scratch_bytes
 from mlaconvert.conversion.from_weights import LayerReport, layer_report
 from mlaconvert.conversion.plan import ConversionPlan, mla_of
 from mlaconvert.conversion.recipes import CALIBRATION_FRAMES, regime_of, token_grid

@@ -87,8 +87,7 @@ def convert(
     ranks = meet()
     chosen_device = resolve_device(ranks.device(str(device)))
     with ranks.alive(), open_models(source) as checkpoints:
-        plans = _plans(checkpoints, recipe, streaming or {}, setup, as_source(source).subfolder)
-        plans = {name: on_device(plan, chosen_device) for name, plan in plans.items()}
+        plans = _plans(checkpoints, recipe, streaming or {}, setup, as_source(source).subfolder, chosen_device)
         staging = Staging(folder, "convert", overwrite=output.overwrite)
         if ranks.speaks:
             _check_output(staging, checkpoints, plans)
@@ -138,8 +137,7 @@ def preview(
     setup.check(recipe.init)
     chosen_device = resolve_device(str(device))
     with open_models(source) as checkpoints:
-        plans = _plans(checkpoints, recipe, streaming or {}, setup, as_source(source).subfolder)
-        plans = {name: on_device(plan, chosen_device) for name, plan in plans.items()}
+        plans = _plans(checkpoints, recipe, streaming or {}, setup, as_source(source).subfolder, chosen_device)
         if output is not None and folder is not None:
             _check_output(Staging(folder, "convert", overwrite=as_output(output).overwrite), checkpoints, plans)
         _announce(checkpoints, plans, recipe, streaming or {}, listener or Listener())
@@ -152,16 +150,20 @@ def _plans(
     settings: Mapping[str, Any],
     setup: CalibrationSetup,
     subfolder: str | None,
+    device: torch.device,
 ) -> dict[str, ConversionPlan]:
     """Each model's plan. Raises InputError for a recipe that does not fit, or clips that are missing."""
     for checkpoint in checkpoints.values() if recipe.init == "calibrated" else ():
         checkpoint.check_runs()
     plans = {
-        name: plan_conversion(
-            checkpoint,
-            with_settings(recipe, checkpoint.config, settings),
-            subfolder=name or subfolder or "",
-            method=setup.method,
+        name: on_device(
+            plan_conversion(
+                checkpoint,
+                with_settings(recipe, checkpoint.config, settings),
+                subfolder=name or subfolder or "",
+                method=setup.method,
+            ),
+            device,
         )
         for name, checkpoint in checkpoints.items()
     }

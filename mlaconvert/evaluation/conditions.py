@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mlaconvert.clips.folder import Clips, load_clips
+from mlaconvert.clips.folder import BATCH, BATCH_TOKENS, Clips, load_clips
 from mlaconvert.clips.teacher_made import OwnClips
 from mlaconvert.clips.tiny.clips import held_back, null_context
 from mlaconvert.config.geometry import default_video
@@ -17,7 +17,6 @@ from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.provenance import draws_clips
 from mlaconvert.errors import ConfigError
 from mlaconvert.evaluation.drift import RolloutPlan
-from mlaconvert.evaluation.losses import BATCH, BATCH_TOKENS
 from mlaconvert.evaluation.request import Request, SourceRecord
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.model.schedule import Sampler

@@ -9,16 +9,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from mlaconvert.clips.folder import Clips
+from mlaconvert.clips.folder import BATCH, BATCH_TOKENS, Clips
 from mlaconvert.errors import InputError
 from mlaconvert.model.blocks import Block
 from mlaconvert.model.schedule import add_noise, warp
 from mlaconvert.model.wan import WanModel
 from mlaconvert.model.window import default_chunks
 from mlaconvert.progress import Counter, Progress, silent
-
-BATCH = 8
-BATCH_TOKENS = 16384  # clips of more tokens than this go through the models one by one
 
 
 @dataclass(frozen=True, kw_only=True)

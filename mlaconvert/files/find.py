@@ -11,12 +11,13 @@ from mlaconvert.errors import CheckpointError
 from mlaconvert.files.headers import read_index
 from mlaconvert.files.hub_cache import checked_subfolder, download, list_repo, split_hub_id
 from mlaconvert.files.inputs import is_folder, read_json
-from mlaconvert.files.names import CONFIG_NAME, PICKLE_SUFFIXES, is_gguf, is_index, is_pickle, is_safetensors
+from mlaconvert.files.names import CONFIG_NAME, PICKLE_SUFFIXES, is_index
 from mlaconvert.files.select import (
     NON_BLOCK,
     SHARD,
     block_files,
     find_experts,
+    is_weights,
     list_folder,
     local_path,
     offer_experts,
@@ -106,7 +107,7 @@ def _open_local(source: str, path: Path, revision: str | None) -> TensorStore:
                 store.close()
                 raise CheckpointError(f"{path}: it {kind} {min(names)!r}, against its shards; download the files again")
         return store
-    if not (is_safetensors(path.name) or is_pickle(path.name) or is_gguf(path.name)):
+    if not is_weights(path.name):
         raise CheckpointError(f"{path}: not a weight file (.safetensors, {', '.join(PICKLE_SUFFIXES)}, .gguf)")
     if SHARD.search(path.name):
         raise CheckpointError(f"{path}: one shard of several; give its folder {path.parent}")

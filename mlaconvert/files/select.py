@@ -63,7 +63,7 @@ def local_path(source: str | os.PathLike[str], revision: str | None) -> Path | N
         return path
     if path.is_symlink():
         raise CheckpointError(f"{path}: it is a link that leads nowhere; mend it, or give another path")
-    looks_like_file = text.count("/") == 1 and _is_weights(text)
+    looks_like_file = text.count("/") == 1 and is_weights(text)
     if isinstance(source, str) and _HUB_ID.fullmatch(text) and not looks_like_file:
         if not {".", ".."}.isdisjoint(text.split("/")):
             raise CheckpointError(f"{text!r} leads outside its repository; give user/repo or user/repo/folder")
@@ -129,7 +129,7 @@ def select(names: Sequence[str], where: str) -> str:
         is_safetensors(found) or is_index(found)
     ):  # another kind comes after the folder that is named for it
         inner = [n.removeprefix("transformer/") for n in names if n.startswith("transformer/")]
-        if any(_is_weights(n) for n in inner):
+        if any(is_weights(n) for n in inner):
             return "transformer/" + select(inner, f"{where}/transformer")
     return found or _select_below(names, where)
 
@@ -143,13 +143,14 @@ def block_files(chosen: str, names: Iterable[str]) -> list[str]:
     return [n for n in inside if _BLOCK_FILE.fullmatch(n.rpartition("/")[2])]
 
 
-def _is_weights(name: str) -> bool:
+def is_weights(name: str) -> bool:
+    """Whether a file of this name is one of weights that can be read."""
     return is_safetensors(name) or is_pickle(name) or is_gguf(name)
 
 
 def _select_here(here: Sequence[str], where: str) -> str | None:
     """The weight file or index among files of one folder; None without any."""
-    weights = [n for n in here if _is_weights(n)]
+    weights = [n for n in here if is_weights(n)]
     models = [n for n in weights if not _OTHER_WEIGHTS.search(n)]
     adapters = [n for n in weights if "lora" in n.lower()]
     models = [n for n in models if n not in adapters] or adapters
@@ -182,7 +183,7 @@ def _select_below(names: Sequence[str], where: str) -> str:
             folders.setdefault(folder, []).append(file)
     found = []
     for folder, files in folders.items():
-        chosen = _select_here(files, f"{where}/{folder}") if any(map(_is_weights, files)) else None
+        chosen = _select_here(files, f"{where}/{folder}") if any(map(is_weights, files)) else None
         found += [f"{folder}/{chosen}"] if chosen is not None else []
     if len(found) > 1:
         shown = ", ".join(found[:4]) + (", ..." if len(found) > 4 else "")
@@ -195,7 +196,7 @@ def _select_below(names: Sequence[str], where: str) -> str:
             f"{inside}: a sharded training state (.distcp); gather it with `python -m torch.distributed.checkpoint."
             f"format_utils dcp_to_torch {inside} model.pt`, and give model.pt"
         )
-    others = [n for n in names if _is_weights(n)]
+    others = [n for n in names if is_weights(n)]
     there = f"; {', '.join(others[:3])} is no transformer by its name, and can be named" if others else ""
     raise CheckpointError(
         f"{where}: it holds no weights ({', '.join(SAFETENSORS_SUFFIXES[:1] + PICKLE_SUFFIXES)}, .gguf){there}"

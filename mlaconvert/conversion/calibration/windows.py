@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlaconvert.clips.folder import Clips
+from mlaconvert.clips.folder import BATCH, BATCH_TOKENS, Clips
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import Present
 from mlaconvert.config.streaming import StreamingConfig
@@ -26,7 +26,6 @@ from mlaconvert.errors import ConfigError
 from mlaconvert.model.schedule import Sampler, add_noise, warp
 from mlaconvert.model.window import window_views
 
-BATCH, BATCH_TOKENS = 8, 2**14  # clips that go through the model at once, and their tokens, but for long clips
 BATCH_SCALARS = 2**22  # of one activation of a batch
 PROBE_SCALARS = 2**27  # of the probes' activations of one followed model
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from calibrate_cases import EVERY, FEW, HEADS, SMALL, WIDTH, falling, make_clips, make_layer, make_sweep, nth, target
 
+from mlaconvert.clips.folder import BATCH
 from mlaconvert.config.mla import KeyNorm, MLALayer, RopeMode
 from mlaconvert.conversion.calibration.measure import layer_moments
 from mlaconvert.conversion.calibration.method import Method
@@ -17,7 +18,6 @@ from mlaconvert.conversion.calibration.newest import attention_error
 from mlaconvert.conversion.calibration.refit import refit_output, refit_query
 from mlaconvert.conversion.calibration.target import ErrorTable, share_budget
 from mlaconvert.conversion.calibration.walk import LayerWalk
-from mlaconvert.conversion.calibration.windows import BATCH
 from mlaconvert.families.open import open_checkpoint
 from mlaconvert.latent.components import choose_components
 

@@ -11,9 +11,10 @@ from calibrate_cases import DIM, EVERY, EXACT, FEW, SMALL, STREAMING, TOKENS, ma
 from support import relative
 from torch import Tensor
 
+from mlaconvert.clips.folder import BATCH
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.calibration.measure import layer_moments
-from mlaconvert.conversion.calibration.windows import BATCH, Regime, windows
+from mlaconvert.conversion.calibration.windows import Regime, windows
 from mlaconvert.families.open import open_checkpoint
 from mlaconvert.model.load import load_model
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from calibrate_cases import FEW, STREAMING, make_clips
 
+from mlaconvert.clips.folder import BATCH
 from mlaconvert.config.streaming import StreamingConfig
-from mlaconvert.conversion.calibration.windows import BATCH, Regime, windows
+from mlaconvert.conversion.calibration.windows import Regime, windows
 from mlaconvert.errors import ConfigError
 
 # Frames seen and frames of each chunk, as a clip goes by.
