@@ -26,6 +26,8 @@ COPIED = "copied"  # the note that all tensors that pass through are on the disk
 SPLITS = "splits"  # how a calibration divides each layer's scalars
 REFIT = "refit"  # the losses of a refit of the whole model, whose tensors lie beside the note
 _RUN = "run.json"
+# Fields of a recipe that earlier versions did not note, as they then were.
+_UNTIL_PASTS = {"present": "latent", "noisy_past": 0.0, "refit_steps": None}
 
 
 def identity(
@@ -83,7 +85,12 @@ class Journal:
     def begun(self) -> dict[str, Any]:
         """The identity of the run whose folder this is; {} of nobody's."""
         saved = self._load(_RUN)
-        return saved if isinstance(saved, dict) else {}
+        if not isinstance(saved, dict):
+            return {}
+        for of in (name.removeprefix("init") for name in list(saved) if name == "init" or name.startswith("init of ")):
+            if saved[f"init{of}"] != "calibrated":  # whose method changed with them
+                saved = {f"{field}{of}": value for field, value in _UNTIL_PASTS.items()} | saved
+        return saved
 
     def finished(self) -> int:
         """How many layers are finished, of all models."""

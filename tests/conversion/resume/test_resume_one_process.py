@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import torch
 from resume_cases import ENVIRONMENT, SVD, interrupted, kill
 from safetensors.torch import load_file, save_file
 
+from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion import from_clips as calibrated
 from mlaconvert.conversion import from_weights, job
 from mlaconvert.conversion import from_weights as layers
@@ -92,6 +94,32 @@ def test_half_done_work_of_earlier_versions_is_gone_on_from(source: Path, tmp_pa
     interrupted(source, tmp_path / "other", 3, calibrated, data=method)
     assert json.loads((tmp_path / ".other.partial" / "run.json").read_text())["without"] == ["rho", "refit"]
     with pytest.raises(ConfigError, match=r"holds a conversion with another without"):
+        convert(source, tmp_path / "other", calibrated)
+
+
+def test_work_from_before_an_exact_present_is_gone_on_from_unless_calibrated(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, made: list[int]
+) -> None:
+    def forget_pasts(name: str) -> None:
+        record = tmp_path / f".{name}.partial" / "run.json"
+        begun = json.loads(record.read_text())
+        for field in ("present", "noisy_past", "refit_steps"):
+            del begun[field]
+        record.write_text(json.dumps(begun))
+
+    kept = int(re.findall(r"\d", interrupted(source, tmp_path / "out", 3))[0])
+    forget_pasts("out")
+    with pytest.raises(ConfigError, match="holds a conversion with another"):
+        convert(source, tmp_path / "out", dataclasses.replace(SVD, q_rank="none", streaming=StreamingConfig(),
+                                                              present="exact"))  # fmt: skip
+    made.clear()
+    convert(source, tmp_path / "out", SVD)
+    assert made == list(range(kept, 4))
+    assert kill.snapshot(tmp_path / "out") == expected
+    calibrated = ConvertRecipe(clips=2, height=32, width=64)
+    interrupted(source, tmp_path / "other", 3, calibrated)
+    forget_pasts("other")
+    with pytest.raises(ConfigError, match="holds a conversion with another"):
         convert(source, tmp_path / "other", calibrated)
 
 
