@@ -1,4 +1,4 @@
-"""The walkthroughs in examples/ run as they are printed, on small checkpoints in the published layouts.
+"""The walkthroughs in docs/ run as they are printed, on small checkpoints in the published layouts.
 
 Their Hub ids lie on a Hub of this test's own: one layer of width 256 in place of thirty of 1536, a text encoder and a
 VAE of random weights. Put in place of what is too large, or not here:
@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,8 @@ import pytest
 import torch
 import wan_base
 import yaml
-from command_line import invoke, options
-from documents import shell_lines
+from command_line import invoke
+from documents import page, shell_lines
 from hub_server import Blob, Hub
 from safetensors.torch import save
 from support import randomize
@@ -40,7 +38,6 @@ from mlaconvert.model.wan import WanModel
 # The client's own way of sending files.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 CONFIG = WanConfig(dim=256, num_heads=2, num_layers=1, ffn_dim=40, freq_dim=16, text_dim=wan_base.TEXT_DIM)
 BASE = "Wan-AI/Wan2.1-T2V-1.3B"
 STREAMING = {"chunk_frames": 1, "window_frames": 3, "sink_frames": 0}
@@ -188,13 +185,13 @@ def run(words: list[str], folder: Path) -> str:
 @pytest.mark.slow
 def test_from_wan21_to_a_published_model(published: Hub, place: Path, tmp_path: Path) -> None:
     """wan21.md, and publish.md with the model that it leaves."""
-    for words in shell_lines((EXAMPLES / "wan21.md").read_text()):
+    for words in shell_lines(page("docs/walkthroughs/wan21.md")):
         run(words, tmp_path / "recipes")
     made = {path.name for path in place.iterdir()}
     assert made >= {"spectra.png", "clips", "wan-mla", "wan-svd", "report.html", "budgets", "splits", "fox.mp4"}
     for name in ("budgets", "splits", "calibrated"):
         assert (place / name / "sweep.png").is_file()
-    for words in shell_lines((EXAMPLES / "publish.md").read_text()):
+    for words in shell_lines(page("docs/walkthroughs/publish.md")):
         run(words, tmp_path / "recipes")
     files = published.repos["alice/wan-mla"].files
     assert set(files) >= {WEIGHTS_NAME, CONFIG_NAME, "conversion.json", "evaluation.json", "README.md"}
@@ -203,7 +200,7 @@ def test_from_wan21_to_a_published_model(published: Hub, place: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_a_self_forcing_checkpoint(published: Hub, place: Path, tmp_path: Path) -> None:
-    for words in shell_lines((EXAMPLES / "convert_self_forcing.md").read_text()):
+    for words in shell_lines(page("docs/walkthroughs/self_forcing.md")):
         run(words, tmp_path / "recipes")
     (lora,) = json.loads((place / "longlive-mla" / "conversion.json").read_text())["source"]["loras"]
     assert lora["name"] == "lora.pt"
@@ -212,25 +209,8 @@ def test_a_self_forcing_checkpoint(published: Hub, place: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_healing_on_one_and_on_eight_gpus(published: Hub, place: Path, tmp_path: Path) -> None:
-    for words in shell_lines((EXAMPLES / "heal.md").read_text()):
+    for words in shell_lines(page("docs/walkthroughs/heal.md")):
         run(words, tmp_path / "recipes")
     stages = [json.loads((place / name / "healing.json").read_text())["recipe"]["stage"]
               for name in ("wan-healed", "stage1", "stage2", "stage3", "wan-sharded")]  # fmt: skip
     assert stages == ["distill", "teacher-forcing", "consistency", "dmd", "distill"]
-
-
-def test_every_page_is_listed() -> None:
-    """The index names every walkthrough, and each shows at least one command or snippet."""
-    index = (EXAMPLES / "README.md").read_text()
-    for path in EXAMPLES.glob("*.md"):
-        assert path.name == "README.md" or f"]({path.name})" in index, path.name
-
-
-@pytest.mark.parametrize("page", sorted(path.name for path in EXAMPLES.glob("*.md")))
-def test_options_that_a_page_names_exist(page: str) -> None:
-    text = (EXAMPLES / page).read_text()
-    inline = [shlex.split(line) for line in re.findall(r"`(mlaconvert [^`\n]+)`", text)]
-    for words in (*shell_lines(text), *inline):
-        if "mlaconvert" in words[:-1]:
-            command, *rest = words[words.index("mlaconvert") + 1 :]
-            assert options()[command].issuperset(word.split("=")[0] for word in rest if word.startswith("--")), words

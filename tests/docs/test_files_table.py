@@ -283,7 +283,7 @@ CAPTIONS: dict[str, tuple[str, bytes]] = {
 
 def table(heading: str) -> dict[str, str]:
     """Layout -> what becomes of it, of one of the tables."""
-    text = (ROOT / "examples" / "files.md").read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    text = (ROOT / "docs" / "files.md").read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (.+?) \| (.+?) \|$", text, re.MULTILINE)
     return dict(rows[1:])  # the first is its head
 

@@ -12,7 +12,7 @@ tomllib = pytest.importorskip("tomllib")
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
-UNTESTED = {"pdoc", "tensorboard"}  # of extras that the tests do without
+UNTESTED = {"tensorboard"}  # of extras that the tests do without
 
 
 def requirements() -> list[Requirement]:

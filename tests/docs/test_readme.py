@@ -1,18 +1,17 @@
-"""What the README shows is what the program does."""
+"""What the README shows is what the program does, and the format and the recipes are what their pages say."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import re
-import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import invoke, options
-from documents import blocks, shell_lines
+from command_line import invoke
+from documents import ROOT, blocks, commands, page
 
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import MLAConfig, MLALayer
@@ -20,44 +19,18 @@ from mlaconvert.conversion.recipes import load_recipe
 from mlaconvert.families.wan import WanFamily
 from mlaconvert.files.shipped import recipe_names
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-DOCUMENTS = [path.relative_to(ROOT).as_posix() for folder in ("", "examples") for path in (ROOT / folder).glob("*.md")]
-
-
-def commands() -> list[list[str]]:
-    """Arguments of every `mlaconvert` call that the README shows, in code blocks and in running text."""
-    inline = [shlex.split(line, comments=True) for line in re.findall(r"`(mlaconvert [^`\n]+)`", README)]
-    return [words[1:] for words in (*shell_lines(README), *inline) if words[0] == "mlaconvert"]
-
-
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_local_links_resolve(document: str) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / document).read_text()):
-        if "://" not in target:
-            assert ((ROOT / document).parent / target.partition("#")[0]).exists(), target
+README = page("README.md")
 
 
 def test_the_first_screen_shows_what_one_gets() -> None:
-    """A picture, three commands and one table within the first lines."""
-    screen = "\n".join(README.splitlines()[:25])
-    assert re.search(r"!\[.+\]\(examples/.+\.png\)", screen)
-    (shown,) = blocks(screen, "bash")
-    assert len(shown.splitlines()) == 3
+    """What it does and does not, a picture, and one table with both losses within the first lines."""
+    screen = "\n".join(README.splitlines()[:32])
+    assert "Speed does not" in screen
+    assert re.search(r"!\[.+\]\(docs/images/.+\.png\)", screen)
     assert len(re.findall(r"^\|.*\|$", screen, re.MULTILINE)) == 7
-
-
-def test_commands_and_their_options_exist() -> None:
-    shown = [words for words in commands() if not words[0].startswith("-")]
-    assert {words[0] for words in shown} >= {"analyze", "convert", "demo"}
-    for name, *words in shown:
-        assert options()[name].issuperset(word.split("=")[0] for word in words if word.startswith("--")), name
-
-
-def test_options_named_in_the_text_exist() -> None:
-    named = re.findall(r"`(--[a-z-]+)", README)
-    assert named
-    assert not set(named).difference(*options().values())
+    assert "behind clean pasts" in screen
+    assert "with noisy pasts" in screen
+    assert len(README.splitlines()) <= 160
 
 
 @pytest.mark.slow
@@ -65,14 +38,14 @@ def test_the_three_commands_and_the_python_snippet_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    short = [words for words in commands() if words[0] in ("analyze", "convert") and "--init" not in words]
+    short = [words for words in commands(README) if words[0] in ("analyze", "convert")]
     three = [words for words in short if any(word.startswith("tiny") for word in words)]
     assert [words[0] for words in three] == ["analyze", "convert", "analyze"]
     for words in three:
         result = invoke(*words, *(("--clips", "2") if words[0] == "convert" else ()))  # not 40, for time's sake
         assert result.exit_code == 0, result.stderr
     files = {path.name for path in (tmp_path / "tiny-mla").iterdir()}
-    table = README.split("## The output folder")[1].split("```")[0]
+    table = page("docs/format.md").split("```")[0]
     assert files == set(re.findall(r"^\| `([^`]+)`", table, re.MULTILINE))
     (snippet,) = blocks(README, "python")
     scope: dict[str, object] = {}
@@ -82,7 +55,7 @@ def test_the_three_commands_and_the_python_snippet_run(
 
 
 def test_recipes_are_listed_with_what_they_cache() -> None:
-    section = README.split("## Recipes")[1].split("##")[0]
+    section = page("docs/converting.md").split("## Recipes")[1].split("##")[0]
     listed = {name: int(count) for name, count in re.findall(r"^\| `(\S+)` \|.*\| (\d+) \|$", section, re.MULTILINE)}
     recipes = {name: load_recipe(name) for name in recipe_names()}
     assert listed == {
@@ -92,11 +65,11 @@ def test_recipes_are_listed_with_what_they_cache() -> None:
 
 
 def test_the_config_and_the_tensors_are_those_of_the_format() -> None:
-    (shown,) = blocks(README, "json")
-    example = MLAConfig.from_json(json.loads(shown)["mla"], "README.md")
+    (shown,) = blocks(page("docs/format.md"), "json")
+    example = MLAConfig.from_json(json.loads(shown)["mla"], "format.md")
     latent = example.layers[0]
     fields = {field.name for cls in (MLAConfig, MLALayer) for field in dataclasses.fields(cls)}
-    format_section = README.split("## The output folder")[1].split("Names follow")[0]
+    format_section = page("docs/format.md").split("Names follow")[0]
     assert fields <= set(re.findall(r"\w+", format_section))
     names: set[str] = set()
     assert latent is not None
@@ -111,7 +84,7 @@ def test_the_config_and_the_tensors_are_those_of_the_format() -> None:
         config = WanConfig(dim=1536, num_heads=12, num_layers=1, ffn_dim=64, mla=mla)
         prefix = "blocks.0.self_attn."
         names |= {name.removeprefix(prefix) for name in WanFamily().expected_shapes(config) if prefix in name}
-    section = README.split("Names follow DeepSeek-V2")[1].split("##")[0]
+    section = page("docs/format.md").split("Names follow DeepSeek-V2")[1].split("##")[0]
     found: set[str] = set()
     for module, leaf, second in re.findall(r"^\| `(\w+)\.(\w+)`(?:, `\.(\w+)`)?", section, re.MULTILINE):
         found |= {f"{module}.{one}" for one in (leaf, second) if one}

@@ -78,7 +78,7 @@ def test_no_results_and_two_runs_are_refused(tmp_path: Path) -> None:
 
 # --- the example ---------------------------------------------------------------------------------------------------
 
-EXAMPLE = (Path(__file__).parents[2] / "examples" / "vbench.md").read_text()
+EXAMPLE = (Path(__file__).parents[2] / "docs" / "walkthroughs" / "vbench.md").read_text()
 
 
 def test_the_example_names_the_six_dimensions_and_real_flags() -> None:

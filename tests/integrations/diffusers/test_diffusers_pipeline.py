@@ -281,7 +281,7 @@ def test_the_walkthrough_runs(
 ) -> None:
     """Every command and snippet of the page, with a small base, another recipe, and a CPU for the device."""
     pytest.importorskip("peft")
-    page = (Path(__file__).parents[3] / "examples" / "diffusers.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "integrations" / "diffusers.md").read_text()
     monkeypatch.chdir(tmp_path)
     base = tmp_path / "Wan-AI" / "Wan2.1-T2V-1.3B-Diffusers"
     pipeline(parts, diffusers.WanTransformer3DModel.from_pretrained(folders["source"])).save_pretrained(base)

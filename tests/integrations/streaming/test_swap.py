@@ -368,11 +368,11 @@ def test_chunks_that_do_not_fit(make: Any, folders: dict[str, Path], vectors: di
 def test_the_walkthroughs_snippets_run(
     make: Any, folders: dict[str, Path], vectors: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = (Path(__file__).parents[3] / "examples" / "self_forcing.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "integrations" / "streaming.md").read_text()
     (tmp_path / "sf-mla").symlink_to(folders["absolute"])
     monkeypatch.chdir(tmp_path)
     scope = {"pipeline": make()}
     for snippet in blocks(page, "python"):
-        exec(compile(snippet, "self_forcing.md", "exec"), scope)
+        exec(compile(snippet, "streaming.md", "exec"), scope)
     found = scope["pipeline"].twice(vectors["x_long"], vectors)
     assert relative(found, vectors["infrope.window6_sink1.out"]) < GOLDEN_TOLERANCE

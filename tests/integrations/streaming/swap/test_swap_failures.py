@@ -231,7 +231,7 @@ def test_the_pages_lines_for_longlive_run(
     for pipe in (dense, scope["pipeline"]):
         lora_on(pipe)
     monkeypatch.chdir(with_lora.parent)
-    (snippet,) = blocks((Path(__file__).parents[4] / "examples" / "codebases.md").read_text(), "python")
+    (snippet,) = blocks((Path(__file__).parents[4] / "docs" / "integrations" / "codebases.md").read_text(), "python")
     with pytest.warns(UserWarning, match="LoRA layers taken out"):
         exec(compile(snippet, "codebases.md", "exec"), scope)
     expected = dense.twice(vectors["x_long"], vectors)
