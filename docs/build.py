@@ -34,7 +34,15 @@ def command_line() -> str:
     """Every command with its options, as Markdown."""
     root: Any = get_command(app)
     text = get_docs_for_click(obj=root, ctx=typer.Context(root), name="mlaconvert")
-    return text.replace("# `mlaconvert`\n", "", 1)
+    # Its title is the page's, and its list of commands is cut short; examples are code.
+    text = text.replace("# `mlaconvert`\n", "", 1)
+    text = re.sub(r"^\*\*Commands\*\*:\n\n(?:\* .*\n)+", "", text, flags=re.MULTILINE)
+    return re.sub(
+        r"^Examples:((?:\n\nmlaconvert .*)+)",
+        lambda match: "**Examples**:\n\n```bash\n" + re.sub(r"\n\n", "\n", match[1]).strip() + "\n```",
+        text,
+        flags=re.MULTILINE,
+    )
 
 
 def moved(text: str, file: str) -> str:

@@ -2,8 +2,8 @@
 
     python examples/show_tiny.py                       # writes examples/tiny.png
 
-Below the loss, three 60-frame rollouts: three given frames of a held-back clip and what the model makes of them, every
-sixth frame, above the clip itself; then two videos from noise and a caption alone.
+Below the loss, three 60-frame rollouts: three given frames of a held-back clip and what the model makes of them, eight
+frames of it, above the clip itself; then two videos from noise and a caption alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mlaconvert import LatentSize, Sampler, load_model, rollout
 from mlaconvert.clips import tiny
 from mlaconvert.clips.tiny.clips import HEIGHT, HELD_BACK, WIDTH, embed_captions, null_context, sample_scenes
 from mlaconvert.demo import CAPTIONS, FRAMES, GUIDANCE, STEPS, generate
-from mlaconvert.generation.movies import contact_sheet
+from mlaconvert.generation.sheets import contact_sheet
 from mlaconvert.model.rollout import Given
 
 
@@ -33,8 +33,8 @@ def main() -> None:
         sampler=Sampler.many_step(STEPS, guidance=GUIDANCE),
     )
     strips = [
-        contact_sheet([generate(model), scenes.draw(torch.arange(FRAMES))]),
-        contact_sheet([torch.cat(list(fresh), 2)]),
+        contact_sheet([generate(model), scenes.draw(torch.arange(FRAMES))], ["continued", "drawn"], given=3),
+        contact_sheet([torch.cat(list(fresh), 2)], ["from noise"]),
     ]
     figure = Figure(figsize=(10, 10), layout="constrained")
     axes = figure.subplots(3, 1, height_ratios=[1.2, 3, 1])
@@ -44,7 +44,7 @@ def main() -> None:
     for axis, strip, title in zip(
         axes[1:],
         strips,
-        ("continued (above) and drawn (below), every sixth frame", "from noise and a caption"),
+        ("continued from three given frames, beside the drawn clip", "from noise and a caption"),
         strict=True,
     ):
         axis.imshow(strip)

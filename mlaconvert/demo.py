@@ -27,7 +27,8 @@ from mlaconvert.evaluation.report import EvaluationReport, make_report
 from mlaconvert.files.inputs import read_json
 from mlaconvert.files.names import CONVERSION_NAME
 from mlaconvert.files.output import Output
-from mlaconvert.generation.movies import contact_sheet, save_movie, side_by_side
+from mlaconvert.generation.movies import save_movie
+from mlaconvert.generation.sheets import contact_sheet, side_by_side
 from mlaconvert.listener import Listener
 from mlaconvert.model.load import load_model
 from mlaconvert.model.schedule import Sampler
@@ -42,7 +43,7 @@ CLIPS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """What the demo found; `sheet` shows the teacher's frames above the student's, `movie` both side by side."""
+    """What the demo found; `sheet` has rows of frames, the teacher's above the student's, `movie` both side by side."""
 
     analysis: Analysis
     report: ConversionReport
@@ -133,9 +134,9 @@ def run_demo(output: Path, listener: DemoListener | None = None, *, overwrite: b
     told.say(_rolled_out(found))
     sheet, movie = output / "frames.png", output / "frames.gif"
     if found.teacher_video is not None and found.video is not None:
-        videos = [found.teacher_video, found.video]
-        contact_sheet(videos).save(sheet)
-        save_movie(side_by_side(videos), movie)
+        videos, names = [found.teacher_video, found.video], ["teacher", "converted"]
+        contact_sheet(videos, names, given=plan.given).save(sheet)
+        save_movie(side_by_side(videos, names), movie)
     return Demo(
         analysis=analysis,
         report=report,
@@ -150,7 +151,8 @@ def _analysed(analysis: Analysis) -> str:
     kept = analysis.summary()["energy_at_budget"].median
     return (
         f"A latent of {analysis.kv_rank} channels in place of {2 * analysis.dim} for keys and values keeps "
-        f"{percent(kept)} of the weights' energy in the median layer. By their weights alone little would be left."
+        f"{percent(kept)} of the weights' energy in the median layer. Weights must serve any input, so by themselves "
+        "little would be left; the inputs that really come need far fewer channels, and the next stage looks at those."
     )
 
 

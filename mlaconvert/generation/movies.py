@@ -10,7 +10,6 @@ from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -32,21 +31,17 @@ def to_image(pixels: Tensor, scale: int = SCALE) -> Image.Image:
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def contact_sheet(videos: list[Tensor], columns: int = 10) -> Image.Image:
-    """Frames at even steps in time of videos [N, 3, F, H, W]: a row per model below each other, clip by clip."""
-    picked = torch.linspace(0, videos[0].shape[2] - 1, columns).round().long()
-    rows = [video[row, :, picked] for row in range(len(videos[0])) for video in videos]  # [3, columns, H, W]
-    return to_image(torch.cat([torch.cat(list(row.unbind(1)), 2) for row in rows], 1))
+def save_movie(
+    frames: Iterable[Tensor] | Iterable[Image.Image],
+    path: Path,
+    *,
+    fps: int = FPS,
+    scale: int = SCALE,
+    comment: str = "",
+) -> None:
+    """Write frames [3, H, W], enlarged by `scale`, or pictures as a GIF or MP4, by the path's ending.
 
-
-def side_by_side(videos: list[Tensor]) -> Iterator[Tensor]:
-    """Frames [3, N * H, models * W] of videos [N, 3, F, H, W]: models from left to right, clips from top to bottom."""
-    for i in range(videos[0].shape[2]):
-        yield torch.cat([torch.cat(list(video[:, :, i].unbind(0)), 1) for video in videos], 2)
-
-
-def save_movie(frames: Iterable[Tensor], path: Path, *, fps: int = FPS, scale: int = SCALE, comment: str = "") -> None:
-    """Write frames [3, H, W] as a GIF or MP4, by the path's ending; the file appears whole or not at all.
+    The file appears whole or not at all.
 
     An MP4 is written frame by frame, with a `comment` that players can show; a GIF lies in memory and has none.
 
@@ -56,7 +51,7 @@ def save_movie(frames: Iterable[Tensor], path: Path, *, fps: int = FPS, scale: i
     if path.suffix not in (".gif", ".mp4"):
         raise InputError(f"{path}: a movie ends in .gif or .mp4")
     staged = path.with_name(f".{os.getpid()}.partial{path.suffix}")
-    images = (to_image(frame, scale) for frame in frames)
+    images = (frame if isinstance(frame, Image.Image) else to_image(frame, scale) for frame in frames)
     try:
         if path.suffix == ".gif":
             _save_gif(images, staged, fps)

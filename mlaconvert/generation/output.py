@@ -9,9 +9,10 @@ from torch import Tensor
 
 from mlaconvert.base.vae import Vae
 from mlaconvert.files.staging import disk_errors
-from mlaconvert.generation.movies import can_write_mp4, contact_sheet, save_movie
+from mlaconvert.generation.movies import can_write_mp4, save_movie
 from mlaconvert.generation.plan import GenerationPlan
 from mlaconvert.generation.request import FPS, KEPT, Movie
+from mlaconvert.generation.sheets import contact_sheet
 from mlaconvert.progress import Progress
 
 SHEET_NAME = "frames.png"
@@ -22,7 +23,8 @@ def save_pictures(latents: Tensor, folder: Path, seeds: Sequence[int], ending: s
     names = [f"video-{seed}{ending}" for seed in seeds]
     for video, name in zip(latents, names, strict=True):
         save_movie(video.unbind(1), folder / name, fps=FPS)
-    contact_sheet([latents]).save(folder / SHEET_NAME)
+    rows = [latents[number : number + 1] for number in range(len(latents))]
+    contact_sheet(rows, [f"seed {seed}" for seed in seeds]).save(folder / SHEET_NAME)
     return [*names, SHEET_NAME]
 
 

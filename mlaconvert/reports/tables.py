@@ -80,7 +80,15 @@ def analysis_table(analysis: Analysis) -> Table:
         notes.append("Random: Gaussian factors of the same shapes. A rank like theirs proves no learning.")
     notes.append("The effective rank of weights does not predict quality after healing.")
     if analysis.weighted:
-        notes.append("Weighted: by the inputs that arrive, and what attention makes of them.")
+        notes.append(
+            "Weighted: by the inputs that arrive, and what attention makes of them. Weights must serve any input, so "
+            "their own error is high; a calibrated conversion is fitted to those that arrive."
+        )
+    elif analysis.dense:
+        notes.append(
+            "The error is high because weights must serve any input. Those that arrive need far fewer channels, and a "
+            "calibrated conversion (the default) is fitted to them: --calibrated shows what that makes of the error."
+        )
     table = Table(title="Weight spectra of self-attention", collapse_padding=bool(analysis.dense and analysis.latent))
     table.caption, table.caption_justify = "\n".join(notes), "left"
     table.add_column("layer", justify="right")

@@ -10,18 +10,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mlaconvert.generation.sheets import film_strip
+
 STRIP = 8  # frames of each video that the page shows
 _PIXELS = 960  # least width of a strip, so that small frames are enlarged without smoothing
 
 
 def previews(strips: Sequence[Tensor], *, pixels: bool) -> list[Tensor]:
-    """Strips [B, C, F, H, W] as RGB, uint8 [B, H, F * W, 3] each. The first one, the teacher's, sets the colours.
+    """Strips [B, C, F, H, W] as RGB, uint8 [B, F, H, W, 3] each. The first one, the teacher's, sets the colours.
 
     Latents that are `pixels` are RGB in [-1, 1]. Others are projected on the first three principal components of the
     teacher's channels; their 1st to 99th percentile spans black to full colour.
     """
     if pixels:
-        return [_tile((strip.clamp(-1, 1) + 1) / 2) for strip in strips]
+        return [_bytes((strip.clamp(-1, 1) + 1) / 2) for strip in strips]
     channels = strips[0].float().movedim(1, 0).flatten(1)  # [C, values]
     mean = channels.mean(1)
     _, vectors = torch.linalg.eigh(torch.cov(channels).reshape(len(mean), len(mean)))
@@ -34,21 +36,22 @@ def previews(strips: Sequence[Tensor], *, pixels: bool) -> list[Tensor]:
     for strip in strips:
         projected = torch.einsum("bcfhw,ck->bkfhw", strip.float() - mean[None, :, None, None, None], basis)
         rgb = ((projected - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
-        pictures.append(_tile(rgb.repeat(1, 3, 1, 1, 1)[:, :3]))  # one channel alone becomes grey
+        pictures.append(_bytes(rgb.repeat(1, 3, 1, 1, 1)[:, :3]))  # one channel alone becomes grey
     return pictures
 
 
-def _tile(rgb: Tensor) -> Tensor:
-    """[B, 3, F, H, W] in [0, 1] -> uint8 [B, H, F * W, 3]."""
-    return (255 * rgb).round().byte().permute(0, 3, 2, 4, 1).flatten(2, 3)
+def _bytes(rgb: Tensor) -> Tensor:
+    """[B, 3, F, H, W] in [0, 1] -> uint8 [B, F, H, W, 3]."""
+    return (255 * rgb).round().byte().permute(0, 2, 3, 4, 1).contiguous()
 
 
-def data_uri(picture: Tensor) -> str:
-    """uint8 [H, W, 3] as an inline PNG, small ones enlarged without smoothing."""
-    image = Image.fromarray(picture.contiguous().numpy())
-    scale = -(-_PIXELS // image.width)
+def data_uri(frames: Tensor) -> str:
+    """Frames, uint8 [F, H, W, 3], beside each other as an inline PNG, small ones enlarged without smoothing."""
+    images = [Image.fromarray(frame.numpy()) for frame in frames]
+    scale = -(-_PIXELS // (len(images) * images[0].width))
     if scale > 1:
-        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+        size = images[0].width * scale, images[0].height * scale
+        images = [image.resize(size, Image.Resampling.NEAREST) for image in images]
     buffer = io.BytesIO()
-    image.save(buffer, format="png", optimize=True)
+    film_strip(images).save(buffer, format="png", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

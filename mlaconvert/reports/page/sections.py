@@ -94,7 +94,8 @@ def _strips(report: EvaluationReport) -> str:
     rows = [("teacher", teacher), *((model.path, model.video) for model in report.models if model.video is not None)]
     pictures = previews([video[:, :, shown] for _, video in rows], pixels=report.pixels)
     plan = report.conditions["rollout"]
-    at = ", ".join(str(i) for i in shown.tolist())
+    given = plan["given_frames"]
+    numbers = "".join(f"<span>{i}{' (given)' if i < given else ''}</span>" for i in shown.tolist())
     figures = []
     for video in range(teacher.shape[0]):
         images = "".join(
@@ -103,7 +104,8 @@ def _strips(report: EvaluationReport) -> str:
             for (name, _), picture in zip(rows, pictures, strict=True)
         )
         figures.append(
-            f'<figure class="scroll" tabindex="0" role="group" aria-label="Video {video + 1}">{images}</figure>'
+            f'<figure class="scroll" tabindex="0" role="group" aria-label="Video {video + 1}">'
+            f'<div class="strip numbers">{numbers}</div>{images}</figure>'
         )
     what = (
         "RGB frames."
@@ -111,10 +113,9 @@ def _strips(report: EvaluationReport) -> str:
         else "A linear preview, not decoded video: the teacher’s first three principal components of the latent "
         "channels as red, green and blue, the same for all models."
     )
-    given = f" The first {plan['given_frames']} frames are given." if plan["given_frames"] else ""
     return section(
         "Frames",
-        f"<p>Rollouts from the same noise, latent frames {at}.{given} {what} Videos from one noise part over time "
+        f"<p>Rollouts from the same noise; latent frames are numbered. {what} Videos from one noise part over time "
         "without being worse; look for blur, loss of motion and colour that runs away.</p>",
         *figures,
     )

@@ -17,7 +17,7 @@ from mlaconvert.clips.tiny import clips as clips_module
 from mlaconvert.clips.tiny.clips import sample_scenes
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError, InputError, OutputError
-from mlaconvert.generation.movies import contact_sheet, save_movie, side_by_side
+from mlaconvert.generation.movies import save_movie
 from mlaconvert.generation.plan import caption_tokens, plan_generation
 from mlaconvert.generation.request import Generation, Runtime
 from mlaconvert.generation.run import generate
@@ -73,14 +73,11 @@ def test_defaults_come_from_the_model(golden: Path, tmp_path: Path) -> None:
 
 
 def test_movies_show_the_frames(tmp_path: Path) -> None:
-    videos = [torch.rand(2, 3, 4, 6, 8) * 2 - 1 for _ in range(2)]
-    frames = list(side_by_side(videos))
-    assert torch.equal(frames[1][:, 6:, 8:], videos[1][1, :, 1])
+    frames = list((torch.rand(4, 3, 12, 16) * 2 - 1).unbind(0))
     save_movie(frames, tmp_path / "movie.gif")
     with Image.open(tmp_path / "movie.gif") as movie:
         assert movie.size == (16 * 4, 12 * 4)
         assert movie.info["duration"] == 60
-    assert contact_sheet(videos, columns=3).size == (3 * 8 * 4, 4 * 6 * 4)
     with pytest.raises(InputError, match=r"ends in \.gif or \.mp4"):
         save_movie(frames, tmp_path / "movie.avi")
     assert [path.name for path in tmp_path.iterdir()] == ["movie.gif"]

@@ -162,12 +162,12 @@ def test_whole_ticks_are_integers() -> None:
 def test_pixels_are_shown_as_they_are() -> None:
     strip = torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1, 1, 1).expand(1, 3, 2, 4, 5)
     (picture,) = previews([strip], pixels=True)
-    assert picture.shape == (1, 4, 10, 3)
-    assert picture[0, 0, 0].tolist() == [0, 128, 255]
+    assert picture.shape == (1, 2, 4, 5, 3)
+    assert picture[0, 0, 0, 0].tolist() == [0, 128, 255]
     other = strip.clone()
     other[:, :, 1] = 1.0
     (picture,) = previews([other], pixels=True)
-    assert picture[0, :, :5].tolist() != picture[0, :, 5:].tolist()  # frames from left to right
+    assert picture[0, 0, 0, 0].tolist() != picture[0, 1, 0, 0].tolist()
 
 
 def test_latents_are_shown_by_the_teachers_principal_components() -> None:
@@ -177,13 +177,13 @@ def test_latents_are_shown_by_the_teachers_principal_components() -> None:
     teacher = torch.einsum("bcfhw,cd->bdfhw", torch.randn(2, 8, 3, 6, 9, generator=generator), mixing) + 0.7
     student = teacher * 0.5
     found = previews([teacher, student], pixels=False)
-    assert [picture.shape for picture in found] == [(2, 6, 27, 3)] * 2
+    assert [picture.shape for picture in found] == [(2, 3, 6, 9, 3)] * 2
     data = teacher.movedim(1, 0).flatten(1).double().numpy()
     mean = data.mean(1, keepdims=True)
     left, _, _ = np.linalg.svd(data - mean, full_matrices=False)
     for k in range(3):
         expected = left[:, k] @ (data - mean)
-        shown = found[0][..., k].double().unflatten(2, (3, 9)).movedim(2, 1).flatten().numpy()
+        shown = found[0][..., k].double().flatten().numpy()
         inside = (shown > 0) & (shown < 255)
         assert abs(np.corrcoef(expected[inside], shown[inside])[0, 1]) > 0.999
     assert found[1].double().std() < found[0].double().std()
@@ -193,17 +193,30 @@ def test_latents_are_shown_by_the_teachers_principal_components() -> None:
 
 
 def test_pictures_of_the_page_are_the_frames(text: str) -> None:
-    """The first picture holds eight of the teacher's eleven frames, enlarged without smoothing."""
+    """The first picture holds eight of the teacher's eleven frames, enlarged without smoothing, with gaps between."""
     source = re.search(r'src="data:image/png;base64,([^"]+)"', text)
     assert source is not None
-    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(source[1]))).convert("RGB"))
-    scale = picture.shape[1] // (8 * 10)
-    assert picture.shape == (6 * scale, 80 * scale, 3)
+    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(source[1]))).convert("RGBA"))
+    scale = picture.shape[0] // 6
+    gap = (picture.shape[1] - 80 * scale) // 7
+    assert picture.shape == (6 * scale, 80 * scale + 7 * gap, 4)
     assert picture.shape[1] >= 900
+    assert gap >= 4
     shown = torch.linspace(0, 10, 8).round().long()
     frames = ((video(0, 3)[0, :, shown] + 1) * 127.5).round()  # [3, 8, 6, 10]
-    expected = frames.permute(2, 1, 3, 0).flatten(1, 2).numpy()
-    assert np.abs(picture[::scale, ::scale].astype(float) - expected).max() <= 1
+    for i, expected in enumerate(frames.permute(1, 2, 3, 0).numpy()):
+        left = i * (10 * scale + gap)
+        found = picture[::scale, left : left + 10 * scale : scale]
+        assert np.abs(found[..., :3].astype(float) - expected).max() <= 1
+        assert (picture[:, left + 10 * scale : left + 10 * scale + gap, 3] == 0).all()  # see-through, in light and dark
+
+
+def test_frames_of_a_strip_are_numbered(text: str) -> None:
+    """Once a video; the given ones are marked."""
+    found = re.findall(r'<div class="strip numbers">(.*?)</div>', text)
+    assert len(found) == 2
+    numbers = re.findall(r"<span>(\d+)( \(given\))?</span>", found[0])
+    assert [int(number) for number, _ in numbers] == torch.linspace(0, 10, 8).round().long().tolist()
 
 
 def test_latent_models_are_labelled_as_a_preview() -> None:
