@@ -66,6 +66,7 @@ SMALL_OPTIONS = {
 }
 IF_SHOWN = {
     ("generate", "--steps"): "2",
+    ("generate", "--switch"): "0.25",
     ("evaluate", "--frames"): "4",
     ("sweep", "--kv-ranks"): "20",
     ("sweep", "--clips"): "3",
@@ -199,12 +200,21 @@ def test_from_wan21_to_a_published_model(published: Hub, place: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_self_forcing_checkpoint(published: Hub, place: Path, tmp_path: Path) -> None:
+def test_from_a_self_forcing_checkpoint_to_a_minute_and_a_healed_model(
+    published: Hub, place: Path, tmp_path: Path
+) -> None:
     for words in shell_lines(page("docs/walkthroughs/self_forcing.md")):
         run(words, tmp_path / "recipes")
     (lora,) = json.loads((place / "longlive-mla" / "conversion.json").read_text())["source"]["loras"]
     assert lora["name"] == "lora.pt"
-    assert (place / "waves.mp4").stat().st_size > 0
+    for name in ("dense", "waves", "minute", "storm", "healed"):
+        assert (place / f"{name}.mp4").stat().st_size > 0
+    seen = {name: json.loads((place / name / CONFIG_NAME).read_text())["streaming"] for name in ("sf-mla", "sf-long")}
+    assert [seen[name]["positions"] for name in ("sf-mla", "sf-long")] == ["absolute", "window"]
+    assert (seen["sf-long"]["window_frames"], seen["sf-long"]["sink_frames"]) == (21, 3)
+    healed = {name: json.loads((place / name / "healing.json").read_text()) for name in ("sf-healed", "sf-dmd")}
+    assert [record["recipe"]["stage"] for record in healed.values()] == ["distill", "dmd"]
+    assert json.loads((place / "sf-healed" / CONFIG_NAME).read_text())["streaming"] == seen["sf-mla"]
 
 
 @pytest.mark.slow
