@@ -1,6 +1,6 @@
 """Build the documentation as a site.
 
-    pip install -e '.[docs,diffusers]'
+    pip install -e '.[docs]'
     python docs/build.py            # into the folder `site`; python docs/build.py DIR into another
 
 Three pages are made while it is built: the command line's help, and two that lie elsewhere in the repository. All is
