@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mlaconvert.generation.run import generate as generate
     from mlaconvert.healing.recipe import HealRecipe as HealRecipe
     from mlaconvert.healing.run import heal as heal
+    from mlaconvert.integrations.collect import collect as collect
     from mlaconvert.listener import Listener as Listener
     from mlaconvert.model.cache import LatentCache as LatentCache
     from mlaconvert.model.load import load_model as load_model
@@ -46,6 +47,7 @@ _HOMES = {
     "Sampler": "model.schedule",
     "Source": "families.source",
     "analyze": "conversion.analyze",
+    "collect": "integrations.collect",
     "convert": "conversion.run",
     "evaluate": "evaluation.run",
     "generate": "generation.run",

@@ -18,7 +18,7 @@ OFFERED = [name for name in mlaconvert.__all__ if name != "__version__"]
 
 
 def test_what_is_offered() -> None:
-    commands = {"analyze", "convert", "heal", "generate", "evaluate", "push"}
+    commands = {"analyze", "collect", "convert", "heal", "generate", "evaluate", "push"}
     models = {"open_checkpoint", "load_model", "rollout", "Sampler", "LatentCache", "LatentSize"}
     settings = {"ConvertRecipe", "HealRecipe", "Generation", "Source", "Output", "Listener"}
     assert commands | models | settings == set(OFFERED)

@@ -84,6 +84,7 @@ def test_only_the_window_knows_the_rule_of_the_window() -> None:
     """Elsewhere a sink is set, printed or handed on, never reckoned with."""
     allowed = {
         "config.streaming",
+        "conversion.collected.record",
         "model.window",
         "families.causal",
         "reports.card",

@@ -24,6 +24,7 @@ from mlaconvert.conversion.calibration.run import Calibration, KeptWalk, Task, c
 from mlaconvert.conversion.calibration.store import MOMENTS_VERSION, moments_file
 from mlaconvert.conversion.calibration.target import Target
 from mlaconvert.conversion.calibration.windows import Losses, scratch_bytes
+from mlaconvert.conversion.collected.record import Collected
 from mlaconvert.conversion.from_weights import LayerReport, layer_report
 from mlaconvert.conversion.plan import ConversionPlan, mla_of
 from mlaconvert.conversion.recipes import CALIBRATION_FRAMES, regime_of, token_grid
@@ -50,7 +51,7 @@ _ASPECTS = {
     "regime": "window, noise or seed",
     "clips": "number of clips",
     "tokens": "size of frames",
-    "data": "folder of clips",
+    "data": "folder of clips or windows",
     "source": "checkpoint",
     "loras": "LoRA",
 }
@@ -59,7 +60,7 @@ _ASPECTS = {
 def from_clips(
     checkpoint: Checkpoint,
     plan: ConversionPlan,
-    clips: tuple[Clips, Clips | None],
+    clips: tuple[Clips | Collected, Clips | None],
     calibration: Calibration,
     losses: Losses,
     device: torch.device,
@@ -129,7 +130,7 @@ def _factorised(checkpoint: Checkpoint) -> Iterator[None]:
         ) from None
 
 
-def _task(checkpoint: Checkpoint, plan: ConversionPlan, clips: Clips, device: torch.device) -> Task:
+def _task(checkpoint: Checkpoint, plan: ConversionPlan, clips: Clips | Collected, device: torch.device) -> Task:
     mla, recipe = mla_of(plan.config), plan.recipe
     target = Target(
         config=plan.source_config,
@@ -149,11 +150,13 @@ def _task(checkpoint: Checkpoint, plan: ConversionPlan, clips: Clips, device: to
 def room_needed(plan: ConversionPlan, data: Path | None) -> tuple[int, int]:
     """Bytes on the disk of a calibrated conversion: of moments, which stay, and about how many of activations."""
     config, recipe = plan.source_config, plan.recipe
+    moments = len(plan.layers) * 8 * config.dim * (2 * config.dim + config.head_dim)
+    if plan.collected is not None:
+        return moments, plan.collected.activations
     if data is None:
         shape: tuple[int, ...] = _own_clips(plan).shape(config)
     else:
         shape = ClipFolder(data, config).clip_shape
-    moments = len(plan.layers) * 8 * config.dim * (2 * config.dim + config.head_dim)
     return moments, _activations(plan, (recipe.clips or 1, *shape))
 
 
@@ -176,15 +179,23 @@ def _activations(plan: ConversionPlan, shape: Sequence[int]) -> int:
 
 
 def choose_splits(
-    checkpoint: Checkpoint, plan: ConversionPlan, clips: Clips, folder: Path, device: torch.device, progress: Progress
+    checkpoint: Checkpoint,
+    plan: ConversionPlan,
+    clips: Clips | Collected,
+    folder: Path,
+    device: torch.device,
+    progress: Progress,
 ) -> Calibration:
     """Decide how each layer divides its scalars. Raises OutputError when the disk has no room for the activations."""
     recipe = plan.recipe
-    needed, free = _activations(plan, clips.latents.shape), shutil.disk_usage(folder).free
+    collected = isinstance(clips, Collected)
+    needed = clips.activations if isinstance(clips, Collected) else _activations(plan, clips.latents.shape)
+    free = shutil.disk_usage(folder).free
     if device.type == "cpu" and needed > free:
         raise OutputError(
             f"{folder}: activations take about {needed / 1e9:.1f} GB there for a while, {free / 1e9:.1f} GB are free; "
-            "make room, take fewer --clips, or name a folder on another disk with --moments"
+            f"make room, or {'write' if collected else 'take fewer --clips, or name a folder with --moments'} "
+            "on another disk"
         )
     with _factorised(checkpoint):
         return calibrate(
@@ -216,7 +227,7 @@ def keep_moments(
     folder: Path,
     checkpoint: Checkpoint,
     plan: ConversionPlan,
-    data: Path | None,
+    data: Path | Collected | None,
     say: Callable[[str], None] | None = None,
 ) -> None:
     """Make `folder` ready: what it holds stays if it belongs to this calibration, and is thrown away if not.
@@ -228,7 +239,11 @@ def keep_moments(
         "regime": regime_of(plan.recipe).to_json(),
         "clips": plan.recipe.clips,
         "tokens": list(token_grid(plan.recipe, plan.source_config)),  # of a frame that the teacher generates
-        "data": None if data is None else file_states(clip_files(data)),
+        "data": data.identity
+        if isinstance(data, Collected)
+        else None
+        if data is None
+        else file_states(clip_files(data)),
         "source": file_states(checkpoint.store.files),
     }
     if loras := merged(checkpoint):

@@ -19,6 +19,7 @@ from mlaconvert.conversion.assembly import Assembly, Clock
 from mlaconvert.conversion.calibration.kept import read_exactly, write_tensors
 from mlaconvert.conversion.calibration.run import Calibration, KeptWalk
 from mlaconvert.conversion.calibration.windows import Losses
+from mlaconvert.conversion.collected.record import Collected
 from mlaconvert.conversion.from_clips import (
     CLIPS_NAME,
     calibration_clips,
@@ -133,7 +134,12 @@ class ConversionJob:
             with clock("calibrate"):
                 clips, calibration = self._calibration(name)
             plan = plan_conversion(
-                checkpoint, plan.recipe, subfolder=plan.subfolder, measured=calibration.layers, method=plan.method
+                checkpoint,
+                plan.recipe,
+                subfolder=plan.subfolder,
+                measured=calibration.layers,
+                method=plan.method,
+                collected=plan.collected,
             )
         files = self._files(name, plan)
         if not files.there():
@@ -160,9 +166,9 @@ class ConversionJob:
         self._check_hash(name, sha256)
         config = json.dumps(_output_config(checkpoint, plan), indent=2) + "\n"
         write_whole(files.folder / CONFIG_NAME, config.encode())
-        if calibrated and plan.recipe.refit_steps and plan.method.refit:
+        if calibrated and plan.recipe.refit_steps and plan.method.refit and not isinstance(clips[0], Collected):
             with clock("refit the model"):
-                self._refit_model(name, plan, files, clips, losses)
+                self._refit_model(name, plan, files, (clips[0], clips[1]), losses)
         if not calibrated:
             reports = self._gather(name)
         report = ModelReport(
@@ -244,8 +250,23 @@ class ConversionJob:
             else:
                 self.ranks.check(0)
 
-    def _calibration(self, name: str) -> tuple[tuple[Clips, Clips | None], Calibration]:
+    def _calibration(self, name: str) -> tuple[tuple[Clips | Collected, Clips | None], Calibration]:
         """Clips to fit to and to judge by, and each layer's split of its scalars, chosen now or by an earlier run."""
+        checkpoint, plan, folder = self.checkpoints[name], self.plans[name], self.moments / name
+        clips: tuple[Clips | Collected, Clips | None]
+        if plan.collected is None:
+            clips = self._clips(name)
+        else:
+            clips = plan.collected, None
+            keep_moments(folder, checkpoint, plan, plan.collected, self.listener.say)
+        calibration = kept_splits(self.journal.recall(name, SPLITS), folder)
+        if calibration is None:
+            calibration = choose_splits(checkpoint, plan, clips[0], folder, self.device, self.listener.progress)
+            self.journal.keep(name, SPLITS, splits_json(calibration))
+        return clips, calibration
+
+    def _clips(self, name: str) -> tuple[Clips, Clips | None]:
+        """Clips to fit to and to judge by, with the folder of moments made ready for them."""
         checkpoint, plan, folder = self.checkpoints[name], self.plans[name], self.moments / name
         say = self.listener.say
         if self.data is None:
@@ -259,11 +280,7 @@ class ConversionJob:
         clips = held_back(found)
         if self.data is not None:  # only now is it known to fit
             keep_moments(folder, checkpoint, plan, self.data, say)
-        calibration = kept_splits(self.journal.recall(name, SPLITS), folder)
-        if calibration is None:
-            calibration = choose_splits(checkpoint, plan, clips[0], folder, self.device, self.listener.progress)
-            self.journal.keep(name, SPLITS, splits_json(calibration))
-        return clips, calibration
+        return clips
 
     def _check_hash(self, name: str, sha256: str) -> None:
         """Raise CheckpointError when the source is not the one that an earlier run hashed."""

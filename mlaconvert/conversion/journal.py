@@ -41,6 +41,8 @@ def identity(
         found[f"source{of}"] = file_states(checkpoint.store.files)
         found[f"name{of}"], found[f"state_key{of}"] = [plan.source, plan.subfolder], checkpoint.state_key
         found[f"config{of}"], found[f"lora{of}"] = checkpoint.raw_config, merged(checkpoint)
+        if plan.collected is not None:
+            found[f"windows{of}"] = plan.collected.identity
         found |= {f"{field}{of}": value for field, value in recipe_json(plan.recipe, plan.method).items()}
     data_only: dict[str, Any] = json.loads(json.dumps(found))
     return data_only

@@ -12,6 +12,7 @@ import torch
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import MLAConfig, MLALayer
 from mlaconvert.conversion.calibration.method import Method
+from mlaconvert.conversion.collected.record import Collected
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.recipes import mla_config, resolve_recipe, with_refit_steps
 from mlaconvert.errors import UnsupportedModelError
@@ -52,7 +53,8 @@ class ConversionPlan:
 
     `source` is a Hub id as given, or the name of a local file or folder without its path; `subfolder` is the
     folder in it ("" for none). `recipe` is resolved, `method` is a calibration's, `source_config` and `config` are the
-    geometries before and after. `operations` are in the source's order.
+    geometries before and after. `operations` are in the source's order. `collected` are the windows of its own code
+    that a calibration is from, in the place of clips.
     """
 
     source: str
@@ -64,6 +66,7 @@ class ConversionPlan:
     config: WanConfig
     operations: tuple[Operation, ...]
     source_bytes: int
+    collected: Collected | None = None
 
     @property
     def output_bytes(self) -> int:
@@ -114,11 +117,12 @@ def plan_conversion(
     subfolder: str = "",
     measured: Mapping[int, MLALayer] | None = None,
     method: Method | None = None,
+    collected: Collected | None = None,
 ) -> ConversionPlan:
     """Resolve `recipe` for `checkpoint` and list what becomes of every tensor; reads no weights.
 
     `measured` are the layers that a calibration decided on. Before it, a calibrated plan shows all layers alike.
-    `method` is the calibration's, with all its parts by default.
+    `method` is the calibration's, with all its parts by default, `collected` what it is from if not from clips.
 
     Raises UnsupportedModelError for a model that is converted already, ConfigError for a recipe that does not fit.
     """
@@ -126,9 +130,13 @@ def plan_conversion(
     if config.mla is not None:
         raise UnsupportedModelError(f"{checkpoint.store.path}: it is converted already; give the dense model")
     resolved = resolve_recipe(recipe, config)
+    mla = mla_config(resolved, config, measured)
+    if collected is not None:
+        resolved = dataclasses.replace(resolved, clips=None)
+        mla = dataclasses.replace(mla, calibration={**collected.record.summary(), "present": mla.present})
     target = dataclasses.replace(
         config,
-        mla=mla_config(resolved, config, measured),
+        mla=mla,
         streaming=resolved.streaming,
         few_step=bool(resolved.few_step),
     )
@@ -142,6 +150,7 @@ def plan_conversion(
         config=target,
         operations=tuple(_operations(checkpoint, target, resolved)),
         source_bytes=sum(checkpoint.info(name).nbytes for name in checkpoint.names),
+        collected=collected,
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlaconvert import __version__
+from mlaconvert.conversion.collected.settings import collected_json
 from mlaconvert.conversion.from_weights import LayerReport, digits
 from mlaconvert.conversion.plan import ConversionPlan, recipe_json
 from mlaconvert.conversion.verify import Verification
@@ -81,6 +82,7 @@ def conversion_json(checkpoint: Checkpoint, report: ModelReport) -> str:
             **({"loras": merged(checkpoint)} if merged(checkpoint) else {}),
         },
         "recipe": recipe_json(plan.recipe, plan.method),
+        **({"collected": collected_json(plan.collected)} if plan.collected is not None else {}),
         "cache_scalars_per_token": {"dense": plan.dense_scalars, "mla": plan.mla_scalars},
         **report.losses_json(),
     }

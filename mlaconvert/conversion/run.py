@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mlaconvert.conversion.calibration.method import AnySetup, CalibrationSetup, as_setup
+from mlaconvert.conversion.collected import settings as collecting
 from mlaconvert.conversion.from_clips import check_clips
 from mlaconvert.conversion.job import ConversionJob
 from mlaconvert.conversion.journal import Journal, identity
@@ -100,7 +101,7 @@ def convert(
             ranks=ranks,
             device=chosen_device,
             data=setup.data,
-            moments=setup.moments or folder.with_name(f"{folder.name}.moments"),
+            moments=_moments(folder, setup, plans),
             listener=told,
         )
         models = job.run(restart=output.restart) if ranks.speaks else job.help()
@@ -153,23 +154,31 @@ def _plans(
     device: torch.device,
 ) -> dict[str, ConversionPlan]:
     """Each model's plan. Raises InputError for a recipe that does not fit, or clips that are missing."""
-    for checkpoint in checkpoints.values() if recipe.init == "calibrated" else ():
-        checkpoint.check_runs()
-    plans = {
-        name: on_device(
-            plan_conversion(
-                checkpoint,
-                with_settings(recipe, checkpoint.config, settings),
-                subfolder=name or subfolder or "",
-                method=setup.method,
-            ),
-            device,
+    plans = {}
+    for name, checkpoint in checkpoints.items():
+        collected = collecting.open_collected(setup, name) if recipe.init == "calibrated" else None
+        if recipe.init == "calibrated" and collected is None:
+            checkpoint.check_runs()
+        if collected is None:
+            chosen = with_settings(recipe, checkpoint.config, settings)
+        else:
+            chosen = collecting.collected_recipe(recipe, collected, settings)
+        plan = plan_conversion(
+            checkpoint, chosen, subfolder=name or subfolder or "", method=setup.method, collected=collected
         )
-        for name, checkpoint in checkpoints.items()
-    }
+        plans[name] = on_device(plan, device)
+        if collected is not None:
+            collected.check(checkpoint, list(plans[name].layers))
     for name, checkpoint in checkpoints.items() if recipe.init == "calibrated" else ():
-        check_clips(checkpoint, setup.data, plans[name])
+        if plans[name].collected is None:
+            check_clips(checkpoint, setup.data, plans[name])
     return plans
+
+
+def _moments(folder: Path, setup: CalibrationSetup, plans: Mapping[str, ConversionPlan]) -> Path:
+    """Where moments are kept: what was collected is only read, so then it is the default folder beside the output."""
+    collected = any(plan.collected is not None for plan in plans.values())
+    return setup.moments if setup.moments is not None and not collected else folder.with_name(f"{folder.name}.moments")
 
 
 def _announce(
@@ -193,7 +202,8 @@ def _notes(
 ) -> list[str]:
     """What LoRAs leave to be assumed, and how the model is taken to see time, a line each."""
     given = set(settings) | ({"few_step"} if recipe.few_step is not None else set())
-    if recipe.streaming is not None or recipe.bidirectional:
+    collected = plan.collected
+    if recipe.streaming is not None or recipe.bidirectional or collected is not None:
         given |= {"streaming", *SETTINGS}
     streaming = plan.config.streaming
     assumed = assumption_line(
@@ -202,7 +212,9 @@ def _notes(
     notes = [*remarks(checkpoint), *(checkpoint.timing.remarks if streaming is not None else ())]
     notes += [] if assumed is None else [assumed]
     moves_away = streaming is not None and positions_matter(streaming) and streaming.positions == "absolute"
-    if recipe.init == "calibrated" and moves_away:
+    if collected is not None:
+        notes += collecting.notes(collected)
+    elif recipe.init == "calibrated" and moves_away:
         notes.append("calibrated on windows whose positions count from the sink; the model counts from the start")
     return notes
 

@@ -112,8 +112,8 @@ class Checkpoint:
         if self.passengers:
             raise UnsupportedModelError(
                 f"{self.store.path}: the code here that runs models does not know all of this one "
-                f"({self.passengers.describe()}); convert it with --init svd or random, and run it in its own code "
-                "with swap_attention"
+                f"({self.passengers.describe()}); convert it with --init svd or random, or with what mlaconvert.collect"
+                " saw in its own code (--moments DIR), and run it there with swap_attention"
             )
 
     def output_config(self, layout: Layout | None = None) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from mlaconvert.conversion.calibration.store import load_moments, moments_file, 
 from mlaconvert.conversion.calibration.target import ErrorTable, Target, branch, share_budget
 from mlaconvert.conversion.calibration.walk import LayerWalk
 from mlaconvert.conversion.calibration.windows import Losses, Regime
+from mlaconvert.conversion.collected.record import Collected
+from mlaconvert.conversion.collected.walk import CollectedWalk
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.files.scratch import return_memory
 from mlaconvert.latent.moments import LayerMoments
@@ -40,13 +42,30 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What both walks work on: the dense model, the clips that go through it, and what its layers become."""
+    """What both walks work on: the dense model, the clips that go through it, and what its layers become.
+
+    In the place of clips there may be windows that its own code ran, which no layer's result changes.
+    """
 
     checkpoint: Checkpoint
-    clips: Clips
+    clips: Clips | Collected
     regime: Regime
     target: Target
     device: torch.device | str = "cpu"
+
+    def walk(self, folder: Path, *, probes: int = 0, validation: Clips | None = None) -> LayerWalk | CollectedWalk:
+        """A walk through all layers, which keeps large tensors in `folder`."""
+        if isinstance(self.clips, Collected):
+            return CollectedWalk(self.checkpoint, self.clips, self.regime.present, device=self.device, scratch=folder)
+        return LayerWalk(
+            self.checkpoint,
+            self.clips,
+            self.regime,
+            device=self.device,
+            probes=probes,
+            validation=validation,
+            scratch=folder,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +101,7 @@ def calibrate(
     largest = max(budget, checkpoint.config.dim)  # no latent is wider than the model
     budgets = [b for b in budgets if b <= largest]
     tables: dict[int, ErrorTable] = {}
-    walk = LayerWalk(
-        checkpoint, task.clips, task.regime, device=task.device, probes=8 if adaptive else 0, scratch=folder
-    )
+    walk = task.walk(folder, probes=8 if adaptive else 0)
     count = Counter(progress, "calibrate", checkpoint.config.num_layers)
     count.show()
     for layer in walk:
@@ -126,9 +143,7 @@ def refit_layers(
     pass again comes out the same.
     """
     checkpoint, target = task.checkpoint, task.target
-    walk = LayerWalk(
-        checkpoint, task.clips, task.regime, device=task.device, validation=validation, scratch=calibration.folder
-    )
+    walk = task.walk(calibration.folder, validation=validation)
     if kept is not None:
         walk.resume(kept.folder, lambda index: index in kept.finished or index not in calibration.layers, kept.say)
     for layer in walk:

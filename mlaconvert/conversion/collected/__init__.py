@@ -1,0 +1,5 @@
+"""Calibration from what a model's own code was seen to do: windows that `mlaconvert.collect` recorded.
+
+`record` is the folder, written while a pipeline runs and read without trusting it; `walk` gives its windows layer by
+layer, in the place of clips that go through a model; `settings` is what of a recipe such a calibration can follow.
+"""
