@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class TheirAttention(nn.Module):
 
     frame_tokens: int | None = None  # a frame's, if its code has a number written into it
     turned = True  # whether keys are cached turned
+    one_grid = False  # whether grid_sizes is one for all videos
 
     def __init__(self, dense: DenseAttention, split: tuple[int, int, int], window: int, sink: int) -> None:
         super().__init__()
@@ -166,6 +168,18 @@ class CausVidAttention(TheirAttention):
         return self.o(attend(rotate(q, turn), keys, values, None).flatten(-2))
 
 
+class WorldAttention(TheirAttention):
+    """Matrix-Game 2's: one grid for all videos of a batch."""
+
+    one_grid = True
+
+    def forward(self, x: Any, seq_lens: Any, grid_sizes: Any, *more: Any, **options: Any) -> Any:
+        assert grid_sizes.ndim == 1
+        return super().forward(x, seq_lens, grid_sizes[None], *more, **options)
+
+    forward.__signature__ = signature(TheirAttention.forward)  # type: ignore[attr-defined]
+
+
 class BlendingAttention(TheirAttention):
     """Reward-Forcing's sink, under a name that does not tell: a ten thousandth of what is evicted is mixed into it."""
 
@@ -188,13 +202,14 @@ class TheirModel(WanModel):
             self.add_module(name, part)
         for block in self.blocks:
             block.self_attn = kind(block.self_attn, dense.config.rope_split, window, sink)  # type: ignore
-        self.local_attn_size, self.block_mask = window, None
+        self.local_attn_size, self.block_mask, self.one_grid = window, None, kind.one_grid
 
     def forward(  # type: ignore[override]
         self, x: Tensor, t: Tensor, context: Tensor, kv_cache: Any, current_start: int, *more: Any
     ) -> Tensor:
         p = self.prepare(x, t, context)
-        lengths, grid, out = torch.tensor([p.x.shape[1]]), torch.tensor([p.grid]), p.x
+        lengths, out = torch.tensor([p.x.shape[1]]), p.x
+        grid = torch.tensor(p.grid if self.one_grid else [p.grid])
 
         def by_frame(tokens: Tensor, scale: Tensor, shift: Any = 0) -> Tensor:
             return (tokens.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None] + shift).flatten(1, 2)

@@ -167,14 +167,14 @@ class Streaming(nn.Module):
     ) -> Any:
         """[B, N, D] -> [B, N, D] of one chunk that begins at token `current_start`; without a cache, of a whole clip.
 
-        `grid_sizes` [B, 3] has frames, height and width in tokens. `seq_lens`, `timestep` and `cache_start` (or
+        `grid_sizes` [B, 3] or [3] has frames, height and width in tokens. `seq_lens`, `timestep` and `cache_start` (or
         CausVid's `current_end` in its place) are not needed. Without a cache, a `block_mask` becomes a plain mask of
         N * N bytes; N may be twice the clip, clean and noisy, as in teacher forcing. When the prompt changes, LongLive
         writes past chunks again, the sink only if `sink_recache_after_switch`; krea writes a clip under its mask.
 
         Raises InputError when the chunk does not fit the cache, or the cache is used in a way that latents cannot be.
         """
-        frames, height, width = (int(size) for size in grid_sizes[0].tolist())
+        frames, height, width = (int(size) for size in grid_sizes.reshape(-1, 3)[0].tolist())
         grid, codebase = (frames, height, width), self.turns.codebase
         if kv_cache is None:
             return self.attended(x, self.turns.clip(x.shape[1], grid, block_mask, x.device), None)

@@ -11,7 +11,6 @@ import torch
 from collect_cases import (
     CONFIG,
     REGIME,
-    STREAMING,
     THEIRS,
     TOKENS,
     collect_windows,
@@ -22,7 +21,7 @@ from collect_cases import (
 )
 from safetensors.torch import load_file, save_file
 from streaming_codebases import TOKENS as FRAME
-from streaming_codebases import InfinityAttention, LongLiveAttention, TheirAttention
+from streaming_codebases import InfinityAttention, LongLiveAttention, TheirAttention, WorldAttention
 from support import SaveFolder, relative
 from torch import Tensor
 
@@ -88,7 +87,7 @@ def test_the_same_windows_give_the_same_conversion(model: Path, tmp_path: Path) 
             assert second[stage] == pytest.approx(error, rel=1e-3), stage
 
 
-@pytest.mark.parametrize("kind", [TheirAttention, InfinityAttention, LongLiveAttention])
+@pytest.mark.parametrize("kind", [TheirAttention, InfinityAttention, LongLiveAttention, WorldAttention])
 def test_a_window_is_what_was_last_run_at_each_of_its_frames(
     kind: type[TheirAttention], golden: Path, tmp_path: Path
 ) -> None:
@@ -188,4 +187,3 @@ def test_whole_clips_of_a_bidirectional_model(save_folder: SaveFolder, tmp_path:
     assert mla is not None
     assert mla.present == "latent"
     assert report.models[0].plan.config.streaming is None
-    assert STREAMING is not None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from streaming_codebases import TheirPipeline
+from streaming_codebases import TheirAttention, TheirPipeline, WorldAttention
 from streaming_fixtures import ABSOLUTE
 from support import relative
 from torch import Tensor, nn
@@ -31,14 +31,19 @@ def with_camera(pipe: TheirPipeline, weight: Tensor) -> TheirPipeline:
     return pipe
 
 
+@pytest.mark.parametrize("kind", [TheirAttention, WorldAttention])
 def test_a_model_with_passengers_goes_back_into_its_own_code(
-    golden: Path, make: Callable[..., TheirPipeline], vectors: dict[str, Tensor], tmp_path: Path
+    kind: type[TheirAttention],
+    golden: Path,
+    make: Callable[..., TheirPipeline],
+    vectors: dict[str, Tensor],
+    tmp_path: Path,
 ) -> None:
     shutil.copytree(golden, tmp_path / "world")
     state = load_file(golden / WEIGHTS_NAME) | {"blocks.1.cam_encoder.weight": CAMERA}
     save_file(state, tmp_path / "world" / WEIGHTS_NAME)
     convert(tmp_path / "world", tmp_path / "latent", ConvertRecipe(init="lossless", streaming=ABSOLUTE))
-    pipe = with_camera(make(), CAMERA)
+    pipe = with_camera(make(kind=kind), CAMERA)
     expected = pipe.twice(vectors["x"], vectors)
     swap_attention(pipe, tmp_path / "latent")
     assert relative(pipe.twice(vectors["x"], vectors), expected) < 1e-4
