@@ -127,8 +127,9 @@ Moments = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="Where --init calibrated keeps its statistics of the inputs, float64, and finds them again. "
-        "Default: DIR.moments beside the output.",
+        help="Where --init calibrated keeps its statistics of the inputs, float64, and finds them again; or what "
+        "mlaconvert.collect recorded in the model's own code, read in place of clips. Default: DIR.moments beside the "
+        "output.",
     ),
 ]
 Clips = Annotated[

@@ -45,7 +45,8 @@ class CalibrationSetup:
     """A folder of clips (`clips.folder`); None has the model make its own."""
 
     moments: Path | None = None
-    """Folder for what is measured of the inputs; None is a folder beside the output (`OUTPUT.moments`)."""
+    """Folder for what is measured of the inputs; None is a folder beside the output (`OUTPUT.moments`). One that
+    `mlaconvert.collect` wrote is read in place of clips, and what is measured then lies beside the output too."""
 
     method: Method = field(default_factory=Method)
     """Its parts, for a study of what each is worth."""

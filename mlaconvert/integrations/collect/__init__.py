@@ -2,6 +2,11 @@
 
 `passes` says what a call of another codebase's self-attention attended to, `recorder` keeps a sample of it, and
 `session` is `collect` itself, around the user's run.
+
+    from mlaconvert.integrations.collect import collect
+
+    with collect(pipeline.generator.model, output="moments"):
+        pipeline.inference()
 """
 
 from mlaconvert.integrations.collect.passes import Pass
