@@ -6,7 +6,7 @@ Names of modules are those of the LoRA file, without the prefixes that PEFT puts
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from mlaconvert.files.inputs import is_file, parse_json, read_json
 from mlaconvert.files.names import is_safetensors
 
 PEFT_CONFIG = "adapter_config.json"
+PEFT_STEM = "adapter_model"  # of the file that has one beside it
+_ALPHA = {"LORA": "lora_alpha"}  # other kinds of adapters call it alpha
 _METADATA = "lora_adapter_metadata"  # where diffusers keeps the adapter's configuration in a safetensors header
 
 
@@ -32,10 +34,16 @@ class AdapterConfig:
     fields: Mapping[str, Any] = field(default_factory=dict)
     file: Path | None = None
     misfit: str | None = None
+    kind: str = "LORA"
 
     def alpha(self, module: str) -> Any:
         """Alpha of `module`, as it stands there; None when it is not said."""
-        return _of_module(self.fields, "lora_alpha", "alpha_pattern", module)
+        return _of_module(self.fields, _ALPHA.get(self.kind, "alpha"), "alpha_pattern", module)
+
+    def rank(self, module: str) -> int | None:
+        """The rank of `module`'s factors; None when it is not said."""
+        found = _of_module(self.fields, "r", "rank_pattern", module)
+        return found if isinstance(found, int) and not isinstance(found, bool) else None
 
     @property
     def stabilised(self) -> bool:
@@ -43,23 +51,25 @@ class AdapterConfig:
         return bool(self.fields.get("use_rslora"))
 
 
-def find_config(file: Path, ranks: Mapping[str, int]) -> AdapterConfig:
-    """The configuration of the LoRA in `file`, whose factors of each module have these `ranks`.
+def find_config(file: Path, ranks: Mapping[str, int | None], kinds: Collection[str] = ("LORA",)) -> AdapterConfig:
+    """The configuration of the LoRA in `file`, whose factors of each module have these `ranks`, None for none.
 
+    `kinds` are PEFT's names of what it is; one that is several has no configuration of PEFT's.
     A file named by PEFT (adapter_model) has its adapter_config.json beside it. In one of another name the metadata
     counts, then an adapter_config.json beside it that fits: of the same rank and modules. Raises CheckpointError for a
     configuration whose patterns cannot be read, and for PEFT's own file without one, or with another's.
     """
+    kind = next(iter(kinds)) if len(kinds) == 1 else "LORA"
     beside = file.parent / PEFT_CONFIG
     if not is_file(beside):  # a link is a name like any other: its own folder first, then the file's
         beside = file.resolve().parent / PEFT_CONFIG
-    if file.stem == "adapter_model":
+    if file.stem == PEFT_STEM:
         if not is_file(beside):
             raise CheckpointError(f"{file}: {PEFT_CONFIG} is missing beside it, which has its alpha; get that file too")
         fields = read_json(beside)
-        if reason := _misfit(fields, ranks, own=True):
+        if reason := _misfit(fields, ranks, kind, own=True):
             raise CheckpointError(f"{beside}: {reason}; get the adapter's own file")
-        return AdapterConfig(fields=fields, file=beside)
+        return AdapterConfig(fields=fields, file=beside, kind=kind)
     fields = _metadata(file) if is_safetensors(file.name) else {}
     if "lora_alpha" in fields or not is_file(beside):
         return AdapterConfig(fields=fields)
@@ -67,8 +77,9 @@ def find_config(file: Path, ranks: Mapping[str, int]) -> AdapterConfig:
         found = read_json(beside)
     except CheckpointError:
         return AdapterConfig(fields=fields, misfit="it is not readable")
-    reason = _misfit(found, ranks, own=False)
-    return AdapterConfig(fields=fields, misfit=reason) if reason else AdapterConfig(fields=found, file=beside)
+    if reason := _misfit(found, ranks, kind, own=False):
+        return AdapterConfig(fields=fields, misfit=reason)
+    return AdapterConfig(fields=found, file=beside, kind=kind)
 
 
 def _metadata(file: Path) -> dict[str, Any]:
@@ -83,16 +94,16 @@ def _metadata(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: its metadata {_METADATA} is not readable JSON; save the LoRA again") from None
 
 
-def _misfit(fields: Mapping[str, Any], ranks: Mapping[str, int], *, own: bool) -> str | None:
+def _misfit(fields: Mapping[str, Any], ranks: Mapping[str, int | None], kind: str, *, own: bool) -> str | None:
     """Why these fields are not those of factors of these ranks, None if they can be; `own` ones may say less."""
-    if fields.get("peft_type", "LORA") != "LORA":
-        return f"it is of {fields['peft_type']!r}, not of a LoRA"
-    if fields.get("lora_alpha") is None:
-        return "it has no lora_alpha"
+    if fields.get("peft_type", "LORA") != kind:
+        return f"it is of {fields.get('peft_type', 'LORA')!r}, not of {'a LoRA' if kind == 'LORA' else kind}"
+    if fields.get(_ALPHA.get(kind, "alpha")) is None:
+        return f"it has no {_ALPHA.get(kind, 'alpha')}"
     targets = fields.get("target_modules")
     for module, rank in ranks.items():
         said = _of_module(fields, "r", "rank_pattern", module)
-        if said != rank and not (own and said is None):
+        if rank is not None and said != rank and not (own and said is None):
             return f"its r is {said!r}, and {module!r} has rank {rank}"
         # A text is a regular expression, which is not run here.
         if isinstance(targets, list) and not own and not any(_same_end(module, str(target)) for target in targets):

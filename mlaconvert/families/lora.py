@@ -1,4 +1,4 @@
-"""LoRAs merged into a dense checkpoint as it is read: W + scale * alpha / r * B A (arXiv 2106.09685).
+"""LoRAs merged into a dense checkpoint as it is read: W + scale * alpha / r * B A, and their kin (`lora_change`).
 
 Self-attention is what a conversion replaces, so a LoRA made for the dense model has to be merged before, never loaded
 afterwards. Files may name the model's modules natively or as diffusers does, after PEFT (adapter_model with its
@@ -15,14 +15,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, UnsupportedModelError
-from mlaconvert.families.adapter import PEFT_CONFIG, AdapterConfig, find_config
+from mlaconvert.families.adapter import PEFT_CONFIG, PEFT_STEM, AdapterConfig, find_config
 from mlaconvert.families.checkpoint import Checkpoint
-from mlaconvert.families.lora_names import FACTORS, ROLES, branch, flat, module_names, other_kind, split_key
+from mlaconvert.families.lora_change import ModuleChange, check_partners, check_shapes, rank_of
+from mlaconvert.families.lora_names import (
+    FACTORS,
+    OTHERS,
+    ROLES,
+    branch,
+    flat,
+    kind_of,
+    module_names,
+    other_kind,
+    split_key,
+)
 from mlaconvert.families.wrappers import unwrap
 from mlaconvert.files.find import open_store
 from mlaconvert.files.headers import TensorInfo
@@ -49,15 +59,6 @@ class LoraFile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Parts:
-    """What a file holds for one module: role -> tensor; `scaling` is alpha / r, where `alpha` is from: "" for none."""
-
-    tensors: Mapping[str, TensorInfo]
-    scaling: float
-    alpha: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Lora:
     """An opened LoRA, checked against its model. `modules` are canonical names of what it changes.
 
@@ -71,7 +72,7 @@ class Lora:
     scale: float
     sha256: str
     config: AdapterConfig
-    modules: Mapping[str, _Parts]
+    modules: Mapping[str, ModuleChange]
     left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -113,7 +114,7 @@ class Lora:
 
     def _alpha_remarks(self) -> list[str]:
         scaling = " and ".join(f"{value:g}" for value in self.scaling)
-        if self.config.file is not None and self.store.files[0].stem != "adapter_model":
+        if self.config.file is not None and self.store.files[0].stem != PEFT_STEM:
             return [f"LoRA {self.name}: alpha is that of the {PEFT_CONFIG} beside it, a factor of {scaling}"]
         if "rank" not in self.alpha or not self.scaling:
             return []
@@ -126,36 +127,21 @@ class Lora:
         ]
 
     def merge(self, canonical: str, tensor: Tensor) -> Tensor:
-        """`tensor` with this LoRA's change, in its own dtype; the sum is taken in float32 at least.
+        """`tensor` with this LoRA's change, in its own dtype.
 
         Raises CheckpointError when the LoRA's values are not finite.
         """
         module, _, leaf = canonical.rpartition(".")
         bare = self.modules.get(canonical)
         parts, leaf = (self.modules.get(module), leaf) if bare is None else (bare, "weight")
-        change = self._change(parts, leaf) if parts is not None and leaf in ("weight", "bias") else None
-        if change is None:
+        if parts is None or leaf not in ("weight", "bias"):
             return tensor
-        dtype = torch.promote_types(tensor.dtype, torch.float32)
-        return (tensor.to(dtype) + self.scale * change.to(dtype).view(tensor.shape)).to(tensor.dtype)
-
-    def _change(self, parts: _Parts, leaf: str) -> Tensor | None:
-        """The whole change of a module's weight or bias at scale one, float32."""
-        found = {role: self._read(info) for role, info in parts.tensors.items() if (role in _BIAS) == (leaf == "bias")}
-        changes = [found[role].flatten() for role in ("diff", "diff_b") if role in found]
-        if "down" in found:  # a convolution's A is [r, in, *kernel], its B [out, r, 1, ...]
-            changes.append(parts.scaling * (found["up"].flatten(1) @ found["down"].flatten(1)).flatten())
-        if "up_bias" in found:
-            changes.append(parts.scaling * found["up_bias"])
-        return sum(changes[1:], changes[0]) if changes else None
+        return parts.merge(tensor, leaf, self.scale, self._read)
 
     def _read(self, info: TensorInfo) -> Tensor:
         tensor = self.store.read(info.name).float()
         check_finite(tensor, info.name, self.store.path)
         return tensor
-
-
-_BIAS = ("up_bias", "diff_b")
 
 
 def pair(paths: Sequence[Path], scales: Sequence[float]) -> list[LoraFile]:
@@ -180,10 +166,11 @@ def open_lora(file: LoraFile, checkpoint: Checkpoint) -> Lora:
     try:
         _decode(store)
         parts, left_out = _sort(store, checkpoint)
-        config = _config(store, parts.values(), file.alpha)
-        modules = {module: _parts(store, found, config) for module, found in parts.items()}
-        for module, made in modules.items():
-            _check_shapes(store, checkpoint, module, made.tensors)
+        for module, found in parts.items():
+            tensors = {role: info for role, (info, _) in found.items() if role != "alpha"}
+            _check_fit(store, checkpoint, module, tensors)
+        config = _config(store, parts, file.alpha)
+        modules = {module: _change(store, found, config) for module, found in parts.items()}
         lora = Lora(
             store=store,
             scale=file.scale,
@@ -252,8 +239,8 @@ def _sort(store: TensorStore, checkpoint: Checkpoint) -> tuple[dict[str, _Found]
         if not role or module is None:
             raise CheckpointError(
                 f"{store.path}: {raw!r} is no LoRA of this model ({checkpoint.family.name}, "
-                f"{checkpoint.config.num_layers} layers); only lora_A and lora_B (or down and up), alpha, diff, diff_b "
-                "and diff_m of its modules can be merged"
+                f"{checkpoint.config.num_layers} layers); only lora_A and lora_B (or down and up), LoKr's and LoHa's "
+                "factors, DoRA's magnitudes, alpha, diff, diff_b and diff_m of its modules can be merged"
             )
         found = modules.setdefault(module, {})
         if role in found:
@@ -261,14 +248,6 @@ def _sort(store: TensorStore, checkpoint: Checkpoint) -> tuple[dict[str, _Found]
         found[role] = (store.tensors[raw], named)
     if not modules:
         raise CheckpointError(f"{store.path}: all of it is of branches that this model has not: {', '.join(left_out)}")
-    for module, found in modules.items():
-        if ("down" in found) != ("up" in found):
-            (info, _) = found.get("down") or found["up"]
-            raise CheckpointError(f"{store.path}: {info.name!r} has no partner for {module!r}; get the whole file")
-        if "up_bias" in found and "up" not in found:
-            raise CheckpointError(
-                f"{store.path}: {found['up_bias'][0].name!r} has no lora_B.weight; get the whole file"
-            )
     return {module: found for module, found in modules.items() if set(found) != {"alpha"}}, dict(left_out)
 
 
@@ -289,7 +268,7 @@ def _chosen(store: TensorStore) -> dict[str, str]:
 
 def lora_keys(store: TensorStore) -> list[str]:
     """State keys of a pickle under which there is a LoRA of the model: the generator's if it says so, no critic's."""
-    keys = {name.rpartition("/")[0] for name in store.tensors if any(p.search(name) for _, p in FACTORS)}
+    keys = {name.rpartition("/")[0] for name in store.tensors if any(p.search(name) for _, p in (*FACTORS, *OTHERS))}
     found = [key for key in sorted(keys) if not _CRITIC.search(key.rpartition("/")[2])]
     return [key for key in found if key.rpartition("/")[2] == _STATE_KEY] or found
 
@@ -298,24 +277,41 @@ def _of_another_kind(store: TensorStore, kind: str) -> CheckpointError:
     return CheckpointError(f"{store.path}: it is {kind}; merge it into the model with the library that made it first")
 
 
-def _config(store: TensorStore, parts: Iterable[_Found], recorded: str | None) -> AdapterConfig:
+def _config(store: TensorStore, parts: Mapping[str, _Found], recorded: str | None) -> AdapterConfig:
     """The configuration for factors without an alpha of their own; none where a record says that none was used."""
-    without = [found["down"] for found in parts if "down" in found and "alpha" not in found]
-    if not without or recorded in ("rank", "file+rank"):
+    ranks: dict[str, int | None] = {}
+    kinds = set()
+    for found in parts.values():
+        ranked = rank_of({role: info for role, (info, _) in found.items()})
+        if ranked is not None and "alpha" not in found:
+            info, rank = ranked
+            named = next(named for other, named in found.values() if other is info)
+            if rank is not None or store.files[0].stem == PEFT_STEM:
+                ranks[named] = rank
+                kinds.add(kind_of(found))
+    if not ranks or recorded in ("rank", "file+rank"):
         return AdapterConfig()
-    config = find_config(store.files[0], {named: info.shape[0] for info, named in without if info.shape})
-    if config.fields.get("use_dora"):
-        raise _of_another_kind(store, "a DoRA, whose norms cannot be merged here")
+    config = find_config(store.files[0], ranks, kinds)
+    bare = [found["down"][0].name for found in parts.values() if "down" in found and "magnitude" not in found]
+    if config.fields.get("use_dora") and bare:
+        raise CheckpointError(
+            f"{store.path}: its configuration says DoRA, and {bare[0]!r} has no magnitudes; get the whole file"
+        )
     return config
 
 
-def _parts(store: TensorStore, found: _Found, config: AdapterConfig) -> _Parts:
+def _change(store: TensorStore, found: _Found, config: AdapterConfig) -> ModuleChange:
     """One module's tensors and its scaling, alpha / r, or alpha / sqrt(r) where rsLoRA's configuration has alpha."""
     tensors = {role: info for role, (info, _) in found.items() if role != "alpha"}
-    if "down" not in found:
-        return _Parts(tensors=tensors, scaling=1.0, alpha="")
-    info, named = found["down"]
-    rank = info.shape[0] if info.shape else 0
+    ranked = rank_of(tensors)
+    if ranked is None:
+        return ModuleChange(tensors=tensors, scaling=1.0, alpha="")
+    info, rank = ranked
+    named = next(named for other, named in found.values() if other is info)
+    if rank is None:  # of two whole matrices: LyCORIS takes them as they are, PEFT scales them too
+        rank = config.rank(named)
+        if rank is None:
+            return ModuleChange(tensors=tensors, scaling=1.0, alpha="")
     if rank < 1:
         raise CheckpointError(f"{store.path}: {info.name!r} has shape {list(info.shape)}; expected [r, in]")
     alpha: Any = config.alpha(named)
@@ -327,32 +323,20 @@ def _parts(store: TensorStore, found: _Found, config: AdapterConfig) -> _Parts:
         alpha = rank
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not abs(alpha) < float("inf"):
         raise CheckpointError(f"{store.path}: alpha of {info.name!r} is {alpha!r}; expected one finite number")
-    return _Parts(tensors=tensors, scaling=float(alpha) / (rank**0.5 if root else rank), alpha=origin)
+    return ModuleChange(tensors=tensors, scaling=float(alpha) / (rank**0.5 if root else rank), alpha=origin)
 
 
-def _check_shapes(store: TensorStore, checkpoint: Checkpoint, module: str, tensors: Mapping[str, TensorInfo]) -> None:
+def _check_fit(store: TensorStore, checkpoint: Checkpoint, module: str, tensors: Mapping[str, TensorInfo]) -> None:
     """Every part of one module against the model's tensor. Raises CheckpointError naming what does not fit."""
     weight, bias = (f"{module}.{leaf}" for leaf in ("weight", "bias"))
     weight = module if module in checkpoint.names else weight  # a bare parameter
     shape = checkpoint.info(weight).shape if weight in checkpoint.names else ()
-    outputs = checkpoint.info(bias).shape if bias in checkpoint.names else None
-    rank = tensors["down"].shape[0] if "down" in tensors else 0
-    expected: dict[str, tuple[int, ...] | None] = {
-        "down": (rank, *shape[1:]) if len(shape) > 1 else None,
-        "up": (shape[0], rank, *(1 for _ in shape[2:])) if len(shape) > 1 else None,
-        "diff": shape or None,
-        "up_bias": outputs,
-        "diff_b": outputs,
-    }
-    for role, info in tensors.items():
-        wanted = expected[role]
-        if info.shape != wanted:
-            asked = f"expected {list(wanted)}" if wanted else "which has none to change"
-            raise CheckpointError(
-                f"{store.path}: {info.name!r} has shape {list(info.shape)} for {module!r} of this model, {asked}"
-            )
-        if not info.dtype.is_floating_point:
-            raise CheckpointError(f"{store.path}: {info.name!r} is {info.dtype}; expected floating point")
+    outputs = checkpoint.info(bias).shape[0] if bias in checkpoint.names else None
+    try:
+        check_partners(tensors, module)
+        check_shapes(tensors, module, shape, outputs)
+    except CheckpointError as error:
+        raise CheckpointError(f"{store.path}: {error}") from None
 
 
 def tensors_digest(files: Sequence[Path]) -> str:

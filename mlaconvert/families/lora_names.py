@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from mlaconvert.families.checkpoint import Checkpoint
+from mlaconvert.families.lora_change import HADAMARD, KRON
 from mlaconvert.families.protocol import Layout
 
 # What trainers and loaders put before a module's name. kohya writes underscores for dots, some of them or all.
@@ -17,8 +18,14 @@ FACTORS = (  # what a key is, by its end; PEFT may put an adapter's name before 
     ("down", re.compile(r"\.(?:lora_A|lora_down|lora\.down)(?:\.(?!weight$)\w+)?\.weight$")),
     ("up", re.compile(r"\.(?:lora_B|lora_up|lora\.up)(?:\.(?!weight$)\w+)?\.weight$")),
 )
+_ADAPTER = r"(?:\.(?!weight$)\w+)?(?:\.weight)?$"
+OTHERS = tuple(  # LoKr's and LoHa's
+    (role, re.compile(rf"\.{role}{_ADAPTER}")) for role in (*KRON, *HADAMARD)
+)
 ROLES = (
     *FACTORS,
+    *OTHERS,
+    ("magnitude", re.compile(rf"\.(?:dora_scale|lora_magnitude_vector){_ADAPTER}")),  # a DoRA's
     ("up_bias", re.compile(r"\.lora_B(?:\.(?!bias$)\w+)?\.bias$")),
     ("alpha", re.compile(r"\.(?:lora_)?alpha(?:\.default)?$")),
     ("diff_b", re.compile(r"\.diff_b$|\.b_norm$")),
@@ -27,9 +34,6 @@ ROLES = (
 )
 # Kinds of adapters that are not merged: (in a key, what it is).
 _OTHER_KINDS = (
-    (re.compile(r"\.dora_scale$|lora_magnitude"), "a DoRA, whose norms cannot be merged here"),
-    (re.compile(r"\.lokr_"), "a LoKr (Kronecker products), which is not merged here"),
-    (re.compile(r"\.hada_"), "a LoHa (Hadamard products), which is not merged here"),
     (re.compile(r"\.oft_|\.boft_"), "an OFT (rotations), which is not merged here"),
     (re.compile(r"\.(a1|a2|b1|b2)\.weight$"), "a GLoRA, which is not merged here"),
 )
@@ -56,6 +60,12 @@ def split_key(key: str) -> tuple[str, str]:
 def other_kind(keys: Iterable[str]) -> str | None:
     """What a file with these keys is, if it is an adapter of another kind than a LoRA."""
     return next((what for key in keys for sign, what in _OTHER_KINDS if sign.search(key)), None)
+
+
+def kind_of(roles: Iterable[str]) -> str:
+    """What PEFT calls an adapter that has these of a module."""
+    known = set(roles)
+    return "LOKR" if known & {*KRON} else "LOHA" if known & {*HADAMARD} else "LORA"
 
 
 def module_names(checkpoint: Checkpoint) -> Mapping[str, str]:

@@ -143,11 +143,6 @@ def test_factors_of_any_float(
 
 
 KINDS = {
-    "lora_unet_blocks_0_self_attn_q.dora_scale": "a DoRA",
-    "diffusion_model.blocks.0.self_attn.q.lora_magnitude_vector.weight": "a DoRA",
-    "lycoris_blocks_0_self_attn_q.lokr_w1": "a LoKr",
-    "diffusion_model.blocks.0.self_attn.q.lokr_w2_a": "a LoKr",
-    "diffusion_model.blocks.0.self_attn.q.hada_w1_b": "a LoHa",
     "lora_unet_blocks_0_self_attn_q.oft_blocks": "an OFT",
     "lycoris_blocks_0_self_attn_q.b2.weight": "a GLoRA",
 }

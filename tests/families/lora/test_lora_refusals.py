@@ -52,7 +52,17 @@ def wrong(factors: Any, change: str) -> dict[str, Tensor]:
             state = plain(factors, "transformer.{other}.lora_{part}.weight")
             state |= {key.replace("transformer.", "transformer_2."): tensor.clone() for key, tensor in state.items()}
         case "dora":
-            state["diffusion_model.blocks.0.self_attn.q.lora_magnitude_vector"] = torch.zeros(DIM)
+            state["diffusion_model.blocks.0.self_attn.q.lora_magnitude_vector"] = torch.zeros(DIM - 1)
+        case "magnitude":
+            state["diffusion_model.blocks.0.self_attn.k.dora_scale"] = torch.zeros(DIM, 1)
+        case "kron":
+            state["diffusion_model.blocks.0.self_attn.q.lokr_w1"] = torch.zeros(4, 5)
+            state["diffusion_model.blocks.0.self_attn.q.lokr_w2"] = torch.zeros(20, 12)
+        case "product":
+            shapes = {"w1_a": (DIM, 2), "w1_b": (3, DIM), "w2_a": (DIM, 2), "w2_b": (2, DIM)}
+            state |= {f"diffusion_model.blocks.0.self_attn.q.hada_{n}": torch.zeros(s) for n, s in shapes.items()}
+        case "oft":
+            state["diffusion_model.blocks.0.self_attn.q.oft_blocks"] = torch.zeros(4, 4)
     return state
 
 
@@ -60,7 +70,9 @@ def wrong(factors: Any, change: str) -> dict[str, Tensor]:
     ("change", "message"),
     [
         ("layer", r"'diffusion_model.blocks.7.self_attn.q.lora_A.weight' is no LoRA of this model \(wan, 3 layers\)"),
-        ("part", "is a LoHa .*merge it into the model with the library that made it"),
+        ("part", "q.hada_w1_a' has no partner for 'blocks.0.self_attn.q'; get the whole file"),
+        ("kron", r"q.lokr_w1' has shape \[4, 5\] .*with its partners makes \[80, 60\], expected \[96, 96\]"),
+        ("product", "q.hada_w1_a' has shape .* which does not fit its partners"),
         ("shape", r"q.lora_A.weight' has shape \[3, 97\] for 'blocks.0.self_attn.q' .*expected \[3, 96\]"),
         ("rank", r"q.lora_B.weight' has shape \[96, 4\] for 'blocks.0.self_attn.q' .*expected \[96, 3\]"),
         ("partner", "q.lora_A.weight' has no partner"),
@@ -70,7 +82,9 @@ def wrong(factors: Any, change: str) -> dict[str, Tensor]:
         ("bias", "norm_q.diff_b' has shape .*, which has none to change"),
         ("integer", "is torch.int32; expected floating point"),
         ("experts", "LoRAs of two experts"),
-        ("dora", "is a DoRA"),
+        ("dora", r"q.lora_magnitude_vector' has shape \[95\] .* one number for each of 96 outputs"),
+        ("magnitude", "k.dora_scale' has no factors for 'blocks.0.self_attn.k'; get the whole file"),
+        ("oft", "is an OFT .*merge it into the model with the library that made it"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(
@@ -98,7 +112,7 @@ def test_files_that_are_no_lora(golden: Path, tmp_path: Path, factors: Any) -> N
     file = write_peft(tmp_path, factors)
     refused(file, "the scale of .* is nan", float("nan"))
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 4, "use_dora": True}))
-    refused(file, "is a DoRA")
+    refused(file, "its configuration says DoRA, and .*q.lora_A.weight' has no magnitudes; get the whole file")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": "four"}))
     refused(file, "alpha of .* is 'four'")
     (tmp_path / "adapter_config.json").write_text("{}")
