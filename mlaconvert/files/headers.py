@@ -31,6 +31,8 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "C64": torch.complex64,
 }
+if hasattr(torch, "float8_e8m0fnu"):  # from torch 2.7 on
+    _DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # bytes of a .safetensors header, as the safetensors library has it

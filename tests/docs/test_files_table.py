@@ -127,6 +127,13 @@ def scaled(leaf: str, *, rows: bool = False, more: State | None = None) -> Calla
     return one(change)
 
 
+def in_blocks(state: State) -> State:
+    squares = state[Q].float().view(D // 128, 128, D // 128, 128)
+    scale = squares.abs().amax((1, 3)) / 448
+    small = (squares / scale[:, None, :, None]).view(D, D).to(torch.float8_e4m3fn)
+    return state | {Q: small, Q.replace("weight", "weight_scale_inv"): scale}
+
+
 def gguf(folder: Path, state: State) -> Path:
     import gguf as package
 
@@ -199,6 +206,7 @@ MODELS: dict[str, tuple[Callable[[Path, State], Path], str]] = {
         scaled("weight_scale", more={Q.replace("weight", "comfy_quant"): torch.zeros(25, dtype=torch.uint8)}),
         "with scales",
     ),
+    "float8 in blocks (`weight_scale_inv`)": (one(in_blocks), "with scales of blocks of 128 x 128"),
     "GGUF, Q8_0 and K-quants": (gguf, "GGUF F32, Q8_0"),
     "LingBot-World": (plus(**CAMERA), "2 tensors beyond Wan's, of camera injectors"),
     "Matrix-Game": (
@@ -234,6 +242,10 @@ MODELS: dict[str, tuple[Callable[[Path, State], Path], str]] = {
     ),
     "NF4, int8 of bitsandbytes": (plus(blocks__0__ffn__0__weight__absmax=(3,)), "bitsandbytes"),
     "SVDQuant (Nunchaku)": (plus(blocks__0__ffn__0__wscales=(3,)), "SVDQuant"),
+    "NVFP4, MXFP8 of ComfyUI": (
+        one(lambda s: s | {Q: s[Q].to(torch.float8_e4m3fn), Q + "_scale": torch.ones(D, D // 32).to(torch.uint8)}),
+        "MXFP8",
+    ),
     "FSDP2 `.pt` of DTensors": (
         distributed("torch.save({'w': distribute_tensor(torch.ones(4, 3), init_device_mesh('cpu', (1,)), [Shard(0)])}, "
                     "sys.argv[1])", "fsdp2.pt"),

@@ -58,6 +58,26 @@ def comfy(kind: str) -> torch.Tensor:
     return torch.tensor(list(json.dumps({"format": kind}).encode()), dtype=torch.uint8)
 
 
+def in_blocks(state: State, leaf: str, side: int, more: State | None = None) -> tuple[State, State]:
+    """A scale for each square of `side`, the last ones cut off; what each element means, one block after the other."""
+    held, meant = {}, {}
+    for name, tensor in state.items():
+        held[name] = meant[name] = tensor.clone()
+        if not is_quantised(name, tensor) or (leaf == "weight_scale" and min(tensor.shape) % side):
+            continue
+        counts = [-(-size // side) for size in tensor.shape]
+        scale, small, decoded = torch.zeros(counts), tensor.to(E4M3), torch.zeros(tensor.shape).double()
+        for i in range(counts[0]):
+            for j in range(counts[1]):
+                block = (slice(i * side, (i + 1) * side), slice(j * side, (j + 1) * side))
+                scale[i, j] = tensor[block].abs().max() / 448
+                small[block] = (tensor[block] / scale[i, j]).to(E4M3)
+                decoded[block] = small[block].double() * scale[i, j].double()
+        held[name], held[name.removesuffix("weight") + leaf] = small, scale
+        meant[name] = decoded.float().to(torch.bfloat16)
+    return held | (more or {}), meant
+
+
 Q = "blocks.0.self_attn.q"
 FILES: dict[str, tuple[Callable[[State], tuple[State, State]], str]] = {
     "ComfyUI, scaled": (
@@ -80,6 +100,13 @@ FILES: dict[str, tuple[Callable[[State], tuple[State, State]], str]] = {
             "blocks.1.ffn.0.comfy_quant": torch.zeros(25, dtype=torch.uint8),
         }),
         "float8_e4m3fn with scales",
+    ),
+    "DeepSeek, a scale a block": (
+        lambda s: in_blocks(s, "weight_scale_inv", 128), "float8_e4m3fn with scales of blocks of 128 x 128",
+    ),
+    "ComfyUI, in blocks": (
+        lambda s: in_blocks(s, "weight_scale", 32, {f"{Q}.comfy_quant": comfy("float8_e4m3fn_blockwise")}),
+        "float8_e4m3fn with scales of blocks of 32 x 32",
     ),
     "plain": (lambda s: plain(s, E4M3), "float8_e4m3fn"),
     "plain, more range": (lambda s: plain(s, E5M2), "float8_e5m2"),
@@ -133,7 +160,22 @@ BAD: dict[str, tuple[Callable[[State], State], str]] = {
     ),
     "AWQ": (lambda s: {f"{Q}.qzeros": torch.ones(3, 5, dtype=torch.int32)}, "GPTQ or AWQ"),
     "NVFP4": (lambda s: {f"{Q}.weight_scale_2": torch.ones(())}, "NVFP4"),
-    "blocks": (lambda s: {f"{Q}.weight_scale_inv": torch.ones(2, 2)}, "float8 in blocks"),
+    "blocks of another size": (
+        lambda s: {f"{Q}.weight": s[f"{Q}.weight"].to(E4M3), f"{Q}.weight_scale_inv": torch.ones(2, 2)},
+        r"q.weight_scale_inv' is \[2, 2\] .* a weight \[96, 96\] in blocks of 128 x 128",
+    ),
+    "blocks of nothing": (
+        lambda s: {f"{Q}.weight_scale_inv": torch.ones(1, 1)}, "scale of a weight that is torch.float",
+    ),
+    "MXFP8": (
+        lambda s: {f"{Q}.weight": s[f"{Q}.weight"].to(E4M3), f"{Q}.weight_scale": torch.ones(96, 3).to(torch.uint8)},
+        "quantised to MXFP8",
+    ),
+    "NVFP4 of ComfyUI": (
+        lambda s: {f"{Q}.weight": torch.ones(96, 48, dtype=torch.uint8), f"{Q}.weight_scale_2": torch.ones(()),
+                   f"{Q}.weight_scale": torch.ones(96, 6).to(E4M3), f"{Q}.comfy_quant": comfy("nvfp4")},
+        "NVFP4",
+    ),
     "quanto": (lambda s: {f"{Q}.weight._data": torch.ones(96, 96, dtype=torch.int8)}, "quanto"),
     "int8 with scales": (
         lambda s: {f"{Q}.weight": torch.ones(96, 96, dtype=torch.int8), f"{Q}.weight_scale": torch.ones(96, 1)},
@@ -143,9 +185,9 @@ BAD: dict[str, tuple[Callable[[State], State], str]] = {
         lambda s: {f"{Q}.weight": s[f"{Q}.weight"].to(E4M3), f"{Q}.comfy_quant": comfy("mxfp8")},
         "quantised to 'mxfp8' by ComfyUI",
     ),
-    "scales of blocks": (
-        lambda s: {f"{Q}.weight": s[f"{Q}.weight"].to(E4M3), f"{Q}.weight_scale": torch.ones(3, 3)},
-        r"q.weight_scale' is \[3, 3\] of torch.float32, .*one a row",
+    "scales of no blocks": (
+        lambda s: {f"{Q}.weight": s[f"{Q}.weight"].to(E4M3), f"{Q}.weight_scale": torch.ones(3, 4)},
+        r"q.weight_scale' is \[3, 4\] of torch.float32, .*one a row",
     ),
     "scales of columns": (
         lambda s: {f"{Q}.weight": s[f"{Q}.weight"].to(E4M3), f"{Q}.weight_scale": torch.ones(1, 96)},
@@ -153,6 +195,15 @@ BAD: dict[str, tuple[Callable[[State], State], str]] = {
     ),
     "a scale of nothing": (lambda s: {f"{Q}.weight_scale": torch.ones(())}, "scale of a weight that is torch.float"),
 }  # fmt: skip
+
+if hasattr(torch, "float8_e8m0fnu"):  # from torch 2.7 on
+    BAD["MXFP8, with exponents of a dtype of their own"] = (
+        lambda s: {
+            f"{Q}.weight": s[f"{Q}.weight"].to(E4M3),
+            f"{Q}.weight_scale": torch.ones(96, 3).to(torch.float8_e8m0fnu),
+        },
+        "quantised to MXFP8",
+    )
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -288,3 +339,14 @@ def test_gguf_without_its_package(wide: State, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(CheckpointError, match=r"pip install 'mlaconvert\[gguf\]'"):
         open_checkpoint(tmp_path / "m.gguf")
+
+
+def test_blocks_of_the_size_that_the_configuration_says(
+    golden_state: State, golden_config: dict[str, object], tmp_path: Path
+) -> None:
+    held, meant = in_blocks(golden_state, "weight_scale_inv", 40)
+    save_file(held, tmp_path / WEIGHTS_NAME)
+    said = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [40, 40]}}
+    (tmp_path / "config.json").write_text(json.dumps(golden_config | said))
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in meant.items())
