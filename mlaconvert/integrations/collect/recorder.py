@@ -109,6 +109,10 @@ class Recorder:
         self._video = None
         frames, end = one.grid[0], one.start + one.grid[0]
         queries = one.queries or frames
+        if self.streaming is None and one.cache is not None:
+            raise ConfigError(
+                "self-attention was called with a cache; say what a chunk sees of it: streaming=StreamingConfig(...)"
+            )
         if self.streaming is None or one.cache is None:
             if self.streaming is None or queries < frames:
                 self._choose(one, 1, [], list(range(frames)), queries)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.run import convert
 from mlaconvert.families.open import open_checkpoint
 from mlaconvert.files.names import CONVERSION_NAME, WEIGHTS_NAME
+from mlaconvert.files.scratch import Scratch
 from mlaconvert.integrations.collect import collect
 
 RECIPE = ConvertRecipe(kv_rank=9, height=32, width=48, allocation="uniform", refit_steps=0)
@@ -143,6 +145,44 @@ def test_moments_of_many_windows_are_a_fair_sample(golden: Path, tmp_path: Path)
     assert max(window.number for window in collected.windows) > 9
     files = {path.name for path in (tmp_path / "moments" / "windows").iterdir()}
     assert len(files) == 4 * 3
+
+
+def test_videos_side_by_side_have_pasts_of_their_own(golden: Path, tmp_path: Path) -> None:
+    """As guidance runs two, each with its cache, pass by pass in turn."""
+    pipes = [world_pipeline(golden), world_pipeline(golden)]
+    contexts = torch.randn(2, 1, 6, 40, generator=torch.Generator().manual_seed(1))
+    g = torch.Generator().manual_seed(2)
+    for pipe in pipes:
+        pipe.begin()
+        pipe.generator.model = pipes[0].generator.model
+    with collect(pipes[0], output=tmp_path / "moments", streaming=THEIRS, windows=50) as collection, torch.no_grad():
+        for start in range(0, 12, 3):
+            for level in (700.0, 0.0):
+                for pipe, context in zip(pipes, contexts, strict=True):
+                    pipe.chunk(torch.randn(1, 16, 3, 6, 10, generator=g), torch.full((1, 3), level), context, start)
+    record = collection.record
+    assert record is not None
+    assert (len(record.windows), record.left_out) == (12, 0)
+    assert sorted(window.video for window in record.windows) == [1] * 6 + [2] * 6
+
+
+def test_memory_holds_a_window_however_long_the_video(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[weakref.ref[Tensor]] = []
+    keep = Scratch.keep
+
+    def watched(scratch: Scratch, tensor: Tensor) -> Tensor:
+        made = keep(scratch, tensor)
+        kept.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(Scratch, "keep", watched)
+    pipe, context = world_pipeline(golden), torch.randn(1, 6, 40, generator=torch.Generator().manual_seed(1))
+    with collect(pipe, output=tmp_path / "moments", streaming=THEIRS, windows=2):
+        generate(pipe, context, 30)
+        assert len(kept) == 3 * 30  # every frame of every layer
+        assert sum(one() is not None for one in kept) == 3 * THEIRS.window_frames
 
 
 def test_whole_clips_of_a_bidirectional_model(save_folder: SaveFolder, tmp_path: Path) -> None:

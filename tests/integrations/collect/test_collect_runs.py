@@ -23,7 +23,7 @@ from mlaconvert.conversion.run import convert
 from mlaconvert.errors import ConfigError, InputError, OutputError, UnsupportedModelError
 from mlaconvert.files.names import CONFIG_NAME, CONVERSION_NAME
 from mlaconvert.files.output import Output
-from mlaconvert.integrations.collect import collect
+from mlaconvert.integrations.collect import Pass, collect
 from mlaconvert.integrations.streaming import swap_attention
 from mlaconvert.listener import Listener
 
@@ -152,6 +152,41 @@ def test_the_window_of_the_model_itself(golden: Path, contexts: Tensor, tmp_path
         run(pipe, contexts, tmp_path / "moments", streaming=None)
     pipe.generator.model.num_frame_per_block = 3  # type: ignore[union-attr]
     assert run(pipe, contexts[:1], tmp_path / "moments", streaming=None).streaming == THEIRS
+
+
+def test_a_cache_needs_a_window(golden: Path, contexts: Tensor, tmp_path: Path) -> None:
+    """Also where only the reader of calls knows of the cache."""
+    pipe = world_pipeline(golden)
+    for block in pipe.generator.model.blocks:  # type: ignore[union-attr]
+        block.self_attn = _Renamed(block.self_attn)
+    with pytest.raises(
+        UnsupportedModelError, match=r"is called with x, lengths, .* with collect\(\.\.\., read=\.\.\.\)"
+    ):
+        run(pipe, contexts[:1], tmp_path / "moments")
+
+    def read(arguments: Any) -> Pass:
+        frames, height, width = arguments["sizes"][0].tolist()
+        return Pass(arguments["x"], (frames, height, width), arguments["begin"] // (height * width), arguments["store"])
+
+    with pytest.raises(ConfigError, match="called with a cache; say what a chunk sees"):
+        run(pipe, contexts[:1], tmp_path / "moments", streaming=None, read=read)
+    assert list(tmp_path.iterdir()) == []
+    assert len(run(pipe, contexts[:1], tmp_path / "moments", read=read).record.windows) == 9
+
+
+class _Renamed(torch.nn.Module):
+    """Self-attention whose call has names of its own."""
+
+    def __init__(self, own: Any) -> None:
+        super().__init__()
+        for name, part in own.named_children():
+            self.add_module(name, part)
+        self.num_heads, self.own = own.num_heads, [own]
+
+    def forward(
+        self, x: Any, lengths: Any, sizes: Any, turns: Any, mask: Any, store: Any, begin: Any, last: Any
+    ) -> Any:
+        return self.own[0](x, lengths, sizes, turns, mask, store, begin, last)
 
 
 def test_models_that_are_no_wan(golden: Path, tmp_path: Path) -> None:
