@@ -120,16 +120,17 @@ class Recorder:
         video = self._video = self._video_of(one)
         if video is None:
             return
-        if one.start and frames > self.streaming.chunk_frames:
+        newest, video.newest = video.newest, max(video.newest, end)
+        if 0 < newest < end and frames > self.streaming.chunk_frames:
             raise ConfigError(
                 f"a chunk of {frames} frames was run, and streaming says chunk_frames {self.streaming.chunk_frames}; "
                 "give streaming=StreamingConfig(...) as the model is run"
             )
-        newest, video.newest = video.newest, max(video.newest, end)
         seen = [frame for frame in seen_frames(end, self.streaming) if frame < one.start]
         known = video.frames[0]
         alike = all(frame in known and known[frame].shape[1] == one.grid[1] * one.grid[2] for frame in seen)
-        if seen and alike and end >= newest:
+        # Past chunks may be run again, several at once, to write them anew; nothing is made by that.
+        if seen and alike and end >= newest and frames <= self.streaming.chunk_frames:
             self._choose(one, video.number, seen, [*seen, *range(one.start, end)], frames)
 
     def _video_of(self, one: Pass) -> _Video | None:
@@ -221,7 +222,7 @@ class Recorder:
             seen = f"a clip of {window.grid[0]} frames at once"
         return (
             f"{where} does not give what Wan's attention gives for {seen}: off by {off:.2g}. Give the window that it "
-            "has with streaming=StreamingConfig(...); attention with a mask or mixing of its own cannot be collected"
+            "has with streaming=StreamingConfig(...); a mask, mixed frames or kernels in 8 bits cannot be collected"
         )
 
     def _dtype(self, x: Tensor) -> torch.dtype:

@@ -166,6 +166,25 @@ def test_videos_side_by_side_have_pasts_of_their_own(golden: Path, tmp_path: Pat
     assert sorted(window.video for window in record.windows) == [1] * 6 + [2] * 6
 
 
+def test_past_chunks_that_are_run_again_when_the_prompt_changes(golden: Path, tmp_path: Path) -> None:
+    """As LongLive does it, several at once; what its sink then holds is not what was run last at its place."""
+    pipe, g = world_pipeline(golden, LongLiveAttention), torch.Generator().manual_seed(2)
+    contexts = torch.randn(2, 1, 6, 40, generator=g)
+    pipe.begin()
+
+    def one(start: int, frames: int, prompt: int, *more: bool) -> None:
+        x = torch.randn(1, 16, frames, 6, 10, generator=g)
+        pipe.chunk(x, torch.full((1, frames), 500.0), contexts[prompt], start, *more)
+
+    with collect(pipe, output=tmp_path / "moments", streaming=THEIRS, windows=50) as collection, torch.no_grad():
+        for start in range(0, 12, 3):
+            one(start, 3, 0)
+        one(6, 6, 1)  # the window again, but for its sink
+        one(12, 3, 1)
+    assert collection.record is not None
+    assert (len(collection.record.windows), collection.record.left_out) == (4, 0)
+
+
 def test_memory_holds_a_window_however_long_the_video(
     golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
