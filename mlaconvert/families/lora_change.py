@@ -47,7 +47,8 @@ class ModuleChange:
     def merge(self, tensor: Tensor, leaf: str, scale: float, read: Read) -> Tensor:
         """`tensor`, the module's "weight" or "bias", with `scale` of its change, in its own dtype.
 
-        The sum is taken in float32 at least.
+        The sum is taken in float32 at least. `scale` goes so far from the weight to the merged one, a DoRA's too, as in
+        LyCORIS and ComfyUI; PEFT would scale the change inside a DoRA's norms.
         """
         found = {role: read(info) for role, info in self.tensors.items() if (role in BIAS) == (leaf == "bias")}
         magnitude = found.pop("magnitude", None)
@@ -125,8 +126,8 @@ def check_shapes(tensors: Mapping[str, TensorInfo], module: str, shape: tuple[in
             except (RuntimeError, IndexError, ValueError):
                 made = ()
             if not matrix or made[:1] != shape[:1] or prod(made) != prod(shape):
-                asked = f"and with its partners makes {list(made)}, expected {list(shape)}" if made else "and does not"
-                raise _misfit(first, module, asked if made else "which does not fit its partners")
+                both = f"and with its partners makes {list(made)}, expected {list(shape)}"
+                raise _misfit(first, module, both if made else "which does not fit its partners")
     magnitude = tensors.get("magnitude")
     if magnitude is not None and not (matrix and _axis(magnitude.shape, shape) is not None):
         raise _misfit(magnitude, module, f"expected one number for each of {shape[0]} outputs, or of its inputs")

@@ -135,7 +135,7 @@ def causal_model(model: nn.Module) -> nn.Module:
     if any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules()):
         raise UnsupportedModelError(
             f"{type(model).__name__} is sharded by FSDP, whose shards have no layers to replace; "
-            "call swap_attention before FSDP wraps the model"
+            "call swap_attention, or collect, before FSDP wraps the model"
         )
     return found[0]
 
