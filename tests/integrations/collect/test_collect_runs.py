@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -238,6 +241,40 @@ def test_an_error_keeps_what_there_is_and_the_same_call_goes_on(golden: Path, co
         run(pipe, contexts[:1], tmp_path / "parts")
     run(pipe, contexts[:1], Output(tmp_path / "parts", overwrite=True), windows=2)
     assert len(Collected(tmp_path / "parts").windows) == 2
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+import torch
+from collect_cases import THEIRS, generate, world_pipeline
+from mlaconvert import collect
+
+pipe, passes = world_pipeline(Path(sys.argv[1])), []
+
+def stop(*_):
+    passes.append(1)
+    if len(passes) == 8:  # in the middle of a pass
+        os._exit(9)
+
+pipe.generator.model.blocks[1].self_attn.register_forward_hook(stop)
+contexts = torch.randn(6, 1, 6, 40, generator=torch.Generator().manual_seed(1))
+with collect(pipe, output=Path(sys.argv[2]), streaming=THEIRS, windows=30):
+    generate(pipe, contexts[0])
+"""
+
+
+def test_a_killed_run_is_gone_on_with(golden: Path, contexts: Tensor, tmp_path: Path) -> None:
+    """It had no chance to tidy up: whole windows count, and what is left of others goes."""
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2]), *sys.path])
+    command = [sys.executable, "-c", KILLED, str(golden), str(tmp_path / "moments")]
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False)
+    assert ended.returncode == 9
+    left = tmp_path / ".moments.partial" / "collected" / "windows"
+    assert len(list(left.iterdir())) == 4 * 3 + 1  # four windows of three layers, and a fifth that was begun
+    record = run(world_pipeline(golden), contexts[1:2], tmp_path / "moments", windows=30).record
+    assert [window.video for window in record.windows] == [1] * 4 + [2] * 9
+    assert len(list((tmp_path / "moments" / "windows").iterdir())) == 13 * 3
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
