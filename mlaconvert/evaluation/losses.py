@@ -85,13 +85,27 @@ def batches_at(model: WanModel, clips: Clips, noise: Tensor, sigma: Tensor) -> l
 
 
 @torch.no_grad()
-def validation_loss(model: WanModel, clips: Clips, *, seeds: Sequence[int] = (0,)) -> float:
-    """Mean squared velocity error over `clips`, in one masked pass each, for every seed of `noisy_batches`."""
+def validation_loss(
+    model: WanModel,
+    clips: Clips,
+    *,
+    seeds: Sequence[int] = (0,),
+    progress: Progress = silent,
+    stage: str = "losses",
+) -> float:
+    """Mean squared velocity error over `clips`, in one masked pass each, for every seed of `noisy_batches`.
+
+    `progress` counts batches, as those of `stage`.
+    """
     total = 0.0
     for seed in seeds:
-        for batch in noisy_batches(model, clips, seed=seed):
+        batches = noisy_batches(model, clips, seed=seed)
+        count = Counter(progress, stage, len(batches))
+        count.show()
+        for batch in batches:
             velocity = model(batch.noisy, batch.timestep, batch.context).float()
             total += float((velocity - batch.target).square().sum())
+            count.step()
     return total / (clips.latents.numel() * len(seeds))
 
 

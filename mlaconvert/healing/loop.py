@@ -131,7 +131,7 @@ class Run:
             self._validate(say)
         with deferred(say) as interruption:
             while self.step < self.recipe.steps:
-                progress(self.recipe.stage, self.step, self.recipe.steps)
+                progress(self.recipe.stage, self.step, self.recipe.steps, self._last())
                 self._step()
                 self.step += 1
                 last = self.step == self.recipe.steps
@@ -143,7 +143,7 @@ class Run:
                 if stops:
                     kept = f"step {self.step} of {self.recipe.steps} is saved in {self.folder}"
                     interruption.stop(f"{kept}; the same command goes on from there")
-        progress(self.recipe.stage, self.step, self.recipe.steps)
+        progress(self.recipe.stage, self.step, self.recipe.steps, self._last())
 
     def _any(self, flag: bool) -> bool:
         """Whether `flag` is set in any process: all of them stop after the same step."""
@@ -235,6 +235,9 @@ class Run:
             weights = self.student.weights()
             if self.accelerator.is_main_process:
                 save(self.folder / BEST, {"step": self.step, "validation": value, "weights": weights})
+
+    def _last(self) -> str:
+        return f"loss {self.curves.losses[-1][1]:.3g}" if self.curves.losses else ""
 
     def _recent(self) -> str:
         recent = [row[1] for row in self.curves.losses[-self.recipe.validate_every :]]

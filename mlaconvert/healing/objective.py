@@ -17,7 +17,9 @@ from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.healing.state import Trained
 from mlaconvert.model.schedule import warp
 from mlaconvert.model.wan import WanModel
+from mlaconvert.progress import Progress, silent
 
+VALIDATION = "validate"  # the stage of its progress
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -46,6 +48,7 @@ class Objective(nn.Module):
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = tuple(name for name in self._no_split_modules if name in present)
         self._prepared: tuple[nn.Module] = (self,)
+        self.progress: Progress = silent  # is told of the passes of a validation
 
     def go_through(self, prepared: nn.Module) -> None:
         """From here on `call` goes through `prepared`, which DDP or FSDP made of this objective."""
@@ -85,7 +88,7 @@ class Objective(nn.Module):
 
     def validate(self, clips: Clips) -> float:
         """The smaller the better; averaged weights are in place when this is called, and gradients are off."""
-        return validation_loss(self.student, clips)
+        return validation_loss(self.student, clips, progress=self.progress, stage=VALIDATION)
 
     def run(self, model: WanModel, latents: Tensor, timestep: Tensor, context: Tensor, layout: FrameLayout) -> Tensor:
         """`layout.velocity`, checkpointed when the recipe says so."""

@@ -108,6 +108,7 @@ def heal(
         _check_past(batches, student_file.config)
         clips = batches.validation()
         objective = stage.objective(models, recipe, streaming)
+        objective.progress = report
         objective.prepare_validation(clips, found.null)
         identity = {
             "data": found.fingerprint,

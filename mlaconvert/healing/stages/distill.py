@@ -14,12 +14,13 @@ from mlaconvert.conversion.calibration.windows import batch_size
 from mlaconvert.healing.batches import Batch, Rows, mix
 from mlaconvert.healing.flops import Passes
 from mlaconvert.healing.frames import noisy_layout, prepare, views
-from mlaconvert.healing.objective import Objective, draw_noise, per_frame
+from mlaconvert.healing.objective import VALIDATION, Objective, draw_noise, per_frame
 from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.healing.stages.stage import Stage
 from mlaconvert.model.blocks import Block
 from mlaconvert.model.schedule import add_noise, warp
 from mlaconvert.model.wan import WanModel
+from mlaconvert.progress import Counter
 
 CLEAN_PAST = 0.5  # share of the clips whose first chunks are clean, as a rollout's are
 # Share of the noise levels that are drawn evenly by their logarithm, and from where on. Few levels of the schedule are
@@ -59,11 +60,15 @@ class Distill(Objective):
         view = views(clips.latents.shape[2], self._streaming)[0]
         seeds = [mix("validate", i) for i in range(len(clips.latents))]
         errors, frames, first = 0.0, 0, 0
-        for part in clips.batches(batch_size(clips, self.student.config)):
+        size = batch_size(clips, self.student.config)
+        count = Counter(self.progress, VALIDATION, -(-len(seeds) // size))
+        count.show()
+        for part in clips.batches(size):
             rows = Rows(seeds[first : first + len(part.latents)], first=first, total=len(seeds))
             batch = Batch(latents=part.latents, context=part.context, null=None, view=view, rows=rows, shared=0.0)
-            error, count = self._velocity_errors(batch)
-            errors, frames, first = errors + float(error), frames + int(count), first + len(part.latents)
+            error, noisy = self._velocity_errors(batch)
+            errors, frames, first = errors + float(error), frames + int(noisy), first + len(part.latents)
+            count.step()
         return errors / frames
 
     def _attention_loss(self, batch: Batch) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,13 +12,14 @@ from mlaconvert.clips.folder import Clips
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.healing.batches import Rows, mix
 from mlaconvert.healing.frames import chunk_velocity
-from mlaconvert.healing.objective import Objective
+from mlaconvert.healing.objective import VALIDATION, Objective
 from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.model.cache import LatentCache
-from mlaconvert.model.rollout import Given, LatentSize, rollout
+from mlaconvert.model.rollout import Given, LatentSize, passes, rollout
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.wan import WanModel
 from mlaconvert.model.window import default_chunks
+from mlaconvert.progress import Counter, Progress, silent
 
 DRAWS = 2  # rollouts of each clip on either side of the distance
 TEACHER_STEPS = 20
@@ -41,11 +42,12 @@ def stream(
     steps: Steps,
     live: bool = False,
     checkpointing: bool = False,
+    on_pass: Callable[[], None] | None = None,
 ) -> Tensor:
     """A clip [B, C, F, H, W] generated chunk by chunk through the latent cache, as Self-Forcing does (2506.08009).
 
     `noise` [B, timesteps, C, F, H, W] is used in turn: first to begin with, then to noise each prediction again. With
-    `live`, each chunk's last step carries gradients; all else is constant.
+    `live`, each chunk's last step carries gradients; all else is constant. `on_pass` is called after every pass.
     """
     batch, _, _, _, height, width = noise.shape
     streaming = model.config.streaming or StreamingConfig()
@@ -71,10 +73,14 @@ def stream(
                     model, x, 1000 * level, context, cache, start, live=live and last, checkpointing=checkpointing
                 )
                 clean = x - level * flow
+            if on_pass is not None:
+                on_pass()
             if not last:
                 x = torch.lerp(clean, noise[:, i + 1, :, frames], levels[i + 1])
         with torch.no_grad():
             chunk_velocity(model, clean.detach(), 0.0, context, cache, start)
+        if on_pass is not None:
+            on_pass()
         made.append(clean)
         start += count
     return torch.cat(made, 2)
@@ -92,14 +98,20 @@ class FewStep(Objective):
         self.timesteps = Sampler.few_step().timesteps
 
     def prepare_validation(self, clips: Clips, null: Tensor | None) -> None:
-        self._reference = reference_features(self._teacher[0], clips, null, self.recipe.guidance)
+        self._reference = reference_features(
+            self._teacher[0], clips, null, self.recipe.guidance, progress=self.progress
+        )
 
     def distance(self, clips: Clips) -> float:
         """`energy_distance` of what the student makes of held-back prompts to what the many-step teacher does."""
-        found = [self._generate(clips, draw) for draw in range(DRAWS)]
+        streaming = self.student.config.streaming
+        total = DRAWS * passes(clips.latents.shape[2], Sampler.few_step(), streaming)
+        count = Counter(self.progress, VALIDATION, total)
+        count.show()
+        found = [self._generate(clips, draw, count.step) for draw in range(DRAWS)]
         return energy_distance([video_features(self._teacher[0], v, clips.context) for v in found], self._reference)
 
-    def _generate(self, clips: Clips, draw: int) -> Tensor:
+    def _generate(self, clips: Clips, draw: int, on_pass: Callable[[], None] | None = None) -> Tensor:
         rows = Rows([mix("validate", draw, i) for i in range(len(clips.latents))])
         return stream(
             self.student,
@@ -107,21 +119,31 @@ class FewStep(Objective):
             chunks=default_chunks(clips.latents.shape[2], self.student.config.streaming),
             noise=rows.normal(len(self.timesteps), *clips.latents.shape[1:]).to(clips.latents),
             steps=Steps(self.timesteps, len(self.timesteps)),
+            on_pass=on_pass,
         )
 
 
 def reference_features(
-    teacher: WanModel, clips: Clips, null: Tensor | None, guidance: float, first: int = 0
+    teacher: WanModel,
+    clips: Clips,
+    null: Tensor | None,
+    guidance: float,
+    first: int = 0,
+    *,
+    progress: Progress = silent,
 ) -> list[Tensor]:
     """Features of what the teacher makes of the clips' prompts by many steps, `DRAWS` tensors [N, K].
 
-    A bidirectional teacher does not generate chunk by chunk; the clips themselves then stand for it.
+    A bidirectional teacher does not generate chunk by chunk; the clips themselves then stand for it. `progress` counts
+    the teacher's passes.
     """
     streaming = teacher.config.streaming
     if streaming is None:
         return [video_features(teacher, clips.latents, clips.context)] * DRAWS
     sampler = Sampler.many_step(TEACHER_STEPS, guidance=guidance if null is not None else 1.0)
     count, _, frames, height, width = clips.latents.shape
+    counted = Counter(progress, "what to validate by", DRAWS * passes(frames, sampler, streaming))
+    counted.show()
     videos = [
         rollout(
             teacher,
@@ -130,6 +152,7 @@ def reference_features(
             given=Given(null_context=null),
             sampler=sampler,
             seed=[mix("reference", draw + first, i) >> 38 for i in range(count)],
+            on_step=counted.step,
         )
         for draw in range(DRAWS)
     ]

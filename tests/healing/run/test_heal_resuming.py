@@ -6,7 +6,6 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,10 @@ from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.files.names import WEIGHTS_NAME
 from mlaconvert.healing import run as heal_run
 from mlaconvert.healing.recipe import HealRecipe
+from mlaconvert.healing.stages import STAGES
 from mlaconvert.healing.state import LAST, load, save
 from mlaconvert.model.load import load_model
+from mlaconvert.progress import Progress
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -42,8 +43,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(home: Path, tmp_path: Path, stag
     # In the step after a save; at first also before anything was saved.
     for stop in (1, 3) if stage == "distill" else (3,):
 
-        def interrupt(_: str, done: int, total: int, stop: int = stop) -> None:
-            if done == stop:
+        def interrupt(name: str, done: int, _total: int, _note: str = "", stop: int = stop) -> None:
+            if name == stage and done == stop:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
@@ -92,8 +93,8 @@ def test_soap_is_not_for_sharded_runs(home: Path, tmp_path: Path, monkeypatch: p
 def _killed(home: Path, output: Path, recipe: HealRecipe) -> None:
     """In a process of its own: a run that is killed in its fifth step."""
 
-    def die(_: str, done: int, total: int) -> None:
-        if done == 5:
+    def die(stage: str, done: int, _total: int, _note: str = "") -> None:
+        if stage == recipe.stage and done == 5:
             os.kill(os.getpid(), signal.SIGKILL)
 
     run(home, output, recipe, progress=die)
@@ -111,9 +112,9 @@ def test_a_killed_process_leaves_a_state_to_go_on_from(home: Path, tmp_path: Pat
     assert lines[0] == f"going on from step 4, saved in {tmp_path / 'killed.state'}"
 
 
-def stop_at(step: int) -> Callable[[str, int, int], None]:
-    def interrupt(_: str, done: int, total: int) -> None:
-        if done == step:
+def stop_at(step: int) -> Progress:
+    def interrupt(stage: str, done: int, _total: int, _note: str = "") -> None:
+        if stage in STAGES and done == step:
             raise KeyboardInterrupt
 
     return interrupt
@@ -226,8 +227,8 @@ def test_a_signal_saves_the_step_it_came_in(home: Path, tmp_path: Path, number: 
     straight = run(home, tmp_path / "straight", recipe)
     before = signal.getsignal(number)
 
-    def interrupt(_: str, done: int, _total: int, _note: str = "") -> None:
-        if done == 2:
+    def interrupt(stage: str, done: int, _total: int, _note: str = "") -> None:
+        if stage == "distill" and done == 2:
             os.kill(os.getpid(), number)
 
     said: list[str] = []
@@ -249,8 +250,8 @@ def test_a_signal_saves_the_step_it_came_in(home: Path, tmp_path: Path, number: 
 
 
 def test_a_second_signal_stops_at_once(home: Path, tmp_path: Path) -> None:
-    def interrupt(_: str, done: int, _total: int, _note: str = "") -> None:
-        if done == 1:
+    def interrupt(stage: str, done: int, _total: int, _note: str = "") -> None:
+        if stage == "distill" and done == 1:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
