@@ -63,6 +63,7 @@ def encode(
     from mlaconvert.clips import encode as encoding
     from mlaconvert.clips.videos import find_videos
     from mlaconvert.errors import ConfigError
+    from mlaconvert.listener import Listener
 
     if bad_videos not in ("refuse", "skip"):
         raise ConfigError(f"--bad-videos is {bad_videos!r}: give refuse or skip")
@@ -70,7 +71,7 @@ def encode(
     found = find_videos(videos, captions)
     err = console(stderr=True)
 
-    def skipped(message: str) -> None:
+    def say(message: str) -> None:
         err.print(message, markup=False, soft_wrap=True)
 
     with progress_bar(err) as report:
@@ -81,8 +82,8 @@ def encode(
             settings,
             device=device,
             text_device=text_device,
-            on_bad=skipped if bad_videos == "skip" else None,
-            progress=report,
+            on_bad=say if bad_videos == "skip" else None,
+            listener=Listener(progress=report, say=say),
         )
     if as_json:
         print_json(result.to_json())

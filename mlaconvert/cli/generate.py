@@ -48,14 +48,15 @@ def generate(
         ),
     ] = None,
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--output",
             "-o",
             metavar="PATH",
-            help="Folder to write to, or a movie alone: a file that ends in .mp4 or .gif.",
+            help="Folder to write to, or a movie alone: a file that ends in .mp4 or .gif. Default: the first of video, "
+            "video-2, ... that is free.",
         ),
-    ] = Path("video"),
+    ] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="Another way to give prompts, after those above. Default: none."),
@@ -179,7 +180,7 @@ def generate(
     """Generate video chunk by chunk, with constant memory; interrupted, the same command goes on."""
     from mlaconvert.errors import ConfigError
     from mlaconvert.generation import run as generation
-    from mlaconvert.generation.request import Generation, Runtime
+    from mlaconvert.generation.request import DEFAULT_OUTPUT, Generation, Runtime
     from mlaconvert.generation.vbench_names import VBENCH_SAMPLES, generate_for_vbench
 
     request = Generation(
@@ -227,7 +228,7 @@ def generate(
         if prompts is not None:
             files = generate_for_vbench(
                 source,
-                output,
+                output or DEFAULT_OUTPUT,
                 _lines(prompts),
                 request,
                 runtime,
@@ -249,7 +250,7 @@ def generate(
     if prompts is not None:
         if as_json:
             print_json({"files": [str(path) for path in files]})
-        err.print(f"{len(files)} videos in {output}", markup=False, soft_wrap=True)
+        err.print(f"{len(files)} videos in {output or DEFAULT_OUTPUT}", markup=False, soft_wrap=True)
         return
     if as_json:
         print_json(report.to_json())

@@ -36,8 +36,9 @@ from mlaconvert.files.inputs import read_json
 from mlaconvert.files.names import is_hidden, public_name
 from mlaconvert.files.staging import claim, disk_errors, visible
 from mlaconvert.files.whole import remove_partial, write_whole
+from mlaconvert.listener import Listener
 from mlaconvert.model.device import resolve_device
-from mlaconvert.progress import Counter, Progress, silent
+from mlaconvert.progress import Counter, Progress
 
 SETTINGS_NAME = "encoding.json"
 _HEADER = "clip"  # the only entry: the order of several is not the same in every process
@@ -88,24 +89,25 @@ def encode(
     device: str = "cpu",
     text_device: str | None = None,
     on_bad: Callable[[str], None] | None = None,
-    progress: Progress | None = None,
+    listener: Listener | None = None,
 ) -> EncodingReport:
     """Encode `videos` into the folder `output`, by the text encoder and the VAE of `base`, one after the other.
 
     Every clip becomes a shard with `latents` [1, C, F, h, w] in float32, normalised as the transformer sees them, and
     `context` [1, 512, text_dim] in bfloat16; `null_context.safetensors` holds the empty prompt's. Shards appear whole;
-    those whose video, caption and settings are unchanged are kept, so an interrupted run goes on. A video that cannot
+    those whose video, caption and settings are unchanged are kept, so an interrupted run goes on, which
+    `listener.say` is told. A video that cannot
     be decoded, or is too short for one clip, raises InputError naming it, or is left out with `on_bad`, which
     is told, and what shards there are of it are deleted. Raises OutputError for a folder that holds something else or
     clips of other settings, or that another run has.
     """
     require("imageio_ffmpeg", "diffusers", "transformers", "ftfy")
-    settings, folder, report = settings or Encoding(), Path(output), progress or silent
+    settings, folder, told = settings or Encoding(), Path(output), listener or Listener()
     for name in (device, text_device or device):
         resolve_device(name, torch.float32)
     with claim(folder, "encode"):
         _check_folder(folder, _settings(base, settings))
-        return _encode(videos, folder, base, settings, (device, text_device or device), on_bad, report)
+        return _encode(videos, folder, base, settings, (device, text_device or device), on_bad, told)
 
 
 def _encode(
@@ -115,10 +117,10 @@ def _encode(
     settings: Encoding,
     devices: tuple[str, str],
     on_bad: Callable[[str], None] | None,
-    report: Progress,
+    told: Listener,
 ) -> EncodingReport:
     """`encode` in a folder that nobody else writes to; `devices` are those of the VAE and of the text encoder."""
-    device, text_device = devices
+    (device, text_device), report = devices, told.progress
     shards, kept, stale = _shards(folder), {}, {}
     for video in videos:
         kept[video.name], stale[video.name] = _kept(video, shards.get(_stem(video), {}), settings)
@@ -126,6 +128,8 @@ def _encode(
     for name in stale.keys() - {video.name for video in left}:
         _delete(stale[name])
     made, skipped = 0, []
+    if left and (finished := sum(map(len, kept.values()))):
+        told.say(f"going on after {finished} finished clips in {folder}; {len(left)} of {len(videos)} videos are left")
     if left:
         vae = Vae.load(base).to(device)
         for name, value in (("height", settings.height), ("width", settings.width)):

@@ -80,6 +80,8 @@ class ConversionJob:
                 journal.begin()
             elif journal.finished():
                 self.listener.say(f"going on after {journal.finished()} finished layers, kept in {staging.folder}")
+            elif self._chosen():
+                self.listener.say(f"going on from what was measured of the clips, kept in {staging.folder}")
             self.ranks.tell("begun", journal.identity)
             models = {name: self._convert(name) for name in self.plans}
             self._check_source()
@@ -92,11 +94,11 @@ class ConversionJob:
         """Leave the folder as the next run wants it, and raise an error that says so."""
         finished, path = self.journal.finished(), self.staging.path
         bad_input = isinstance(error, InputError) and not isinstance(error, OutputError) and not self._changed()
-        chosen = any(self.journal.recall(name, SPLITS) for name in self.plans)  # by the first half of a calibration
-        worth = (finished or chosen) and not bad_input
+        worth = (finished or self._chosen()) and not bad_input
         if worth:
             self.staging.close()
-            kept = f"finished layers ({finished}) are kept: the same command goes on from them"
+            what = f"finished layers ({finished}) are kept" if finished else "what was measured of the clips is kept"
+            kept = f"{what}: the same command goes on from {'them' if finished else 'there'}"
         else:
             self.staging.remove()
             kept = "nothing was left there"
@@ -106,6 +108,10 @@ class ConversionJob:
             with disk_errors(path, kept):
                 raise error
         raise error
+
+    def _chosen(self) -> bool:
+        """Whether the first half of a calibration is done, for any model."""
+        return any(self.journal.recall(name, SPLITS) for name in self.plans)
 
     def _changed(self) -> str | None:
         """The first model whose source files are not as they were when the conversion began."""

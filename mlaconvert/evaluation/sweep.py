@@ -121,10 +121,13 @@ def sweep(
         stack.enter_context(claim(folder, "sweep"))
         _prepare(folder, belongs, restart)
         calibration, validation, clips_from = _clips(checkpoint, planned, folder, clips, chosen_device, progress)
+        finished = sum(_record(folder, cell).is_file() for cell, _ in planned)
+        if finished:
+            told.say(f"going on after {finished} of {len(planned)} conversions, kept in {folder}")
         results: list[CellResult] = []
         for number, (cell, plan) in enumerate(planned):
             progress("sweep", number, len(planned))
-            record, model = folder / "cells" / f"{cell.name}.json", folder / "models" / cell.name
+            record, model = _record(folder, cell), folder / "models" / cell.name
             if record.is_file():
                 results.append(parse(CellResult, read_json(record), str(record)))
                 continue
@@ -160,6 +163,11 @@ def sweep(
         if not keep:
             shutil.rmtree(folder / "models", ignore_errors=True)
     return report
+
+
+def _record(folder: Path, cell: Cell) -> Path:
+    """The file that has a cell's figures once it is measured."""
+    return folder / "cells" / f"{cell.name}.json"
 
 
 def _measure(

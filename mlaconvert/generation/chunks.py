@@ -25,6 +25,10 @@ from mlaconvert.generation.request import KEPT, LATENTS_NAME, MOVIES, REPORT_NAM
 _NOTE = "progress.json"
 
 
+class OtherVideoError(OutputError):
+    """What an interrupted run left is of a video with other settings."""
+
+
 class ChunkFile:
     """A safetensors file that is laid out at once and filled chunk by chunk, with a note of how far it is.
 
@@ -98,7 +102,7 @@ class ChunkFile:
 def _frames_left(staging: Staging, header: bytes, shape: Sequence[int], settings: dict[str, Any]) -> int | None:
     """How many frames of this video an interrupted run left, None when there is nothing to go on from.
 
-    Raises OutputError for frames of another video, or damaged ones.
+    Raises OtherVideoError for frames of another video, OutputError for damaged ones.
     """
     left = staging.left()
     note = _read_note(staging.folder / _NOTE) if _NOTE in left else None
@@ -108,7 +112,7 @@ def _frames_left(staging: Staging, header: bytes, shape: Sequence[int], settings
         report = _read_note(staging.folder / REPORT_NAME)
         note = None if report is None else {"frames": shape[2], "settings": report["settings"]}
     if note is None or note["settings"] != settings:
-        raise OutputError(
+        raise OtherVideoError(
             f"{staging.folder} is an unfinished video with other settings; delete it, repeat its settings, "
             "or pass --overwrite"
         )

@@ -19,6 +19,7 @@ from mlaconvert.model.device import resolve_device
 from mlaconvert.model.load import load_model
 from mlaconvert.model.wan import WanModel
 
+DEFAULT_OUTPUT = "video"  # where no output is given
 LATENTS_NAME = "latents.safetensors"
 REPORT_NAME = "generation.json"
 FPS = 16  # of Wan2.1 and the tiny model

@@ -8,24 +8,27 @@ three models, only one of the large ones is loaded at a time.
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
 from mlaconvert.base.text import free_memory
-from mlaconvert.errors import ConfigError, InputError
+from mlaconvert.errors import ConfigError, InputError, OutputError
 from mlaconvert.families.merged import merged
 from mlaconvert.families.open import open_checkpoint
 from mlaconvert.families.source import AnySource, as_source
 from mlaconvert.files.staging import Staging, disk_errors
-from mlaconvert.generation.chunks import ChunkFile, check_staging, write_json
+from mlaconvert.generation.chunks import ChunkFile, OtherVideoError, check_staging, write_json
 from mlaconvert.generation.marks import fingerprint
 from mlaconvert.generation.movies import can_write_mp4
 from mlaconvert.generation.output import decode_movies, movie_ending, save_pictures
 from mlaconvert.generation.passes import run_passes
 from mlaconvert.generation.plan import assumptions, plan_generation
 from mlaconvert.generation.request import (
+    DEFAULT_OUTPUT,
     KEPT,
     LATENTS_NAME,
     MOVIES,
@@ -41,7 +44,7 @@ from mlaconvert.progress import Progress, silent
 
 def generate(
     source: AnySource,
-    output: str | Path,
+    output: str | Path | None = None,
     request: Generation | None = None,
     runtime: Runtime | None = None,
     *,
@@ -57,15 +60,16 @@ def generate(
     The folder gets `latents.safetensors` (`latents` [samples, C, F, H, W] in float32 and, with one prompt, its
     `context`), `generation.json`, and a movie for each sample: of models that work on RGB pixels always, with a contact
     sheet, of others when prompts, `request.base` or `movie` "mp4" ask for it, by the base's VAE. An `output` that ends
-    in .mp4 or .gif is the movie alone. An interrupted run leaves its finished chunks in `.<output>.partial`, and the
-    same call continues them: one pass a chunk, and the same video. `say` is told what is assumed of the model because
-    neither its files nor `request` state it, and of a few-step schedule. Raises OutputError for an output that exists,
+    in .mp4 or .gif is the movie alone; without one it is the first of the folders video, video-2, ... that is free,
+    or that an interrupted run of the same video left (with `overwrite` always video). An interrupted run leaves its
+    finished chunks in `.<output>.partial`, and the same call continues them: one pass a chunk, and the same video.
+    `say` is told what is assumed of the model because neither its files nor `request` state it, and of a few-step
+    schedule. Raises OutputError for an output that exists,
     and what `plan_generation`, `open_checkpoint`, `find_base` and `rollout` raise.
     """
-    source, request, runtime, target = as_source(source), request or Generation(), runtime or Runtime(), Path(output)
-    progress = progress or silent
-    staging = Staging(target, "generate", overwrite=overwrite, inside="video")
-    movie = _check_target(staging, request, movie)
+    source, request, runtime = as_source(source), request or Generation(), runtime or Runtime()
+    progress, places = progress or silent, _places(output, request, movie, overwrite)
+    staging, movie = next(places)
     with open_checkpoint(source) as checkpoint:
         geometry, notes, loras = checkpoint.config, assumptions(checkpoint, request), merged(checkpoint)
     if say is not None:
@@ -82,7 +86,15 @@ def generate(
     settings: dict[str, Any] = {"source": str(source), "revision": source.revision, "subfolder": source.subfolder}
     settings |= {"state_key": source.state_key, "weights": fingerprint(model), "dtype": str(model.dtype)}
     settings |= plan.settings() | ({"loras": loras} if loras else {})
-    with ChunkFile.open(staging, plan, model.config, settings) as store:
+    while True:
+        try:
+            chunk_file, target = ChunkFile.open(staging, plan, model.config, settings), staging.path
+            break
+        except OtherVideoError:
+            if output is not None:
+                raise
+            staging, movie = next(places)
+    with chunk_file as store:
         resumed, started = store.done, time.monotonic()
         if resumed and say is not None:
             say(f"going on after latent frame {resumed} of {plan.frames}, kept from an interrupted run")
@@ -113,6 +125,27 @@ def generate(
             write_json(staging.content / REPORT_NAME, report.to_json())
             staging.publish(files[1] if target.suffix in MOVIES else None)
     return report
+
+
+def _places(
+    output: str | Path | None, request: Generation, movie: Movie, overwrite: bool
+) -> Iterator[tuple[Staging, Movie]]:
+    """Where to write, and the kind of movie: `output`, else whatever is free of `DEFAULT_OUTPUT` and its numbers.
+
+    Raises OutputError for an output that cannot be written.
+    """
+    for number in count(1):
+        path = output or (DEFAULT_OUTPUT if number == 1 else f"{DEFAULT_OUTPUT}-{number}")
+        if output is None and not overwrite and os.path.lexists(path):
+            continue
+        staging = Staging(path, "generate", overwrite=overwrite, inside="video")
+        try:
+            chosen = _check_target(staging, request, movie)
+        except OutputError:
+            if output is None and staging.folder.exists():  # another run or another command has it
+                continue
+            raise
+        yield staging, chosen
 
 
 def _check_target(staging: Staging, request: Generation, movie: Movie) -> Movie:

@@ -84,6 +84,8 @@ def generate_for_vbench(
         folder.parent.mkdir(parents=True, exist_ok=True)
     with claim(folder, "generate"):
         left = _not_made(folder, ending, marks, overwrite, say or (lambda _: None))
+        if 0 < len(left) < len(marks) and say is not None:
+            say(f"going on after {len(marks) - len(left)} of {len(marks)} videos, kept in {folder}")
         missing = [number for number, paths in enumerate(files) if not left.isdisjoint(paths)]
         if missing and embedded is not None:
             chosen = dataclasses.replace(request, prompts=tuple(prompts[number] for number in missing))

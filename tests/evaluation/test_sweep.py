@@ -187,6 +187,7 @@ def test_a_killed_sweep_goes_on(golden: Path, data: Path, tmp_path: Path) -> Non
     assert found.exit_code == 0, found.stderr
     assert (tmp_path / "out" / "cells" / "svd-kv9.json").stat().st_mtime_ns == before
     assert "2 of 2  svd-kv4: cache " in found.stderr
+    assert f"going on after 1 of 2 conversions, kept in {tmp_path / 'out'}\n" in found.stderr
     assert not (tmp_path / "out" / "models").exists()
     whole = json.loads(invoke(*arguments, "-o", tmp_path / "whole").stdout)
     assert [without_time(cell) for cell in json.loads(found.stdout)["cells"]] == [

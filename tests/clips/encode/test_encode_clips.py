@@ -24,6 +24,7 @@ from mlaconvert.clips.footage import Footage
 from mlaconvert.clips.videos import find_videos
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.errors import InputError, OutputError
+from mlaconvert.listener import Listener
 
 CONFIG = WanConfig(dim=24, num_heads=2, num_layers=1, ffn_dim=8, text_dim=wan_base.TEXT_DIM)
 
@@ -114,10 +115,14 @@ def test_an_interrupted_run_goes_on(folder: Path, base: Path, tmp_path: Path, mo
     assert len(ClipFolder(tmp_path / "out", CONFIG)) == 1
     assert not list((tmp_path / "out").rglob("*.partial"))
     seen: list[tuple[str, int, int, str]] = []
+    said: list[str] = []
     with monkeypatch.context() as patched:  # captions were embedded before
         patched.setattr("mlaconvert.base.text._load_encoder", lambda *_: pytest.fail("no text is left"))
-        report = encode(videos, *arguments, progress=lambda *state: seen.append(state))
+        report = encode(
+            videos, *arguments, listener=Listener(progress=lambda *state: seen.append(state), say=said.append)
+        )
     assert (report.made, report.kept) == (2, 1)
+    assert said == [f"going on after 1 finished clips in {tmp_path / 'out'}; 2 of 3 videos are left"]
     parts = [done / total for stage, done, total, _ in seen if stage == "video"]
     assert parts == sorted(parts)
     assert parts[-1] == 1

@@ -24,13 +24,14 @@ kill = importlib.import_module("kill")
 
 
 def interrupted(source: Path, output: Path, after: int, recipe: ConvertRecipe = SVD, **options: Any) -> str:
-    """Interrupt a conversion when `after` layers are handed over; what the interruption says."""
+    """Interrupt a conversion when `after` layers are handed over; what the interruption says. `say` is a listener's."""
 
     def stop(stage: str, done: int, total: int, _note: str = "") -> None:
         if stage == "convert" and done == after:
             raise KeyboardInterrupt
 
+    listener = Listener(progress=stop, say=options.pop("say", lambda _: None))
     with pytest.raises(KeyboardInterrupt) as caught:
-        convert(source, output, recipe, listener=Listener(progress=stop), **options)
+        convert(source, output, recipe, listener=listener, **options)
     assert not output.exists()
     return str(caught.value)

@@ -246,9 +246,12 @@ def test_a_calibration_is_not_repeated(source: Path, tmp_path: Path, monkeypatch
     save_file(clips, tmp_path / "clips" / "clips.safetensors")
     options = {"data": tmp_path / "clips"}
     convert(source, tmp_path / "whole", recipe, **options)  # type: ignore[arg-type]
-    assert interrupted(source, tmp_path / "out", 0, recipe, **options).startswith("finished layers (0) are kept")
+    kept = "what was measured of the clips is kept: the same command goes on from there"
+    assert interrupted(source, tmp_path / "out", 0, recipe, **options) == kept
     monkeypatch.setattr(job, "choose_splits", None)
-    interrupted(source, tmp_path / "out", 3, recipe, **options)
+    said: list[str] = []
+    interrupted(source, tmp_path / "out", 3, recipe, say=said.append, **options)
+    assert said[-1] == f"going on from what was measured of the clips, kept in {tmp_path / '.out.partial'}"
     refitted, plain = [], from_weights.layer_report
     monkeypatch.setattr(calibrated, "layer_report", lambda *given: refitted.append(given[2]) or plain(*given))
     convert(source, tmp_path / "out", recipe, **options)  # type: ignore[arg-type]

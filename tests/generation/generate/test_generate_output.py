@@ -173,6 +173,28 @@ def test_other_settings_do_not_continue(tmp_path: Path, stop_after: Any) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_videos_without_a_place_of_their_own_do_not_collide(
+    tmp_path: Path, stop_after: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes the next free name; an interrupted one is gone on from by the same call, however others were made."""
+    monkeypatch.chdir(tmp_path)
+    other = dataclasses.replace(SHORT, seed=1)
+    stop_after(1)
+    with pytest.raises(KeyboardInterrupt):
+        generate("tiny", request=SHORT, movie="none")
+    assert generate("tiny", request=other, movie="none").output == Path("video-2")
+    (tmp_path / ".video-3.partial").mkdir()
+    (tmp_path / ".video-3.partial" / "mine.txt").write_text("somebody's")
+    assert generate("tiny", request=other, movie="none").output == Path("video-4")
+    found = generate("tiny", request=SHORT, movie="none")
+    assert (found.output, found.resumed_frames) == (Path("video"), 3)
+    assert generate("tiny", request=other, movie="none", overwrite=True).output == Path("video")
+    names = [".video-3.partial", "video", "video-2", "video-4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    with pytest.raises(OutputError, match="video exists"):
+        generate("tiny", "video", SHORT, movie="none")
+
+
 def test_all_frames_done_but_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(Staging, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
