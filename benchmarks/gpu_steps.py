@@ -38,11 +38,11 @@ from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.recipes import CALIBRATION_FRAMES
 from mlaconvert.conversion.run import convert
 from mlaconvert.evaluation.bench.memory import batch_fits, largest
-from mlaconvert.evaluation.bench.rates import attention_rate, matmul_rate
 from mlaconvert.evaluation.bench.runner import Runner, release
 from mlaconvert.evaluation.bench.setting import random_model
 from mlaconvert.healing.stages import STAGES
 from mlaconvert.listener import Listener
+from mlaconvert.model.rates import attention_rate, matmul_rate
 
 SMALL_BATCH = 3  # where a search for the largest batch ends on a CPU
 CLIPS, REFIT_STEPS = 5, 5  # of the conversion: the fewest clips, and so many steps that the rest can be counted

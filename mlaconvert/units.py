@@ -1,4 +1,4 @@
-"""How numbers are written for people: bytes and shares."""
+"""How numbers are written for people: bytes, shares and durations."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ def format_bytes(count: float) -> str:
         value, unit = value / 1024, unit + 1
     digits = 0 if unit == 0 or value >= 100 or value.is_integer() else 1 if value >= 10 else 2
     return f"{value:.{digits}f} {_UNITS[unit]}"
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration to two digits or so: 40 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def percent(share: float) -> str:

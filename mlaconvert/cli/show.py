@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from mlaconvert.progress import Progress
+from mlaconvert.units import format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -94,16 +95,10 @@ def progress_lines(say: Callable[[str], None], clock: Callable[[], float] = time
                 say(f"{stage} ...")
             elif now - said >= EVERY and done < total:
                 start, first = begun[stage]
-                left = f", about {_span((now - start) / (done - first) * (total - done))} left" if done > first else ""
+                pace = (now - start) / (done - first) if done > first else 0
+                left = f", about {format_seconds(pace * (total - done))} left" if pace else ""
                 said = now
                 say(f"{stage}: {done} of {total}, {100 * done / total:.0f}%{left}{f', {note}' if note else ''}")
             latest[stage] = done
 
     return report
-
-
-def _span(seconds: float) -> str:
-    """A duration to two digits or so: 40 s, 12 min, 3.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -15,7 +15,6 @@ from mlaconvert.config.geometry import WanConfig, default_video
 from mlaconvert.config.mla import MLAConfig, MLALayer
 from mlaconvert.config.parsing import parse
 from mlaconvert.config.streaming import StreamingConfig
-from mlaconvert.conversion.calibration.refit_model import refit_flops
 from mlaconvert.conversion.calibration.windows import Regime
 from mlaconvert.conversion.recipe import ConvertRecipe, Init, parse_layers
 from mlaconvert.errors import ConfigError
@@ -23,6 +22,7 @@ from mlaconvert.families.causal import STUDENT
 from mlaconvert.files.inputs import is_file, read_yaml
 from mlaconvert.files.shipped import RECIPE_KINDS, recipe_folder, recipe_kind, recipe_names
 from mlaconvert.latent.pairs import highest_pairs
+from mlaconvert.model.flops import forward_work
 from mlaconvert.model.schedule import Sampler
 
 # Of clips that the teacher generates: tokens in all, and latent frames each.
@@ -274,10 +274,13 @@ def with_refit_steps(recipe: ConvertRecipe, config: WanConfig, device: torch.dev
 
 
 def refit_flops_of(recipe: ConvertRecipe, config: WanConfig, steps: int = REFIT_STEPS) -> float:
-    """About how many FLOPs so many steps take with a resolved recipe."""
+    """About how many FLOPs so many steps of one clip each take with a resolved recipe.
+
+    The teacher's pass, the student's, its second one on the way back, and the gradients, which are as much as two.
+    """
     height, width = token_grid(recipe, config)
     window = min(recipe.streaming.window_frames if recipe.streaming else 1, CALIBRATION_FRAMES)
-    return steps * refit_flops(config, window, height * width)
+    return steps * 5 * forward_work(config, torch.ones(window, window, dtype=torch.bool), height * width).flops
 
 
 def timesteps_of(recipe: ConvertRecipe) -> tuple[float, ...]:

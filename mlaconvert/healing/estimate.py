@@ -15,6 +15,8 @@ from mlaconvert.healing.frames import View
 from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.healing.stages import stage_of
 from mlaconvert.healing.state import WIDEST
+from mlaconvert.model.flops import TENSORS_OF_FFN, TENSORS_OF_WIDTH, Work
+from mlaconvert.model.rates import Rates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +52,11 @@ def estimate(
     view: View,
     *,
     size: tuple[int, int],
-    flops_per_second: float | None = None,
+    rates: Rates | float | None = None,
     processes: int = 1,
 ) -> Estimate:
     """For trained tensors of these shapes and views of `size` (height, width) in latent pixels, on each of `processes`.
-    Nothing is sharded.
+    Nothing is sharded. `rates` are those of a device, or the FLOPs a second that it sustains; None tells no time.
     """
     stage = stage_of(recipe.stage)
     patch = student.patch_size
@@ -76,15 +78,21 @@ def estimate(
         "critic": 8 * _count(teacher) + _optimizer(recipe, _shapes(teacher)) if stage.holds_critic else 0,
         "activations": _activations(recipe, student, tokens),
     }
-    total = stage.flops(passes) * samples
+    total = samples * stage.flops(passes)
     return Estimate(
         trained_parameters=learned,
         parameters=parameters,
         tokens=tokens * samples * processes,
-        flops=total * processes,
+        flops=total.flops * processes,
         memory=memory,
-        seconds=None if flops_per_second is None else total / flops_per_second,
+        seconds=_seconds(total, rates),
     )
+
+
+def _seconds(work: Work, rates: Rates | float | None) -> float | None:
+    if rates is None:
+        return None
+    return rates.seconds(work) if isinstance(rates, Rates) else work.flops / rates
 
 
 def _shapes(config: WanConfig) -> list[tuple[int, ...]]:
@@ -108,8 +116,9 @@ def _optimizer(recipe: HealRecipe, shapes: Sequence[Sequence[int]]) -> int:
 
 
 def _activations(recipe: HealRecipe, config: WanConfig, tokens: int) -> int:
-    """About 16 tensors of the width and 2 of the feed-forward's a token and block, and a checkpointed block's input."""
-    block = tokens * recipe.batch * (16 * config.dim + 2 * config.ffn_dim) * (2 if recipe.precision == "bf16" else 4)
+    """What every block makes of its tokens, or with checkpointing one does, and the others' inputs."""
+    made = TENSORS_OF_WIDTH * config.dim + TENSORS_OF_FFN * config.ffn_dim
+    block = tokens * recipe.batch * made * (2 if recipe.precision == "bf16" else 4)
     if not recipe.gradient_checkpointing:
         return block * config.num_layers
     return block + tokens * recipe.batch * config.dim * 4 * config.num_layers

@@ -1,4 +1,4 @@
-"""Floating point operations of a model's passes, counted from shapes."""
+"""What the passes of a healing step compute, for a stage to add up."""
 
 from __future__ import annotations
 
@@ -6,42 +6,9 @@ from dataclasses import dataclass
 from math import prod
 
 from mlaconvert.config.geometry import WanConfig
-from mlaconvert.families.open import family_of
 from mlaconvert.healing.frames import FrameLayout, View
 from mlaconvert.healing.recipe import HealRecipe
-
-_ONCE_A_TEXT = ("cross_attn.k.", "cross_attn.v.", "text_embedding.")
-_ONCE_A_FRAME = ("time_embedding.", "time_projection.")
-
-
-def forward_flops(config: WanConfig, layout: FrameLayout, height: int, width: int) -> float:
-    """FLOPs of one clip's forward pass: `layout` of frames of `height` x `width` tokens.
-
-    A linear layer takes 2 x (its weights) a token; attention 2 x (score width + value width) a head and visible pair
-    of tokens; cross-attention likewise for every token and text token. Beside an exact present, pairs that see each
-    other take whole heads.
-    """
-    size = height * width
-    tokens, pairs = len(layout.positions) * size, int(layout.visible.sum()) * size * size
-    present = int((layout.visible & layout.visible.mT).sum()) * size * size
-    total = 0.0
-    for name, shape in family_of(config).expected_shapes(config).items():
-        if len(shape) < 2 or "modulation" in name:
-            continue
-        count = tokens
-        if any(part in name for part in _ONCE_A_TEXT):
-            count = config.text_len
-        elif any(part in name for part in _ONCE_A_FRAME):
-            count = len(layout.positions)
-        total += 2.0 * prod(shape) * count
-    for i in range(config.num_layers):
-        layer = config.mla.layers[i] if config.mla else None
-        score = config.head_dim if layer is None else layer.qk_nope_head_dim + layer.qk_rope_head_dim
-        value = config.head_dim if layer is None else layer.v_head_dim
-        own = present if layer is not None and config.mla and config.mla.present == "exact" else 0
-        total += 2.0 * config.num_heads * ((score + value) * (pairs - own) + 2 * config.head_dim * own)
-        total += 2.0 * config.num_heads * 2 * config.head_dim * tokens * config.text_len
-    return total
+from mlaconvert.model.flops import Work, forward_work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +24,10 @@ class Passes:
     view: View
     grid: tuple[int, int]
 
-    def forward(self, config: WanConfig, layout: FrameLayout) -> float:
-        """FLOPs of a pass of student or teacher without gradients."""
-        return forward_flops(config, layout, *self.grid)
+    def forward(self, config: WanConfig, layout: FrameLayout) -> Work:
+        """A pass of student or teacher without gradients."""
+        itemsize = 2 if self.recipe.precision == "bf16" else 4
+        return forward_work(config, layout.visible, prod(self.grid), itemsize=itemsize)
 
     @property
     def trained(self) -> float:

@@ -172,13 +172,3 @@ def _velocity(model: WanModel, window: Window) -> Tensor:
         prepared = model.prepare(latents, timestep, context, chunks=window.chunks)
         large = prepared.x.numel() * len(model.blocks) > KEPT_SCALARS
         return run_blocks(model, prepared, checkpointing=large)[window.denoised][:, :, -window.queries :]
-
-
-def refit_flops(config: WanConfig, frames: int, tokens: int) -> float:
-    """About how many FLOPs a step takes with one clip, whose window has so many latent frames of so many tokens.
-
-    The teacher's pass, the student's, its second one on the way back, and the gradients, which are as much as two.
-    """
-    weights = config.num_layers * config.dim * (8 * config.dim + 2 * config.ffn_dim)
-    seen = frames * tokens
-    return 5 * 2 * seen * (weights + 2 * seen * config.dim * config.num_layers)

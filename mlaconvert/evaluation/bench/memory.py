@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mlaconvert.config.geometry import WanConfig
-from mlaconvert.evaluation.bench.rates import synchronize
 from mlaconvert.evaluation.bench.runner import ResolvedSetting, Runner, allocated, release
+from mlaconvert.model.rates import synchronize
 
 
 def cache_bytes(resolved: ResolvedSetting, config: WanConfig) -> tuple[int, int]:

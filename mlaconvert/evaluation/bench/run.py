@@ -18,12 +18,12 @@ from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError
 from mlaconvert.evaluation.bench.flops import forward_flops, seconds_by_part
 from mlaconvert.evaluation.bench.memory import cache_bytes, largest_batches, peak_bytes
-from mlaconvert.evaluation.bench.rates import attention_rate, matmul_rate
 from mlaconvert.evaluation.bench.runner import ResolvedSetting, Runner, device_name
 from mlaconvert.evaluation.bench.setting import BenchReport, BenchSetting, Side, side_configs
 from mlaconvert.model.attention.cost import cheaper_mode, flops_per_byte
 from mlaconvert.model.device import resolve_device
 from mlaconvert.model.memory import MemoryPlan, StreamedVideo, plan_memory
+from mlaconvert.model.rates import attention_rate, matmul_rate
 from mlaconvert.progress import Counter, Progress, silent
 
 
@@ -55,6 +55,7 @@ def bench(setting: BenchSetting, progress: Progress = silent) -> BenchReport:
         context=torch.zeros(setting.batch, dense.text_len, dense.text_dim, device=device, dtype=dtype),
     )
     count = Counter(progress, "bench", len(configs) * (2 * resolved.filling + setting.rounds + 1) + 1)
+    count.show()
 
     def step(note: str) -> None:
         count.step(note=note)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.streaming import StreamingConfig
-from mlaconvert.evaluation.bench.rates import synchronize
 from mlaconvert.evaluation.bench.setting import BenchSetting, random_model
 from mlaconvert.model.cache import LatentCache
+from mlaconvert.model.rates import synchronize
 from mlaconvert.model.rollout import CacheUse, LatentSize, rollout
 from mlaconvert.model.schedule import Sampler
 

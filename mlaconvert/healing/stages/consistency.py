@@ -15,6 +15,7 @@ from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.healing.stages.few_step import FewStep
 from mlaconvert.healing.stages.stage import Stage
 from mlaconvert.healing.state import Trained
+from mlaconvert.model.flops import Work
 from mlaconvert.model.schedule import add_noise, warp
 from mlaconvert.model.wan import WanModel
 
@@ -82,7 +83,7 @@ def _scaled(sigma: Tensor, x: Tensor) -> Tensor:
     return sigma[:, None, :, None, None] * x
 
 
-def _flops(passes: Passes) -> float:
+def _flops(passes: Passes) -> Work:
     ours, theirs = (
         passes.forward(config, forcing_layout(passes.view, passes.student.streaming))
         for config in (passes.student, passes.teacher)

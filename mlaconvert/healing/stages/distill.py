@@ -18,6 +18,7 @@ from mlaconvert.healing.objective import VALIDATION, Objective, draw_noise, per_
 from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.healing.stages.stage import Stage
 from mlaconvert.model.blocks import Block
+from mlaconvert.model.flops import Work
 from mlaconvert.model.schedule import add_noise, warp
 from mlaconvert.model.wan import WanModel
 from mlaconvert.progress import Counter
@@ -135,7 +136,7 @@ def noise_levels(batch: Batch) -> tuple[Tensor, Tensor]:
     return per_frame(levels, batch.view), per_frame(weight, batch.view)
 
 
-def _flops(passes: Passes) -> float:
+def _flops(passes: Passes) -> Work:
     ours, theirs = (
         passes.forward(config, noisy_layout(passes.view, config.streaming))
         for config in (passes.student, passes.teacher)

@@ -15,6 +15,7 @@ from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.healing.stages.few_step import FewStep, Steps, stream
 from mlaconvert.healing.stages.stage import Models, Stage
 from mlaconvert.healing.state import choose_trained
+from mlaconvert.model.flops import Work
 from mlaconvert.model.schedule import add_noise, warp
 from mlaconvert.model.wan import WanModel
 
@@ -132,7 +133,7 @@ def _objective(models: Models, recipe: HealRecipe, streaming: StreamingConfig | 
     return Generator(models.student, models.teacher, Critic(fake, recipe), recipe)
 
 
-def _flops(passes: Passes) -> float:
+def _flops(passes: Passes) -> Work:
     ours, theirs = (
         passes.forward(config, noisy_layout(passes.view, config.streaming))
         for config in (passes.student, passes.teacher)

@@ -10,6 +10,7 @@ from mlaconvert.healing.flops import Passes
 from mlaconvert.healing.frames import FrameLayout, View, noisy_layout
 from mlaconvert.healing.objective import Objective
 from mlaconvert.healing.recipe import HealRecipe
+from mlaconvert.model.flops import Work
 from mlaconvert.model.wan import WanModel
 
 
@@ -31,7 +32,7 @@ class Stage:
 
     objective: Callable[[Models, HealRecipe, StreamingConfig | None], Objective]
     """What is trained: given the models, a resolved recipe, and how the student sees time."""
-    flops: Callable[[Passes], float]
+    flops: Callable[[Passes], Work]
     """Of one step for one clip."""
     lr: float
     """Default of the recipe's peak learning rate."""

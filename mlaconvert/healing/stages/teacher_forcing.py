@@ -11,6 +11,7 @@ from mlaconvert.healing.frames import clean_frames, forcing_layout
 from mlaconvert.healing.objective import Objective, draw_levels, draw_noise, per_frame, with_past
 from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.healing.stages.stage import Stage
+from mlaconvert.model.flops import Work
 from mlaconvert.model.rollout import same_length
 from mlaconvert.model.schedule import add_noise
 from mlaconvert.model.wan import WanModel
@@ -43,7 +44,7 @@ class TeacherForcing(Objective):
         return (found - (noise - batch.latents)).square().mean()
 
 
-def _flops(passes: Passes) -> float:
+def _flops(passes: Passes) -> Work:
     return passes.trained * passes.forward(passes.student, forcing_layout(passes.view, passes.student.streaming))
 
 

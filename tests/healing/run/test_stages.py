@@ -21,7 +21,6 @@ from mlaconvert.errors import ConfigError
 from mlaconvert.files.names import WEIGHTS_NAME
 from mlaconvert.healing.batches import Batch
 from mlaconvert.healing.estimate import estimate
-from mlaconvert.healing.flops import forward_flops
 from mlaconvert.healing.frames import noisy_layout, views
 from mlaconvert.healing.objective import Objective
 from mlaconvert.healing.recipe import HealRecipe
@@ -29,6 +28,7 @@ from mlaconvert.healing.run import heal, plan
 from mlaconvert.healing.stages import STAGES, Entry, stage_of
 from mlaconvert.healing.stages.dmd import Critic, Generator
 from mlaconvert.healing.stages.stage import Stage
+from mlaconvert.model.flops import forward_work
 from mlaconvert.model.load import load_model
 
 
@@ -80,7 +80,7 @@ def test_a_stage_of_ones_own_needs_one_line(home: Path, tmp_path: Path, still: H
 def test_a_stage_counts_its_own_flops(still: HealRecipe) -> None:
     view = views(4, STREAMING)[0]
     found = estimate(still.resolved(), STUDENT, TEACHER, [(5, 3)], view, size=(HEIGHT, WIDTH))
-    once = forward_flops(STUDENT, noisy_layout(view, STREAMING), 2, 3)
+    once = forward_work(STUDENT, noisy_layout(view, STREAMING).visible, 6).flops
     assert found.flops == 2 * 5 * once  # two clips
     assert (found.memory["teacher"], found.memory["critic"], found.memory["average"]) == (0, 0, 4 * 15)
 

@@ -19,12 +19,12 @@ from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError
 from mlaconvert.healing.batches import Batches
 from mlaconvert.healing.estimate import estimate
-from mlaconvert.healing.flops import forward_flops
 from mlaconvert.healing.frames import forcing_layout, noisy_layout, velocity, views
 from mlaconvert.healing.recipe import heal_recipe_names, learning_rate, load_heal_recipe
 from mlaconvert.healing.stages import STAGES
 from mlaconvert.healing.state import choose_trained
 from mlaconvert.model.cache import LatentCache
+from mlaconvert.model.flops import forward_work
 from mlaconvert.model.wan import WanModel
 from mlaconvert.model.window import window_views
 
@@ -188,7 +188,7 @@ def test_flops_are_those_that_torch_counts() -> None:
     view = views(3, None)[0]
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it knows no fused CPU kernel
         net(torch.randn(1, 3, 3, HEIGHT, WIDTH), torch.zeros(1, 3), torch.randn(1, 4, 10))
-    assert forward_flops(config, noisy_layout(view, None), 2, 3) == counter.get_total_flops()
+    assert forward_work(config, noisy_layout(view, None).visible, 6).flops == counter.get_total_flops()
 
 
 def test_pairs_of_an_exact_present_take_whole_heads() -> None:
@@ -197,11 +197,11 @@ def test_pairs_of_an_exact_present_take_whole_heads() -> None:
     assert exact.mla is not None
     view = views(4, STREAMING)[0]
     assert view.chunks == (2, 2)
-    found = forward_flops(exact, noisy_layout(view, STREAMING), 2, 3)
+    found = forward_work(exact, noisy_layout(view, STREAMING).visible, 6).flops
     past, present = 12 * 12, 2 * 12 * 12  # the second chunk sees the first, and each itself
     attention = 2 * 4 * ((6 + 6 + 9) * past + 2 * 12 * present)
     cross = 2 * 4 * 2 * 12 * 24 * 5
-    everywhere = forward_flops(TEACHER, noisy_layout(view, STREAMING), 2, 3)
+    everywhere = forward_work(TEACHER, noisy_layout(view, STREAMING).visible, 6).flops
     dense = 2 * (2 * 4 * 2 * 12 * (past + present) + cross)
     # Latent, rotary key and both ways back, and queries by head; the teacher's four projections are there as well.
     more = 2 * 24 * (48 * 7 + 7 * 6 + 4 * (6 + 9) * 7 + 4 * (6 + 6) * 12 + 4 * 12 * 9)
@@ -211,8 +211,7 @@ def test_pairs_of_an_exact_present_take_whole_heads() -> None:
 def test_the_estimate_counts_what_is_trained_only() -> None:
     view = views(4, STREAMING)[0]
     few, many = (
-        estimate(recipe("dmd"), STUDENT, TEACHER, [(n,)], view, size=(HEIGHT, WIDTH), flops_per_second=1e9)
-        for n in (100, 1000)
+        estimate(recipe("dmd"), STUDENT, TEACHER, [(n,)], view, size=(HEIGHT, WIDTH), rates=1e9) for n in (100, 1000)
     )
     assert many.memory["optimizer"] == 10 * few.memory["optimizer"] == 8000
     assert many.memory["gradients"] == 4000
