@@ -116,6 +116,7 @@ def convert(
     from mlaconvert.conversion.calibration.method import CalibrationSetup
     from mlaconvert.errors import ConfigError
     from mlaconvert.files.output import Output
+    from mlaconvert.reports.plan import cost_lines
     from mlaconvert.reports.tables import layer_table, loss_table
 
     options = {
@@ -173,7 +174,7 @@ def convert(
         }
         asked["data"].check(resolved.init)
         if dry_run:
-            report = conversion.preview(source, target, resolved, **asked)
+            report = conversion.preview(source, target, resolved, **asked, estimate=speaks)
         elif target is None:
             raise ConfigError("no folder to write to; give one with -o DIR (output), or --dry-run to see the plan")
         else:
@@ -185,6 +186,8 @@ def convert(
             {"output": report.output and str(report.output), "models": [model.to_json() for model in report.models]}
         )
     if dry_run:
+        for model in report.models if not as_json else ():
+            out.print("\n".join(cost_lines(model, device)), markup=False, soft_wrap=True)
         err.print("dry run: nothing was written")
         return
     if not as_json:

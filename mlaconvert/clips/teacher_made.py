@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from mlaconvert.clips.folder import Clips
 from mlaconvert.config.geometry import WanConfig, default_video
 from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.model import rates
+from mlaconvert.model.flops import Work, rollout_work
 from mlaconvert.model.rollout import CacheUse, LatentSize, passes, rollout
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.wan import WanModel
@@ -46,6 +49,18 @@ class OwnClips:
         """Of one clip [C, F, H, W]."""
         return config.out_dim, self.frames, self.height, self.width
 
+    def work(self, config: WanConfig, count: int) -> Work:
+        """What a dense model computes for so many clips."""
+        tokens = config.tokens_per_frame(self.height, self.width)
+        return count * rollout_work(config, self.streaming, self.sampler, frames=self.frames, frame_tokens=tokens)
+
+    def warning(self, model: WanModel, count: int) -> str | None:
+        """A line about clips that will take a CPU long."""
+        config, device = model.config, model.patch_embedding.weight.device
+        tokens = self.streaming.chunk_frames * config.tokens_per_frame(self.height, self.width)
+        what = f"{count} clips of {self.frames} latent frames that the model makes itself"
+        return rates.warning(what, self.work(config, count), config, device, model.dtype, tokens=tokens)
+
     def make(
         self,
         model: WanModel,
@@ -55,14 +70,19 @@ class OwnClips:
         batch: int,
         progress: Progress = silent,
         stage: str = "clips",
+        say: Callable[[str], None] | None = None,
     ) -> Clips:
         """`count` clips, `batch` at a time, in float32 on the CPU. `seed` is the first clip's, one more each next's.
 
-        `progress` counts passes of the model, as those of `stage`.
+        `progress` counts passes of the model, as those of `stage`. `say` is told where that will take long.
         """
+        line = self.warning(model, count) if say is not None else None
+        if say is not None and line is not None:
+            say(line)
         context, parts = torch.zeros(count, 1, model.config.text_dim), []
         total = passes(self.frames, self.sampler, self.streaming, slices=-(-count // batch))
         counter = Counter(progress, stage, total)
+        counter.show()
         for first, some in zip(range(0, count, batch), context.split(batch), strict=True):
             chunks = rollout(
                 model,

@@ -130,9 +130,10 @@ def _factorised(checkpoint: Checkpoint) -> Iterator[None]:
         ) from None
 
 
-def _task(checkpoint: Checkpoint, plan: ConversionPlan, clips: Clips | Collected, device: torch.device) -> Task:
+def target_of(plan: ConversionPlan) -> Target:
+    """What a calibrated plan makes of every layer."""
     mla, recipe = mla_of(plan.config), plan.recipe
-    target = Target(
+    return Target(
         config=plan.source_config,
         key_norm=mla.key_norm,
         q_lora_rank=mla.q_lora_rank,
@@ -144,7 +145,12 @@ def _task(checkpoint: Checkpoint, plan: ConversionPlan, clips: Clips | Collected
         rope_selection=recipe.rope_selection or "energy",
         method=plan.method,
     )
-    return Task(checkpoint=checkpoint, clips=clips, regime=regime_of(recipe), target=target, device=device)
+
+
+def _task(checkpoint: Checkpoint, plan: ConversionPlan, clips: Clips | Collected, device: torch.device) -> Task:
+    return Task(
+        checkpoint=checkpoint, clips=clips, regime=regime_of(plan.recipe), target=target_of(plan), device=device
+    )
 
 
 def room_needed(plan: ConversionPlan, data: Path | None) -> tuple[int, int]:
@@ -154,13 +160,13 @@ def room_needed(plan: ConversionPlan, data: Path | None) -> tuple[int, int]:
     if plan.collected is not None:
         return moments, plan.collected.activations
     if data is None:
-        shape: tuple[int, ...] = _own_clips(plan).shape(config)
+        shape: tuple[int, ...] = own_clips(plan).shape(config)
     else:
         shape = ClipFolder(data, config).clip_shape
     return moments, _activations(plan, (recipe.clips or 1, *shape))
 
 
-def _own_clips(plan: ConversionPlan) -> OwnClips:
+def own_clips(plan: ConversionPlan) -> OwnClips:
     """The teacher's own, of the video that the conversion is made for."""
     (rows, columns), (_, high, wide) = token_grid(plan.recipe, plan.source_config), plan.source_config.patch_size
     return OwnClips(
@@ -286,11 +292,13 @@ def calibration_clips(
     device: torch.device | str = "cpu",
     progress: Progress = silent,
     kept: Path | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Clips:
     """Clips of the folder `data`, or without one what the teacher generates on `device` from an empty caption.
 
     Generated clips are written to the file `kept`, and taken from there when it exists. The built-in tiny model draws
-    its own clips. Raises InputError when the folder does not fit the model, and OutputError for `kept`.
+    its own clips. `say` is told where making them will take long. Raises InputError when the folder does not fit the
+    model, and OutputError for `kept`.
     """
     check_clips(checkpoint, data, plan)
     config, recipe, count = plan.source_config, plan.recipe, plan.recipe.clips or 1
@@ -300,7 +308,7 @@ def calibration_clips(
         return training_clips(count)
     if kept is not None and kept.exists():
         return _kept_clips(kept, config, count)
-    wanted = _own_clips(plan)
+    wanted = own_clips(plan)
     size = max(1, BATCH_TOKENS // (wanted.frames * config.tokens_per_frame(wanted.height, wanted.width)))
     clips = wanted.make(
         load_widened(checkpoint, wanted.streaming, device),
@@ -309,6 +317,7 @@ def calibration_clips(
         batch=size,
         progress=progress,
         stage="generate clips",
+        say=say,
     )
     if kept is not None:
         save_shard(kept, clips._asdict())
@@ -326,6 +335,11 @@ def _kept_clips(path: Path, config: WanConfig, count: int) -> Clips:
             f"{path}: not the {count} clips that were generated, or damaged; delete the file and run the command again"
         )
     return clips
+
+
+def makes_clips(checkpoint: Checkpoint, data: Path | None) -> bool:
+    """Whether a model without `data` generates its clips: the built-in one draws them."""
+    return data is None and not checkpoint.is_tiny
 
 
 def check_clips(checkpoint: Checkpoint, data: Path | None, plan: ConversionPlan) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from mlaconvert import __version__
 from mlaconvert.conversion.collected.settings import collected_json
+from mlaconvert.conversion.cost import ConversionCost
 from mlaconvert.conversion.from_weights import LayerReport, digits
 from mlaconvert.conversion.plan import ConversionPlan, recipe_json
 from mlaconvert.conversion.verify import Verification
@@ -25,7 +26,7 @@ class ModelReport:
     `losses` are those of a calibration: mean squared velocity errors on clips that it did not see, of the "dense" model
     and with all layers after each step of the conversion, behind clean pasts where the model has pasts; `noisy_losses`
     are the same with noisy pasts. `seconds` tell where the time went; what runs side by side
-    adds up to more than the time that passed.
+    adds up to more than the time that passed. `cost` is what a dry run that was asked for it estimates.
     """
 
     plan: ConversionPlan
@@ -35,6 +36,7 @@ class ModelReport:
     noisy_losses: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     verification: Verification | None = None
+    cost: ConversionCost | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The plan, and what came of it; without the singular values, which are in conversion.json."""
@@ -46,6 +48,8 @@ class ModelReport:
             ]
             data |= self.losses_json()
             data["seconds"] = {kind: round(seconds, 3) for kind, seconds in self.seconds.items()}
+        if self.cost is not None:
+            data["estimate"] = self.cost.to_json()
         if self.verification is not None:
             data["verification"] = dataclasses.asdict(self.verification)
         return data

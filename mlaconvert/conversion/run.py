@@ -17,7 +17,8 @@ import torch
 
 from mlaconvert.conversion.calibration.method import AnySetup, CalibrationSetup, as_setup
 from mlaconvert.conversion.collected import settings as collecting
-from mlaconvert.conversion.from_clips import check_clips
+from mlaconvert.conversion.cost import ConversionCost, conversion_cost, conversion_work, window_tokens
+from mlaconvert.conversion.from_clips import check_clips, makes_clips
 from mlaconvert.conversion.job import ConversionJob
 from mlaconvert.conversion.journal import Journal, identity
 from mlaconvert.conversion.plan import ConversionPlan, on_device, plan_conversion
@@ -37,6 +38,8 @@ from mlaconvert.files.staging import Staging
 from mlaconvert.files.writer import is_model
 from mlaconvert.listener import Listener
 from mlaconvert.model.device import resolve_device
+from mlaconvert.model.flops import NOTHING
+from mlaconvert.model.rates import warning
 from mlaconvert.model.window import positions_matter
 
 
@@ -93,6 +96,8 @@ def convert(
         if ranks.speaks:
             _check_output(staging, checkpoints, plans)
         _announce(checkpoints, plans, recipe, streaming or {}, told)
+        if ranks.speaks:
+            _warn(checkpoints, plans, setup.data, chosen_device, told)
         job = ConversionJob(
             checkpoints=checkpoints,
             plans=plans,
@@ -127,8 +132,11 @@ def preview(
     data: AnySetup = None,
     device: str | torch.device = "cpu",
     listener: Listener | None = None,
+    estimate: bool = False,
 ) -> ConversionReport:
     """What `convert` would do: all of its checks, and the plan of each model; nothing is written.
+
+    With `estimate`, the device is probed for a few seconds, and each model's report has its cost.
 
     The arguments are those of `convert`; without an `output` it is not checked that one could be written. Raises
     InputError as `convert` does.
@@ -142,7 +150,19 @@ def preview(
         if output is not None and folder is not None:
             _check_output(Staging(folder, "convert", overwrite=as_output(output).overwrite), checkpoints, plans)
         _announce(checkpoints, plans, recipe, streaming or {}, listener or Listener())
-    return ConversionReport(output=folder, models=tuple(ModelReport(plan=plan) for plan in plans.values()))
+        costs: dict[str, ConversionCost] = {}
+        if estimate:
+            costs = {
+                name: _cost(checkpoints[name], plan, setup.data, chosen_device)
+                for name, plan in plans.items()
+                if plan.collected is None  # no clips go through the model, which is what takes long
+            }
+    models = tuple(ModelReport(plan=plan, cost=costs.get(name)) for name, plan in plans.items())
+    return ConversionReport(output=folder, models=models)
+
+
+def _cost(checkpoint: Checkpoint, plan: ConversionPlan, data: Path | None, device: torch.device) -> ConversionCost:
+    return conversion_cost(plan, data, device, makes_clips=makes_clips(checkpoint, data))
 
 
 def _plans(
@@ -195,6 +215,27 @@ def _announce(
     notes = [_notes(checkpoints[name], plan, recipe, settings) for name, plan in plans.items()]
     for note in dict.fromkeys(chain.from_iterable(notes)):
         listener.say(note)
+
+
+def _warn(
+    checkpoints: Mapping[str, Checkpoint],
+    plans: Mapping[str, ConversionPlan],
+    data: Path | None,
+    device: torch.device,
+    listener: Listener,
+) -> None:
+    """Say how long calibrated conversions will take a CPU, if that is long."""
+    work, plan = NOTHING, next(iter(plans.values()))
+    for name, each in plans.items():
+        if each.recipe.init == "calibrated" and each.collected is None:
+            parts = conversion_work(each, data, makes_clips=makes_clips(checkpoints[name], data))
+            work += sum(parts.values(), NOTHING)
+    if work == NOTHING:
+        return
+    tokens = window_tokens(plan, data)
+    line = warning("the conversion", work, plan.source_config, device, torch.float32, tokens=tokens)
+    if line is not None:
+        listener.say(f"{line}; --dry-run says what takes it")
 
 
 def _notes(

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from mlaconvert.conversion.from_clips import room_needed
 from mlaconvert.conversion.plan import ConversionPlan, mla_of
 from mlaconvert.conversion.recipes import REFIT_STEPS, refit_flops_of
+from mlaconvert.conversion.report import ModelReport
+from mlaconvert.model.rates import does_not_fit
 from mlaconvert.reports.tables import titled
-from mlaconvert.units import format_bytes
+from mlaconvert.units import format_bytes, format_seconds
 
 
 def plan_lines(plan: ConversionPlan, data: Path | None) -> Iterator[str]:
@@ -30,6 +34,26 @@ def plan_lines(plan: ConversionPlan, data: Path | None) -> Iterator[str]:
     if recipe.init == "calibrated":
         kept, used = (format_bytes(size) for size in room_needed(plan, data))
         yield f"  disk     {kept} of moments, and about {used} of activations until it is done"
+
+
+def cost_lines(report: ModelReport, device: str) -> Iterator[str]:
+    """What a dry run says of the time that a conversion takes, by part, and of a GPU's memory."""
+    cost, plan = report.cost, report.plan
+    if cost is None:
+        return
+    yield f"{titled(plan.subfolder)}{plan.source}: what it will take"
+    if not cost.seconds:
+        yield f"  time     seconds, and the copying of {format_bytes(plan.output_bytes)}"
+        return
+    parts = sorted(cost.seconds.items(), key=lambda part: -part[1])
+    each = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in parts if seconds >= 0.5)
+    flops = sum(work.flops for work in cost.work.values())
+    yield f"  time     about {format_seconds(cost.total)} on {device}, {flops:.2g} FLOPs{f': {each}' if each else ''}"
+    if cost.memory is not None:
+        yield f"  memory   about {format_bytes(cost.memory)} of {device}"
+        line = does_not_fit(cost.memory, torch.device(device), "take fewer --clips, or --device cpu")
+        if line is not None:
+            yield f"  {line}"
 
 
 def _time(plan: ConversionPlan) -> str:

@@ -153,7 +153,12 @@ def _in_share(rows: Tensor, regime: Regime) -> Tensor:
 
 def batch_size(clips: Clips, config: WanConfig) -> int:
     """How many clips go through a model at once."""
-    tokens = clips.latents.shape[2] * config.tokens_per_frame(*clips.latents.shape[3:])
+    return batch_of(clips.latents.shape[1:], config)
+
+
+def batch_of(shape: Sequence[int], config: WanConfig) -> int:
+    """How many clips [C, F, H, W] do."""
+    tokens = shape[1] * config.tokens_per_frame(*shape[2:])
     return max(1, min(BATCH, BATCH_TOKENS // tokens, BATCH_SCALARS // (tokens * config.dim)))
 
 
