@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlaconvert.cli.options import Json, OutputFolder, among, recipes, source_of
+from mlaconvert.cli.options import Json, OutputFolder, among, present_device, recipes, source_of
 from mlaconvert.cli.show import console, print_json, progress_bar
 from mlaconvert.healing.stages import STAGES
 
@@ -137,7 +137,7 @@ def heal(
         typer.Option(
             metavar="RATE",
             help="TFLOP/s that the device sustained when you measured it, for --dry-run to tell the time. "
-            "Default: no time.",
+            "Default: the device is probed for some seconds.",
         ),
     ] = None,
     as_json: Json = False,
@@ -177,11 +177,12 @@ def heal(
     chosen = load_heal_recipe(recipe, given)
     if dry_run:
         rate = None if tflops is None else 1e12 * tflops
-        found = plan(source, chosen, teacher=teacher, data=data, flops_per_second=rate)
+        present = present_device("cpu" if cpu else device or "auto")
+        found = plan(source, chosen, teacher=teacher, data=data, flops_per_second=rate, device=present)
         if as_json:
             print_json(found.to_json())
         else:
-            out.print(_estimate_text(found, chosen), markup=False, soft_wrap=True)
+            out.print(_estimate_text(found, chosen, present), markup=False, soft_wrap=True)
         err.print("dry run: nothing was written")
         return
     if output is None:
@@ -254,8 +255,11 @@ def _leave_processes() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _estimate_text(found: Estimate, recipe: HealRecipe) -> str:
-    from mlaconvert.units import format_bytes
+def _estimate_text(found: Estimate, recipe: HealRecipe, device: str) -> str:
+    import torch
+
+    from mlaconvert.model.rates import does_not_fit
+    from mlaconvert.units import format_bytes, format_seconds
 
     lines: list[tuple[str, Any]] = [
         ("stage", f"{recipe.stage}, {recipe.steps} steps, batch {recipe.batch} x {recipe.accumulate} a process"),
@@ -264,8 +268,10 @@ def _estimate_text(found: Estimate, recipe: HealRecipe) -> str:
         *((f"  {name}", format_bytes(size)) for name, size in found.memory.items()),
         ("memory", f"{format_bytes(found.total_memory)} a process, activations roughly; nothing sharded"),
     ]
-    if found.seconds is None:
-        lines.append(("time", "not estimated: give the rate you measured with --tflops"))
-    else:
-        lines.append(("time", f"{found.seconds:.3g} s a step, {found.seconds * recipe.steps / 3600:.3g} h in all"))
+    if found.seconds is not None:
+        total = format_seconds(found.seconds * recipe.steps)
+        lines.append(("time", f"{found.seconds:.3g} s a step, about {total} on {device} besides validations"))
+    advice = "take a smaller --batch, --gradient-checkpointing or --precision bf16, or shard it (accelerate launch)"
+    trouble = does_not_fit(found.total_memory, torch.device(device), advice)
+    lines += [] if trouble is None else [("memory", trouble)]
     return "\n".join(f"{name:<13} {value}" for name, value in lines)

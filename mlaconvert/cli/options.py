@@ -129,8 +129,12 @@ LoraScales = Annotated[
 
 
 def _present(ctx: typer.Context, name: str) -> str:
-    """What "auto" is on this machine."""
-    if name != "auto" or ctx.resilient_parsing:
+    return name if ctx.resilient_parsing else present_device(name)
+
+
+def present_device(name: str) -> str:
+    """What "auto" is on this machine; any other device as it is."""
+    if name != "auto":
         return name
     import torch
 

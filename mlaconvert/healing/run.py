@@ -32,6 +32,8 @@ from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.healing.stages import stage_of
 from mlaconvert.healing.state import BEST, LAST, choose_trained, load
 from mlaconvert.listener import Listener
+from mlaconvert.model.device import resolve_device
+from mlaconvert.model.rates import Rates, probe
 from mlaconvert.model.wan import WanModel
 from mlaconvert.progress import silent
 
@@ -148,8 +150,12 @@ def plan(
     teacher: AnySource | None = None,
     data: str | Path | None = None,
     flops_per_second: float | None = None,
+    device: str | None = None,
 ) -> Estimate:
-    """What `heal` would need, without running anything: all checks of its input, and an estimate of one step."""
+    """What `heal` would need, without running anything: all checks of its input, and an estimate of one step.
+
+    Its time is told by `flops_per_second`, or by a probe of `device` for a few seconds; without both, not at all.
+    """
     recipe, stage = recipe.resolved(), stage_of(recipe.stage)
     with ExitStack() as stack:
         student_file, teacher_file, draws = open_pair(stack, as_source(source), teacher)
@@ -167,15 +173,16 @@ def plan(
         batches = Batches(_Shape(shape), recipe, streaming, whole=stage.whole_clips)
         _check_past(batches, config)
         view = max(batches.views, key=lambda v: len(v.frames))
-        return estimate(
-            recipe,
-            config,
-            teacher_file.config,
-            trained,
-            view,
-            size=(shape[2], shape[3]),
-            flops_per_second=flops_per_second,
-        )
+        rates: Rates | float | None = flops_per_second
+        if rates is None and device is not None:
+            layout = stage.layout(view, streaming)
+            tokens = len(layout.positions) * config.tokens_per_frame(shape[2], shape[3])
+            masked = not bool(layout.visible.all())
+            dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+            chosen = resolve_device(device, dtype)
+            rates = probe(config, chosen, dtype, queries=tokens, keys=tokens, masked=masked)
+        size = (shape[2], shape[3])
+        return estimate(recipe, config, teacher_file.config, trained, view, size=size, rates=rates)
 
 
 @dataclasses.dataclass

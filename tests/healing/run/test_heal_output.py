@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from command_line import invoke
 from heal_run_cases import run, save_teacher, settings
 from safetensors.torch import load_file
 
+from mlaconvert.cli.heal import _estimate_text
 from mlaconvert.clips.folder import Clips
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.run import convert
@@ -175,11 +177,25 @@ def test_dry_run_writes_nothing(home: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     for word in ("dmd, 1000 steps", "critic", "FLOPs", "a step", "roughly"):
         assert word in result.stdout
-    assert "not estimated" in invoke("heal", home / "student", *flags).stdout
+    probed = invoke("heal", home / "student", *flags, "--cpu").stdout
+    assert re.search(r"time +\S+ s a step, about \d+ \w+ on cpu besides validations", probed)
     data = json.loads(invoke("heal", home / "student", *flags, "--json").stdout)
     assert data["total_memory"] == sum(data["memory"].values())
     generated = invoke("heal", home / "student", "--stage", "distill", "--dry-run")
     assert generated.exit_code == 0, generated.stderr
+
+
+def test_a_gpu_that_is_too_small_is_said_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what makes a run smaller; and a rate that was given tells the time without a probe."""
+    found = plan(home / "student", settings("distill"), data=home / "clips", flops_per_second=1e9)
+    assert found.seconds == pytest.approx(found.flops / 1e9)
+    assert plan(home / "student", settings("distill"), data=home / "clips").seconds is None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (found.total_memory - 1, 2**40))
+    last = _estimate_text(found, settings("distill"), "cuda").splitlines()[-1]
+    assert last.startswith("memory        does not fit: about ")
+    assert last.endswith("--gradient-checkpointing or --precision bf16, or shard it (accelerate launch)")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (found.total_memory, 2**40))
+    assert "does not fit" not in _estimate_text(found, settings("distill"), "cuda")
 
 
 def test_wrong_usage_is_one_sentence(home: Path, tmp_path: Path) -> None:
