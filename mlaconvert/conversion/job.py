@@ -18,6 +18,7 @@ from mlaconvert.clips.folder import Clips
 from mlaconvert.conversion.assembly import Assembly, Clock
 from mlaconvert.conversion.calibration.kept import read_exactly, write_tensors
 from mlaconvert.conversion.calibration.run import Calibration, KeptWalk
+from mlaconvert.conversion.calibration.store import moments_file
 from mlaconvert.conversion.calibration.windows import Losses
 from mlaconvert.conversion.collected.record import Collected
 from mlaconvert.conversion.from_clips import (
@@ -102,7 +103,10 @@ class ConversionJob:
         else:
             self.staging.remove()
             kept = "nothing was left there"
-        if isinstance(error, KeyboardInterrupt) and worth:
+        measured = any(self._measured(name) for name in self.plans)
+        if measured and not worth:
+            kept = f"what was measured so far is kept in {self.moments}: the same command goes on from there"
+        if isinstance(error, KeyboardInterrupt) and (worth or measured):
             raise KeyboardInterrupt(kept) from None
         if isinstance(error, OSError):
             with disk_errors(path, kept):
@@ -112,6 +116,12 @@ class ConversionJob:
     def _chosen(self) -> bool:
         """Whether the first half of a calibration is done, for any model."""
         return any(self.journal.recall(name, SPLITS) for name in self.plans)
+
+    def _measured(self, name: str) -> int:
+        """Of how many layers of a model the inputs' statistics are kept."""
+        plan, folder = self.plans[name], self.moments / name
+        chosen = plan.layers if plan.recipe.init == "calibrated" else ()
+        return sum(moments_file(folder, layer).is_file() for layer in chosen)
 
     def _changed(self) -> str | None:
         """The first model whose source files are not as they were when the conversion began."""
@@ -267,6 +277,8 @@ class ConversionJob:
             keep_moments(folder, checkpoint, plan, plan.collected, self.listener.say)
         calibration = kept_splits(self.journal.recall(name, SPLITS), folder)
         if calibration is None:
+            if measured := self._measured(name):
+                self.listener.say(f"what was measured of {measured} layers is taken from {folder}")
             calibration = choose_splits(checkpoint, plan, clips[0], folder, self.device, self.listener.progress)
             self.journal.keep(name, SPLITS, splits_json(calibration))
         return clips, calibration

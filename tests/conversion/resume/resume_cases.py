@@ -23,11 +23,13 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 kill = importlib.import_module("kill")
 
 
-def interrupted(source: Path, output: Path, after: int, recipe: ConvertRecipe = SVD, **options: Any) -> str:
-    """Interrupt a conversion when `after` layers are handed over; what the interruption says. `say` is a listener's."""
+def interrupted(
+    source: Path, output: Path, after: int, recipe: ConvertRecipe = SVD, *, stage: str = "convert", **options: Any
+) -> str:
+    """Interrupt a conversion when `after` layers are through a `stage`; what it says then. `say` is a listener's."""
 
-    def stop(stage: str, done: int, total: int, _note: str = "") -> None:
-        if stage == "convert" and done == after:
+    def stop(name: str, done: int, _total: int, _note: str = "") -> None:
+        if name == stage and done == after:
             raise KeyboardInterrupt
 
     listener = Listener(progress=stop, say=options.pop("say", lambda _: None))

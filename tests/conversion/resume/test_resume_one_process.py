@@ -246,10 +246,15 @@ def test_a_calibration_is_not_repeated(source: Path, tmp_path: Path, monkeypatch
     save_file(clips, tmp_path / "clips" / "clips.safetensors")
     options = {"data": tmp_path / "clips"}
     convert(source, tmp_path / "whole", recipe, **options)  # type: ignore[arg-type]
-    kept = "what was measured of the clips is kept: the same command goes on from there"
-    assert interrupted(source, tmp_path / "out", 0, recipe, **options) == kept
-    monkeypatch.setattr(job, "choose_splits", None)
+    moments = tmp_path / "out.moments"
+    kept = f"what was measured so far is kept in {moments}: the same command goes on from there"
+    assert interrupted(source, tmp_path / "out", 2, recipe, stage="calibrate", **options) == kept
+    assert sorted(path.name for path in moments.glob("layer-*")) == ["layer-000.safetensors", "layer-001.safetensors"]
     said: list[str] = []
+    kept = "what was measured of the clips is kept: the same command goes on from there"
+    assert interrupted(source, tmp_path / "out", 0, recipe, say=said.append, **options) == kept
+    assert said == [f"what was measured of 2 layers is taken from {moments}"]
+    monkeypatch.setattr(job, "choose_splits", None)
     interrupted(source, tmp_path / "out", 3, recipe, say=said.append, **options)
     assert said[-1] == f"going on from what was measured of the clips, kept in {tmp_path / '.out.partial'}"
     refitted, plain = [], from_weights.layer_report
