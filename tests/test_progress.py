@@ -59,6 +59,32 @@ def test_a_counter_reports_what_it_counts() -> None:
     Counter(silent, "hash", 70).step()
 
 
+def counters(tree: ast.AST) -> dict[str, bool]:
+    """The counters of stages that a module's functions make, and whether each reports before its first unit is done."""
+    found: dict[str, bool] = {}
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        code = ast.unparse(function)
+        for name in re.findall(r"(\w+) = .*?Counter\(\w*progress|(\w+) = .*?Counter\(\w+, ['\"]\w", code):
+            one = name[0] or name[1]
+            found[f"{function.name}: {one}"] = f"{one}.show()" in code
+    return found
+
+
+def test_every_stage_is_shown_before_its_first_unit_is_done() -> None:
+    """A unit may be a pass of minutes, and until it is over a log would say nothing."""
+    silent_ones = {
+        f"{path.relative_to(ROOT)}, {counter}"
+        for path in ROOT.rglob("*.py")
+        for counter, shown in counters(ast.parse(path.read_text())).items()
+        if not shown
+    }
+    assert silent_ones == set()
+    assert sum(len(counters(ast.parse(path.read_text()))) for path in ROOT.rglob("*.py")) > 12
+    assert counters(ast.parse("def f(progress):\n count = Counter(progress, 'a', 3)")) == {"f: count": False}
+
+
 def test_a_terminal_shows_stages_with_the_time_that_is_left() -> None:
     shown = io.StringIO()
     with progress_bar(Console(file=shown, force_terminal=True, width=100)) as progress:

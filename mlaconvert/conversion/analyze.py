@@ -112,6 +112,7 @@ def analyze(
 
         found: list[DenseSpectra | LatentSpectrum] = []
         count = Counter(progress, "analyze", total)
+        count.show()
         with closing(read_ahead(partial(_weights, checkpoint), chosen)) as weights:
             for index, layer in visits:
                 mla = config.mla.layers[index] if config.mla is not None else None

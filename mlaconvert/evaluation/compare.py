@@ -108,6 +108,7 @@ def with_rollouts(
 ) -> ModelEvaluation:
     """`found` with drift, speed and videos: both models' rollouts, and the teacher's from another noise."""
     count = Counter(progress, "rollouts", 3 * plan.passes)
+    count.show()
     expected, video, speed = paired_rollouts(teacher, student, plan, count.step)
     other = torch.cat(list(plan.chunks(teacher, seed=plan.other_seed, on_step=count.step)), 2)
     return dataclasses.replace(

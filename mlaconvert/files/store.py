@@ -154,6 +154,7 @@ class TensorStore:
         Raises CheckpointError when a file cannot be read to its end.
         """
         total, count = hashlib.sha256(), Counter(progress, "hash", sum(file.stat().st_size for file in self.files))
+        count.show()
         for file in sorted(self.files):
             total.update(f"{file.name}\0{file.stat().st_size}\0".encode())
             with file.open("rb", buffering=0) as stream:

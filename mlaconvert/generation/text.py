@@ -60,6 +60,7 @@ def embed_prompts(
     texts = [*request.prompts, *([request.negative] if guided else [])]
     embeddings: list[Tensor] = []
     count = Counter(progress, "text", len(texts))
+    count.show()
     for embedding in embed_texts(base, texts, device=device, max_tokens=config.text_len):
         if embedding.shape[1] != config.text_dim:
             raise InputError(

@@ -83,6 +83,8 @@ def compare_files(
     sizes = {name: local.size(name) for name in local.names} | {README_NAME: len(card)}
     alike = {path for path, size in sizes.items() if path in there and there[path].size == size}
     count = Counter(progress or silent, "hash", sum(sizes[path] for path in alike))
+    if alike:
+        count.show()
     for path, size in sorted(sizes.items()):
         state: Literal["new", "changed", "same", "kept"] = "changed" if path in there else "new"
         if path == README_NAME and card_state == "kept":

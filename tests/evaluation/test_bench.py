@@ -212,7 +212,7 @@ def test_sides_take_turns(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert [side.next_chunk for side in sides] == [4, 1.5]
     assert [side.next_chunk_spread for side in sides] == [(4, 4), (1, 2)]
     assert [side.frames_per_second for side in sides] == [1, 4 / 1.5]  # four video frames a latent one
-    assert [done for done, _ in notes] == list(range(1, notes[-1][1] + 1))
+    assert [done for done, _ in notes] == list(range(notes[-1][1] + 1))
 
 
 def test_the_largest_batch_is_thelargest() -> None:
