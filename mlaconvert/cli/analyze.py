@@ -127,22 +127,26 @@ def analyze(
 
     chosen_device, out, err = resolve_device(device), console(), console(stderr=True)
     results: dict[str, Any] = {}
+
+    def say(line: str) -> None:
+        err.print(line, markup=False, soft_wrap=True)
+
     source = source_of(checkpoint, revision=revision, subfolder=subfolder, state_key=state_key, config=config)
     with open_models(source) as models:
         for name, model in models.items():
-            err.print(f"{titled(name)}{model.describe()}", markup=False)
+            say(f"{titled(name)}{model.describe()}")
             seen = model.config.streaming
             assumed = assumption_line(model.timing, streaming=seen, few_step=model.config.few_step)
-            for note in (*model.timing.remarks, *([] if assumed is None else [assumed])):
-                err.print(note, markup=False, soft_wrap=True)
-            for line in remarks(model):
-                err.print(line, markup=False, soft_wrap=True)
+            for note in (*model.timing.remarks, *([] if assumed is None else [assumed]), *remarks(model)):
+                say(note)
             memory = plan(model)
             inputs: dict[str, Any] = {}
             with progress_bar(err) as progress:
                 if calibrated:
                     resolved = plan_conversion(model, recipe)
-                    inputs["clips"] = calibration_clips(model, resolved, data, device=chosen_device, progress=progress)
+                    inputs["clips"] = calibration_clips(
+                        model, resolved, data, device=chosen_device, progress=progress, say=say
+                    )
                     inputs["regime"] = regime_of(resolved.recipe)
                 found = analysis.analyze(
                     model,

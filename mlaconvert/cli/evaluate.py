@@ -133,6 +133,7 @@ def evaluate(
             teacher_vbench=teacher_scores,
             progress=progress,
             on_model=keep if save else None,
+            say=lambda line: err.print(line, markup=False, soft_wrap=True),
         )
     if html is not None:
         write_page(report, html)

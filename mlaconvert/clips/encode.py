@@ -38,12 +38,16 @@ from mlaconvert.files.staging import claim, disk_errors, visible
 from mlaconvert.files.whole import remove_partial, write_whole
 from mlaconvert.listener import Listener
 from mlaconvert.model.device import resolve_device
+from mlaconvert.model.rates import measured_seconds, slow_here
 from mlaconvert.progress import Counter, Progress
+from mlaconvert.units import format_seconds
 
 SETTINGS_NAME = "encoding.json"
 _HEADER = "clip"  # the only entry: the order of several is not the same in every process
 _TEXTS = ".text"  # embeddings that wait for their videos
 _PARTS = 1000  # steps of the progress in one video
+# Pixels of all frames up to which encoding takes seconds, and the sides of a clip that is encoded to tell the time.
+_FEW, _PROBE = 5_000_000, 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +140,10 @@ def _encode(
             if value % (2 * vae.stride):
                 raise ConfigError(f"{name} is {value} pixels: give a multiple of {2 * vae.stride}")
         _prepare(folder, _settings(base, settings))
+        wanted = len(left) * settings.clips - sum(len(kept[video.name]) for video in left)
+        line = _time_line(vae, settings, wanted, device)
+        if line is not None:
+            told.say(line)
         _embed(folder, base, left, text_device, report)
     for number, video in enumerate(left):
 
@@ -163,6 +171,19 @@ def _encode(
     return EncodingReport(
         output=folder, videos=len(videos), made=made, kept=sum(map(len, kept.values())), skipped=tuple(skipped)
     )
+
+
+def _time_line(vae: Vae, settings: Encoding, clips: int, device: str) -> str | None:
+    """A line about how long so many clips will take, measured on a small one; None where it is a matter of seconds."""
+    pixels = clips * settings.height * settings.width * (1 + (settings.frames - 1) * vae.frame_stride)
+    if pixels < _FEW:
+        return None
+    sides = [min(side, _PROBE) // (2 * vae.stride) * 2 * vae.stride for side in (settings.height, settings.width)]
+    small = torch.zeros(1 + vae.frame_stride, 3, *sides)
+    seconds = pixels * measured_seconds(lambda: vae.encode(small), torch.device(device)) / (small.numel() / 3)
+    at_most = "at most " if settings.clips > 1 else ""
+    after = slow_here(torch.device(device), seconds)
+    return f"{at_most}{clips} clips will take about {format_seconds(seconds)} on {device}, captions aside{after}"
 
 
 def _settings(base: Base, settings: Encoding) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,12 @@ class Conditions:
 
 
 def draw_conditions(
-    opened: Checkpoint, teacher: WanModel, record: SourceRecord, request: Request, progress: Progress
+    opened: Checkpoint,
+    teacher: WanModel,
+    record: SourceRecord,
+    request: Request,
+    progress: Progress,
+    say: Callable[[str], None] | None = None,
 ) -> Conditions:
     """What models are compared on, and the notes that a reader of the figures needs."""
     by_hand: list[str] = []
@@ -70,7 +75,7 @@ def draw_conditions(
     else:
         recipe = (record.conversion or {}).get("recipe") or {}
         clips = generated_clips(
-            teacher, request.clips or 8, recipe, sampler=sampler, seed=request.seed, progress=progress
+            teacher, request.clips or 8, recipe, sampler=sampler, seed=request.seed, progress=progress, say=say
         )
         clips_from = "rollouts of the teacher from an empty caption, other ones than a calibration sees"
         notes.append("The clips are the teacher's own, so its loss is lower than on real video.")
@@ -151,10 +156,12 @@ def generated_clips(
     seed: int,
     progress: Progress,
     frames: int = 9,
+    say: Callable[[str], None] | None = None,
 ) -> Clips:
     """`count` clips that the teacher makes of an empty caption, none of which a calibration of that `seed` sees.
 
     Their size is the one in `recipe`, the fields of a ConvertRecipe; by default what such a model is usually run at.
+    `say` is told where that will take long.
     """
     config, video = teacher.config, default_video(teacher.config)
     stride = recipe.get("vae_stride") or video.vae_stride
@@ -170,4 +177,5 @@ def generated_clips(
         seed=1_000_000_007 + count * seed,
         batch=max(1, min(BATCH, BATCH_TOKENS // tokens)),
         progress=progress,
+        say=say,
     )

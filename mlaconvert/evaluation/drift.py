@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.model import rates
+from mlaconvert.model.flops import rollout_work
 from mlaconvert.model.rollout import CacheUse, Given, LatentSize, passes, rollout
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.wan import WanModel
@@ -61,6 +63,18 @@ class RolloutPlan:
     def other_seed(self) -> int:
         """The seed of rollouts to compare with: every video's noise is another one."""
         return self.seed + self.context.shape[0]
+
+    def warning(self, teacher: WanModel, models: int) -> str | None:
+        """A line about rollouts that will take a CPU long: twice the teacher's beside each of so many models."""
+        config, device = teacher.config, teacher.patch_embedding.weight.device
+        frame = config.tokens_per_frame(self.height, self.width)
+        work = rollout_work(
+            config, self.streaming, self.sampler, frames=self.frames, frame_tokens=frame, given=self.given
+        )
+        videos = 3 * models * len(self.context)
+        what = f"{videos} rollouts of {self.frames} latent frames"
+        tokens = self.streaming.chunk_frames * frame
+        return rates.warning(what, videos * work, config, device, teacher.dtype, tokens=tokens)
 
     def chunks(
         self, model: WanModel, *, seed: int | None = None, on_step: Callable[[], None] | None = None

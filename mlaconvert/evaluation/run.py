@@ -29,6 +29,7 @@ def evaluate(
     teacher_vbench: VBenchScores | None = None,
     progress: Progress = silent,
     on_model: Callable[[int, EvaluationReport], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> EvaluationReport:
     """Evaluate converted models side by side: folders, checkpoints or Hub ids that were made from one teacher.
 
@@ -37,7 +38,8 @@ def evaluate(
 
     The teacher is the one that conversion.json records, found by its name (from here, beside the model, or on the Hub)
     and checked by its hash, unless `request` names another. Two models are in memory at a time. `vbench` are
-    scores of the models, in order. `on_model(index, report)` is told of each model as soon as it is done.
+    scores of the models, in order. `on_model(index, report)` is told of each model as soon as it is done, `say` of
+    rollouts that will take a CPU long.
 
     Raises InputError for models that cannot be compared, a teacher that cannot be found, and unfit clips.
     """
@@ -58,8 +60,12 @@ def evaluate(
         teacher = load_model(
             opened, dtype=request.dtype or first.dtype, device=request.device, streaming=first.config.streaming
         )
-        conditions = draw_conditions(opened, teacher, first, request, progress)
+        conditions = draw_conditions(opened, teacher, first, request, progress, say)
         name = public_name(opened.store.source)
+    if conditions.rollout is not None and say is not None:
+        line = conditions.rollout.warning(teacher, len(records))
+        if line is not None:
+            say(line)
     evaluations: list[ModelEvaluation] = []
     for i, record in enumerate(records):
         student = load_model(record.source, dtype=teacher.dtype, device=request.device)

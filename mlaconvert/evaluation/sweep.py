@@ -120,7 +120,7 @@ def sweep(
         belongs = _belongs(checkpoint, recipe.convert, clips)
         stack.enter_context(claim(folder, "sweep"))
         _prepare(folder, belongs, restart)
-        calibration, validation, clips_from = _clips(checkpoint, planned, folder, clips, chosen_device, progress)
+        calibration, validation, clips_from = _clips(checkpoint, planned, folder, clips, chosen_device, told)
         finished = sum(_record(folder, cell).is_file() for cell, _ in planned)
         if finished:
             told.say(f"going on after {finished} of {len(planned)} conversions, kept in {folder}")
@@ -215,7 +215,7 @@ def _clips(
     folder: Path,
     asked: SweepClips,
     device: torch.device,
-    progress: Progress,
+    told: Listener,
 ) -> tuple[Path | None, Clips, str]:
     """The folder that calibrations read (None: `tiny` draws its own), the clips to compare on, and what those are."""
     data, count = asked.data, asked.validation
@@ -240,11 +240,18 @@ def _clips(
         teacher = _dense(checkpoint, first, None, device)
         fields = dataclasses.asdict(first.recipe)
         return generated_clips(
-            teacher, count or GENERATED_CLIPS, fields, sampler=sampler, seed=asked.seed, progress=progress
+            teacher,
+            count or GENERATED_CLIPS,
+            fields,
+            sampler=sampler,
+            seed=asked.seed,
+            progress=told.progress,
+            say=told.say,
         )
 
     if plan is not None:
-        _kept(folder / "clips", lambda: calibration_clips(checkpoint, plan, None, device=device, progress=progress))
+        options: dict[str, Any] = {"device": device, "progress": told.progress, "say": told.say}
+        _kept(folder / "clips", lambda: calibration_clips(checkpoint, plan, None, **options))
     _kept(folder / "validation", compared)
     validation = load_clips(folder / "validation", checkpoint.config, count or GENERATED_CLIPS)
     return folder / "clips", validation, "rollouts of the dense model from an empty caption that no calibration sees"

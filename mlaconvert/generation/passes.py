@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from mlaconvert.generation.chunks import ChunkFile
+from mlaconvert.generation.cost import cache_bytes
 from mlaconvert.generation.plan import GenerationPlan
 from mlaconvert.generation.request import Runtime
-from mlaconvert.model.cache import LatentCache
 from mlaconvert.model.rollout import CacheUse, Given, LatentSize, passes, rollout
 from mlaconvert.model.wan import WanModel
 from mlaconvert.progress import Counter, Progress
@@ -63,18 +63,10 @@ def run_passes(model: WanModel, plan: GenerationPlan, runtime: Runtime, store: C
     if store.done < plan.frames:
         prefix = store.latents[:, :, : store.done] if store.done else plan.prefix
         count = PassCounter(progress, count_passes(plan, runtime, 0 if prefix is None else prefix.shape[2]))
+        count.show()
         start = 0
         for chunk in chunk_passes(model, plan, runtime, prefix, count):
             if start >= store.done:
                 store.write(start, chunk)
             start += chunk.shape[2]
-    copies = 1 if plan.sampler.guidance == 1 else 2
-    return LatentCache(
-        model.config,
-        batch=copies * len(plan.seeds),
-        height=plan.size[0],
-        width=plan.size[1],
-        streaming=plan.streaming,
-        dtype=model.dtype,
-        device="meta",
-    ).nbytes
+    return cache_bytes(model.config, plan, model.dtype)

@@ -22,11 +22,12 @@ from mlaconvert.families.open import open_checkpoint
 from mlaconvert.families.source import AnySource, as_source
 from mlaconvert.files.staging import Staging, disk_errors
 from mlaconvert.generation.chunks import ChunkFile, OtherVideoError, check_staging, write_json
+from mlaconvert.generation.cost import cost_lines
 from mlaconvert.generation.marks import fingerprint
 from mlaconvert.generation.movies import can_write_mp4
 from mlaconvert.generation.output import decode_movies, movie_ending, save_pictures
 from mlaconvert.generation.passes import run_passes
-from mlaconvert.generation.plan import assumptions, plan_generation
+from mlaconvert.generation.plan import assumptions, plan_generation, unembedded
 from mlaconvert.generation.request import (
     DEFAULT_OUTPUT,
     KEPT,
@@ -64,14 +65,15 @@ def generate(
     or that an interrupted run of the same video left (with `overwrite` always video). An interrupted run leaves its
     finished chunks in `.<output>.partial`, and the same call continues them: one pass a chunk, and the same video.
     `say` is told what is assumed of the model because neither its files nor `request` state it, and of a few-step
-    schedule. Raises OutputError for an output that exists,
-    and what `plan_generation`, `open_checkpoint`, `find_base` and `rollout` raise.
+    schedule, and how long a video that is not short will take. Raises OutputError for an output that exists, and what
+    `plan_generation`, `open_checkpoint`, `find_base` and `rollout` raise.
     """
     source, request, runtime = as_source(source), request or Generation(), runtime or Runtime()
     progress, places = progress or silent, _places(output, request, movie, overwrite)
     staging, movie = next(places)
     with open_checkpoint(source) as checkpoint:
         geometry, notes, loras = checkpoint.config, assumptions(checkpoint, request), merged(checkpoint)
+        dtype = runtime.chosen_dtype() or checkpoint.dtype
     if say is not None:
         for note in notes:
             say(note)
@@ -80,6 +82,10 @@ def generate(
     needs_base = bool(request.prompts) or movie in ("mp4", "gif")
     base = find_text_base(source, request, geometry, needs_base)
     vae = None if base is None or movie == "none" else load_vae(base, geometry, movie)
+    if say is not None:
+        words = None if base is None or not request.prompts else unembedded(base, request, geometry)
+        for line in cost_lines(geometry, plan_generation(request, geometry, text=words), runtime, dtype):
+            say(line)
     text = None if base is None or not request.prompts else embed_prompts(base, request, geometry, runtime, progress)
     model = runtime.load(source)
     plan = plan_generation(request, model.config, text=text)

@@ -18,6 +18,7 @@ from mlaconvert.families.open import open_checkpoint
 from mlaconvert.families.source import AnySource
 from mlaconvert.files.names import public_name
 from mlaconvert.files.staging import claim, disk_errors
+from mlaconvert.generation.cost import cost_lines
 from mlaconvert.generation.marks import MARK, digests, fingerprint_of, read_mark
 from mlaconvert.generation.movies import SCALE, can_write_mp4, remove_unfinished, save_movie
 from mlaconvert.generation.passes import PassCounter, chunk_passes, count_passes
@@ -87,6 +88,9 @@ def generate_for_vbench(
         if 0 < len(left) < len(marks) and say is not None:
             say(f"going on after {len(marks) - len(left)} of {len(marks)} videos, kept in {folder}")
         missing = [number for number, paths in enumerate(files) if not left.isdisjoint(paths)]
+        if say is not None:
+            for line in cost_lines(geometry, plans[0], runtime, dtype, prompts=len(missing)):
+                say(line)
         if missing and embedded is not None:
             chosen = dataclasses.replace(request, prompts=tuple(prompts[number] for number in missing))
             text = embed_prompts(embedded, chosen, geometry, runtime, progress or silent, one_each=True)
@@ -96,7 +100,8 @@ def generate_for_vbench(
             with disk_errors(folder):
                 folder.mkdir(exist_ok=True)
             model = runtime.load(source)
-        count = PassCounter(progress or silent, sum(count_passes(plans[number], runtime) for number in missing))
+            count = PassCounter(progress or silent, sum(count_passes(plans[number], runtime) for number in missing))
+            count.show()
         for number in missing:
             plan = plans[number]
             chunks = list(chunk_passes(model, plan, runtime, plan.prefix, count))

@@ -212,8 +212,11 @@ def generate_source(
     """
     config, own = teacher.config, clips_to_generate(recipe, teacher.config)
     total = -(-recipe.clips // GENERATED)
-    for number in range(total if write else 0):
-        path = folder / f"clips-{number:05d}.safetensors"
+    paths = [folder / f"clips-{number:05d}.safetensors" for number in range(total if write else 0)]
+    line = own.warning(teacher, GENERATED * sum(not path.is_file() for path in paths))
+    if line is not None:
+        say(line)
+    for number, path in enumerate(paths):
         progress("generate", number, total)
         if path.is_file():
             continue

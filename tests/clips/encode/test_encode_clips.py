@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from mlaconvert.base.repository import open_base
 from mlaconvert.base.text import embed_texts
 from mlaconvert.base.vae import Vae
+from mlaconvert.clips import encode as encoding
 from mlaconvert.clips.encode import Encoding, encode
 from mlaconvert.clips.folder import ClipFolder, load_clips, load_null_context
 from mlaconvert.clips.footage import Footage
@@ -131,6 +133,37 @@ def test_an_interrupted_run_goes_on(folder: Path, base: Path, tmp_path: Path, mo
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
     assert whole.made == 3
+
+
+def test_how_long_it_will_take_is_said_before_hours_of_it(
+    folder: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a small clip of five frames, 32 x 48 pixels here, that takes 200 s: the clips have nine frames each."""
+    videos, original, arguments = find_videos([folder]), Vae.encode, (open_base(str(base)), SMALL)
+    said: list[str] = []
+    told = Listener(say=said.append)
+    encode(videos, tmp_path / "few", *arguments, listener=told)
+    assert said == []
+    made: list[int] = []
+
+    def measured(work: Callable[[], object], _device: torch.device) -> float:
+        work()
+        return 200.0
+
+    def count(self: Vae, frames: Any) -> Tensor:
+        found = list(frames)
+        made.append(len(found))
+        return original(self, found)
+
+    monkeypatch.setattr(encoding, "measured_seconds", measured)
+    monkeypatch.setattr(encoding, "_FEW", 0)
+    monkeypatch.setattr(Vae, "encode", count)
+    encode(videos, tmp_path / "out", *arguments, listener=told)
+    slow = "; a GPU takes a small part of that (--device cuda)"
+    assert said == [f"3 clips will take about 18 min on cpu, captions aside{slow}"]  # 3 x 9 / 5 of 200 s
+    assert made == [5, 9, 9, 9]
+    for path in (tmp_path / "few").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
 
 
 def test_an_embedding_that_was_torn_is_made_again(
