@@ -221,14 +221,24 @@ def _check_guidance(recipe: HealRecipe, source: ClipSource | None) -> None:
 
 @contextmanager
 def _left_only_by_work(folder: Path) -> Iterator[None]:
-    """Remove a new state folder when the input is refused before anything was saved."""
+    """Remove a new state folder when the input is refused before anything was saved; say what an interruption keeps."""
     is_new = not folder.exists()
     try:
         yield
+    except KeyboardInterrupt as interruption:
+        raise KeyboardInterrupt(*(interruption.args or (_kept(folder),))) from None
     except InputError:
         if is_new and not (folder / LAST).exists():
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _kept(folder: Path) -> str:
+    """What an interruption leaves of a run that does not say so itself."""
+    if (folder / LAST).is_file():
+        return f"what was saved last is kept in {folder}; the same command goes on from there"
+    clips = len(list((folder / "clips").glob("*.safetensors")))
+    return f"no step is saved yet{f', {clips} files of clips are kept' if clips else ''}; the same command begins again"
 
 
 def _make_folder(folder: Path, *, restart: bool) -> None:

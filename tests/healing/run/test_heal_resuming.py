@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -257,5 +258,13 @@ def test_a_second_signal_stops_at_once(home: Path, tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt) as stopped:
         run(home, tmp_path / "out", settings("distill", steps=3, save_every=100), progress=interrupt)
-    assert stopped.value.args == ()
+    assert stopped.value.args == ("no step is saved yet; the same command begins again",)
     assert not (tmp_path / "out.state" / LAST).exists()
+    run(home, tmp_path / "out", settings("distill", steps=1, save_every=1))
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt, match="no step is saved yet"):
+        run(home, tmp_path / "none", settings("distill"), progress=stop_at(0))
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run(home, tmp_path / "out", settings("distill", steps=1), progress=stop_at(1))
+    kept = f"what was saved last is kept in {tmp_path / 'out.state'}; the same command goes on from there"
+    assert stopped.value.args == (kept,)
