@@ -6,7 +6,7 @@ factorisation and refits, and the refit of the whole model. What is small beside
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,12 +63,13 @@ def conversion_cost(
 ) -> ConversionCost:
     """What `plan` takes on `device`, whose rates are probed for a few seconds, if there is more to do than that.
 
-    `data` and `makes_clips` are as in `conversion_work`.
+    `data` is the folder of clips; without one, `makes_clips` says whether the model generates them.
     """
-    config, parts = plan.source_config, conversion_work(plan, data, makes_clips=makes_clips)
+    config, shape = plan.source_config, clip_shape(plan, data)
+    parts = conversion_work(plan, shape, makes_clips=makes_clips)
     if plan.recipe.init != "calibrated" and sum(part.flops for part in parts.values()) < SHORT:
         return ConversionCost(work=parts, seconds={})
-    tokens = window_tokens(plan, data)
+    tokens = window_tokens(plan, shape)
 
     def measured(dtype: torch.dtype) -> Rates:
         masked = plan.recipe.streaming is not None
@@ -83,9 +84,8 @@ def conversion_cost(
     )
 
 
-def window_tokens(plan: ConversionPlan, data: Path | None) -> int:
-    """Tokens of the longest window that clips are shown in."""
-    shape = _clip_shape(plan, data)
+def window_tokens(plan: ConversionPlan, shape: Sequence[int]) -> int:
+    """Tokens of the longest window that clips [C, F, H, W] are shown in."""
     longest = max(len(visible) for visible, _ in _views(plan, shape[1]))
     return longest * plan.source_config.tokens_per_frame(*shape[2:])
 
@@ -112,23 +112,20 @@ CLIPS, WALKS, INPUTS, FACTORS, LAYERS, MODEL = (
 )
 
 
-def conversion_work(plan: ConversionPlan, data: Path | None, *, makes_clips: bool) -> dict[str, Work]:
-    """The work of a conversion by part.
-
-    `data` is the folder of clips; without one, `makes_clips` says whether the model generates them.
-    """
+def conversion_work(plan: ConversionPlan, shape: Sequence[int], *, makes_clips: bool) -> dict[str, Work]:
+    """The work of a conversion by part, for clips [C, F, H, W]; `makes_clips` says whether the model generates them."""
     if plan.recipe.init == "random":
         return {}
     if plan.recipe.init != "calibrated":
         return {FACTORS: len(plan.layers) * (_factorise_guessed(plan) + _spectrum(plan.source_config.dim))}
     made = {CLIPS: _generate(plan)} if makes_clips else {}
-    counts = _Counts(plan, _clip_shape(plan, data))
+    counts = _Counts(plan, shape)
     made |= {WALKS: counts.walks(), INPUTS: counts.inputs(), FACTORS: counts.factorise(), LAYERS: counts.layers()}
     return made | ({MODEL: counts.model()} if plan.recipe.refit_steps and plan.method.refit else {})
 
 
-def _clip_shape(plan: ConversionPlan, data: Path | None) -> tuple[int, ...]:
-    """[C, F, H, W]."""
+def clip_shape(plan: ConversionPlan, data: Path | None) -> tuple[int, ...]:
+    """[C, F, H, W] of the clips of the folder `data`, or of the model's own."""
     if data is None:
         return own_clips(plan).shape(plan.source_config)
     return ClipFolder(data, plan.source_config).clip_shape
@@ -164,7 +161,7 @@ def _factorise_guessed(plan: ConversionPlan) -> Work:
 class _Counts:
     """The parts of a calibrated conversion. Work of a window is that of one clip's, added up over its windows."""
 
-    def __init__(self, plan: ConversionPlan, shape: tuple[int, ...]) -> None:
+    def __init__(self, plan: ConversionPlan, shape: Sequence[int]) -> None:
         self.plan, self.config = plan, plan.source_config
         self.target, self.regime = target_of(plan), regime_of(plan.recipe)
         self.frame = self.config.tokens_per_frame(*shape[2:])

@@ -17,7 +17,7 @@ import torch
 
 from mlaconvert.conversion.calibration.method import AnySetup, CalibrationSetup, as_setup
 from mlaconvert.conversion.collected import settings as collecting
-from mlaconvert.conversion.cost import ConversionCost, conversion_cost, conversion_work, window_tokens
+from mlaconvert.conversion.cost import ConversionCost, clip_shape, conversion_cost, conversion_work, window_tokens
 from mlaconvert.conversion.from_clips import check_clips, makes_clips
 from mlaconvert.conversion.job import ConversionJob
 from mlaconvert.conversion.journal import Journal, identity
@@ -225,14 +225,13 @@ def _warn(
     listener: Listener,
 ) -> None:
     """Say how long calibrated conversions will take a CPU, if that is long."""
-    work, plan = NOTHING, next(iter(plans.values()))
-    for name, each in plans.items():
-        if each.recipe.init == "calibrated" and each.collected is None:
-            parts = conversion_work(each, data, makes_clips=makes_clips(checkpoints[name], data))
-            work += sum(parts.values(), NOTHING)
-    if work == NOTHING:
+    plan = next(iter(plans.values()))  # of two experts one, of the same geometry
+    if plan.recipe.init != "calibrated" or plan.collected is not None or device.type != "cpu":
         return
-    tokens = window_tokens(plan, data)
+    shape, work = clip_shape(plan, data), NOTHING
+    for name, each in plans.items():
+        work += sum(conversion_work(each, shape, makes_clips=makes_clips(checkpoints[name], data)).values(), NOTHING)
+    tokens = window_tokens(plan, shape)
     line = warning("the conversion", work, plan.source_config, device, torch.float32, tokens=tokens)
     if line is not None:
         listener.say(f"{line}; --dry-run says what takes it")

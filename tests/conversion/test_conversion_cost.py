@@ -30,6 +30,7 @@ from mlaconvert.model.flops import Work
 from mlaconvert.model.rates import LONG, Rates
 from mlaconvert.reports.plan import cost_lines
 
+SHAPE = (3, 9, 24, 32)  # of the built-in model's clips
 GIVEN = Rates(products=4e9, attention=2e9, double=1e9, moved=1e15)
 # Where a part of a conversion is done, but for its factorisations, which torch does not count.
 PLACES: tuple[tuple[str, Any, str], ...] = (
@@ -77,7 +78,7 @@ def planned(recipe: ConvertRecipe) -> ConversionPlan:
 def test_every_part_computes_what_is_counted(tmp_path: Path, counted: dict[str, int], changes: dict[str, Any]) -> None:
     """Within a fifth for walks, inputs and the model, a third for the many small steps of a layer."""
     recipe = dataclasses.replace(load_recipe("tiny"), clips=5, refit_steps=None if changes else 3, **changes)
-    expected = cost.conversion_work(planned(recipe), None, makes_clips=False)
+    expected = cost.conversion_work(planned(recipe), SHAPE, makes_clips=False)
     convert("tiny", tmp_path / "out", recipe)
     assert (CLIPS in expected, MODEL in expected) == (False, not changes)
     for part, most in ((WALKS, 0.1), (INPUTS, 0.2), (LAYERS, 0.35), (MODEL, 0.2)):
@@ -100,8 +101,8 @@ def test_time_and_memory_follow_from_rates_and_sizes(monkeypatch: pytest.MonkeyP
     assert costs[1].seconds[FACTORS] == costs[0].seconds[FACTORS]
     sizes = [cost.device_bytes(plan, None, 336) for plan in (few, many)]
     assert sizes[1] > 2 * sizes[0]
-    made = cost.conversion_work(few, None, makes_clips=True)[CLIPS]
-    assert made.products == 10 / 40 * cost.conversion_work(many, None, makes_clips=True)[CLIPS].products > 0
+    made = cost.conversion_work(few, SHAPE, makes_clips=True)[CLIPS]
+    assert made.products == 10 / 40 * cost.conversion_work(many, SHAPE, makes_clips=True)[CLIPS].products > 0
 
 
 def test_a_conversion_from_weights_that_takes_seconds_is_not_probed_for(monkeypatch: pytest.MonkeyPatch) -> None:
