@@ -171,6 +171,8 @@ class TensorStore:
         """What a file consists of: a header without a name, then tensors without gaps; a PyTorch file is all header."""
         inside = [info for info in self._held.values() if self._home[info.name] == file and file in self._handles]
         header = file.stat().st_size - sum(info.nbytes for info in inside)
+        if header < 0:
+            raise CheckpointError(f"{file}: it has become shorter while it was read")
         return [TensorInfo("", (header,), torch.uint8, header), *inside]
 
     def close(self) -> None:
