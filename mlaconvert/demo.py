@@ -158,8 +158,9 @@ def _analysed(analysis: Analysis) -> str:
 
 def _converted(report: ConversionReport) -> str:
     (model,) = report.models
-    dense, mla = model.plan.dense_scalars, model.plan.mla_scalars
-    saved = f"A token now caches {mla:,} scalars in all layers instead of {dense:,} ({signed_percent(mla / dense - 1)})"
+    cached, dense = model.plan.config.cache_words
+    less = signed_percent(model.plan.config.cache_share - 1)
+    saved = f"A token now caches {cached} in all layers instead of {dense} ({less})"
     if not model.losses:  # so few clips that none was held back
         return f"{saved}."
     first, *_, last = model.losses.values()

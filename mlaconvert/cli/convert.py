@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mlaconvert.cli.convert_options import (
     Allocation,
     Bidirectional,
+    BytesPerToken,
     ChunkFrames,
     Clips,
     Data,
@@ -70,6 +71,7 @@ def convert(
     recipe: Recipe = None,
     init: Init = None,
     kv_rank: KvRank = None,
+    bytes_per_token: BytesPerToken = None,
     q_rank: QRank = None,
     nope_dim: NopeDim = None,
     v_dim: VDim = None,
@@ -122,6 +124,7 @@ def convert(
     options = {
         "init": init,
         "kv_rank": kv_rank,
+        "bytes_per_token": bytes_per_token,
         "q_rank": int(q_rank) if q_rank is not None and q_rank.isdecimal() else q_rank,
         "nope_dim": nope_dim,
         "rope_dim": rope_dim,

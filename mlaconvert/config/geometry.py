@@ -109,6 +109,28 @@ class WanConfig:
             return (self.dense_scalars,) * self.num_layers
         return tuple(self.mla.cached_scalars(i, self.dense_scalars) for i in range(self.num_layers))
 
+    def cached_bytes(self, itemsize: int) -> tuple[int, ...]:
+        """Bytes that each layer caches for one token, where a number of the cache's dtype takes `itemsize`."""
+        if self.mla is None:
+            return (self.dense_scalars * itemsize,) * self.num_layers
+        return tuple(self.mla.cached_bytes(i, self.dense_scalars, itemsize) for i in range(self.num_layers))
+
+    @property
+    def cache_share(self) -> float:
+        """What a token caches, as a share of dense keys and values; in bfloat16 where no bits are counted."""
+        return sum(self.cached_bytes(2)) / (2 * self.dense_scalars * self.num_layers)
+
+    @property
+    def cache_words(self) -> tuple[str, str]:
+        """What a token caches in all layers, and dense keys and values of them: "168 scalars" and "2,304".
+
+        Where bits are counted, in bytes: "336 bytes" and "4,608 in bfloat16".
+        """
+        dense = self.dense_scalars * self.num_layers
+        if self.mla is not None and self.mla.counts_bits:
+            return f"{sum(self.cached_bytes(2)):,} bytes", f"{2 * dense:,} in bfloat16"
+        return f"{sum(self.cached_scalars()):,} scalars", f"{dense:,}"
+
     def tokens_per_frame(self, height: int, width: int) -> int:
         """Tokens of one latent frame of `height` x `width` latent pixels."""
         return (height // self.patch_size[1]) * (width // self.patch_size[2])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,8 +15,11 @@ from mlaconvert.errors import ConfigError
 KeyNorm = Literal["latent", "token"]
 RopeMode = Literal["cached", "latent", "head"]
 Present = Literal["exact", "latent"]
-# The newest format; version 1 knows no exact present, and models without one are still written as that.
-FORMAT_VERSION = 2
+# The newest format. Version 1 knows no exact present, 2 no bits; models without them are still written as those.
+FORMAT_VERSION = 3
+MOST_BITS = 12
+PART_BITS = (8, 4, 2, 1)
+"""A code of n bits is stored in parts of these widths, as the binary digits of n say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,9 @@ class MLALayer:
     rope_components: tuple[tuple[Annotated[int, Field(ge=0)], Count], ...]
     """(pair, count) in ascending order of pairs: how many shared rotary key components each complex rotary pair keeps.
     Pairs are numbered over the time, height and width axes in that order."""
+    cache_bits: tuple[tuple[Annotated[int, Field(ge=1, le=MOST_BITS)], Count], ...] = ()
+    """(bits, count) of the cached scalars in their order: how many bits each takes. Empty: they are cached as numbers
+    of the cache's dtype."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -44,6 +50,11 @@ class MLALayer:
     def qk_rope_head_dim(self) -> int:
         """Rotary scalars of a query head and of the one shared key: two per component."""
         return 2 * sum(count for _, count in self.rope_components)
+
+    @property
+    def scalar_bits(self) -> tuple[int, ...]:
+        """The bits of each cached scalar; () where they are cached as numbers."""
+        return tuple(bits for bits, count in self.cache_bits for _ in range(count))
 
     @property
     def component_pairs(self) -> tuple[int, ...]:
@@ -85,6 +96,11 @@ class MLAConfig:
             raise ConfigError(
                 "mla.present exact needs the teacher's queries; leave q_lora_rank null, or present latent"
             )
+        for index, layer in enumerate(self.layers):
+            if layer is not None and layer.cache_bits:
+                bits, scalars = sum(count for _, count in layer.cache_bits), self.cached_scalars(index, 0)
+                if bits != scalars:
+                    raise ConfigError(f"mla.layers[{index}].cache_bits is of {bits} scalars, but {scalars} are cached")
 
     @property
     def past_queries(self) -> bool:
@@ -102,11 +118,23 @@ class MLAConfig:
             return dense_scalars
         return mla.kv_lora_rank + self.cached_rope(mla) + (self.key_norm == "token")
 
+    def cached_bytes(self, layer: int, dense_scalars: int, itemsize: int) -> int:
+        """Bytes that `layer` caches for one token, where a number of the cache's dtype takes `itemsize`."""
+        mla = self.layers[layer]
+        if mla is not None and mla.cache_bits:
+            return packed_bytes(mla.scalar_bits)
+        return self.cached_scalars(layer, dense_scalars) * itemsize
+
+    @property
+    def counts_bits(self) -> bool:
+        """Whether some layer's cached scalars take bits of their own."""
+        return any(layer is not None and layer.cache_bits for layer in self.layers)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data for config.json; `from_json` reads it back."""
-        layers = [{"dense": True} if layer is None else dataclasses.asdict(layer) for layer in self.layers]
+        layers = [{"dense": True} if layer is None else _layer_json(layer) for layer in self.layers]
         data: dict[str, Any] = {
-            "format_version": 1 if self.present == "latent" else FORMAT_VERSION,
+            "format_version": 3 if self.counts_bits else 1 if self.present == "latent" else 2,
             "q_lora_rank": self.q_lora_rank,
             "key_norm": self.key_norm,
             "softmax_scale": self.softmax_scale,
@@ -126,7 +154,7 @@ class MLAConfig:
         if not isinstance(data, Mapping):
             raise ConfigError(f"{where}: mla must be a mapping, not {type(data).__name__}")
         version = data.get("format_version")
-        if isinstance(version, bool) or version not in range(1, FORMAT_VERSION + 1):
+        if type(version) is not int or version not in range(1, FORMAT_VERSION + 1):
             raise ConfigError(
                 f"{where}: mla.format_version is {version!r}; this mlaconvert reads 1 to {FORMAT_VERSION}"
             )
@@ -135,9 +163,25 @@ class MLAConfig:
         layers = data.get("layers")
         if not isinstance(layers, list) or len(layers) > MOST_LAYERS:
             raise ConfigError(f"{where}: mla.layers must be a list with one entry per layer")
+        if version < 3 and any(isinstance(layer, Mapping) and "cache_bits" in layer for layer in layers):
+            raise ConfigError(
+                f"{where}: mla.layers have cache_bits, of format_version 3, and this says {version}; correct it"
+            )
         parsed = tuple(
             None if layer == {"dense": True} else parse(MLALayer, layer, f"{where}: mla.layers[{i}]")
             for i, layer in enumerate(layers)
         )
         rest = {k: v for k, v in data.items() if k not in ("format_version", "layers")}
         return dataclasses.replace(parse(cls, rest | {"layers": []}, f"{where}: mla"), layers=parsed)
+
+
+def _layer_json(layer: MLALayer) -> dict[str, Any]:
+    data = dataclasses.asdict(layer)
+    if not layer.cache_bits:
+        del data["cache_bits"]
+    return data
+
+
+def packed_bytes(bits: Sequence[int]) -> int:
+    """Bytes of codes of so many bits each: parts as wide lie together, and each width fills up its last byte."""
+    return sum(-(-sum(1 for b in bits if b & width) * width // 8) for width in PART_BITS)

@@ -209,6 +209,7 @@ def choose_splits(
             layers=sorted(plan.layers),
             budget=(recipe.kv_rank or 0) + (recipe.rope_dim or 0 if recipe.rope == "cached" else 0),
             adaptive=recipe.allocation == "adaptive",
+            bytes_per_token=recipe.bytes_per_token,
             folder=folder,
             progress=progress,
         )

@@ -31,6 +31,7 @@ _REPLACES = {
     "kv_a_layernorm": "norm_k",
     "k_norm_proj": "k",
     "k_norm": "norm_k",
+    "kv_quantizer": "norm_k",
     "kv_b_proj": "v",
     "v_proj": "v",
     "past_out_proj": "o",
@@ -184,7 +185,8 @@ def _operations(checkpoint: Checkpoint, target: WanConfig, recipe: ConvertRecipe
         for new, shape in made.pop(layer, []):
             prefix, module, leaf = new.rsplit(".", 2)
             # LatentQuery and LatentUp name their parameters like a linear layer; an exact query has no bias.
-            yield operation(new, shape, f"{prefix}.{_REPLACES[module]}.{leaf}", layer)
+            like = leaf if leaf in ("weight", "bias") else "weight"
+            yield operation(new, shape, f"{prefix}.{_REPLACES[module]}.{like}", layer)
 
 
 def _attention_layer(canonical: str) -> int | None:

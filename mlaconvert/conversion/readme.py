@@ -36,14 +36,14 @@ class Prose:
 CONVERTED = Prose(
     "# {source}, with latent attention\n\n"
     "Converted from {origin} ({description}) by mlaconvert {version}.\n\n"
-    "Self-attention in layers {layers} is Multi-Head Latent Attention (init {init}). A token caches {mla:,} scalars "
-    "instead of {dense:,} ({less:.1f}% less). All other tensors are the source's. "
+    "Self-attention in layers {layers} is Multi-Head Latent Attention (init {init}). A token caches {mla} "
+    "instead of {dense} ({less:.1f}% less). All other tensors are the source's. "
     f"`{CONVERSION_NAME}` records the recipe, the source's hash and each layer's spectrum and errors.",
     version=r"\S+",
     layers=r"[\d,-]+",
     init=r"\w+",
-    mla=r"[\d,]+",
-    dense=r"[\d,]+",
+    mla=r"[\d,]+ (?:scalars|bytes)",
+    dense=r"[\d,]+(?: in bfloat16)?",
     less=r"-?[\d.]+",
 )
 UNTRAINED = " The model has not been trained since."
@@ -51,6 +51,7 @@ UNTRAINED = " The model has not been trained since."
 
 def readme(plan: ConversionPlan) -> str:
     """Says what the folder of a conversion is."""
+    cached, dense = plan.config.cache_words
     text = CONVERTED.write(
         source=plan.source,
         origin=f"{plan.source}, {plan.subfolder}" if plan.subfolder else plan.source,
@@ -58,8 +59,8 @@ def readme(plan: ConversionPlan) -> str:
         version=__version__,
         layers=plan.recipe.layers,
         init=plan.recipe.init,
-        mla=plan.mla_scalars,
-        dense=plan.dense_scalars,
-        less=100 * (1 - plan.mla_scalars / plan.dense_scalars),
+        mla=cached,
+        dense=dense,
+        less=100 * (1 - plan.config.cache_share),
     )
     return f"{text}{UNTRAINED}\n"

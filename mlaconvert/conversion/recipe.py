@@ -34,6 +34,9 @@ class ConvertRecipe:
     kv_rank: Size | None = None
     """The latent of keys and values. A calibrated conversion divides `kv_rank` + `rope_dim` a layer by what it
     measures."""
+    bytes_per_token: Annotated[int, Field(ge=2, le=MOST)] | None = None
+    """What a token may take in the cache, in bytes a layer: a calibrated conversion gives each channel of the latent
+    the bits that it is worth, and a channel that is worth none is not cached; that decides `kv_rank` too."""
     q_rank: Annotated[int, Field(ge=1, le=MOST)] | str | None = None
     """The query latent, or "none" for the teacher's query path as it is (the default of a calibrated conversion)."""
     nope_dim: Annotated[int, Field(ge=0, le=MOST)] | None = None
@@ -95,6 +98,13 @@ class ConvertRecipe:
             raise ConfigError(f"q_rank is {self.q_rank!r}: give a rank, or none to keep the query path exact")
         if self.layers is not None:
             parse_layers(self.layers, 10**6)
+        if self.bytes_per_token is not None and (self.init != "calibrated" or self.rope == "cached"):
+            raise ConfigError(
+                "bytes_per_token needs measured errors, and a latent that holds the rotary key too: use init "
+                "calibrated, and rope head or latent"
+            )
+        if self.bytes_per_token is not None and self.key_norm == "latent":
+            raise ConfigError("bytes_per_token scales channels by a calibration, not by a norm; use key_norm token")
         if self.allocation is not None and self.init != "calibrated":
             raise ConfigError(f"allocation {self.allocation} needs measured errors; use init calibrated")
         fixed = [name for name in _LOSSLESS_SETS if getattr(self, name) is not None]

@@ -12,9 +12,10 @@ import torch
 
 from mlaconvert.config.budget import default_budget
 from mlaconvert.config.geometry import WanConfig, default_video
-from mlaconvert.config.mla import MLAConfig, MLALayer
+from mlaconvert.config.mla import MOST_BITS, MLAConfig, MLALayer
 from mlaconvert.config.parsing import parse
 from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.calibration.bits import NORM_BITS
 from mlaconvert.conversion.calibration.windows import Regime
 from mlaconvert.conversion.recipe import ConvertRecipe, Init, parse_layers
 from mlaconvert.errors import ConfigError
@@ -48,7 +49,7 @@ def with_init(recipe: ConvertRecipe, init: Init) -> ConvertRecipe:
     """`recipe` for another way to convert: widths and how the model sees time stay, what was of its own way goes."""
     if init == recipe.init:
         return recipe
-    own = ["allocation", "rope", "rope_selection", "key_norm", "q_rank", "present", "refit_steps"]
+    own = ["allocation", "rope", "rope_selection", "key_norm", "q_rank", "present", "refit_steps", "bytes_per_token"]
     own += ["kv_rank", "nope_dim", "rope_dim", "v_dim"] if init == "lossless" else []
     changes: dict[str, Any] = dict.fromkeys(own)
     return dataclasses.replace(recipe, init=init, **changes)
@@ -150,8 +151,10 @@ def resolve_recipe(recipe: ConvertRecipe, config: WanConfig) -> ConvertRecipe:
         measured = mode == "head" or (mode == "latent" and calibrated)
         rope = recipe.rope_dim or (0 if measured else budget.qk_rope_head_dim)
         latent = budget.kv_lora_rank if mode == "cached" else budget.kv_lora_rank + budget.qk_rope_head_dim
+        if recipe.bytes_per_token is not None:
+            latent = max(1, min(config.dim // 2, 2 * recipe.bytes_per_token))
         changes |= {
-            "kv_rank": recipe.kv_rank or latent,
+            "kv_rank": latent if recipe.bytes_per_token is not None else recipe.kv_rank or latent,
             "q_rank": recipe.q_rank or ("none" if calibrated or changes["present"] == "exact" else budget.q_lora_rank),
             # A calibrated layer fills its heads up to their width, whatever rotary key it gets.
             "nope_dim": max(0, head_dim - rope) if recipe.nope_dim is None and not calibrated else recipe.nope_dim,
@@ -218,8 +221,10 @@ def mla_config(recipe: ConvertRecipe, config: WanConfig, measured: Mapping[int, 
     else:
         components = highest_pairs(config.rope_split, (recipe.rope_dim or 0) // 2)
     nope = 0 if lossless else max(0, config.head_dim - (recipe.rope_dim or 0))
+    rank, bits = _even_bits(recipe, config.dim)
     layer = MLALayer(
-        kv_lora_rank=recipe.kv_rank or config.dim,
+        kv_lora_rank=rank,
+        cache_bits=bits,
         qk_nope_head_dim=nope if recipe.nope_dim is None else recipe.nope_dim,
         v_head_dim=recipe.v_dim or config.head_dim,
         rope_components=components,
@@ -247,6 +252,16 @@ def mla_config(recipe: ConvertRecipe, config: WanConfig, measured: Mapping[int, 
         present=recipe.present or "latent",
         calibration=calibration,
     )
+
+
+def _even_bits(recipe: ConvertRecipe, most: int) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """The latent's channels, at most `most`, and `cache_bits` of a layer that is not measured yet: all alike."""
+    if recipe.bytes_per_token is None:
+        return recipe.kv_rank or most, ()
+    room = 8 * recipe.bytes_per_token - NORM_BITS
+    bits = next(bits for bits in (4, 8, MOST_BITS) if room // bits <= most or bits == MOST_BITS)
+    rank = min(most, room // bits)
+    return rank, ((bits, rank), (NORM_BITS, 1))
 
 
 def regime_of(recipe: ConvertRecipe) -> Regime:

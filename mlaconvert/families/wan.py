@@ -51,10 +51,12 @@ _LATENT_ATTENTION = (
     "k_norm_proj",
     "k_norm",
     "k_rope_proj",
+    "kv_quantizer",
     "kv_b_proj",
     "v_proj",
     "past_out_proj",
 )
+_QUANTIZER = ("center", "slope", "gain")
 # The same inside a block. diffusers numbers the norms in the order of use, so native norm3 is its norm2.
 _INSIDE = {
     "modulation": "scale_shift_table",
@@ -243,7 +245,8 @@ def _rename(name: str, outside: Mapping[str, str], inside: Mapping[str, str]) ->
     if rest in table:  # a bare parameter, such as modulation
         return block + table[rest]
     module, _, leaf = rest.rpartition(".")
-    return f"{block}{table[module]}.{leaf}" if module in table and leaf in ("weight", "bias") else None
+    leaves = _QUANTIZER if module.endswith("kv_quantizer") else ("weight", "bias")
+    return f"{block}{table[module]}.{leaf}" if module in table and leaf in leaves else None
 
 
 def _refuse_attention(raw: Mapping[str, Any]) -> None:
@@ -349,6 +352,9 @@ def _latent_attention(
         _linear(shapes, prefix + "v_proj", d, d)
         if value < config.head_dim:
             shapes[prefix + "past_out_proj.weight"] = (heads, config.head_dim, value)
+    if layer.cache_bits:
+        for leaf in _QUANTIZER:
+            shapes[f"{prefix}kv_quantizer.{leaf}"] = (len(layer.scalar_bits),)
     shapes[prefix + "kv_b_proj.weight"] = (heads * (nope + value), rank)
     shapes[prefix + "kv_b_proj.bias"] = (heads * (nope + value if exact_present else nope),)
     shapes[prefix + "o.weight"] = (d, d if exact_present else heads * value)

@@ -17,6 +17,7 @@ from torch import Tensor
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.model.attention.kernel import AttentionPlan, Segment, by_token
 from mlaconvert.model.cache import LatentCache, LayerCache
+from mlaconvert.model.quantizer import CacheQuantizer
 from mlaconvert.model.rollout import same_length
 from mlaconvert.model.rope import rotary
 from mlaconvert.model.wan import Prepared, WanModel, run_blocks
@@ -137,16 +138,20 @@ class CachePlan(AttentionPlan):
     layer: LayerCache | None = None
     live: bool = False
 
-    def remember(self, cache: LayerCache | None, *new: Tensor) -> tuple[Tensor, ...]:
+    def remember(
+        self, cache: LayerCache | None, *new: Tensor, quantizer: CacheQuantizer | None = None
+    ) -> tuple[Tensor, ...]:
         """The window [B, length, ...] with the chunk's tensors in their slots."""
         assert self.layer is not None
         assert self.window is not None
-        view = self.window
         if not self.live:
-            return tuple(held.to(n.dtype) for held, n in zip(self.layer.update(view, *new), new, strict=True))
+            return super().remember(self.layer, *new, quantizer=quantizer)
+        view = self.window
+        held = tuple(buffer[:, : view.length] for buffer in self.layer.buffers)
+        if quantizer is not None:
+            held, new = quantizer.unpack(held[0], new), quantizer.round_trip(*new)
         return tuple(
-            buffer[:, : view.length].to(value.dtype).index_copy(1, view.write, value)
-            for buffer, value in zip(self.layer.buffers, new, strict=True)
+            past.to(value.dtype).index_copy(1, view.write, value) for past, value in zip(held, new, strict=True)
         )
 
 
@@ -184,6 +189,6 @@ def chunk_velocity(
 
 
 def _copy(layer: LayerCache) -> LayerCache:
-    copied = LayerCache(0, 0, (), torch.float32, "cpu")
+    copied = LayerCache(0, 0, (), "cpu")
     copied.buffers = tuple(buffer.clone() for buffer in layer.buffers)
     return copied

@@ -37,10 +37,14 @@ class Factors:
     `rope`: what the shared rotary keys miss of the kept pairs; `unrotated`: the energy whose rotation is lost, as a
     share of all keys' energy; `latent`: what the latent misses of all that it holds; `query`: what a
     compressed query misses. All are Frobenius norms in the metric of the moments, relative to the thing approximated.
+
+    `energies` [rank] are the output's squared error without each latent channel, in that metric; None of weights that
+    were drawn.
     """
 
     tensors: dict[str, Tensor]
     errors: dict[str, float]
+    energies: Tensor | None = None
 
 
 def factorize_layer(
@@ -76,7 +80,7 @@ def factorize_layer(
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         queries = pool.submit(make_queries) if mean.device.type == "cpu" and threads > 1 else None
         metric = dense.metric(content, shared, out_map, value_map, rope)
-        basis, kept = leading_directions(metric, layer.kv_lora_rank)
+        basis, energies, kept = leading_directions(metric, layer.kv_lora_rank)
         tensors = make_queries() if queries is None else queries.result()
     errors["latent"] = max(0.0, 1 - kept) ** 0.5
 
@@ -113,7 +117,8 @@ def factorize_layer(
             tensors["past_out_proj.weight"] = out_map.mT.contiguous()  # L-BFGS takes no views
     else:
         tensors |= _output(weights, out_map, value_bias)
-    return Factors(tensors=tensors | norms(weights, key_norm, layer.kv_lora_rank), errors=errors)
+    made = tensors | norms(weights, key_norm, layer.kv_lora_rank)
+    return Factors(tensors=made, errors=errors, energies=energies)
 
 
 def exact_present(w: AttentionWeights) -> dict[str, Tensor]:
@@ -185,7 +190,7 @@ def _query_path(
     dim, heads = w.q_weight.shape[0], query_map.shape[0]
     total = query_map.new_zeros(dim, dim)
     add_gram(total, whitened(w.q_weight, w.q_bias, dense.moments.mean, dense.root).mT)
-    basis, kept = leading_directions(mirror(total), rank)  # [D, rank]
+    basis, _, kept = leading_directions(mirror(total), rank)  # [D, rank]
     errors["query"] = max(0.0, 1 - kept) ** 0.5
     up = (w.norm_q.to(basis)[:, None] * basis).unflatten(0, (heads, -1))  # [H, d, rank]
     gain = (dim * kept / rank) ** 0.5

@@ -15,18 +15,19 @@ def affine(weight: Tensor, bias: Tensor) -> Tensor:
     return torch.cat((weight, bias.unsqueeze(-1)), -1)
 
 
-def leading_directions(gram: Tensor, rank: int) -> tuple[Tensor, float]:
-    """Orthonormal eigenvectors [D, rank] of the largest eigenvalues of `gram`, and the share of the trace they hold.
+def leading_directions(gram: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Orthonormal eigenvectors [D, rank] of the largest eigenvalues of `gram`, these [rank], and their trace's share.
 
-    `gram` is overwritten on a CPU. Raises LinAlgError when it is not finite.
+    They descend, and none is below zero. `gram` is overwritten on a CPU. Raises LinAlgError when it is not finite.
     """
     trace = float(gram.trace())
     if gram.device.type == "cpu":
         values, vectors = lapack.leading_eigenvectors(gram.contiguous(), rank)
     else:
         values, vectors = plain.leading_eigenvectors(gram, rank)
-    kept = float(values.clamp_min(0).sum()) / trace if trace > 0 else 1.0
-    return vectors.flip(1).contiguous(), min(1.0, kept)
+    values = values.clamp_min(0)
+    kept = float(values.sum()) / trace if trace > 0 else 1.0
+    return vectors.flip(1).contiguous(), values.flip(0), min(1.0, kept)
 
 
 def add_gram(total: Tensor, rows: Tensor) -> None:

@@ -6,14 +6,15 @@ not care for the order of its keys; each slot only has to know which frame it ho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.mla import packed_bytes
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import InputError
 from mlaconvert.model.window import check_chunk, frame_positions, seen_frames, slot
@@ -43,6 +44,13 @@ class WindowView:
     past: slice | Tensor
 
 
+class Entry(NamedTuple):
+    """What one buffer holds for a token."""
+
+    width: tuple[int, ...]  # trailing shape
+    dtype: torch.dtype
+
+
 class LayerCache:
     """One layer's buffers, each [B, capacity, ...]; allocated once.
 
@@ -56,11 +64,12 @@ class LayerCache:
         self,
         batch: int,
         capacity: int,
-        widths: tuple[tuple[int, ...], ...],
-        dtype: torch.dtype,
+        entries: Sequence[Entry],
         device: torch.device | str,
     ) -> None:
-        self.buffers = tuple(torch.zeros(batch, capacity, *width, dtype=dtype, device=device) for width in widths)
+        self.buffers = tuple(
+            torch.zeros(batch, capacity, *width, dtype=dtype, device=device) for width, dtype in entries
+        )
         self.text: tuple[Tensor, ...] = ()
 
     def update(self, view: WindowView, *new: Tensor) -> tuple[Tensor, ...]:
@@ -99,7 +108,7 @@ class LatentCache:
         self.device = torch.device(device)
         capacity = self.streaming.window_frames * self.tokens_per_frame
         self.layers = [
-            LayerCache(batch, capacity, layer_widths(config, i), dtype, device) for i in range(config.num_layers)
+            LayerCache(batch, capacity, layer_entries(config, i, dtype), device) for i in range(config.num_layers)
         ]
         self.reset()
 
@@ -164,11 +173,12 @@ class LatentCache:
         return self.view
 
 
-def layer_widths(config: WanConfig, layer: int) -> tuple[tuple[int, ...], ...]:
-    """Trailing shapes of what `layer` caches for a token."""
+def layer_entries(config: WanConfig, layer: int, dtype: torch.dtype) -> tuple[Entry, ...]:
+    """What `layer` caches for a token: numbers of `dtype`, or the bytes of its quantiser."""
     mla = config.mla.layers[layer] if config.mla else None
     if mla is None or config.mla is None:
-        return ((config.num_heads, config.head_dim),) * 2
-    norm = ((1,),) if config.mla.key_norm == "token" else ()
-    rope = config.mla.cached_rope(mla)
-    return ((mla.kv_lora_rank,), *(((rope,),) if rope else ()), *norm)
+        return (Entry((config.num_heads, config.head_dim), dtype),) * 2
+    if mla.cache_bits:
+        return (Entry((packed_bytes(mla.scalar_bits),), torch.uint8),)
+    widths = [mla.kv_lora_rank, config.mla.cached_rope(mla), int(config.mla.key_norm == "token")]
+    return tuple(Entry((width,), dtype) for width in widths if width)

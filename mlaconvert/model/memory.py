@@ -163,7 +163,7 @@ def plan_memory(
 
     def side(model: WanConfig, weights: int) -> ModelMemory:
         scalars = model.cached_scalars()
-        token = sum(scalars) * cache_itemsize
+        token = sum(model.cached_bytes(cache_itemsize))
         frame = token * frame_tokens
         free = None if gpu_bytes is None else max(0, gpu_bytes - weights)
         return ModelMemory(

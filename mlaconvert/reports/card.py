@@ -146,11 +146,11 @@ def _introduction(facts: CardFacts) -> str:
     name = facts.base_model or _inline(origin_of(first.conversion).name or f"a {_family(first)}-family model")
     source = f"[{name}](https://huggingface.co/{name})" if facts.base_model else name
     healed = any(model.healing for model in facts.models)
-    mla, dense = sum(first.config.cached_scalars()), first.config.num_layers * first.config.dense_scalars
+    cached, dense = first.config.cache_words
     trained = "then healed by training" if healed else "not trained since"
     return (
-        f"{source} with Multi-Head Latent Attention: a token caches {mla:,} scalars instead of {dense:,} "
-        f"({100 * (1 - mla / dense):.1f}% less). Converted by "
+        f"{source} with Multi-Head Latent Attention: a token caches {cached} instead of {dense} "
+        f"({100 * (1 - first.config.cache_share):.1f}% less). Converted by "
         f"mlaconvert {_inline(first.conversion.get('mlaconvert', __version__))}, {trained}."
     )
 
@@ -180,13 +180,20 @@ def _geometry(model: CardModel) -> str:
         "exact": "exact: a chunk sees itself through the source's own keys and values, and its past through latents",
         "latent": "latent: a chunk sees itself through its latents, as it is cached",
     }
+    cached = f"{spread(config.cached_scalars())} scalars, dense {config.dense_scalars}"
+    if mla and mla.counts_bits:
+        bits = [bits for layer in layers for bits in layer.scalar_bits]
+        cached = (
+            f"{spread(config.cached_bytes(2))} bytes, {spread(bits)} bits a channel; dense {2 * config.dense_scalars} "
+            "bytes in bfloat16"
+        )
     rows = [
         ("", ""),
         ("architecture", _inline(model.description)),
         ("converted layers", f"{len(layers)} of {config.num_layers}"),
         ("latent, a layer", f"{spread([layer.kv_lora_rank for layer in layers])} channels"),
         ("rotary key", rotary[mla.rope] if mla else ""),
-        ("cached for a token, a layer", f"{spread(config.cached_scalars())} scalars, dense {config.dense_scalars}"),
+        ("cached for a token, a layer", cached),
         ("queries", "exact" if mla and mla.q_lora_rank is None else f"latent of {mla.q_lora_rank if mla else 0}"),
         ("key norm", "exact, one more scalar a token" if mla and mla.key_norm == "token" else "RMSNorm on the latent"),
         ("present", presents[mla.present] if mla else ""),

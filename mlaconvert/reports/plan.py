@@ -18,7 +18,7 @@ from mlaconvert.units import format_bytes, format_seconds
 
 def plan_lines(plan: ConversionPlan, data: Path | None) -> Iterator[str]:
     """A line for each side of the plan; `data` is the folder of clips, None where the model makes its own."""
-    recipe, mla, less = plan.recipe, mla_of(plan.config), 100 * (1 - plan.mla_scalars / plan.dense_scalars)
+    recipe, mla, (cached, dense) = plan.recipe, mla_of(plan.config), plan.config.cache_words
     layer = next(iter(plan.layers.values()))
     queries = "exact" if recipe.q_rank in (None, "none") else f"rank {recipe.q_rank}"
     yield f"{titled(plan.subfolder)}{plan.source}"
@@ -29,7 +29,8 @@ def plan_lines(plan: ConversionPlan, data: Path | None) -> Iterator[str]:
         f"{layer.qk_nope_head_dim}, value {layer.v_head_dim}, queries {queries}, key norm {mla.key_norm}"
     )
     yield from _present(plan)
-    yield f"  cache    {plan.dense_scalars:,} -> {plan.mla_scalars:,} scalars a token ({-less:+.1f}%)"
+    change = 100 * (plan.config.cache_share - 1)
+    yield f"  cache    {dense} -> {cached} a token ({change:+.1f}%)"
     yield f"  weights  {format_bytes(plan.source_bytes)} -> {format_bytes(plan.output_bytes)}"
     if recipe.init == "calibrated":
         kept, used = (format_bytes(size) for size in room_needed(plan, data))

@@ -34,7 +34,7 @@ def newest_pass(batch: Inputs, student: LatentAttention) -> NewestPass:
         mode="expanded",
         segments=(Segment(),),
     )
-    return NewestPass(student.own_chunk(batch.x[:, first:], plan), student.compress(batch.x[:, :first]), plan)
+    return NewestPass(student.own_chunk(batch.x[:, first:], plan), student.remembered(batch.x[:, :first], plan), plan)
 
 
 @torch.no_grad()

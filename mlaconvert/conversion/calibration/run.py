@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mlaconvert.clips.folder import Clips
 from mlaconvert.config.mla import MLALayer
+from mlaconvert.conversion.calibration.bits import NORM_BITS, in_runs, quantised, share_bits
 from mlaconvert.conversion.calibration.layer import Layer
 from mlaconvert.conversion.calibration.measure import layer_moments
 from mlaconvert.conversion.calibration.newest import attention_error
@@ -87,12 +88,14 @@ def calibrate(
     budget: int,
     adaptive: bool,
     folder: Path,
+    bytes_per_token: int | None = None,
     progress: Progress = silent,
 ) -> Calibration:
     """First walk: moments of `layers`, kept in `folder`, and the split of `budget` scalars that measures best.
 
     Moments that are in `folder` already are taken from there. With `adaptive`, layers share the total by what a scalar
-    buys the model's velocity.
+    buys the model's velocity. With `bytes_per_token`, what is shared is bits under so many bytes a layer
+    (`share_bits`), and `budget` is only where errors are measured.
     """
     checkpoint, target = task.checkpoint, task.target
     counts = target.counts(budget)
@@ -101,6 +104,7 @@ def calibrate(
     largest = max(budget, checkpoint.config.dim)  # no latent is wider than the model
     budgets = [b for b in budgets if b <= largest]
     tables: dict[int, ErrorTable] = {}
+    energies: dict[int, Tensor] = {}
     walk = task.walk(folder, probes=8 if adaptive else 0)
     count = Counter(progress, "calibrate", checkpoint.config.num_layers)
     count.show()
@@ -112,11 +116,17 @@ def calibrate(
             moments = load_moments(folder, layer.index, checkpoint.config, task.device)
             table = target.measure(layer, moments, counts=counts, budgets=budgets)
             tables[layer.index] = table
+            if bytes_per_token is not None:
+                widest = target.layer(min(largest, 8 * bytes_per_token), table.best(budget)[1])
+                energies[layer.index] = target.energies(layer, widest, moments)
             if adaptive:
                 student = target.convert(layer, target.layer(budget, table.best(budget)[1]), moments)
                 target.fit_output(layer, student)
                 layer.follow(layer.index, student)
         count.step()
+    if bytes_per_token is not None:
+        errors = walk.velocity_errors if adaptive else None
+        return Calibration(folder=folder, layers=_in_bits(target, tables, energies, errors, budget, bytes_per_token))
     ordered = [tables[i] for i in sorted(tables)]
     shares = [budget] * len(ordered)
     if adaptive:
@@ -126,6 +136,34 @@ def calibrate(
         for index, table, share in zip(sorted(tables), ordered, shares, strict=True)
     }
     return Calibration(folder=folder, layers=chosen)
+
+
+def _in_bits(
+    target: Target,
+    tables: Mapping[int, ErrorTable],
+    energies: Mapping[int, Tensor],
+    velocity_errors: Mapping[int | str, float] | None,
+    budget: int,
+    bytes_per_token: int,
+) -> dict[int, MLALayer]:
+    """Each layer with the bits of its scalars, `bytes_per_token` on average.
+
+    A layer's energies count by what it did to the model's velocity when it alone was cut to `budget` channels; without
+    those `velocity_errors`, every layer gets as many bytes.
+    """
+    order, beside = sorted(tables), [NORM_BITS] if target.key_norm == "token" else []
+    if velocity_errors is None:
+        bits = [share_bits([energies[i].tolist()], bytes_per_token, beside=beside)[0] for i in order]
+    else:
+        units = [velocity_errors[i] / max(float(energies[i][budget:].sum()), 1e-300) for i in order]
+        weighted = [(unit * energies[i]).tolist() for unit, i in zip(units, order, strict=True)]
+        bits = share_bits(weighted, bytes_per_token * len(order), beside=beside)
+    return {
+        index: dataclasses.replace(
+            target.layer(len(channels), tables[index].best(budget)[1]), cache_bits=in_runs([*channels, *beside])
+        )
+        for index, channels in zip(order, bits, strict=True)
+    }
 
 
 def refit_layers(
@@ -167,6 +205,7 @@ def _stages(
 ) -> Iterator[tuple[str, LatentAttention]]:
     """A layer's conversion step by step, each with all that the steps before it lose; the last is what is written."""
     dim, head_dim, heads = target.config.dim, target.config.head_dim, target.config.num_heads
+    in_bits, shape = shape, dataclasses.replace(shape, cache_bits=())
     exact = dataclasses.replace(target, key_norm="token", q_lora_rank=None, v_dim=head_dim)
     wide = dataclasses.replace(shape, kv_lora_rank=dim, qk_nope_head_dim=head_dim, v_head_dim=head_dim)
     if target.rope != "head":
@@ -182,6 +221,9 @@ def _stages(
     if target.key_norm == "latent" or target.q_lora_rank is not None:
         student = target.convert(layer, shape, moments)
         yield "norms and queries", student
+    if in_bits.cache_bits:
+        student = quantised(layer, student, in_bits)
+        yield "in bits", student
     if target.method.refit and target.present == "exact":
         yield "past refitted", refit_past(layer, student)
     elif target.method.refit:

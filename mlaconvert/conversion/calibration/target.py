@@ -22,7 +22,7 @@ from mlaconvert.conversion.calibration.refit import refit_output
 from mlaconvert.files.scratch import return_memory
 from mlaconvert.latent.allocate import allocate
 from mlaconvert.latent.components import choose_components
-from mlaconvert.latent.factorize import factorize_layer, narrower
+from mlaconvert.latent.factorize import Factors, factorize_layer, narrower
 from mlaconvert.latent.moments import LayerMoments
 from mlaconvert.latent.pairs import highest_pairs
 from mlaconvert.latent.weights import AttentionWeights
@@ -101,20 +101,30 @@ class Target:
             calibration=calibration,
         )
 
-    def convert(self, layer: Layer, shape: MLALayer, moments: LayerMoments) -> LatentAttention:
-        """`layer` converted in the metric of `moments`, as a module that runs beside its teacher."""
-        tensors = factorize_layer(
+    def factors(self, layer: Layer, shape: MLALayer, moments: LayerMoments) -> Factors:
+        """The factors of `layer` in the metric of `moments`."""
+        return factorize_layer(
             layer.weights,
             shape,
             without(moments, self.method),
             num_heads=self.config.num_heads,
             mla=self.mla([shape]),
             weighted=self.weighted,
-        ).tensors
+        )
+
+    def convert(self, layer: Layer, shape: MLALayer, moments: LayerMoments) -> LatentAttention:
+        """`layer` converted in the metric of `moments`, as a module that runs beside its teacher."""
+        tensors = self.factors(layer, shape, moments).tensors
         module = self.module(layer, shape, tensors)
         del tensors
         return_memory()
         return module
+
+    def energies(self, layer: Layer, shape: MLALayer, moments: LayerMoments) -> Tensor:
+        """The output's squared error without each latent channel [rank], on the CPU, in descending order."""
+        found = self.factors(layer, shape, moments).energies
+        assert found is not None
+        return found.cpu()
 
     def components(
         self, weights: AttentionWeights, moments: LayerMoments, counts: Sequence[int]

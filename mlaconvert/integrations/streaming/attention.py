@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -20,7 +20,7 @@ from mlaconvert.errors import InputError
 from mlaconvert.integrations.streaming.codebase import Codebase, Positions
 from mlaconvert.model.attention.kernel import AttentionPlan, Segment, segments_of
 from mlaconvert.model.attention.latent import LatentAttention
-from mlaconvert.model.cache import LayerCache, WindowView, layer_widths
+from mlaconvert.model.cache import Entry, LayerCache, WindowView, layer_entries
 from mlaconvert.model.rope import Rotary, rotary
 
 KvCache = MutableMapping[str, Any]
@@ -114,9 +114,9 @@ class Turns:
 class _Packed(LayerCache):
     """A layer's window in one buffer [B, tokens, sum of widths]."""
 
-    def __init__(self, buffer: Tensor, widths: tuple[tuple[int, ...], ...], place: _Place) -> None:
+    def __init__(self, buffer: Tensor, entries: Sequence[Entry], place: _Place) -> None:
         self.buffers, self.text = (buffer,), ()
-        self.widths, self.place = widths, place
+        self.widths, self.place = [entry.width for entry in entries], place
 
     def update(self, view: WindowView, *new: Tensor) -> tuple[Tensor, ...]:
         packed, place = torch.cat([part.flatten(2) for part in new], -1), self.place
@@ -140,17 +140,25 @@ class Streaming(nn.Module):
 
     def join(self, config: WanConfig, index: int, turns: Turns) -> None:
         """Take part in the passes of `turns` as layer `index`, without a window as yet."""
-        self.widths, self.turns = layer_widths(config, index), turns
+        self.entries, self.turns = layer_entries(config, index, torch.float32), turns
         self.local_attn_size, self.sink_size, self.max_attention_size = -1, 0, 2**62
 
     def attended(self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None) -> Tensor:
         """[B, N, D] -> [B, N, D], output projection included."""
         raise NotImplementedError
 
+    def empty_buffer(self, dense: Tensor, device: torch.device | str) -> Tensor:
+        """An empty buffer of what is cached [B, tokens, ...], for as many videos and tokens as a dense one has.
+
+        Numbers are of the dense one's dtype; what takes bits of its own is in bytes.
+        """
+        dtype = torch.uint8 if self.entries[0].dtype == torch.uint8 else dense.dtype
+        return torch.zeros(*dense.shape[:2], self.channels, dtype=dtype, device=device)
+
     @property
     def channels(self) -> int:
-        """Scalars that a token caches."""
-        return sum(prod(width) for width in self.widths)
+        """Numbers that a token caches, or bytes."""
+        return sum(prod(entry.width) for entry in self.entries)
 
     def forward(
         self,
@@ -194,7 +202,7 @@ class Streaming(nn.Module):
         elif current_start == 0:
             kv_cache.pop(_SINK, None)
         place = replace(place, sink_frame=kv_cache.get(_SINK, 0))
-        out = self.attended(x, self.turns.chunk(place, x.device), _Packed(buffer, self.widths, place))
+        out = self.attended(x, self.turns.chunk(place, x.device), _Packed(buffer, self.entries, place))
         return (out, (*ends, {"action": "written", "is_recompute": again})) if codebase.hands_back else out
 
     def fuse_projections(self) -> None:
@@ -208,7 +216,7 @@ class Streaming(nn.Module):
         plan = replace(plan, window=_written(0, tokens, x.device))
         _set_indices(kv_cache, tokens, tokens)
         place = _Place(0, 0, 0, 0, tokens, 0, 0, 0, grid)
-        return self.attended(x, plan, _Packed(buffer, self.widths, place))
+        return self.attended(x, plan, _Packed(buffer, self.entries, place))
 
     def _check(self, kv_cache: KvCache, current_start: int, tokens: int) -> None:
         """Raise InputError for what their cache shows and latent attention does not do."""
@@ -236,7 +244,7 @@ class Streaming(nn.Module):
         """The dictionary's buffer of latents, in place of the dense one that their code made, or of other latents."""
         made: Tensor = kv_cache["k"]
         if made.shape[2:] != (self.channels,):
-            made = latents(made, self.channels, made.device)
+            made = self.empty_buffer(made, made.device)
             kv_cache["k"], kv_cache["v"] = made, made[..., :0]
         if made.shape[0] != x.shape[0]:
             raise InputError(f"the cache is for {made.shape[0]} videos, the chunk has {x.shape[0]}; make another cache")
@@ -304,11 +312,6 @@ class StreamingLatentAttention(Streaming, LatentAttention):  # type: ignore[misc
         if cache is not None and not torch.is_grad_enabled():
             self.refresh()
         return self.o(self.heads(x, plan, cache))
-
-
-def latents(dense: Tensor, channels: int, device: torch.device | str) -> Tensor:
-    """An empty buffer of latents for as many videos and tokens as a dense one."""
-    return torch.zeros(*dense.shape[:2], channels, dtype=dense.dtype, device=device)
 
 
 def _written(start: int, end: int, device: torch.device) -> WindowView:

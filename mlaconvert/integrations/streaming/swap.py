@@ -22,7 +22,7 @@ from mlaconvert.families.source import AnySource
 from mlaconvert.families.wrappers import unwrap
 from mlaconvert.files.names import CONVERSION_NAME
 from mlaconvert.files.origin import origin_of
-from mlaconvert.integrations.streaming.attention import KvCache, Streaming, StreamingLatentAttention, Turns, latents
+from mlaconvert.integrations.streaming.attention import KvCache, Streaming, StreamingLatentAttention, Turns
 from mlaconvert.integrations.streaming.codebase import (
     Codebase,
     Positions,
@@ -238,7 +238,7 @@ def _allocate_latents(pipeline: nn.Module, causal: nn.Module) -> None:
 
 def _make_real(cache: KvCache, attention: nn.Module, device: torch.device | str) -> None:
     if isinstance(attention, Streaming):
-        cache["k"] = latents(cache["k"], attention.channels, device)
+        cache["k"] = attention.empty_buffer(cache["k"], device)
         cache["v"] = cache["k"][..., :0]
     for name, value in cache.items():
         if isinstance(value, Tensor) and value.is_meta:

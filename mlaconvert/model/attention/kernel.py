@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlaconvert.model.cache import LayerCache, WindowView
+from mlaconvert.model.quantizer import CacheQuantizer
 from mlaconvert.model.rope import Rotary
 
 AttentionMode = Literal["auto", "expanded", "absorbed"]
@@ -95,10 +96,18 @@ class AttentionPlan:
         found = self.turns.get(pairs)
         return found or (self.query_rotary.select(pairs), self.key_rotary.select(pairs))
 
-    def remember(self, cache: LayerCache | None, *new: Tensor) -> tuple[Tensor, ...]:
-        """Put the chunk's tensors into the cache and return the window's; without a cache, `new` itself."""
+    def remember(
+        self, cache: LayerCache | None, *new: Tensor, quantizer: CacheQuantizer | None = None
+    ) -> tuple[Tensor, ...]:
+        """Put the chunk's tensors into the cache and return the window's; without a cache, `new` itself.
+
+        With a `quantizer`, all of them are what it makes of them; the cache then holds its bytes.
+        """
         if cache is None or self.window is None:
-            return new
+            return new if quantizer is None else quantizer.round_trip(*new)
+        if quantizer is not None:
+            (window,) = cache.update(self.window, quantizer.pack(*new))
+            return quantizer.unpack(window, new)
         return tuple(x.to(n.dtype) for x, n in zip(cache.update(self.window, *new), new, strict=True))
 
 

@@ -24,6 +24,7 @@ from mlaconvert.model.attention.kernel import (
     widen,
 )
 from mlaconvert.model.cache import LayerCache
+from mlaconvert.model.quantizer import CacheQuantizer
 from mlaconvert.model.rope import Rope, Rotary
 
 
@@ -114,6 +115,7 @@ class LatentAttention(nn.Module):
         self.past_out_proj = LatentQuery(heads, value, config.head_dim) if exact and value < config.head_dim else None
         self.kv_b_proj = LatentUp(heads, layer.qk_nope_head_dim, value, rank, value_bias=exact)
         self.o = nn.Linear(dim if exact else heads * value, dim)
+        self.kv_quantizer = CacheQuantizer(layer.scalar_bits) if layer.cache_bits else None
         self.rope = Rope()
         self._products: Products | None = None
         self._made_of: tuple[Tensor, int, int] | None = None  # the weight, where it lay, and its version
@@ -131,6 +133,12 @@ class LatentAttention(nn.Module):
         assert self.k_norm_proj is not None
         norm = inverse_rms(self.k_norm_proj(x) if keys is None else keys, self.eps).to(x.dtype)
         return latent, *(rope * norm for rope in cached), norm
+
+    def remembered(
+        self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None = None, keys: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """What `compress` makes, as the cache gives it back: of `x`, or with a cache of the whole window."""
+        return plan.remember(cache, *self.compress(x, keys), quantizer=self.kv_quantizer)
 
     def unpack(self, cached: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Latent, unrotated rotary key [B, M, R] (times s) and s [B, M, 1] of what `compress` made."""
@@ -184,9 +192,9 @@ class LatentAttention(nn.Module):
         known = self._products if cache is not None and not torch.is_grad_enabled() else None
         if self.v_proj is not None:
             own = self.own_chunk(x, plan)
-            return self.beside_past(own, plan.remember(cache, *self.compress(x, own.unnormed)), plan, known)
+            return self.beside_past(own, self.remembered(x, plan, cache, own.unnormed), plan, known)
         products = known or self.products()
-        cached = self.unpack(plan.remember(cache, *self.compress(x)))
+        cached = self.unpack(self.remembered(x, plan, cache))
         mode = self._mode(plan, x.shape[1], cached[0].shape[1], x)
         queries = self._past_queries(self.q_a_layernorm(self.q_a_proj(x)), plan)
         q, k, v = self._read(queries, cached, self._key_turn(plan), products, mode)
@@ -337,7 +345,7 @@ class LatentAttention(nn.Module):
 
     def keys(self, x: Tensor, plan: AttentionPlan) -> Tensor:
         """The keys of every head at their positions, [B, N, H, nope + rope], of inputs [B, N, D]."""
-        content, k_rope, norm = self.unpack(self.compress(x))
+        content, k_rope, norm = self.unpack(self.remembered(x, plan))
         up_key, _, bias, _ = self.kv_b_proj()
         keys = torch.einsum("bmr,hdr->bmhd", content, up_key) + bias
         keys = keys if norm is None else keys * norm.unsqueeze(2)

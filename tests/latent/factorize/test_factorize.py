@@ -286,7 +286,7 @@ def test_gram_matrices_add_up(threads: int, layout: str) -> None:
 @pytest.mark.parametrize(("dim", "rank"), [(1, 1), (2, 1), (3, 3), (23, 1), (23, 22), (23, 23)])
 def test_leading_directions_of_any_size(dim: int, rank: int) -> None:
     rows = torch.randn(2 * dim, dim, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-    basis, kept = leading_directions(rows.T @ rows, rank)
+    basis, _, kept = leading_directions(rows.T @ rows, rank)
     _, sigma, vh = torch.linalg.svd(rows)
     assert relative((basis * sigma[:rank].square()) @ basis.T, (vh[:rank].T * sigma[:rank].square()) @ vh[:rank]) < 1e-9
     assert kept == pytest.approx(float(sigma[:rank].square().sum() / sigma.square().sum()))
@@ -294,10 +294,10 @@ def test_leading_directions_of_any_size(dim: int, rank: int) -> None:
 
 def test_directions_of_a_degenerate_matrix() -> None:
     """Most eigenvalues zero and the others equal: still orthonormal, and what is kept is all."""
-    basis, kept = leading_directions(torch.diag((torch.arange(40) < 5).double()), 9)
+    basis, _, kept = leading_directions(torch.diag((torch.arange(40) < 5).double()), 9)
     assert relative(basis.T @ basis, torch.eye(9, dtype=torch.float64)) < EXACT
     assert kept == 1.0
-    basis, kept = leading_directions(torch.zeros(5, 5, dtype=torch.float64), 2)
+    basis, _, kept = leading_directions(torch.zeros(5, 5, dtype=torch.float64), 2)
     assert relative(basis.T @ basis, torch.eye(2, dtype=torch.float64)) < EXACT
     assert kept == 1.0  # there is nothing to lose
     with pytest.raises(np.linalg.LinAlgError):

@@ -189,7 +189,7 @@ def test_roots_and_directions() -> None:
     a = torch.randn(9, 7, generator=g, dtype=torch.float64)
     root = cholesky(a.T @ a)
     assert relative(root @ root.T, a.T @ a) < 1e-5
-    basis, kept = leading_directions(a.T @ a, 3)
+    basis, _, kept = leading_directions(a.T @ a, 3)
     _, sigma, vh = torch.linalg.svd(a)
     assert relative(basis @ basis.T, vh[:3].T @ vh[:3]) < 1e-9
     assert kept == pytest.approx(float(sigma[:3].square().sum() / sigma.square().sum()))

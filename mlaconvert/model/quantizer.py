@@ -1,0 +1,117 @@
+"""What a layer caches, in bits: each channel has a number of its own (MLALayer.cache_bits), packed into bytes.
+
+A latent's channels come out ordered, decorrelated and of one variance, which is what transform coding wants (Goyal,
+"Theoretical foundations of transform coding", 2001). Their values have heavy tails, so the steps widen with their size:
+a channel is compressed by asinh and cut into equal steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mlaconvert.config.mla import PART_BITS, packed_bytes
+
+
+class Packing:
+    """Codes [..., c] of `bits` each, as bytes [..., nbytes] and back; whole tensors at a time.
+
+    A code of 7 bits is a part of 4, one of 2 and one of 1; parts of the same width lie side by side in bytes, the
+    widest first. The lowest bits are in the widest part.
+    """
+
+    def __init__(self, bits: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.count, self.nbytes = len(bits), packed_bytes(bits)
+        of = torch.tensor(tuple(bits), dtype=torch.int32)
+        self.half = (2.0 ** (of - 1)).to(device)
+        self.parts = []
+        for width in PART_BITS:
+            channels = (of & width).nonzero().flatten()
+            if len(channels):
+                shift = of[channels] & ~(2 * width - 1)  # the wider parts of the same code
+                self.parts.append((width, channels.to(device), shift.to(device)))
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """Codes, int32, from 0 to 2^bits - 1 each, to uint8."""
+        made = []
+        for width, channels, shift in self.parts:
+            part = (codes.index_select(-1, channels) >> shift) & (2**width - 1)
+            each = 8 // width
+            part = nn.functional.pad(part, (0, -part.shape[-1] % each)).unflatten(-1, (-1, each))
+            made.append((part << self._places(width)).sum(-1, dtype=torch.int32).to(torch.uint8))
+        return torch.cat(made, -1)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """The codes, int32, of bytes."""
+        codes = torch.zeros(*packed.shape[:-1], self.count, dtype=torch.int32, device=packed.device)
+        start = 0
+        for width, channels, shift in self.parts:
+            end = start + -(-len(channels) * width // 8)
+            part = packed[..., start:end].to(torch.int32).unsqueeze(-1) >> self._places(width)
+            part = (part & (2**width - 1)).flatten(-2)[..., : len(channels)]
+            codes = codes.index_add(-1, channels, part << shift)
+            start = end
+        return codes
+
+    def _places(self, width: int) -> Tensor:
+        """Where in a byte its parts begin, in bits."""
+        return torch.arange(0, 8, width, dtype=torch.int32, device=self.half.device)
+
+
+class CacheQuantizer(nn.Module):
+    """Static scalar quantisation of what one layer caches, with `bits` for each of its c scalars.
+
+    A code is floor(gain * asinh(slope * (x - center))), held to the 2^bits that there are, and stands for the middle of
+    its step. `center`, `slope` and `gain` [c] come from a calibration.
+    """
+
+    def __init__(self, bits: Sequence[int]) -> None:
+        super().__init__()
+        self.bits = tuple(bits)
+        self.center, self.slope, self.gain = (
+            nn.Parameter(torch.empty(len(self.bits)), requires_grad=False) for _ in range(3)
+        )
+        self._packings: dict[torch.device, Packing] = {}
+
+    @property
+    def packing(self) -> Packing:
+        """How codes lie in bytes, with its tables where the weights are."""
+        device = self.center.device
+        if device not in self._packings:
+            self._packings[device] = Packing(self.bits, device)
+        return self._packings[device]
+
+    def pack(self, *cached: Tensor) -> Tensor:
+        """The bytes [B, N, nbytes], uint8, of what `LatentAttention.compress` makes, [B, N, ...] each."""
+        packing = self.packing
+        return packing.pack((self._code(torch.cat(cached, -1)) + packing.half).to(torch.int32))
+
+    def unpack(self, packed: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What bytes [B, M, nbytes] stand for, in the widths and the dtype of `like`."""
+        packing = self.packing
+        value = self._value(packing.unpack(packed).to(self._wide(like[0])) - packing.half).to(like[0].dtype)
+        return value.split([part.shape[-1] for part in like], -1)
+
+    def round_trip(self, *cached: Tensor) -> tuple[Tensor, ...]:
+        """What the cache would give back of `cached`; gradients pass as if nothing were lost (straight through)."""
+        x = torch.cat(cached, -1)
+        value = self._value(self._code(x)).to(x.dtype)
+        if x.requires_grad:
+            value = x + (value - x).detach()
+        return value.split([part.shape[-1] for part in cached], -1)
+
+    def _code(self, x: Tensor) -> Tensor:
+        """Codes about zero, as whole numbers in float32 at least."""
+        wide, half = self._wide(x), self.packing.half
+        center, slope, gain = (p.to(wide) for p in (self.center, self.slope, self.gain))
+        code = (gain * torch.asinh(slope * (x.detach().to(wide) - center))).floor()
+        return torch.minimum(torch.maximum(code, -half), half - 1)
+
+    def _value(self, code: Tensor) -> Tensor:
+        center, slope, gain = (p.to(code.dtype) for p in (self.center, self.slope, self.gain))
+        return torch.sinh((code + 0.5) / gain) / slope + center
+
+    def _wide(self, x: Tensor) -> torch.dtype:
+        return torch.float64 if x.dtype == torch.float64 else torch.float32
