@@ -49,16 +49,18 @@ def share_bits(energies: Sequence[Sequence[float]], budget: int, *, beside: Sequ
     while gains:
         _, layer, channel = heapq.heappop(gains)
         before = bits[layer][channel]
-        changed = parts[layer].copy()
-        for width in PART_BITS:
-            changed[width] += bool((before + 1) & width) - bool(before & width)
-        more = _bytes(changed) - _bytes(parts[layer])
-        if more > left:  # what fits into a byte that is begun may still follow
-            continue
-        left, parts[layer], bits[layer][channel] = left - more, changed, before + 1
-        if before + 1 < MOST_BITS:
-            gain = energies[layer][channel] * (_LEFT[before + 1] - _LEFT[before + 2])
-            heapq.heappush(gains, (-gain, layer, channel))
+        for after in range(before + 1, min(before + 4, MOST_BITS) + 1):
+            # Where the next bit does not fit, two may, in a part that takes the place of others.
+            changed = parts[layer].copy()
+            for width in PART_BITS:
+                changed[width] += bool(after & width) - bool(before & width)
+            more = _bytes(changed) - _bytes(parts[layer])
+            if more <= left:
+                left, parts[layer], bits[layer][channel] = left - more, changed, after
+                if after < MOST_BITS:
+                    gain = energies[layer][channel] * (_LEFT[after] - _LEFT[after + 1])
+                    heapq.heappush(gains, (-gain, layer, channel))
+                break
     return [[b for b in row if b] for row in bits]
 
 
