@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 from streaming_codebases import TheirAttention, TheirModel, TheirPipeline
+from support import count_bits
 from torch import Tensor
 
 from mlaconvert.config.streaming import StreamingConfig
@@ -38,13 +40,18 @@ RECIPES = {
     "shared key beside an exact present": ConvertRecipe(init="svd", present="exact", streaming=WINDOW, rope="latent"),
 }
 
+IN_BITS = ("head, in bits", "heads beside an exact present, in bits")
+
 
 @pytest.fixture(scope="module")
 def folders(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("streaming")
     for name, recipe in RECIPES.items():
         convert(golden, root / name, recipe)
-    return {name: root / name for name in RECIPES}
+    for name in IN_BITS:
+        shutil.copytree(root / name.removesuffix(", in bits"), root / name)
+        count_bits(root / name)
+    return {name: root / name for name in (*RECIPES, *IN_BITS)}
 
 
 @pytest.fixture

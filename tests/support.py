@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 SaveFolder = Callable[..., Path]
 
@@ -24,3 +26,21 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> None:
             p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * (0.3 if p.ndim == 1 else 0.15))
             if "norm" in name and name.endswith("weight"):
                 p.add_(1)
+
+
+def count_bits(folder: Path) -> None:
+    """Give a converted model's cache bits of its own: 3 for each scalar, 7 for the last of a layer."""
+    config, weights = json.loads((folder / "config.json").read_text()), load_file(next(folder.glob("*.safetensors")))
+    config["mla"]["format_version"] = 3
+    block = "attn1" if any(".attn1." in name for name in weights) else "self_attn"
+    for i, layer in enumerate(config["mla"]["layers"]):
+        if layer == {"dense": True}:
+            continue
+        prefix = f"blocks.{i}.{block}."
+        count = len(weights[prefix + "kv_a_proj_with_mqa.weight"]) + (config["mla"]["key_norm"] == "token")
+        layer["cache_bits"] = [[3, count - 1], [7, 1]]
+        half = torch.tensor([4.0] * (count - 1) + [64.0])
+        tables = {"center": torch.linspace(-0.1, 0.1, count), "slope": torch.linspace(0.5, 1.5, count), "gain": half}
+        weights |= {f"{prefix}kv_quantizer.{name}": table for name, table in tables.items()}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(weights, next(folder.glob("*.safetensors")), metadata={"format": "pt"})

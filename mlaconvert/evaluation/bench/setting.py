@@ -175,7 +175,7 @@ def random_model(config: WanConfig, device: torch.device, dtype: torch.dtype) ->
     model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in model.named_parameters():
-        if "norm" in name and name.endswith("weight") and parameter.ndim == 1:
+        if ".kv_quantizer." in name or ("norm" in name and name.endswith("weight") and parameter.ndim == 1):
             parameter.fill_(1)
         else:
             parameter.normal_(0, 0.02, generator=generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from heal_run_cases import save_teacher, settings
 from safetensors.torch import load_file
+from support import count_bits
 
 from mlaconvert.config.mla import RopeMode
 from mlaconvert.conversion.recipe import ConvertRecipe
@@ -67,6 +69,25 @@ def test_every_stage_heals_the_past_alone(
     assert healed.config.mla.present == "exact"
     torch.testing.assert_close(velocity(healed, (2,)), velocity(teacher, (2,)), rtol=1e-5, atol=1e-5)
     assert (velocity(healed, (2, 2)) - velocity(teacher, (2, 2))).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("train", ["attention", "all"])
+def test_what_is_trained_runs_in_bits(home: Path, students: dict[str, Path], tmp_path: Path, train: str) -> None:
+    """Training sees what the cache will give back, and leaves the tables of its quantisers alone."""
+    shutil.copytree(students["head"], tmp_path / "bits")
+    count_bits(tmp_path / "bits")
+    steps, lr = (20, 3e-3) if train == "attention" else (3, 1e-4)
+    recipe = settings("distill", steps=steps, train=train, validate_every=1, lr=lr, attention_steps=0)
+    report = heal(tmp_path / "bits", tmp_path / "out", recipe, teacher=home / "teacher", data=home / "clips", cpu=True)
+    assert train == "all" or report.best[1] < 0.9 * report.curves.validation[0][1]
+    before, after = (load_file(tmp_path / folder / WEIGHTS_NAME) for folder in ("bits", "out"))
+    changed = {name.split(".")[3] for name in before if "self_attn" in name and not before[name].equal(after[name])}
+    assert {"kv_b_proj", "kv_a_proj_with_mqa"} <= changed
+    assert "kv_quantizer" not in changed
+    healed, loose = load_model(tmp_path / "out"), load_model(tmp_path / "out")
+    for block in loose.blocks:
+        block.self_attn.kv_quantizer = None  # type: ignore[assignment]
+    assert (velocity(healed, (2, 2)) - velocity(loose, (2, 2))).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("train", ["latent", "attention"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from diffusers_cases import STREAMING, TOLERANCE, diffusers
 from safetensors.torch import load_file
-from support import relative
+from support import count_bits, relative
 from torch import Tensor
 from wan_diffusers import inputs
 
@@ -24,7 +25,7 @@ from mlaconvert.model.load import load_model
 from mlaconvert.model.rope import rotary
 
 FRAME = 3 * 5  # tokens
-NAMES = ["heads", "shared key", "partly, native"]
+NAMES = ["heads", "shared key", "partly, native", "heads in bits", "partly in bits"]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,11 @@ def presents(folders: dict[str, Path]) -> dict[str, Path]:
     root = folders["source"].parent
     for name, recipe in recipes.items():
         convert(folders["source"], root / name, recipe)
-    return {name: root / name for name in recipes}
+    for name in ("heads", "partly, native"):
+        made = root / f"{name.partition(',')[0]} in bits"
+        shutil.copytree(root / name, made)
+        count_bits(made)
+    return {name: root / name for name in NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)

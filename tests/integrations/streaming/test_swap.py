@@ -33,6 +33,7 @@ from mlaconvert.model.rope import rotary
 from mlaconvert.model.schedule import Sampler
 
 GOLDEN_TOLERANCE = 1e-4
+IN_BITS = streaming_fixtures.IN_BITS
 vectors, folders, make = (getattr(streaming_fixtures, name) for name in ("vectors", "folders", "make"))
 
 
@@ -74,7 +75,7 @@ def test_a_lossless_swap_gives_the_recorded_outputs(
 BESIDE_PRESENT = ["heads beside an exact present", "shared key beside an exact present"]
 
 
-@pytest.mark.parametrize("name", ["paper", "token", "head", *BESIDE_PRESENT])
+@pytest.mark.parametrize("name", ["paper", "token", "head", *BESIDE_PRESENT, *IN_BITS])
 def test_a_rollout_equals_ours(make: Any, folders: dict[str, Path], vectors: dict[str, Tensor], name: str) -> None:
     """Two videos, beyond the window, in two steps a chunk. Layers that stay dense count absolute frames."""
     sampler = Sampler.few_step((1000, 500))
@@ -82,7 +83,7 @@ def test_a_rollout_equals_ours(make: Any, folders: dict[str, Path], vectors: dic
     pipe = make()
     dense = pipe.rollout(context, 12, sampler)
     pipe = make()
-    positions: Any = "absolute" if name == "head" else "window"
+    positions: Any = "absolute" if name.partition(",")[0] == "head" else "window"
     swap_attention(pipe, folders[name], positions=positions)
     found = pipe.rollout(context, 12, sampler)
     model = load_model(folders[name], streaming=StreamingConfig(window_frames=6, positions=positions))
@@ -94,13 +95,13 @@ def test_a_rollout_equals_ours(make: Any, folders: dict[str, Path], vectors: dic
 def test_the_dictionaries_hold_latents(make: Any, folders: dict[str, Path], vectors: dict[str, Tensor]) -> None:
     """92.7% less than the dense ones; layers that stay dense keep theirs."""
     dense = 2 * 6 * TOKENS * 96 * 4
-    for name, converted in (("paper", (0, 1, 2)), ("head", (0, 2))):
+    for name, converted in (("paper", (0, 1, 2)), ("head", (0, 2)), ("head, in bits", (0, 2))):
         pipe, config = make(), load_model(folders[name]).config
         swap_attention(pipe, folders[name], positions="window")
         for begun in (pipe.begin, lambda pipe=pipe: pipe.twice(vectors["x"], vectors)):
             begun()
             sizes = [cache["k"].nbytes + cache["v"].nbytes for cache in pipe.kv_cache1]
-            assert sizes == [6 * TOKENS * 4 * scalars for scalars in config.cached_scalars()]
+            assert sizes == [6 * TOKENS * size for size in config.cached_bytes(4)]
             assert not any(value.is_meta for cache in pipe.kv_cache1 for value in cache.values())
             assert all(set(cache) == {"k", "v", "global_end_index", "local_end_index"} for cache in pipe.kv_cache1)
         for i, attention in enumerate(attentions(pipe)):
