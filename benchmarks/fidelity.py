@@ -44,6 +44,7 @@ from mlaconvert.model.load import load_model
 from mlaconvert.model.wan import WanModel
 
 CLIPS = 64
+BYTES = (108, 56, 42, 28, 14)
 TINY = load_recipe("tiny")
 TOTAL = TINY.kv_rank or 0
 ROPE = 8  # a quarter of a head, where the rotary key has scalars of its own
@@ -53,7 +54,7 @@ WEIGHTS = change(BASE, kv_rank=TOTAL - ROPE, rope_dim=ROPE, q_rank="none")
 DEFAULT = change(BASE, init="calibrated", kv_rank=TOTAL)
 LATENT = change(DEFAULT, present="latent")
 LAYERS = change(DEFAULT, refit_steps=0)
-NARROW = change(LAYERS, rope="latent")
+NARROW = change(DEFAULT, rope="latent")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,11 @@ TABLES: dict[str, dict[str, ConvertRecipe | Ablated | None]] = {
         "sensitivity and Omega": Ablated(LAYERS, Method(weights=False)),
         "sharing scalars between layers": change(LAYERS, allocation="uniform"),
     },
-    "heads that read the past (32 wide), refitted layer by layer": {
+    "bytes a token and layer (dense: 768 in bfloat16)": {
+        **{f"{size}": change(DEFAULT, bytes_per_token=size) for size in BYTES},
+        "28, refitted layer by layer": change(LAYERS, bytes_per_token=28),
+    },
+    "heads that read the past (32 wide)": {
         "scores 32, values 32, shared rotary key": NARROW,
         "28 (12 unrotated), 28": change(NARROW, nope_dim=12, rope_dim=16, v_dim=28),
         "24 (8 unrotated), 24": change(NARROW, nope_dim=8, rope_dim=16, v_dim=24),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -26,7 +26,8 @@ def left(bits: int) -> float:
 
 def error(energies: list[list[float]], bits: list[list[int]]) -> float:
     rows = [[*row, *[0] * (len(channels) - len(row))] for row, channels in zip(bits, energies, strict=True)]
-    return sum(e * left(b) for channels, row in zip(energies, rows, strict=True) for e, b in zip(channels, row))
+    pairs = (pair for channels, row in zip(energies, rows, strict=True) for pair in zip(channels, row, strict=True))
+    return sum(energy * left(b) for energy, b in pairs)
 
 
 @pytest.mark.parametrize("budget", [2, 3, 4, 6])
@@ -52,7 +53,7 @@ def test_a_layer_that_matters_more_gets_more_and_worthless_channels_none() -> No
     for bits in (small, large):
         assert bits == sorted(bits, reverse=True)
         # A quarter of the energy is worth one bit less; the last ones fill up bytes that are begun.
-        assert all(a - b in (0, 1, 2) for a, b in zip(bits[:-1], bits[1:], strict=True))
+        assert all(a - b in (0, 1, 2) for a, b in pairwise(bits))
     assert packed_bytes([*small, 8]) + packed_bytes([*large, 8]) <= 18
     assert share_bits([[1.0, 0.0]], 1)[0][0] >= 1
 
