@@ -11,6 +11,7 @@ from torch import nn
 from torch.autograd.profiler import profile, record_function
 
 from mlaconvert.config.geometry import WanConfig
+from mlaconvert.evaluation.bench.runner import no_remarks
 from mlaconvert.model.attention.cost import FLOPS_PER_BYTE, cheaper_mode, latent_cost
 from mlaconvert.model.attention.kernel import AttentionMode, RMSNorm, kernel_width
 from mlaconvert.model.rope import Rope
@@ -82,7 +83,8 @@ def seconds_by_part(
 ) -> dict[str, float]:
     """Seconds of `work`, which runs `model`, by part. A compiled model's norms and RoPE are fused into the rest."""
     cuda = device.type == "cuda"
-    with scopes(model, not compiled), profile(use_device="cuda" if cuda else None, use_kineto=cuda) as profiler:
+    profiler = profile(use_device="cuda" if cuda else None, use_kineto=cuda)
+    with scopes(model, not compiled), no_remarks(), profiler:
         work()
     parts = dict.fromkeys(("attention", "projections", SCOPE, "the rest"), 0.0)
     for event in profiler.function_events or []:

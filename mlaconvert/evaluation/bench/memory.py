@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from mlaconvert.config.geometry import WanConfig
-from mlaconvert.evaluation.bench.runner import ResolvedSetting, Runner, allocated, release
+from mlaconvert.evaluation.bench.runner import ResolvedSetting, Runner, allocated, no_remarks, release
 from mlaconvert.model.rates import synchronize
 
 
@@ -22,22 +26,30 @@ def cache_bytes(resolved: ResolvedSetting, config: WanConfig) -> tuple[int, int]
     return measured, text if resolved.setting.keeps_text else 0
 
 
-def peak_bytes(runner: Runner) -> int | None:
-    """Peak memory of a video's first chunk, without what the other sides hold; None where it is not measured.
+def peak_bytes(runner: Runner) -> int:
+    """Peak memory of a video until its window is full: weights, cache, prompt and what passes need, of one side alone.
 
-    Afterwards the runner's window is full again.
+    On a GPU as its allocator counts it, on a CPU as torch's profiler does. Afterwards the runner's window is full.
     """
-    resolved = runner.resolved
-    if resolved.device.type != "cuda":
-        return None
+    device = runner.resolved.device
     runner.begin()
-    before = allocated(resolved.device) - runner.weight_bytes
-    torch.cuda.reset_peak_memory_stats(resolved.device)
-    runner.chunk()
-    peak = torch.cuda.max_memory_allocated(resolved.device) - before
-    for _ in range(resolved.filling):
+    if device.type != "cuda":
+        with no_remarks(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            for _ in range(runner.resolved.filling):
+                runner.chunk()
+        return runner.weight_bytes + _peak_of(profiler)
+    before = allocated(device) - runner.weight_bytes
+    torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(runner.resolved.filling):
         runner.chunk()
-    return peak
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _peak_of(profiler: profile) -> int:
+    """The most bytes that were taken and not yet given back, of all that a profiler saw."""
+    results: Any = profiler.profiler
+    changes = [(e.start_ns(), e.nbytes()) for e in results.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(size for _, size in sorted(changes, key=itemgetter(0))), default=0)
 
 
 def largest_batches(resolved: ResolvedSetting, config: WanConfig) -> tuple[int | None, int | None]:

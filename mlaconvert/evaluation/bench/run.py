@@ -102,7 +102,7 @@ class _Measured:
     first: float
     times: Sequence[float]
     weight_bytes: int
-    peak_bytes: int | None
+    peak_bytes: int
     profile: Mapping[str, float]
 
 

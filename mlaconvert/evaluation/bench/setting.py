@@ -82,7 +82,7 @@ class Side:
 
     `speedup` is the median over rounds of dense time / own time. `flops` are those of a chunk with a full window, by
     part, and `profile` seconds of the same chunk by part. `plan_cache_bytes` and `plan_weight_bytes` are what
-    `analyze` would have said. Peaks and batches are None where they cannot be measured.
+    `analyze` would have said. Batches are None where they are not measured.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Side:
     weight_bytes: int
     plan_cache_bytes: int
     plan_weight_bytes: int
-    peak_bytes: int | None
+    peak_bytes: int
     largest_batch: int | None
     largest_batch_sliced: int | None
     flops: dict[str, int]
