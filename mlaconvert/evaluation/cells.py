@@ -155,6 +155,11 @@ def cells(recipe: SweepRecipe, checkpoint: Checkpoint, **settings: Any) -> list[
     Raises ConfigError naming the first cell that does not fit the model.
     """
     base = load_recipe(recipe.convert) if recipe.convert is not None else ConvertRecipe()
+    if base.bytes_per_token is not None:
+        raise ConfigError(
+            f"{recipe.convert}: a sweep compares numbers of scalars, and this recipe counts bytes; leave its "
+            "bytes_per_token out"
+        )
     fields = {name: value for name, value in settings.items() if value is not None}
     nope_dims: Sequence[int | None] = recipe.nope_dims or [None] * len(recipe.rope_dims)
     splits: list[tuple[int, int | None] | None] = [*zip(recipe.rope_dims, nope_dims, strict=True)] or [None]

@@ -223,8 +223,12 @@ def memory_table(plan: MemoryPlan) -> Table:
     ):
         table.add_row(name, format_bytes(dense), format_bytes(mla), text)
     layers = len(plan.dense.scalars_per_token)
-    notes = [f"Cache: {layers} layers, {plan.itemsize} bytes a scalar, {plan.frame_tokens} tokens a latent frame."]
-    if plan.itemsize == 2:
+    in_bits = plan.mla.bytes_per_token != plan.itemsize * sum(plan.mla.scalars_per_token)
+    scalar = f"{plan.itemsize} bytes a scalar" + (" of dense layers, the others in bits" if in_bits else "")
+    notes = [f"Cache: {layers} layers, {scalar}, {plan.frame_tokens} tokens a latent frame."]
+    if plan.itemsize == 2 and in_bits:
+        notes.append("In float32, in which float32 files run on a CPU, all but what is in bits takes twice that.")
+    elif plan.itemsize == 2:
         notes.append("In float32, in which float32 files run on a CPU, all of it takes twice that.")
     if plan.gpu_bytes is not None:
         table.add_section()

@@ -345,3 +345,11 @@ def test_experts_are_swept_one_by_one(
         sweep(pair, tmp_path / "out", recipe, clips=SweepClips(data=data))
     report = sweep(Source(pair, subfolder="transformer_2"), tmp_path / "out", recipe, clips=SweepClips(data=data))
     assert [isinstance(result, CellResult) for result in report.results] == [True]
+
+
+def test_a_recipe_that_counts_bytes_is_no_base_of_budgets_in_scalars(golden: Path, tmp_path: Path) -> None:
+    (tmp_path / "bytes.yaml").write_text("bytes_per_token: 9\n")
+    result = invoke("sweep", golden, "-o", tmp_path / "out", "--kv-ranks", "4", "--convert", tmp_path / "bytes.yaml")
+    assert result.exit_code == 2
+    assert "bytes.yaml: a sweep compares numbers of scalars" in result.stderr
+    assert not (tmp_path / "out").exists()

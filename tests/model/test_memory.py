@@ -249,3 +249,18 @@ def test_table_says_what_people_need() -> None:
     assert "In float32, in which float32 files run on a CPU, all of it takes twice that." in text
     without_gpu = shown(plan_memory(WAN_1_3B, video=StreamedVideo(height=480, width=832, window_frames=7)))
     assert "max batch" not in without_gpu
+
+
+def test_the_table_says_what_is_cached_in_bits() -> None:
+    """Two layers of three: three codes of 7 bits, four of 5 and the norm of 8."""
+    coarse = layer(cache_bits=((7, 3), (5, 4), (8, 1)), rope_components=())
+    mla = MLAConfig(
+        q_lora_rank=None, key_norm="token", softmax_scale=0.25, layers=(coarse, None, coarse), rope="latent"
+    )
+    config = WanConfig(dim=48, num_heads=2, num_layers=3, ffn_dim=8)
+    plan = plan_memory(config, mla, video=StreamedVideo(height=64, width=96, window_frames=7))
+    # Seven parts of 4 in 4 bytes, three of 2 and seven of 1 in one each, one of 8.
+    assert plan.mla.bytes_per_token == 2 * (4 + 1 + 1 + 1) + 2 * 48 * 2
+    text = " ".join(shown(plan).split())
+    assert "3 layers, 2 bytes a scalar of dense layers, the others in bits" in text
+    assert "all but what is in bits takes twice" in text
