@@ -112,7 +112,7 @@ BytesPerToken = Annotated[
     typer.Option(
         metavar="N",
         help="Bytes that a token may take in the cache, a layer: each channel of a calibrated latent gets the bits "
-        "that it is worth. At width 1536, dense keys and values take 6,144 in bfloat16.",
+        "that it is worth. Default: numbers of the model's dtype; dense keys and values take 6,144 at width 1536.",
     ),
 ]
 Allocation = Annotated[

@@ -19,6 +19,7 @@ from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.model.attention.kernel import AttentionPlan
 from mlaconvert.model.cache import LatentCache, LayerCache
+from mlaconvert.model.quantizer import CacheQuantizer
 from mlaconvert.model.rollout import LatentSize, rollout
 from mlaconvert.model.rope import Rotary, angles
 from mlaconvert.model.schedule import Sampler
@@ -89,7 +90,9 @@ class ListedPlan(AttentionPlan):
     frames: int = 0
     seen: tuple[int, ...] = ()
 
-    def remember(self, cache: LayerCache | None, *new: Tensor) -> tuple[Tensor, ...]:
+    def remember(
+        self, cache: LayerCache | None, *new: Tensor, quantizer: CacheQuantizer | None = None
+    ) -> tuple[Tensor, ...]:
         tokens = new[0].shape[1] // self.frames
         self.memory.extend([v[:, tokens * i : tokens * (i + 1)] for v in new] for i in range(self.frames))
         return tuple(torch.cat([self.memory[f][j] for f in self.seen], 1) for j in range(len(new)))
