@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mlaconvert.clips.folder import BATCH, BATCH_TOKENS, Clips, load_clips
+from mlaconvert.clips.folder import BATCH, BATCH_TOKENS, ClipFolder, Clips
 from mlaconvert.clips.teacher_made import OwnClips
 from mlaconvert.clips.tiny.clips import held_back, null_context
 from mlaconvert.config.geometry import default_video
@@ -67,13 +67,20 @@ def draw_conditions(
         notes.append("The teacher runs with the converted model's window, which it was not trained with.")
     if record.source.subfolder or record.origin.subfolder:
         notes.append("One expert alone runs at every noise level.")
+    recipe = (record.conversion or {}).get("recipe") or {}
     usual = Sampler.usual(few_step=opened.config.few_step)
     sampler = Sampler.many_step(request.steps) if request.steps else usual
     if request.data is not None:
-        clips = load_clips(request.data, opened.config, request.clips or 8)
-        clips_from = f"clips of the folder {request.data.resolve().name}"
+        stored = ClipFolder(request.data, opened.config)
+        free = max(0, len(stored) - (request.clips or 8))
+        clips = stored.some(range(free, len(stored)))  # a conversion was fitted to the first ones
+        clips_from = f"the last clips of the folder {request.data.resolve().name}"
+        if recipe.get("init") == "calibrated" and free < recipe.get("clips", 0):
+            notes.append(
+                f"The folder has {len(stored)} clips, and the conversion was fitted to {recipe['clips']}: if it was this "
+                "folder, some of those are measured on."
+            )
     else:
-        recipe = (record.conversion or {}).get("recipe") or {}
         clips = generated_clips(
             teacher, request.clips or 8, recipe, sampler=sampler, seed=request.seed, progress=progress, say=say
         )

@@ -100,15 +100,30 @@ def test_json_has_the_fields_that_a_card_quotes(made: Path, clips: Clips, tmp_pa
     assert clean["velocity_error"] == pytest.approx(math.fsum(step["velocity_error"] for step in steps) / 8)
     assert model["frames_per_second"].keys() == {"teacher", "student", "ratio"}
     assert len(model["drift"]["difference"]["student"]) == 8
-    assert data["data"]["from"] == f"clips of the folder {tmp_path.name}"
+    assert data["data"]["from"] == f"the last clips of the folder {tmp_path.name}"
     assert data["data"]["clips"] == 4
     assert str(made) not in json.dumps(data)
     assert str(tmp_path) not in json.dumps(data)
     # The clips' own figures: nothing of them was generated.
     with open_checkpoint(made / "wan_tiny") as opened:
         teacher = load_model(opened, streaming=STREAMING)
-    expected = measure_fidelity(teacher, load_model(made / "small"), Clips(clips.latents[:4], clips.context[:4]))
+    expected = measure_fidelity(teacher, load_model(made / "small"), Clips(clips.latents[-4:], clips.context[-4:]))
     assert model["teacher_loss"] == pytest.approx(expected.teacher_loss, rel=1e-6)
+
+
+def test_clips_that_a_conversion_was_fitted_to_are_said(made: Path, clips: Clips, tmp_path: Path) -> None:
+    """The last ones of a folder are measured on; where they reach back into the first, a line says so."""
+    save_file({"latents": clips.latents, "context": clips.context}, tmp_path / "clips.safetensors")
+    shutil.copytree(made / "small", tmp_path / "fitted")
+    path, total = tmp_path / "fitted" / "conversion.json", len(clips.latents)
+    record = json.loads(path.read_text())
+    for fitted, said in ((total - 4, False), (total - 3, True)):
+        record["recipe"] |= {"init": "calibrated", "clips": fitted}
+        path.write_text(json.dumps(record))
+        request = dataclasses.replace(QUICK, data=tmp_path, clips=4, frames=0, teacher=str(made / "wan_tiny"))
+        report = evaluate([str(tmp_path / "fitted")], request, progress=silent)
+        notes = " ".join(report.to_json()["conditions"]["notes"])
+        assert (f"The folder has {total} clips, and the conversion was fitted to {fitted}" in notes) == said
 
 
 def test_without_rollouts_there_is_no_speed(made: Path) -> None:
