@@ -77,8 +77,8 @@ def draw_conditions(
         clips_from = f"the last clips of the folder {request.data.resolve().name}"
         if recipe.get("init") == "calibrated" and free < recipe.get("clips", 0):
             notes.append(
-                f"The folder has {len(stored)} clips, and the conversion was fitted to {recipe['clips']}: if it was this "
-                "folder, some of those are measured on."
+                f"The folder has {len(stored)} clips, and the conversion was fitted to {recipe['clips']}: if it was "
+                "this folder, some of those are measured on."
             )
     else:
         clips = generated_clips(
