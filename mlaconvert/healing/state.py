@@ -37,7 +37,7 @@ def choose_trained(model: WanModel, train: Train) -> list[str]:
         chosen += [block.self_attn] if train == "attention" else [children[n] for n in _LATENT if n in children]
     for name, parameter in (pair for module in chosen for pair in module.named_parameters()):
         # A layer without content keys has an empty bias; the tables of a quantiser are no weights.
-        parameter.requires_grad_(parameter.numel() > 0 and "kv_quantizer." not in f".{name}")
+        parameter.requires_grad_(parameter.numel() > 0 and "kv_quantizer" not in name)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 

@@ -77,21 +77,19 @@ def in_runs(bits: Sequence[int]) -> tuple[tuple[int, int], ...]:
 @torch.no_grad()
 def quantised(layer: Layer, student: LatentAttention, shape: MLALayer) -> LatentAttention:
     """A copy of `student` that caches in the bits of `shape`, its quantiser fitted to what it caches of its inputs."""
-    made = branch(student)
-    cached = []
-    for batch in layer.inputs:
-        parts = student.compress(batch.x[:, : batch.latent_keys])
-        cached.append(torch.cat(parts, -1).flatten(0, 1))
-    made.layer, made.kv_quantizer = shape, fit_quantizer(torch.cat(cached), shape.scalar_bits)
+    made, samples = branch(student), []
+    each = -(-SAMPLES // len(layer.inputs))
+    for i, batch in enumerate(layer.inputs):
+        tokens = torch.randperm(batch.latent_keys, generator=torch.Generator().manual_seed(i))
+        chosen = tokens[: -(-each // len(batch.x))].to(batch.x.device)
+        samples.append(torch.cat(student.compress(batch.x[:, chosen]), -1).flatten(0, 1))
+    made.layer, made.kv_quantizer = shape, fit_quantizer(torch.cat(samples), shape.scalar_bits)
     return made
 
 
 @torch.no_grad()
 def fit_quantizer(samples: Tensor, bits: Sequence[int]) -> CacheQuantizer:
     """The quantiser of `bits` with the least squared error of each channel of `samples` [n, c], on their device."""
-    if len(samples) > SAMPLES:
-        chosen = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))[:SAMPLES]
-        samples = samples[chosen.to(samples.device)]
     best = CacheQuantizer(bits).to(samples.device)
     tried = CacheQuantizer(bits).to(samples.device)
     spread = samples.std(0).clamp_min(1e-6 * samples.abs().amax(0).clamp_min(1e-30))
