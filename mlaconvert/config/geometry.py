@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import Field
 
+from mlaconvert.config.cache_dtype import MOST_IN_GROUP, CachedPart, CacheDtype
 from mlaconvert.config.mla import MLAConfig
 from mlaconvert.config.parsing import MOST, MOST_TEXT, STRICT, Size, check_fields
 from mlaconvert.config.streaming import StreamingConfig
@@ -52,6 +53,10 @@ class WanConfig:
     """The latent attention of a converted model; None for a dense one."""
     few_step: bool = False
     """Whether it is a student that was distilled to generate in a few steps."""
+    cache_dtype: CacheDtype | None = None
+    """What caches are narrowed to while the model runs: a setting of a run, which no file holds. What is present is
+    exact: a chunk sees itself as it is, and only the past as the cache gives it back. None: caches hold numbers of
+    their own dtype, or the bits that the model was calibrated for."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -76,6 +81,10 @@ class WanConfig:
                     f"mla.layers[{i}].rope_components has pair {pairs[-1][0]}: a head has pairs 0 to "
                     f"{self.head_dim // 2 - 1}"
                 )
+        if self.cache_dtype is not None and mla.counts_bits:
+            raise ConfigError(
+                f"cache_dtype is {self.cache_dtype}, but this model's cache has bits of its own; leave cache_dtype out"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -109,8 +118,36 @@ class WanConfig:
             return (self.dense_scalars,) * self.num_layers
         return tuple(self.mla.cached_scalars(i, self.dense_scalars) for i in range(self.num_layers))
 
+    def cached_parts(self, layer: int) -> tuple[CachedPart, ...]:
+        """The numbers that `layer` caches for a token: keys and values, or latent, rotary key and key norm."""
+        mla = self.mla.layers[layer] if self.mla is not None else None
+        if self.mla is None or mla is None:
+            heads = (self.num_heads, self.head_dim)
+            return CachedPart(heads, "tokens"), CachedPart(heads, "channels")
+        parts = [CachedPart((mla.kv_lora_rank,), "channels")]
+        if rope := self.mla.cached_rope(mla):
+            parts.append(CachedPart((rope,), "channels"))
+        if self.mla.key_norm == "token":
+            parts.append(CachedPart((1,), None))
+        return tuple(parts)
+
+    def frame_bytes(self, itemsize: int, tokens: int) -> tuple[int, ...]:
+        """Bytes that each layer caches for a frame of `tokens` tokens, as `cached_bytes` counts them."""
+        narrow = self.cache_dtype
+        if narrow is None:
+            return tuple(tokens * size for size in self.cached_bytes(itemsize))
+        return tuple(
+            sum(part.frame_bytes(narrow, tokens, itemsize) for part in self.cached_parts(i))
+            for i in range(self.num_layers)
+        )
+
     def cached_bytes(self, itemsize: int) -> tuple[int, ...]:
-        """Bytes that each layer caches for one token, where a number of the cache's dtype takes `itemsize`."""
+        """Bytes that each layer caches for one token, where a number of the cache's dtype takes `itemsize`.
+
+        With a `cache_dtype`, one of a whole group of tokens, rounded up: `frame_bytes` counts what a frame takes.
+        """
+        if self.cache_dtype is not None:
+            return tuple(-(-size // MOST_IN_GROUP) for size in self.frame_bytes(itemsize, MOST_IN_GROUP))
         if self.mla is None:
             return (self.dense_scalars * itemsize,) * self.num_layers
         return tuple(self.mla.cached_bytes(i, self.dense_scalars, itemsize) for i in range(self.num_layers))
@@ -127,7 +164,7 @@ class WanConfig:
         Where bits are counted, in bytes: "336 bytes" and "4,608 in bfloat16".
         """
         dense = self.dense_scalars * self.num_layers
-        if self.mla is not None and self.mla.counts_bits:
+        if self.cache_dtype is not None or (self.mla is not None and self.mla.counts_bits):
             return f"{sum(self.cached_bytes(2)):,} bytes", f"{2 * dense:,} in bfloat16"
         return f"{sum(self.cached_scalars()):,} scalars", f"{dense:,}"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,7 +63,14 @@ class FrameLayout:
         segments: tuple[Segment, ...] = ()
         if not self.visible.all():
             mask, segments = by_token(self.visible.to(device), height * width)
-        return AttentionPlan(query_rotary=turn, key_rotary=turn, mask=mask, mode="expanded", segments=segments)
+        return AttentionPlan(
+            query_rotary=turn,
+            key_rotary=turn,
+            mask=mask,
+            mode="expanded",
+            segments=segments,
+            frame_tokens=height * width,
+        )
 
 
 def noisy_layout(view: View, streaming: StreamingConfig | None) -> FrameLayout:
@@ -147,7 +155,7 @@ class CachePlan(AttentionPlan):
         if not self.live:
             return super().remember(self.layer, *new, quantizer=quantizer)
         view = self.window
-        held = tuple(buffer[:, : view.length] for buffer in self.layer.buffers)
+        held = self.layer.held(view)
         if quantizer is not None:
             held, new = quantizer.unpack(held[0], new), quantizer.round_trip(*new)
         return tuple(
@@ -181,6 +189,7 @@ def chunk_velocity(
         window=view,
         mode="expanded",
         segments=(Segment(past=view.past),),
+        frame_tokens=height * width,
         live=live,
     )
     rows = torch.full((len(chunk),), timestep, device=chunk.device)
@@ -189,6 +198,6 @@ def chunk_velocity(
 
 
 def _copy(layer: LayerCache) -> LayerCache:
-    copied = LayerCache(0, 0, (), "cpu")
+    copied = copy(layer)
     copied.buffers = tuple(buffer.clone() for buffer in layer.buffers)
     return copied

@@ -13,6 +13,7 @@ from mlaconvert.model.attention.dense import DenseAttention
 from mlaconvert.model.attention.kernel import AttentionPlan, RMSNorm, attend
 from mlaconvert.model.attention.latent import LatentAttention
 from mlaconvert.model.cache import LayerCache
+from mlaconvert.model.group_quantizer import GroupQuantizer
 
 
 class CrossAttention(nn.Module):
@@ -60,6 +61,7 @@ class Block(nn.Module):
         self.self_attn: DenseAttention | LatentAttention = (
             DenseAttention(config) if mla is None or config.mla is None else LatentAttention(config, config.mla, mla)
         )
+        self.self_attn.group_quantizer = GroupQuantizer.of(config, layer)
         self.cross_attn = CrossAttention(config)
         self.norm1 = nn.LayerNorm(dim, eps, elementwise_affine=False)
         self.norm2 = nn.LayerNorm(dim, eps, elementwise_affine=False)

@@ -17,6 +17,7 @@ from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import packed_bytes
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import InputError
+from mlaconvert.model.group_quantizer import GroupQuantizer
 from mlaconvert.model.window import check_chunk, frame_positions, seen_frames, slot
 
 
@@ -76,7 +77,46 @@ class LayerCache:
         """Write the chunk's tensors [B, n * tokens, ...] and return the window's [B, length, ...]."""
         for buffer, value in zip(self.buffers, new, strict=True):
             self.write(buffer, view.write, value)
+        return self.held(view)
+
+    def held(self, view: WindowView) -> tuple[Tensor, ...]:
+        """What the cache holds of the window, [B, length, ...] each."""
         return tuple(buffer[:, : view.length] for buffer in self.buffers)
+
+
+class NarrowLayerCache(LayerCache):
+    """One layer's buffers, narrowed by a `GroupQuantizer`: each [B, frames, ...], with a row for a frame.
+
+    Only the past is read from them: `update` returns the chunk's own tensors as they are. `dtype` is the cache's, as
+    which it is read.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        frames: int,
+        tokens: int,
+        quantizer: GroupQuantizer,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__(batch, frames, [Entry(*row) for row in quantizer.rows(tokens, dtype)], device)
+        self.tokens, self.quantizer, self.dtype = tokens, quantizer, dtype
+
+    def update(self, view: WindowView, *new: Tensor) -> tuple[Tensor, ...]:
+        """Write the chunk's tensors [B, n * tokens, ...]; the window's [B, length, ...], with these in their slots."""
+        frames = view.write[:: self.tokens] // self.tokens
+        for buffer, rows in zip(self.buffers, self.quantizer.pack(self.tokens, new), strict=True):
+            self.write(buffer, frames, rows)
+        return tuple(
+            held.to(own.dtype).index_copy_(1, view.write, own) for held, own in zip(self.held(view), new, strict=True)
+        )
+
+    def held(self, view: WindowView) -> tuple[Tensor, ...]:
+        """What the cache gives back of the window, [B, length, ...] each, in its dtype."""
+        rows = [buffer[:, : view.length // self.tokens] for buffer in self.buffers]
+        return tuple(self.quantizer.unpack(self.tokens, rows, self.dtype))
 
 
 class LatentCache:
@@ -86,8 +126,9 @@ class LatentCache:
     model(chunk, timesteps, context, cache=cache, start_frame=0)  # writes the chunk's keys and values
 
     An MLA layer holds the latent, the rotary key and, with the token key norm, that norm; a dense layer holds
-    per-head keys (unrotated) and values. `height` and `width` are in latent pixels. With `keeps_text`, each layer
-    also holds the keys and values of the prompt for as long as it is the same.
+    per-head keys (unrotated) and values. With the config's `cache_dtype` they are narrowed to that. `height` and
+    `width` are in latent pixels. With `keeps_text`, each layer also holds the keys and values of the prompt for as
+    long as it is the same.
     """
 
     def __init__(
@@ -106,10 +147,15 @@ class LatentCache:
         self.streaming = streaming or config.streaming or StreamingConfig()
         self.tokens_per_frame = config.tokens_per_frame(height, width)
         self.device = torch.device(device)
-        capacity = self.streaming.window_frames * self.tokens_per_frame
-        self.layers = [
-            LayerCache(batch, capacity, layer_entries(config, i, dtype), device) for i in range(config.num_layers)
-        ]
+        frames, tokens = self.streaming.window_frames, self.tokens_per_frame
+        self.layers: list[LayerCache] = []
+        for i in range(config.num_layers):
+            quantizer = GroupQuantizer.of(config, i)
+            self.layers.append(
+                LayerCache(batch, frames * tokens, layer_entries(config, i, dtype), device)
+                if quantizer is None
+                else NarrowLayerCache(batch, frames, tokens, quantizer, dtype=dtype, device=device)
+            )
         self.reset()
 
     def reset(self) -> None:
@@ -174,11 +220,8 @@ class LatentCache:
 
 
 def layer_entries(config: WanConfig, layer: int, dtype: torch.dtype) -> tuple[Entry, ...]:
-    """What `layer` caches for a token: numbers of `dtype`, or the bytes of its quantiser."""
+    """What `layer` caches for a token: numbers of `dtype`, or the bytes of its quantiser; without a `cache_dtype`."""
     mla = config.mla.layers[layer] if config.mla else None
-    if mla is None or config.mla is None:
-        return (Entry((config.num_heads, config.head_dim), dtype),) * 2
-    if mla.cache_bits:
+    if mla is not None and mla.cache_bits:
         return (Entry((packed_bytes(mla.scalar_bits),), torch.uint8),)
-    widths = [mla.kv_lora_rank, config.mla.cached_rope(mla), int(config.mla.key_norm == "token")]
-    return tuple(Entry((width,), dtype) for width in widths if width)
+    return tuple(Entry(part.width, dtype) for part in config.cached_parts(layer))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mlaconvert.config.cache_dtype import CacheDtype
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.open import opened
@@ -70,6 +71,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     streaming: StreamingConfig | None = None,
+    cache_dtype: CacheDtype | None = None,
 ) -> WanModel:
     """The model of a checkpoint, dense or converted: built on the meta device, filled strictly, frozen.
 
@@ -77,12 +79,13 @@ def load_model(
     velocity = model(latents, timesteps, context)  # [B, C, F, H, W] and [B] and [B, T, text_dim] to [B, C, F, H, W]
 
     `source` is anything that `open_checkpoint` reads, or a checkpoint that is open already. `dtype` None keeps the
-    file's, or the widest of several. `streaming` replaces the checkpoint's own setting. Raises what `open_checkpoint`
-    raises, UnsupportedModelError for a model with passengers, and CheckpointError for a NaN.
+    file's, or the widest of several. `streaming` replaces the checkpoint's own setting. `cache_dtype` narrows the cache
+    of the past while the model runs. Raises what `open_checkpoint` raises, UnsupportedModelError for a model with
+    passengers, CheckpointError for a NaN, and ConfigError for a `cache_dtype` beside a cache with bits of its own.
     """
     with opened(source) as checkpoint:
         checkpoint.check_runs()
-        config = replace(checkpoint.config, streaming=streaming) if streaming else checkpoint.config
+        config = replace(checkpoint.config, streaming=streaming or checkpoint.config.streaming, cache_dtype=cache_dtype)
         with torch.device("meta"):
             model = WanModel(config)
         # A file may mix dtypes; a model computes in one.

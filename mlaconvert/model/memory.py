@@ -58,7 +58,8 @@ class ModelMemory:
 
     `scalars_per_token` lists each layer's cached scalars. `largest_batch` (videos at this window) and
     `longest_window` (latent frames at this batch) fit beside the weights with activations not counted, so
-    they are upper bounds; None when no GPU was given.
+    they are upper bounds; None when no GPU was given. With a `cache_dtype`, whose groups tokens share, a token's bytes
+    are rounded up.
     """
 
     scalars_per_token: tuple[int, ...]
@@ -163,12 +164,11 @@ def plan_memory(
 
     def side(model: WanConfig, weights: int) -> ModelMemory:
         scalars = model.cached_scalars()
-        token = sum(model.cached_bytes(cache_itemsize))
-        frame = token * frame_tokens
+        frame = sum(model.frame_bytes(cache_itemsize, frame_tokens))
         free = None if gpu_bytes is None else max(0, gpu_bytes - weights)
         return ModelMemory(
             scalars_per_token=scalars,
-            bytes_per_token=token,
+            bytes_per_token=-(-frame // frame_tokens),
             bytes_per_window=frame * window_frames * batch,
             bytes_per_minute=frame * minute_frames * batch,
             weight_bytes=weights,

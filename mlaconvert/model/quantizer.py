@@ -15,6 +15,24 @@ from torch import Tensor, nn
 from mlaconvert.config.mla import PART_BITS, packed_bytes
 
 
+def join_codes(codes: Tensor, width: int) -> Tensor:
+    """Codes [..., n] below 2^`width`, side by side in bytes [..., ceil(n * width / 8)], the first in the lowest."""
+    each = 8 // width
+    codes = nn.functional.pad(codes, (0, -codes.shape[-1] % each)).unflatten(-1, (-1, each))
+    return (codes << _places(codes, width)).sum(-1, dtype=torch.int32).to(torch.uint8)
+
+
+def split_codes(packed: Tensor, width: int, count: int) -> Tensor:
+    """The first `count` codes of bytes [..., n], in the dtype that these are given in."""
+    codes = (packed.unsqueeze(-1) >> _places(packed, width)) & (2**width - 1)
+    return codes.flatten(-2)[..., :count]
+
+
+def _places(codes: Tensor, width: int) -> Tensor:
+    """Where in a byte its codes begin, in bits."""
+    return torch.arange(0, 8, width, dtype=codes.dtype, device=codes.device)
+
+
 class Packing:
     """Codes [..., c] of `bits` each, as bytes [..., nbytes] and back; whole tensors at a time.
 
@@ -37,10 +55,7 @@ class Packing:
         """Codes, int32, from 0 to 2^bits - 1 each, to uint8."""
         made = []
         for width, channels, shift in self.parts:
-            part = (codes.index_select(-1, channels) >> shift) & (2**width - 1)
-            each = 8 // width
-            part = nn.functional.pad(part, (0, -part.shape[-1] % each)).unflatten(-1, (-1, each))
-            made.append((part << self._places(width)).sum(-1, dtype=torch.int32).to(torch.uint8))
+            made.append(join_codes((codes.index_select(-1, channels) >> shift) & (2**width - 1), width))
         return torch.cat(made, -1)
 
     def unpack(self, packed: Tensor) -> Tensor:
@@ -49,15 +64,10 @@ class Packing:
         start = 0
         for width, channels, shift in self.parts:
             end = start + -(-len(channels) * width // 8)
-            part = packed[..., start:end].to(torch.int32).unsqueeze(-1) >> self._places(width)
-            part = (part & (2**width - 1)).flatten(-2)[..., : len(channels)]
+            part = split_codes(packed[..., start:end].to(torch.int32), width, len(channels))
             codes = codes.index_add(-1, channels, part << shift)
             start = end
         return codes
-
-    def _places(self, width: int) -> Tensor:
-        """Where in a byte its parts begin, in bits."""
-        return torch.arange(0, 8, width, dtype=torch.int32, device=self.half.device)
 
 
 class CacheQuantizer(nn.Module):

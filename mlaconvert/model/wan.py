@@ -194,6 +194,7 @@ class WanModel(nn.Module):
                     mode=self.attention_mode,
                     turns={pairs: (queries.select(pairs), keys.select(pairs)) for pairs in self._pairs},
                     segments=(Segment(past=window.past),),
+                    frame_tokens=height * width,
                 )
                 cache.plan = plan
             return plan
@@ -208,7 +209,14 @@ class WanModel(nn.Module):
                 )
             if not visible.all():
                 mask, segments = by_token(visible.to(device), height * width)
-        return AttentionPlan(query_rotary=turn, key_rotary=turn, mask=mask, mode=self.attention_mode, segments=segments)
+        return AttentionPlan(
+            query_rotary=turn,
+            key_rotary=turn,
+            mask=mask,
+            mode=self.attention_mode,
+            segments=segments,
+            frame_tokens=height * width,
+        )
 
     def embed_patches(self, latents: Tensor, image_latents: Tensor | None) -> tuple[Tensor, tuple[int, int, int]]:
         """Tokens [B, N, D] and the grid F x H x W of `latents` [B, C, F, H, W] with any `image_latents` appended."""

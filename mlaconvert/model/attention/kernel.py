@@ -80,7 +80,8 @@ class AttentionPlan:
 
     `mask` is bool [N, M], True where a query sees a key; None where every query sees every key. `turns` are the
     rotations of queries and keys for pairs that were selected beforehand. `segments` say the same as the mask, and in a
-    window which keys are the chunk's own; none: every query and key is present.
+    window which keys are the chunk's own; none: every query and key is present. `frame_tokens` are the tokens of a
+    frame, which only caches that are narrowed in groups ask for.
     """
 
     query_rotary: Rotary
@@ -90,6 +91,7 @@ class AttentionPlan:
     mode: AttentionMode = "expanded"
     turns: Mapping[tuple[int, ...], tuple[Rotary, Rotary]] = field(default_factory=dict)
     segments: Sequence[Segment] = ()
+    frame_tokens: int = 0
 
     def select(self, pairs: tuple[int, ...]) -> tuple[Rotary, Rotary]:
         """The rotations of queries and of keys for these pairs."""
@@ -161,6 +163,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | 
         q, k, v = padded(q, k, v)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[..., :value]
     return out.transpose(1, 2)
+
+
+def attend_segments(
+    q: Tensor,
+    past: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor],
+    segments: Sequence[Segment],
+    attend: Callable[[Tensor, Tensor, Tensor, None], Tensor] = attend,
+) -> Tensor:
+    """Attention [B, N, H, Dv] of queries that see their past through other keys and values than their own chunk.
+
+    `past` and `own` are keys and values [B, N, H, D] of all tokens.
+    """
+    made = []
+    for some, seen, before in segments:
+        k, v = (torch.cat((take(a, before), take(b, seen)), 1) for a, b in zip(past, own, strict=True))
+        made.append(attend(take(q, some), k, v, None))
+    return torch.cat(made, 1)
 
 
 # torch's fused kernels that give the log-sum-exp besides; nothing public of torch does without compiling.

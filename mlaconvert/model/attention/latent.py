@@ -18,46 +18,17 @@ from mlaconvert.model.attention.kernel import (
     Segment,
     attend,
     attend_both,
+    attend_segments,
     inverse_rms,
     kernel_width,
     take,
     widen,
 )
+from mlaconvert.model.attention.projections import LatentQuery, LatentUp
 from mlaconvert.model.cache import LayerCache
+from mlaconvert.model.group_quantizer import GroupQuantizer
 from mlaconvert.model.quantizer import CacheQuantizer
 from mlaconvert.model.rope import Rope, Rotary
-
-
-class LatentQuery(nn.Module):
-    """Up-projection of the exact query path: per head, [B, N, H * D] -> [B, N, H * (nope + rope)]."""
-
-    def __init__(self, num_heads: int, head_dim: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_heads, width, head_dim))
-
-    def forward(self, latent: Tensor) -> Tensor:
-        heads = latent.unflatten(-1, (self.weight.shape[0], -1))
-        return torch.einsum("bnhd,hed->bnhe", heads, self.weight).flatten(-2)
-
-
-class LatentUp(nn.Module):
-    """W_UK and W_UV by head, and the bias of the content keys; with `value_bias`, that of values as well."""
-
-    def __init__(self, num_heads: int, nope: int, value: int, rank: int, *, value_bias: bool) -> None:
-        super().__init__()
-        self.split = (num_heads, nope, value)
-        self.weight = nn.Parameter(torch.empty(num_heads * (nope + value), rank))
-        self.bias = nn.Parameter(torch.empty(num_heads * (nope + value if value_bias else nope)))
-
-    def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """W_UK [H, nope, r], W_UV [H, v, r], the key bias [H, nope] and the value bias [H, v or 0].
-
-        A call, so that offloading hooks see it.
-        """
-        heads, nope, value = self.split
-        key, up = self.weight.unflatten(0, (heads, nope + value)).split((nope, value), dim=1)
-        bias = self.bias.unflatten(0, (heads, -1))
-        return key, up, bias[:, :nope], bias[:, nope:]
 
 
 class Products(NamedTuple):
@@ -87,7 +58,11 @@ class LatentAttention(nn.Module):
 
     With `mla.present` "exact", a chunk sees itself through the teacher's own keys and values, and latents are read for
     the past alone, in one softmax over both; the output projection is the teacher's.
+
+    With a `group_quantizer`, the past is read as the cache gives it back, in a masked pass too.
     """
+
+    group_quantizer: GroupQuantizer | None = None
 
     def __init__(self, config: WanConfig, mla: MLAConfig, layer: MLALayer) -> None:
         super().__init__()
@@ -138,7 +113,10 @@ class LatentAttention(nn.Module):
         self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None = None, keys: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """What `compress` makes, as the cache gives it back: of `x`, or with a cache of the whole window."""
-        return plan.remember(cache, *self.compress(x, keys), quantizer=self.kv_quantizer)
+        made = self.compress(x, keys)
+        if self.group_quantizer is not None and plan.window is None:
+            return self.group_quantizer.round_trip(plan.frame_tokens, made)
+        return plan.remember(cache, *made, quantizer=self.kv_quantizer)
 
     def unpack(self, cached: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Latent, unrotated rotary key [B, M, R] (times s) and s [B, M, 1] of what `compress` made."""
@@ -194,11 +172,23 @@ class LatentAttention(nn.Module):
             own = self.own_chunk(x, plan)
             return self.beside_past(own, self.remembered(x, plan, cache, own.unnormed), plan, known)
         products = known or self.products()
-        cached = self.unpack(self.remembered(x, plan, cache))
-        mode = self._mode(plan, x.shape[1], cached[0].shape[1], x)
-        queries = self._past_queries(self.q_a_layernorm(self.q_a_proj(x)), plan)
-        q, k, v = self._read(queries, cached, self._key_turn(plan), products, mode)
-        return self._values(self.attend(q, k, v, plan.mask), products, mode).flatten(-2)
+        queries, turn = self._past_queries(self.q_a_layernorm(self.q_a_proj(x)), plan), self._key_turn(plan)
+        if self.group_quantizer is not None and plan.window is None:
+            # What a chunk sees of itself is not read from the cache: behind the past's latents stand its own.
+            made = self.compress(x)
+            past = self.group_quantizer.round_trip(plan.frame_tokens, made)
+            cached = self.unpack(tuple(torch.cat(parts, 1) for parts in zip(past, made, strict=True)))
+            mode, tokens = self._mode(plan, x.shape[1], x.shape[1], x), x.shape[1]
+            q, k, v = self._read(queries, cached, Rotary(*(torch.cat((part, part)) for part in turn)), products, mode)
+            (past_k, own_k), (past_v, own_v) = k.split(tokens, 1), v.split(tokens, 1)
+            segments = plan.segments or (Segment(past=slice(0, 0)),)
+            out = attend_segments(q, (past_k, past_v), (own_k, own_v), segments, self.attend)
+        else:
+            cached = self.unpack(self.remembered(x, plan, cache))
+            mode = self._mode(plan, x.shape[1], cached[0].shape[1], x)
+            q, k, v = self._read(queries, cached, turn, products, mode)
+            out = self.attend(q, k, v, plan.mask)
+        return self._values(out, products, mode).flatten(-2)
 
     def own_chunk(self, x: Tensor, plan: AttentionPlan) -> OwnChunk:
         """What the teacher makes of a chunk [B, N, D], for a layer whose present is exact."""

@@ -1,0 +1,319 @@
+"""Caches that are narrowed while a model runs: codes by hand, and models whose past is read from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import randomize, relative
+from torch import Tensor
+
+from mlaconvert.config.cache_dtype import CACHE_DTYPES, CachedPart, CacheDtype, groups
+from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.mla import MLAConfig, MLALayer
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.errors import ConfigError
+from mlaconvert.healing.frames import chunk_velocity, noisy_layout, velocity, views
+from mlaconvert.model.cache import LatentCache, NarrowLayerCache
+from mlaconvert.model.group_quantizer import GroupQuantizer
+from mlaconvert.model.load import load_model
+from mlaconvert.model.memory import StreamedVideo, plan_memory
+from mlaconvert.model.wan import WanModel
+
+STREAMING = StreamingConfig(chunk_frames=2, window_frames=5, sink_frames=1)
+# 35 tokens a frame fall into groups of 18 and 17, and 42 channels into two of 21.
+HEIGHT, WIDTH, TOKENS = 10, 14, 35
+DENSE = WanConfig(
+    dim=42, num_heads=3, num_layers=3, ffn_dim=20, freq_dim=8, text_dim=9, text_len=6, in_dim=4, out_dim=4,
+    streaming=STREAMING,
+)  # fmt: skip
+LAYER = MLALayer(kv_lora_rank=37, qk_nope_head_dim=14, v_head_dim=9, rope_components=())
+SHARED = dataclasses.replace(LAYER, qk_nope_head_dim=5, rope_components=((0, 2), (4, 1)))
+
+
+def lines_by_hand(lines: np.ndarray, dtype: str) -> np.ndarray:
+    """KIVI's rounding of float64 lines [n, length], group by group and number by number."""
+    top, out = {"int8": 255, "int4": 15, "int2": 3}[dtype], np.empty_like(lines)
+    length = lines.shape[1]
+    size = {35: 18, 42: 21, 37: 19, 6: 6}[length]
+    for line, start in product(range(len(lines)), range(0, length, size)):
+        group = lines[line, start : start + size]
+        zero = np.float64(np.float16(group.min()))
+        step = np.float64(np.float16((group.max() - group.min()) / top))
+        for i, number in enumerate(group):
+            code = min(max(np.round((number - zero) / step), 0), top)
+            out[line, start + i] = zero + code * step
+    return out
+
+
+# What a byte of float8_e4m3fn stands for: a sign, four bits of exponent about 7, three of fraction; 127 is no number.
+_FP8 = np.array([
+    (1 + byte % 8 / 8) * 2.0 ** (byte // 8 - 7) if byte >= 8 else byte / 8 * 2.0**-6 for byte in range(127)
+])  # fmt: skip
+
+
+def fp8_by_hand(x: np.ndarray) -> np.ndarray:
+    """The nearest of the finite numbers, the even one of two."""
+    distance = np.abs(np.abs(x)[..., None] - _FP8)
+    even = np.where(np.arange(127) % 2, 1e-12, 0)
+    return np.sign(x) * _FP8[(distance + even * _FP8).argmin(-1)]
+
+
+def narrow_by_hand(x: Tensor, dtype: str, along: str | None) -> Tensor:
+    """What the cache gives back of [B, f * TOKENS, ...], in float64."""
+    flat = x.double().flatten(2).numpy()
+    out = flat.copy()
+    for b, start in product(range(flat.shape[0]), range(0, flat.shape[1], TOKENS)):
+        frame = flat[b, start : start + TOKENS]
+        if dtype == "fp8" and along:
+            frame = fp8_by_hand(frame)
+        elif along:
+            frame = lines_by_hand(frame.T, dtype).T if along == "tokens" else lines_by_hand(frame, dtype)
+        out[b, start : start + TOKENS] = frame
+    return torch.from_numpy(out).view(x.shape)
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    """Channels of unequal size and mean, with some that are beyond 448."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=g, dtype=torch.float64)
+    return x * torch.logspace(-2, 2.5, shape[-1], dtype=torch.float64) + torch.linspace(-1, 3, shape[-1])
+
+
+def test_groups_are_even_and_none_has_more_than_32() -> None:
+    assert [groups(n) for n in (1, 32, 33, 48, 97, 1560)] == [(1, 1), (1, 32), (2, 17), (2, 24), (4, 25), (49, 32)]
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+def test_keys_are_coded_along_tokens_and_values_along_channels(dtype: CacheDtype) -> None:
+    made = GroupQuantizer(
+        dtype, [CachedPart((3, 14), "tokens"), CachedPart((3, 14), "channels"), CachedPart((1,), None)]
+    )
+    cached = [numbers(2, 3 * TOKENS, 3, 14, seed=i) for i in (1, 2)] + [numbers(2, 3 * TOKENS, 1, seed=3)]
+    rows = made.pack(TOKENS, cached)
+    for row, (shape, of) in zip(rows, made.rows(TOKENS, torch.float64), strict=True):
+        assert (tuple(row.shape), row.dtype) == ((2, 3, *shape), of)
+    back = made.unpack(TOKENS, rows, torch.float64)
+    for found, x, along in zip(back, cached, ("tokens", "channels", None), strict=True):
+        assert relative(found, narrow_by_hand(x, dtype, along)) < 1e-12
+    assert all(map(torch.equal, made.round_trip(TOKENS, cached), back))
+
+
+def test_two_bits_of_a_frame_by_hand() -> None:
+    """Four tokens of two channels: the first channel's codes 0, 1, 3, 2 lie in one byte, from its lowest bits on."""
+    made = GroupQuantizer("int2", [CachedPart((2,), "tokens")])
+    x = torch.tensor([[[1.0, 8.0], [1.5, 8.0], [2.5, 8.0], [2.1, 8.0]]])
+    codes, bounds = made.pack(4, [x])
+    assert codes.flatten().tolist() == [0 + 1 * 4 + 3 * 16 + 2 * 64, 0]
+    assert bounds.flatten(1).tolist() == [[1.0, 0.5, 8.0, 0.0]]
+    (back,) = made.unpack(4, [codes, bounds], torch.float32)
+    assert back.tolist() == [[[1.0, 8.0], [1.5, 8.0], [2.5, 8.0], [2.0, 8.0]]]
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+def test_what_no_half_holds_is_held_to_the_largest(dtype: CacheDtype) -> None:
+    made = GroupQuantizer(dtype, [CachedPart((5,), "channels")])
+    (back,) = made.round_trip(1, [torch.tensor([[[-1e9, 0.0, 3.0, 1e-9, 1e9]]])])
+    assert back.isfinite().all()
+    (flat,) = made.round_trip(1, [torch.full((1, 1, 5), 1e-7)])
+    assert (flat - 1e-7).abs().max() < 2e-7
+
+
+def test_gradients_pass_straight_through() -> None:
+    x = numbers(1, TOKENS, 3, 14).requires_grad_()
+    (out,) = GroupQuantizer("int4", [CachedPart((3, 14), "tokens")]).round_trip(TOKENS, [x])
+    (3 * out).sum().backward()
+    assert x.grad is not None
+    assert (x.grad == 3).all()
+    assert not torch.equal(out, x)
+
+
+def make(
+    cache_dtype: CacheDtype | None, kind: str, *, streaming: StreamingConfig | None = STREAMING, double: bool = True
+) -> WanModel:
+    """A dense model, or two latent layers around a dense one; in float64, a rounding never decides a code."""
+    mla = None
+    if kind != "dense":
+        rope, norm, present = kind.split()
+        layer = LAYER if rope == "head" else SHARED
+        named: dict[str, Any] = {"rope": rope, "key_norm": norm, "present": present}
+        mla = MLAConfig(q_lora_rank=None, softmax_scale=14**-0.5, layers=(layer, None, layer), **named)
+    model = WanModel(dataclasses.replace(DENSE, mla=mla, cache_dtype=cache_dtype, streaming=streaming))
+    model = model.double() if double else model
+    randomize(model)
+    return model.requires_grad_(False).eval()
+
+
+KINDS = ["dense", "head token exact", "cached latent exact", "latent token exact", "cached token latent"]
+
+
+def inputs(frames: int) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(7)
+    levels = (1000 * torch.rand(2, 8, generator=g)).repeat_interleave(2, 1)[:, :frames]
+    latents = torch.randn(2, 4, frames, HEIGHT, WIDTH, generator=g)
+    return latents.double(), levels.double(), torch.randn(2, 5, 9, generator=g).double()
+
+
+def cache_of(model: WanModel, batch: int = 2) -> LatentCache:
+    return LatentCache(model.config, batch=batch, height=HEIGHT, width=WIDTH, dtype=model.dtype)
+
+
+def streamed(model: WanModel, cache: LatentCache, sizes: list[int]) -> Tensor:
+    x, t, context = inputs(sum(sizes))
+    out, start = [], 0
+    for size in sizes:
+        chunk, times = x[:, :, start : start + size], t[:, start : start + size]
+        model(chunk.flip(0), times, context, cache=cache, start_frame=start)  # overwritten by the next line
+        out.append(model(chunk, times, context, cache=cache, start_frame=start))
+        start += size
+    return torch.cat(out, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+@torch.no_grad()
+def test_streaming_equals_one_masked_pass(dtype: CacheDtype, kind: str) -> None:
+    model, plain = make(dtype, kind), make(None, kind)
+    cache = cache_of(model)
+    found = streamed(model, cache, [2, 2, 1])
+    x, t, context = inputs(5)
+    assert relative(found, model(x, t, context)) < 1e-9
+    (view,) = views(5, STREAMING)
+    assert relative(found, velocity(model, x, t, context, noisy_layout(view, STREAMING)).double()) < 1e-6
+    # Not by having been left alone: the past is coarse, and the first chunk, which has none, is not.
+    exact = plain(x, t, context)
+    assert relative(found[:, :, 2:], exact[:, :, 2:]) > {"int8": 1e-5}.get(dtype, 1e-4)
+    assert relative(found[:, :, :2], exact[:, :, :2]) < 1e-9
+    cache.reset()
+    assert torch.equal(streamed(model, cache, [2, 2, 1]), found)
+
+
+@torch.no_grad()
+def test_streaming_equals_one_masked_pass_in_float32() -> None:
+    model = make("int8", "dense", double=False)
+    x, t, context = (part.float() for part in inputs(5))
+    cache, out = cache_of(model), []
+    for start, size in ((0, 2), (2, 2), (4, 1)):
+        some = slice(start, start + size)
+        out.append(model(x[:, :, some], t[:, some], context, cache=cache, start_frame=start))
+    assert relative(torch.cat(out, 2), model(x, t, context)) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["absorbed", "expanded"])
+@torch.no_grad()
+def test_a_present_that_is_read_from_latents_sees_its_own_as_they_are(mode: str) -> None:
+    model = make("int4", "cached token latent")
+    model.attention_mode = mode  # type: ignore[assignment]
+    assert relative(streamed(model, cache_of(model), [2, 2, 1]), model(*inputs(5))) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+@torch.no_grad()
+def test_a_ring_gives_what_a_plain_cache_gives_whose_past_is_coarsened_by_hand(dtype: CacheDtype) -> None:
+    """Past the window, with a sink: behind every chunk, what it left in a plain cache is rounded there."""
+    model, plain = make(dtype, "dense"), make(None, "dense")
+    x, t, context = inputs(13)
+    cache, oracle = cache_of(model), cache_of(plain)
+    for start in range(0, 12, 2):
+        newest = (x[:, :, start : start + 2], t[:, start : start + 2], context)
+        found = model(*newest, cache=cache, start_frame=start)
+        assert relative(found, plain(*newest, cache=oracle, start_frame=start)) < 1e-9
+        assert oracle.view is not None
+        for layer in oracle.layers:
+            for buffer, along in zip(layer.buffers, ("tokens", "channels"), strict=True):
+                buffer[:, oracle.view.write] = narrow_by_hand(buffer[:, oracle.view.write], dtype, along)
+
+
+@torch.no_grad()
+def test_a_cache_that_was_sought_goes_on_as_one_that_was_filled() -> None:
+    model = make("int4", "dense")
+    x, t, context = inputs(8)
+    filled, sought = cache_of(model), cache_of(model)
+    for start in range(0, 6, 2):
+        model(x[:, :, start : start + 2], t[:, start : start + 2], context, cache=filled, start_frame=start)
+    for layer, other in zip(filled.layers, sought.layers, strict=True):
+        for mine, theirs in zip(layer.buffers, other.buffers, strict=True):
+            theirs.copy_(mine)
+    sought.seek(6)
+    newest = (x[:, :, 6:], t[:, 6:], context)
+    assert torch.equal(*(model(*newest, cache=cache, start_frame=6) for cache in (filled, sought)))
+
+
+@pytest.mark.parametrize("kind", ["dense", "head token exact"])
+@torch.no_grad()
+def test_passes_of_training_see_the_same_cache(kind: str) -> None:
+    model = make("int4", kind)
+    x, _, context = inputs(4)
+    cache, other = cache_of(model), cache_of(model)
+    chunk_velocity(model, x[:, :, :2], 0.0, context, cache, 0)
+    kept = [buffer.clone() for layer in cache.layers for buffer in layer.buffers]
+    live = chunk_velocity(model, x[:, :, 2:], 500.0, context, cache, 2, live=True)
+    assert all(map(torch.equal, kept, (buffer for layer in cache.layers for buffer in layer.buffers)))
+    written = chunk_velocity(model, x[:, :, 2:], 500.0, context, cache, 2)
+    model(x[:, :, :2], torch.zeros(2), context, cache=other, start_frame=0)
+    run = model(x[:, :, 2:], torch.full((2,), 500.0), context, cache=other, start_frame=2)
+    assert relative(live, written) < 1e-9
+    assert relative(written, run.float()) < 1e-6
+
+
+@torch.no_grad()
+def test_without_a_past_nothing_is_narrowed() -> None:
+    x, t, context = inputs(3)
+    models = [make(dtype, "dense", streaming=None) for dtype in (None, "int2")]  # type: ignore[arg-type]
+    assert torch.equal(*(model(x, t[:, 0], context) for model in models))
+
+
+# A token of a dense layer: 42 keys and 42 values. Keys have 2 groups along the 35 tokens of a frame for each channel,
+# values 2 along the channels for each token, with 4 bytes a group. Latents: 37 in 2 groups, 6 rotary in one, one norm.
+BYTES = {
+    "fp8": (2 * 42 * 35, (37 + 6 + 4) * 35),
+    "int8": (42 * (35 + 8) + 35 * (42 + 8), 35 * (37 + 8 + 6 + 4 + 4)),
+    "int4": (42 * (18 + 8) + 35 * (21 + 8), 35 * (19 + 8 + 3 + 4 + 4)),
+    "int2": (42 * (9 + 8) + 35 * (11 + 8), 35 * (10 + 8 + 2 + 4 + 4)),
+}
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+def test_bytes_are_counted_alike_by_hand_by_the_cache_and_by_the_plan(dtype: CacheDtype) -> None:
+    dense, latent = BYTES[dtype]
+    model = make(dtype, "cached token exact", double=False)
+    assert model.config.frame_bytes(4, TOKENS) == (latent, dense, latent)
+    cache = cache_of(model)
+    assert cache.nbytes == 2 * 5 * (2 * latent + dense)
+    assert all(isinstance(layer, NarrowLayerCache) for layer in cache.layers)
+    video = StreamedVideo(height=8 * HEIGHT, width=8 * WIDTH, window_frames=5, batch=2)
+    plan = plan_memory(model.config, video=video, cache_itemsize=4)
+    assert plan.mla.bytes_per_window == cache.nbytes
+    assert plan.mla.bytes_per_token == -(-(2 * latent + dense) // TOKENS)
+    assert plan.dense.bytes_per_window == cache_of(make(dtype, "dense", double=False)).nbytes
+    assert plan.dense.bytes_per_window == 2 * 5 * 3 * dense
+
+
+def test_bytes_at_the_size_of_wan() -> None:
+    """A frame of 1,560 tokens is 49 groups of a channel; in whole groups a number takes 4 + 32 / 32 bits."""
+    wan = WanConfig(dim=1536, num_heads=12, num_layers=30, ffn_dim=8960, cache_dtype="int4")
+    assert wan.cached_bytes(2) == ((1536 * 4 // 8 + 1536 * 4 // 32) * 2,) * 30
+    assert wan.frame_bytes(2, 1560) == (1536 * (1560 // 2 + 4 * 49) + 1560 * (1536 // 2 + 4 * 48),) * 30
+    assert wan.cache_words == ("57,600 bytes", "184,320 in bfloat16")
+    assert wan.cache_share == 1920 / 6144
+
+
+def test_a_setting_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cache_dtype"):
+        dataclasses.replace(DENSE, cache_dtype="int3")
+    bits = dataclasses.replace(LAYER, cache_bits=((4, 38),))
+    mla = MLAConfig(q_lora_rank=None, key_norm="token", softmax_scale=0.3, layers=(bits, None, None), rope="head")
+    with pytest.raises(ConfigError, match="cache_dtype is int4, but this model's cache has bits of its own"):
+        dataclasses.replace(DENSE, mla=mla, cache_dtype="int4")
+
+
+def test_a_model_is_loaded_with_it_and_no_file_holds_it() -> None:
+    model = load_model("tiny", cache_dtype="int4")
+    assert model.config.cache_dtype == "int4"
+    assert load_model("tiny").config == dataclasses.replace(model.config, cache_dtype=None)
+    # Groups of 24 of 48 tokens: 96 + 96 bytes of codes, 4 / 24 a key and 4 / 32 a value.
+    assert model.config.frame_bytes(4, 48) == ((192 + 32 + 24) * 48,) * 6
