@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -98,6 +98,16 @@ def bench(
             help="What a chunk sees of itself: the teacher's own keys and values, or latents. Default: latent.",
         ),
     ] = None,
+    cache_dtypes: Annotated[
+        str | None,
+        typer.Option(
+            "--cache-dtype",
+            metavar="LIST",
+            autocompletion=among("fp8", "int8", "int4", "int2"),
+            help="Measure every side with its cache narrowed, too: fp8, int8, int4 or int2, such as int8,int4. The "
+            "newest chunk stays exact. Default: none.",
+        ),
+    ] = None,
     no_text_cache: Annotated[
         bool,
         typer.Option("--no-text-cache", help="Project the prompt in each pass: less memory a video, more work."),
@@ -147,6 +157,7 @@ def bench(
         heads=_heads(_integers("nope-dim", nope_dim), _integers("v-dim", v_dim)),
         rope_dim=rope_dim,
         q_rank=int(q_rank) if q_rank is not None and q_rank.isdecimal() else q_rank,
+        cache_dtypes=() if cache_dtypes is None else cast(Any, tuple(cache_dtypes.split(","))),  # checked there
         **choices,
         search_batch=not no_batch_search,
     )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from mlaconvert.cli.options import Json, Revision, RunDevice, source_of
+from mlaconvert.cli.options import CacheDtype, Json, Revision, RunDevice, source_of
 from mlaconvert.cli.show import console, print_json, print_tables, progress_bar
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def evaluate(
         str | None,
         typer.Option(metavar="NAME", help="float32, bfloat16 or float16 for all models. Default: the first DIR's own."),
     ] = None,
+    cache_dtype: CacheDtype = None,
     as_json: Json = False,
 ) -> None:
     """Measure converted models beside their teacher: fidelity, drift, cache and speed."""
@@ -97,6 +98,10 @@ def evaluate(
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ConfigError(f"dtype is {dtype!r}: give float32, bfloat16 or float16")
+    if save and cache_dtype is not None:
+        raise ConfigError(
+            "--save keeps what the card quotes, the model with its own cache; with --cache-dtype give --html or --json"
+        )
     for source in models if save else ():
         if not Path(source).is_dir():
             raise OutputError(f"{source} is no folder on this disk to save into; use --html FILE and --json instead")
@@ -112,6 +117,7 @@ def evaluate(
         seed=seed,
         device=resolve_device(device),
         dtype=getattr(torch, dtype) if dtype is not None else None,
+        cache_dtype=cast(Any, cache_dtype),  # which Request checks
     )
     out, err = console(), console(stderr=True)
 

@@ -10,6 +10,7 @@ import typer
 from mlaconvert.cli.options import (
     Attention,
     BaseRepo,
+    CacheDtype,
     Checkpoint,
     ChunkFrames,
     Compile,
@@ -123,6 +124,7 @@ def generate(
     sink_frames: SinkFrames = None,
     chunk_frames: ChunkFrames = None,
     positions: Positions = None,
+    cache_dtype: CacheDtype = None,
     few_step: FewStep = None,
     given: Annotated[
         Path | None,
@@ -217,6 +219,7 @@ def generate(
         attention=attention,
         compile=compiled,
         slice_size=slice_size,
+        cache_dtype=cache_dtype,
     )
     source = source_of(model, revision=revision, subfolder=subfolder, state_key=state_key, config=config)
     err = console(stderr=True)
@@ -276,7 +279,8 @@ def _cache(report: GenerationReport) -> str:
 
     settings = report.settings
     videos, halves = len(settings["seeds"]), 1 if settings["sampler"]["guidance"] == 1 else 2
-    size = f"cache {format_bytes(report.cache_bytes)}, {settings['dtype'].removeprefix('torch.')}"
+    dtype = settings.get("cache_dtype") or settings["dtype"].removeprefix("torch.")
+    size = f"cache {format_bytes(report.cache_bytes)}, {dtype}"
     if videos * halves == 1:
         return size
     of = f"{videos} videos" if videos > 1 else "one video"

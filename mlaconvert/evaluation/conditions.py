@@ -49,9 +49,11 @@ def draw_conditions(
     say: Callable[[str], None] | None = None,
 ) -> Conditions:
     """What models are compared on, and the notes that a reader of the figures needs."""
-    by_hand: list[str] = []
+    asked: list[str] = []
     if request.teacher is not None:
-        by_hand.append("The teacher was named by hand; its hash was not compared with the recorded one.")
+        asked.append("The teacher was named by hand; its hash was not compared with the recorded one.")
+    if request.cache_dtype is not None:
+        asked.append(f"The models' caches are narrowed to {request.cache_dtype} as they run, the teacher's is not.")
     if request.data is None and draws_clips(opened, record.conversion):
         drawn = tiny_conditions(
             teacher.config.streaming,
@@ -61,8 +63,8 @@ def draw_conditions(
             steps=request.steps or TINY_STEPS,
             seed=request.seed,
         )
-        return dataclasses.replace(drawn, notes=(*drawn.notes, *by_hand))
-    notes = ["One seed: small differences mean nothing.", *by_hand]
+        return dataclasses.replace(drawn, notes=(*drawn.notes, *asked))
+    notes = ["One seed: small differences mean nothing.", *asked]
     if opened.config.streaming != teacher.config.streaming:
         notes.append("The teacher runs with the converted model's window, which it was not trained with.")
     if record.source.subfolder or record.origin.subfolder:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
+from mlaconvert.config.cache_dtype import CacheDtype
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.parsing import Count, check_fields
 from mlaconvert.conversion.records import read_record
@@ -41,6 +42,8 @@ class Request:
     """Where models run: torch's name."""
     dtype: torch.dtype | None = None
     """Of both models; None is the first converted one's."""
+    cache_dtype: CacheDtype | None = None
+    """What the caches of the models are narrowed to, but not the teacher's; None keeps their own."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -48,7 +51,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceRecord:
-    """What a model's files say before its weights are read."""
+    """What a model's files say before its weights are read; `config` has the cache that it is evaluated with."""
 
     source: Source
     name: str

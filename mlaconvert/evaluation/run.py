@@ -68,7 +68,7 @@ def evaluate(
             say(line)
     evaluations: list[ModelEvaluation] = []
     for i, record in enumerate(records):
-        student = load_model(record.source, dtype=teacher.dtype, device=request.device)
+        student = load_model(record.source, dtype=teacher.dtype, device=request.device, cache_dtype=request.cache_dtype)
         model = dataclasses.replace(
             compare(teacher, student, conditions, path=record.name, progress=progress),
             conversion=record.conversion,
@@ -103,8 +103,8 @@ def _read_sources(sources: Sequence[Source], request: Request) -> list[SourceRec
             records.append(
                 SourceRecord(
                     source=source,
-                    name=name,
-                    config=opened.config,
+                    name=name if request.cache_dtype is None else f"{name}, {request.cache_dtype} cache",
+                    config=dataclasses.replace(opened.config, cache_dtype=request.cache_dtype),
                     dtype=opened.dtype,
                     conversion=read_record_of(opened.store, CONVERSION_NAME),
                     healing=read_record_of(opened.store, HEALING_NAME),

@@ -10,9 +10,12 @@ from typing import Annotated, Any, Literal, cast
 import torch
 from pydantic import Field
 
+from mlaconvert.config.cache_dtype import CacheDtype
+from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.parsing import Count, NotNegative, Pixels, Positive, check_fields
 from mlaconvert.config.streaming import SHIFT, Positions
 from mlaconvert.errors import ConfigError
+from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.source import AnySource
 from mlaconvert.model.attention.kernel import AttentionMode
 from mlaconvert.model.device import resolve_device
@@ -104,7 +107,7 @@ class Generation:
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """How to run a model: nothing here changes what is generated, but for rounding. Raises ConfigError."""
+    """How to run a model: nothing but `cache_dtype` changes what is generated, but for rounding. Raises ConfigError."""
 
     device: str = "cpu"
     """Torch's name of the model's device."""
@@ -118,6 +121,8 @@ class Runtime:
     """Compile every block: slower to begin with, faster afterwards."""
     slice_size: Count | None = None
     """Videos that go through the model at a time; None is all of them."""
+    cache_dtype: CacheDtype | None = None
+    """What the cache of the past is narrowed to; None keeps the model's own."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -132,6 +137,7 @@ class Runtime:
         compile: bool,
         slice_size: int | None,
         text_device: str | None = None,
+        cache_dtype: str | None = None,
     ) -> Runtime:
         """From names, as a command line has them. Raises ConfigError for one that does not exist."""
         if dtype not in (None, "float32", "bfloat16", "float16"):
@@ -143,7 +149,12 @@ class Runtime:
             attention=cast(AttentionMode, attention),
             compile=compile,
             slice_size=slice_size,
+            cache_dtype=cast(Any, cache_dtype),  # which is checked
         )
+
+    def geometry(self, checkpoint: Checkpoint) -> WanConfig:
+        """The model's, with the cache that it runs with. Raises ConfigError where the two do not fit."""
+        return dataclasses.replace(checkpoint.config, cache_dtype=self.cache_dtype)
 
     def chosen_dtype(self) -> torch.dtype | None:
         """The dtype to run in, None for the file's own. Raises ConfigError for a device that is not there."""
@@ -153,7 +164,7 @@ class Runtime:
     def load(self, source: AnySource) -> WanModel:
         """The model, ready to run. Raises ConfigError for a device that is not there, and what `load_model` raises."""
         device, dtype = resolve_device(self.device, torch.float32), self.chosen_dtype()
-        model = load_model(source, dtype=dtype, device=device)
+        model = load_model(source, dtype=dtype, device=device, cache_dtype=self.cache_dtype)
         model.attention_mode = self.attention
         if self.compile:
             model.compile_blocks()

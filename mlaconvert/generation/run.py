@@ -72,7 +72,7 @@ def generate(
     progress, places = progress or silent, _places(output, request, movie, overwrite)
     staging, movie = next(places)
     with open_checkpoint(source) as checkpoint:
-        geometry, notes, loras = checkpoint.config, assumptions(checkpoint, request), merged(checkpoint)
+        geometry, notes, loras = runtime.geometry(checkpoint), assumptions(checkpoint, request), merged(checkpoint)
         dtype = runtime.chosen_dtype() or checkpoint.dtype
     if say is not None:
         for note in notes:
@@ -92,6 +92,8 @@ def generate(
     settings: dict[str, Any] = {"source": str(source), "revision": source.revision, "subfolder": source.subfolder}
     settings |= {"state_key": source.state_key, "weights": fingerprint(model), "dtype": str(model.dtype)}
     settings |= plan.settings() | ({"loras": loras} if loras else {})
+    if runtime.cache_dtype is not None:
+        settings["cache_dtype"] = runtime.cache_dtype
     while True:
         try:
             chunk_file, target = ChunkFile.open(staging, plan, model.config, settings), staging.path

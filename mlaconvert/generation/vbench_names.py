@@ -60,9 +60,11 @@ def generate_for_vbench(
     for number, prompt in enumerate(prompts, 1):
         _check_prompt_name(prompt, number, prompts)
     with open_checkpoint(source) as checkpoint:
-        geometry, notes = checkpoint.config, assumptions(checkpoint, request)
+        geometry, notes = runtime.geometry(checkpoint), assumptions(checkpoint, request)
         dtype = runtime.chosen_dtype() or checkpoint.dtype
         shared: dict[str, Any] = {"model": fingerprint_of(checkpoint), "dtype": str(dtype)}
+    if runtime.cache_dtype is not None:
+        shared["cache_dtype"] = runtime.cache_dtype
     if say is not None:
         for note in notes:
             say(note)

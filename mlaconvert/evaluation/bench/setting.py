@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mlaconvert.config.cache_dtype import CacheDtype
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import KeyNorm, Present, RopeMode
 from mlaconvert.config.parsing import Count, check_fields
@@ -69,6 +70,8 @@ class BenchSetting:
     """What of a key is normalised."""
     present: Present | None = None
     """What a chunk sees of itself."""
+    cache_dtypes: tuple[CacheDtype, ...] = ()
+    """Each side once more with its cache narrowed to each of these, but for one whose cache has bits of its own."""
     search_batch: bool = True
     """Whether the largest batch that fits into memory is searched for."""
 
@@ -132,9 +135,19 @@ def base_geometry(name: str) -> WanConfig:
 def side_configs(setting: BenchSetting) -> dict[str, WanConfig]:
     """The geometries that are compared: dense, then one for each latent rank and pair of head widths.
 
-    A checkpoint that is converted already is its own only latent side. Raises what `open_checkpoint` raises, and
-    ConfigError for widths that do not fit.
+    A checkpoint that is converted already is its own only latent side. With `cache_dtypes`, every side is followed by
+    itself with a narrowed cache. Raises what `open_checkpoint` raises, and ConfigError for widths that do not fit.
     """
+    sides = {}
+    for name, config in _plain_sides(setting).items():
+        sides[name] = config
+        if config.mla is None or not config.mla.counts_bits:
+            for dtype in setting.cache_dtypes:
+                sides[f"{name}, {dtype} cache"] = dataclasses.replace(config, cache_dtype=dtype)
+    return sides
+
+
+def _plain_sides(setting: BenchSetting) -> dict[str, WanConfig]:
     config = base_geometry(setting.geometry)
     streaming = setting.streaming or config.streaming or StreamingConfig()
     dense = dataclasses.replace(config, streaming=streaming, mla=None)
