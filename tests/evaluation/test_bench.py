@@ -93,6 +93,34 @@ def test_the_profile_accounts_for_the_time(report: BenchReport) -> None:
         assert 0.1 * side.next_chunk_spread[0] < sum(side.profile.values()) < 20 * side.next_chunk_spread[1]
 
 
+def test_sides_with_a_narrowed_cache_stand_beside_their_own(golden: Path) -> None:
+    """The rival of a conversion: dense, narrowed. Its bytes by hand are measured, and planned."""
+    size = ("--height", 48, "--width", 80, "--window-frames", 5, "--chunk-frames", 2, "--steps", 1, "--rounds", 1)
+    done = invoke(golden, *size, "--kv-rank", 9, "--cache-dtype", "fp8,int4", "--batch", 2, "--json")
+    assert done.exit_code == 0, done.stderr
+    sides = json.loads(done.stdout)["sides"]
+    latent = "MLA 9+6, heads 18+6/24"
+    assert [side["name"] for side in sides] == [
+        *("dense", "dense, fp8 cache", "dense, int4 cache"),
+        *(latent, f"{latent}, fp8 cache", f"{latent}, int4 cache"),
+    ]
+    # 15 tokens a frame in one group; 96 keys, and 96 values in three groups; 9 and 6 latent channels in one each.
+    frames, dense = 2 * 5 * 3, 96 * (8 + 4) + 15 * (48 + 3 * 4)
+    expected = [f * frames for f in (15 * 192 * 4, 15 * 192, dense, 15 * 15 * 4, 15 * 15, 15 * (5 + 4 + 3 + 4))]
+    assert [side["cache_bytes"] for side in sides] == expected
+    assert [side["plan_cache_bytes"] for side in sides] == expected
+    assert invoke(golden, *size, "--cache-dtype", "int4,int3").exit_code == 2
+
+
+def test_a_side_with_bits_of_its_own_is_not_narrowed(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = side_configs(BenchSetting(geometry=str(golden), kv_ranks=(9,), rope="head", present="exact"))
+    (mla,) = (side.mla for side in config.values() if side.mla is not None)
+    layers = tuple(layer and dataclasses.replace(layer, cache_bits=((4, 9),)) for layer in mla.layers)
+    converted = dataclasses.replace(config["dense"], mla=dataclasses.replace(mla, layers=layers, key_norm="latent"))
+    monkeypatch.setattr("mlaconvert.evaluation.bench.setting.base_geometry", lambda _: converted)
+    assert list(side_configs(BenchSetting(cache_dtypes=("int4",)))) == ["dense", "dense, int4 cache", "MLA"]
+
+
 def test_flops_are_those_of_a_chunk(report: BenchReport, golden: Path) -> None:
     configs = side_configs(BenchSetting(geometry=str(golden)))
     once = forward_flops(configs["dense"], queries=12, keys=30)
