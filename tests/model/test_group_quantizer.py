@@ -258,6 +258,10 @@ def test_passes_of_training_see_the_same_cache(kind: str) -> None:
     run = model(x[:, :, 2:], torch.full((2,), 500.0), context, cache=other, start_frame=2)
     assert relative(live, written) < 1e-9
     assert relative(written, run.float()) < 1e-6
+    with torch.enable_grad():
+        model.requires_grad_(True)
+        assert chunk_velocity(model, x[:, :, 2:], 500.0, context, cache, 2).requires_grad
+    assert not any(buffer.requires_grad for layer in cache.layers for buffer in layer.buffers)
 
 
 @torch.no_grad()
