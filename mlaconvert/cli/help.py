@@ -70,7 +70,7 @@ KEPT = {
     "demo": "what was made is not whole; the same command begins again",
     "analyze": "nothing was written",
     "encode": "finished clips are kept; the same command goes on after them",
-    "convert": "no layer is kept: the same command begins again; an output that is there is whole",
+    "convert": "no layer is kept; the same command begins again; an output that is there is whole",
     "evaluate": "nothing is kept but what --save had written of finished models",
     "heal": "nothing was begun; the same command begins again",
     "generate": "finished chunks are kept beside the output; the same command goes on after them",

@@ -119,7 +119,11 @@ def test_wrong_usage_is_one_sentence_and_exit_code_two(
     [
         (MLAConvertError("it broke"), 1, "error: it broke"),
         (ZeroDivisionError("by zero\nmore"), 1, "error: unexpected ZeroDivisionError: by zero (--debug shows where)"),
-        (KeyboardInterrupt(), 130, "interrupted: no layer is kept; an output that is there is whole"),
+        (
+            KeyboardInterrupt(),
+            130,
+            "interrupted: no layer is kept; the same command begins again; an output that is there is whole",
+        ),
     ],
 )
 def test_exceptions_become_one_line(

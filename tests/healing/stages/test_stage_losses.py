@@ -284,8 +284,8 @@ def test_gradients_come_from_the_last_step_of_each_chunk_alone() -> None:
         attention: Any = net.blocks[i].self_attn
         compress = type(attention).compress
 
-        def replaced(x: Tensor) -> tuple[Tensor, ...]:
-            made = compress(attention, x)
+        def replaced(x: Tensor, keys: Tensor | None = None) -> tuple[Tensor, ...]:
+            made = compress(attention, x, keys)
             return tuple(torch.cat((entry[:, :12].detach(), entry[:, 12:]), 1) for entry in made)
 
         return replaced
