@@ -1,0 +1,124 @@
+"""Loss against bytes: caches in bits, plain latents, and dense caches that are quantised without any training.
+
+    python benchmarks/fidelity.py --only '^[0-9]+$|the default[*]|twice the cache' --json > found.json
+    python benchmarks/cache_bytes.py found.json [--write BENCHMARKS.md] [--plot docs/images/bytes.png]
+
+Dense caches are measured here: the shipped model as its own student, its cache narrowed (`--cache-dtype`), the newest
+chunk exact as everywhere. Bytes are those of a token and layer, on average over layers; plain latents are in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import torch
+from fidelity import CLIPS, TOTAL
+from tables import put_between
+
+from mlaconvert.clips.tiny.clips import held_back
+from mlaconvert.config.cache_dtype import CacheDtype
+from mlaconvert.evaluation.losses import validation_loss
+from mlaconvert.evaluation.timesteps import CleanPast, velocity_by_timestep
+from mlaconvert.model.cache import LatentCache
+from mlaconvert.model.load import load_model
+
+RIVALS: tuple[CacheDtype, ...] = ("fp8", "int8", "int4", "int2")
+PLAIN = {"and the whole model refitted: **the default**": TOTAL + 1, "the default at twice the cache": 2 * TOTAL + 1}
+
+
+class Point(NamedTuple):
+    """A cache: its bytes, and three figures in percent, each with a value for every seed."""
+
+    kind: str
+    name: str
+    bytes: float
+    clean: list[float]
+    velocity: list[float]
+    noisy: list[float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("found", type=Path, help="what fidelity.py printed with --json")
+    parser.add_argument("--write", type=Path, help="put the table between the markers of this file")
+    parser.add_argument("--plot", type=Path, help="draw loss against bytes")
+    arguments = parser.parse_args()
+    points = [*_converted(json.loads(arguments.found.read_text())), *map(_rival, RIVALS)]
+    text = _table(points)
+    print(text)
+    if arguments.write is not None:
+        put_between(arguments.write, "bytes", text)
+    if arguments.plot is not None:
+        _plot(points, arguments.plot)
+
+
+def _converted(found: dict[str, dict[str, dict[str, float]]]) -> list[Point]:
+    points = []
+    for row, by_seed in found.items():
+        values = {name: [one[name] for one in by_seed.values()] for name in ("clean", "velocity", "noisy")}
+        if row in PLAIN:
+            points.append(Point("latents in bfloat16", f"{PLAIN[row]} scalars", 2 * PLAIN[row], **values))
+        elif row.isdecimal():
+            points.append(Point("latents in bits", f"--bytes-per-token {row}", int(row), **values))
+    return sorted(points, key=lambda point: (point.kind, -point.bytes))
+
+
+def _rival(dtype: CacheDtype) -> Point:
+    """The dense model with its cache narrowed, against itself."""
+    teacher, narrowed, clips = load_model("tiny"), load_model("tiny", cache_dtype=dtype), held_back(CLIPS)
+    past = CleanPast.of(velocity_by_timestep(teacher, narrowed, clips))
+    noisy = [validation_loss(model, clips, seeds=[0]) for model in (narrowed, teacher)]
+    # As a bfloat16 model has it; what is not narrowed (nothing, of a dense one) would be in that.
+    cache = LatentCache(narrowed.config, batch=1, height=24, width=32, dtype=torch.bfloat16, device="meta")
+    tokens = cache.streaming.window_frames * cache.tokens_per_frame * narrowed.config.num_layers
+    values = [[100 * past.excess], [100 * past.velocity_error], [100 * (noisy[0] / noisy[1] - 1)]]
+    return Point("dense, quantised", f"--cache-dtype {dtype}", cache.nbytes / tokens, *values)
+
+
+def _table(points: list[Point]) -> str:
+    dense = 2 * 2 * load_model("tiny").config.dim
+    lines = [
+        "| cache | | bytes | of dense | behind clean pasts | velocity | with noisy pasts |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for point in points:
+        cells = " | ".join(_spread(values) for values in (point.clean, point.velocity, point.noisy))
+        share = f"{100 * (point.bytes / dense - 1):.1f}%"
+        lines.append(f"| {point.kind} | `{point.name}` | {point.bytes:.0f} | {share} | {cells} |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    digits = 1 if max(values) >= 5 else 2
+    text = f"{statistics.mean(values):.{digits}f}%"
+    return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def _plot(points: list[Point], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(6.4, 4))
+    styles = {"latents in bits": "o-", "latents in bfloat16": "s--", "dense, quantised": "^:"}
+    for kind, style in styles.items():
+        some = [point for point in points if point.kind == kind]
+        least = [max(statistics.mean(point.clean), 0.01) for point in some]
+        axes.plot([point.bytes for point in some], least, style, label=kind)
+        for point, value in zip(some, least, strict=True):
+            short = point.name.removeprefix("--cache-dtype ").removeprefix("--bytes-per-token ")
+            axes.annotate(short, (point.bytes, value), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set(xscale="log", yscale="log", xlabel="bytes a token and layer (dense in bfloat16: 768)")
+    axes.set_ylabel("loss behind clean pasts above the teacher's, %")
+    ticks = [14, 28, 56, 112, 224, 448]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
