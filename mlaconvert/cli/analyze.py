@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlaconvert.cli.options import (
+    BytesPerToken,
     Checkpoint,
     ConfigFile,
     Device,
@@ -33,6 +34,7 @@ def analyze(
     state_key: StateKey = None,
     config: ConfigFile = None,
     kv_rank: KvRank = None,
+    bytes_per_token: BytesPerToken = None,
     threshold: Annotated[
         float, typer.Option(metavar="SHARE", help="Share of the energy, 0 to 1, that an effective rank holds.")
     ] = 0.99,
@@ -105,13 +107,17 @@ def analyze(
 
     if not calibrated and (data is not None or clips is not None):
         raise ConfigError("--data and --clips are only read with --calibrated; add it, or leave them out")
-    options: dict[str, Any] = {"kv_rank": kv_rank, "height": height, "width": width}
+    options: dict[str, Any] = {"kv_rank": kv_rank, "bytes_per_token": bytes_per_token, "height": height, "width": width}
     if calibrated:
         options |= {"init": "calibrated"} | ({} if clips is None else {"clips": clips})
     recipe = parse(ConvertRecipe, options, "options")
 
     def plan(model: OpenCheckpoint) -> MemoryPlan:
         geometry, video = model.config, default_video(model.config)
+        if bytes_per_token is not None and geometry.mla is not None:
+            raise ConfigError(
+                f"{model.store.path} is converted already, and its own cache is shown; leave the bytes out"
+            )
         return plan_memory(
             geometry,
             geometry.mla or mla_config(resolve_recipe(recipe, geometry), geometry),

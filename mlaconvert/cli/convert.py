@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from mlaconvert.cli.convert_options import (
     Allocation,
     Bidirectional,
-    BytesPerToken,
     ChunkFrames,
     Clips,
     Data,
@@ -39,6 +38,7 @@ from mlaconvert.cli.convert_options import (
     WindowFrames,
 )
 from mlaconvert.cli.options import (
+    BytesPerToken,
     Checkpoint,
     ConfigFile,
     Device,

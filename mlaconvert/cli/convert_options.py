@@ -107,14 +107,6 @@ KeyNorm = Annotated[
         "calibrated, else latent.",
     ),
 ]
-BytesPerToken = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help="Bytes that a token may take in the cache, a layer: each channel of a calibrated latent gets the bits "
-        "that it is worth. Default: numbers of the model's dtype; dense keys and values take 6,144 at width 1536.",
-    ),
-]
 Allocation = Annotated[
     str | None,
     typer.Option(

@@ -111,6 +111,14 @@ KvRank = Annotated[
         "1536, else 224.",
     ),
 ]
+BytesPerToken = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Bytes that a token may take in the cache, a layer: each channel of a calibrated latent gets the bits "
+        "that it is worth. Default: numbers of the model's dtype; dense keys and values take 6,144 at width 1536.",
+    ),
+]
 Layers = Annotated[str | None, typer.Option(metavar="LIST", help="Layers to take, such as 0-3,7. Default: all.")]
 Loras = Annotated[
     list[Path] | None,

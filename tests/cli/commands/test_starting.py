@@ -166,6 +166,12 @@ def test_tables_need_no_plots() -> None:
     assert done.stdout == "False\n"
 
 
+def test_analyze_plans_a_cache_in_bytes(golden: Path) -> None:
+    plan = json.loads(succeed("analyze", golden, "--bytes-per-token", 9, "--json").stdout)["memory"]
+    assert plan["mla"]["bytes_per_token"] == 3 * 9
+    assert plan["dense"]["bytes_per_token"] == 3 * 2 * 96 * 2
+
+
 def test_analyze_shows_spectra_and_memory(golden: Path, tmp_path: Path) -> None:
     result = succeed("analyze", golden, "--layers", "0,2", "--gpu-gb", 24, "--plot", tmp_path / "plot.png")
     assert "Weight spectra" in result.stdout
