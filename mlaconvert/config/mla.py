@@ -122,7 +122,7 @@ class MLAConfig:
         """Bytes that `layer` caches for one token, where a number of the cache's dtype takes `itemsize`."""
         mla = self.layers[layer]
         if mla is not None and mla.cache_bits:
-            return packed_bytes(mla.scalar_bits)
+            return run_bytes(mla.cache_bits)
         return self.cached_scalars(layer, dense_scalars) * itemsize
 
     @property
@@ -184,4 +184,9 @@ def _layer_json(layer: MLALayer) -> dict[str, Any]:
 
 def packed_bytes(bits: Sequence[int]) -> int:
     """Bytes of codes of so many bits each: parts as wide lie together, and each width fills up its last byte."""
-    return sum(-(-sum(1 for b in bits if b & width) * width // 8) for width in PART_BITS)
+    return run_bytes([(b, 1) for b in bits])
+
+
+def run_bytes(runs: Sequence[tuple[int, int]]) -> int:
+    """`packed_bytes` of (bits, count), which may be any number."""
+    return sum(-(-sum(count for bits, count in runs if bits & width) * width // 8) for width in PART_BITS)

@@ -354,7 +354,7 @@ def _latent_attention(
             shapes[prefix + "past_out_proj.weight"] = (heads, config.head_dim, value)
     if layer.cache_bits:
         for leaf in _QUANTIZER:
-            shapes[f"{prefix}kv_quantizer.{leaf}"] = (len(layer.scalar_bits),)
+            shapes[f"{prefix}kv_quantizer.{leaf}"] = (sum(count for _, count in layer.cache_bits),)
     shapes[prefix + "kv_b_proj.weight"] = (heads * (nope + value), rank)
     shapes[prefix + "kv_b_proj.bias"] = (heads * (nope + value if exact_present else nope),)
     shapes[prefix + "o.weight"] = (d, d if exact_present else heads * value)

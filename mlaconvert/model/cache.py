@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mlaconvert.config.geometry import WanConfig
-from mlaconvert.config.mla import packed_bytes
+from mlaconvert.config.mla import run_bytes
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import InputError
 from mlaconvert.model.group_quantizer import GroupQuantizer
@@ -223,5 +223,5 @@ def layer_entries(config: WanConfig, layer: int, dtype: torch.dtype) -> tuple[En
     """What `layer` caches for a token: numbers of `dtype`, or the bytes of its quantiser; without a `cache_dtype`."""
     mla = config.mla.layers[layer] if config.mla else None
     if mla is not None and mla.cache_bits:
-        return (Entry((packed_bytes(mla.scalar_bits),), torch.uint8),)
+        return (Entry((run_bytes(mla.cache_bits),), torch.uint8),)
     return tuple(Entry(part.width, dtype) for part in config.cached_parts(layer))

@@ -16,6 +16,7 @@ from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import MLAConfig, MLALayer, packed_bytes
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError
+from mlaconvert.families.wan import WanFamily
 from mlaconvert.healing.frames import chunk_velocity
 from mlaconvert.model.cache import LatentCache
 from mlaconvert.model.memory import StreamedVideo, plan_memory
@@ -233,3 +234,14 @@ def test_a_section_that_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             MLAConfig.from_json(data | change, "config.json")
+
+
+def test_counts_beyond_all_memory_are_only_counted() -> None:
+    """A config that promises two thousand million channels ends at the weights' shapes, not in a list of its bits."""
+    huge = dataclasses.replace(LAYER, kv_lora_rank=2**31 - 1, cache_bits=((3, 2**31 - 1), (8, 1)))
+    mla = MLAConfig(q_lora_rank=None, key_norm="token", softmax_scale=0.3, layers=(huge,), rope="head")
+    config = dataclasses.replace(DENSE, num_layers=1, mla=mla)
+    # Parts of 2 and of 1, each a bit short of whole bytes, and a norm.
+    assert config.cached_bytes(4) == (2**29 + 2**28 + 1,)
+    shapes = WanFamily().expected_shapes(config)
+    assert shapes["blocks.0.self_attn.kv_quantizer.slope"] == (2**31,)
