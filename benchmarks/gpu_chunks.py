@@ -11,7 +11,7 @@ import statistics
 from typing import Any
 
 import torch
-from gpu_case import PAPER, WHOLE, WINDOWS, Case, Emit
+from gpu_case import IN_BITS, PAPER, QUANTISED, WHOLE, WINDOWS, Case, Emit
 
 from mlaconvert.config.geometry import WanConfig, default_video
 from mlaconvert.evaluation.bench.flops import forward_flops, seconds_by_part
@@ -25,13 +25,13 @@ from mlaconvert.model.attention.kernel import AttentionMode
 def chunks(case: Case, emit: Emit, *, window: int, compiled: bool = False) -> None:
     """Every latent side against dense, and the modes of attention of those that have several."""
     resolved, configs = case.resolved(window), case.sides(window)
-    sides = [WHOLE, case.narrow(5), PAPER]
-    modes = sides[1:]
+    sides = [WHOLE, IN_BITS, QUANTISED, case.narrow(5), PAPER]
+    modes = [case.narrow(5), PAPER]
     if compiled and case.small:  # compiling takes a CPU as long as it does for any size
         sides = sides[:1]
     elif not compiled:
-        sides = [WHOLE, case.narrow(5), case.narrow(6), case.narrow(4), PAPER]
-        modes = sides[1:] if window == WINDOWS[0] else modes
+        sides += [case.narrow(6), case.narrow(4)]
+        modes += [case.narrow(6), case.narrow(4)] if window == WINDOWS[0] else []
     dense = _Timed("dense", configs["dense"], resolved, compiled=compiled)
     alone = [dense.runner.chunk() for _ in range(case.rounds)]
     profiled = window == WINDOWS[0] and not compiled

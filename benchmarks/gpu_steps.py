@@ -27,7 +27,7 @@ from xml.etree import ElementTree
 
 import self_forcing
 import torch
-from gpu_case import PAPER, ROOT, WHOLE, WINDOWS, Case, Emit, environment
+from gpu_case import IN_BITS, PAPER, QUANTISED, ROOT, WHOLE, WINDOWS, Case, Emit, environment
 from gpu_chunks import chunks
 from healing import real_step
 from safetensors.torch import save_file
@@ -92,7 +92,7 @@ def batches(case: Case, emit: Emit) -> None:
     for sliced in (True, False):
         for window in WINDOWS:
             configs = case.sides(window)
-            for name in ("dense", WHOLE, case.narrow(5), PAPER):
+            for name in ("dense", QUANTISED, WHOLE, IN_BITS, case.narrow(5), PAPER):
                 runner = Runner(name, configs[name], case.resolved(window), compiled=False)
                 found = _largest(runner, sliced)
                 way = "video by video" if sliced else "one pass"
