@@ -74,10 +74,12 @@ def test_the_config_and_the_tensors_are_those_of_the_format() -> None:
     names: set[str] = set()
     assert latent is not None
     narrow = dataclasses.replace(latent, v_head_dim=64)
+    in_bits = dataclasses.replace(narrow, cache_bits=((5, latent.kv_lora_rank), (8, 1)))
     kinds: list[dict[str, Any]] = [
         {"key_norm": "latent", "rope": "cached", "layers": (latent,)},
         {"key_norm": "token", "rope": "latent", "layers": (latent,)},
         {"key_norm": "token", "rope": "latent", "layers": (narrow,), "present": "exact"},
+        {"key_norm": "token", "rope": "latent", "layers": (in_bits,), "present": "exact"},
     ]
     for kind in kinds:
         mla = MLAConfig(q_lora_rank=None, softmax_scale=1.0, **kind)
@@ -86,8 +88,8 @@ def test_the_config_and_the_tensors_are_those_of_the_format() -> None:
         names |= {name.removeprefix(prefix) for name in WanFamily().expected_shapes(config) if prefix in name}
     section = page("docs/format.md").split("Names follow DeepSeek-V2")[1].split("##")[0]
     found: set[str] = set()
-    for module, leaf, second in re.findall(r"^\| `(\w+)\.(\w+)`(?:, `\.(\w+)`)?", section, re.MULTILINE):
-        found |= {f"{module}.{one}" for one in (leaf, second) if one}
+    for module, leaf, others in re.findall(r"^\| `(\w+)\.(\w+)`((?:, `\.\w+`)*)", section, re.MULTILINE):
+        found |= {f"{module}.{one}" for one in (leaf, *re.findall(r"\w+", others))}
     assert found == names
 
 
