@@ -261,13 +261,13 @@ def test_the_small_run_measures_what_the_large_one_does(tmp_path: Path) -> None:
         for result in each.values():
             assert result["on"]["commit"] == "abc"
             assert result["on"]["torch"] == torch.__version__
-    assert len(results["chunks-7"]) == 2 + 4 * 3  # dense and whole heads; the others in each mode
+    assert len(results["chunks-7"]) == 4 + 4 * 3  # dense, narrowed, whole heads, in bits; the others in each mode
     modes = ("auto", "expanded", "absorbed")
     auto, expanded, absorbed = (results["chunks-7"][f"latent present, {mode}"] for mode in modes)
     assert auto["flops"] in (expanded["flops"], absorbed["flops"])
     assert expanded["flops"] != absorbed["flops"]
     assert list(results["healing"]) == ["distill", "teacher-forcing", "consistency", "dmd"]
-    assert len(results["batches"]) == 2 * 4 * 2
+    assert len(results["batches"]) == 2 * 6 * 2
     assert results["conversion"]["conversion"]["layers"] == 2
     assert results["conversion"]["so far"]["stages"]["calibrate"]["done"] == 2
     tables = gpu_tables(data)

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,15 @@ def test_a_signal_saves_the_step_it_came_in(home: Path, tmp_path: Path, number: 
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, as in a terminal; a shell ignores it for what runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_stops_at_once(home: Path, tmp_path: Path) -> None:
     def interrupt(stage: str, done: int, _total: int, _note: str = "") -> None:
         if stage == "distill" and done == 1:
