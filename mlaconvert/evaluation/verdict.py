@@ -99,7 +99,7 @@ def judge(entry: Entry, conversion: Record | None = None, healing: Record | None
     return Verdict(
         grade="diverges",
         why=f"Close to the teacher, but {videos} diverge: {measured}; {ends}{also}.",
-        next=_healing(healing) + ", or give the cache more bytes (`mlaconvert convert --kv-rank N`).",
+        next=_healing(healing) + ", or convert it again, counted in bits (`mlaconvert convert --bytes-per-token N`).",
     )
 
 
@@ -130,6 +130,6 @@ def _nearer(conversion: Record | None, healing: Record | None) -> str:
     if not healing and init in ("svd", "random"):
         return f"convert it with real inputs (`mlaconvert convert --init calibrated` instead of {init}), then heal it."
     return (
-        _healing(healing) + "; if that does not do, give the cache more bytes (--kv-rank N) or convert with clips like "
-        "those that it is to make (--data DIR)."
+        _healing(healing) + "; if that does not do, convert it again, counted in bits or with more of them "
+        "(--bytes-per-token N), or with clips like those that it is to make (--data DIR)."
     )

@@ -87,7 +87,7 @@ def test_a_verdict_names_figures_and_limits_and_the_next_step() -> None:
     parted = judge(entry(distance=(0.189, 0.138), motion=(-0.3, 0.01)))
     assert "1.37 times as far" in parted.why
     assert "their motion changes by -30.0% (close: up to 20%, or twice the other seed's)" in parted.why
-    assert parted.next.startswith("train it with `mlaconvert heal`, or give the cache more bytes")
+    assert "heal`, or convert it again, counted in bits (`mlaconvert convert --bytes-per-token N`)" in parted.next
     assert "long rollouts were not measured" in judge(entry(distance=None)).why
     assert "past" not in judge(whole_clips()).text
 
