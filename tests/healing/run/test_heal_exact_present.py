@@ -17,7 +17,9 @@ from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.run import convert
 from mlaconvert.errors import ConfigError
 from mlaconvert.files.names import WEIGHTS_NAME
+from mlaconvert.healing.recipe import Train
 from mlaconvert.healing.run import heal, plan
+from mlaconvert.healing.state import choose_trained
 from mlaconvert.model.load import load_model
 from mlaconvert.model.wan import WanModel
 
@@ -72,7 +74,7 @@ def test_every_stage_heals_the_past_alone(
 
 
 @pytest.mark.parametrize("train", ["attention", "all"])
-def test_what_is_trained_runs_in_bits(home: Path, students: dict[str, Path], tmp_path: Path, train: str) -> None:
+def test_what_is_trained_runs_in_bits(home: Path, students: dict[str, Path], tmp_path: Path, train: Train) -> None:
     """Training sees what the cache will give back, and leaves the tables of its quantisers alone."""
     shutil.copytree(students["head"], tmp_path / "bits")
     count_bits(tmp_path / "bits")
@@ -84,6 +86,7 @@ def test_what_is_trained_runs_in_bits(home: Path, students: dict[str, Path], tmp
     changed = {name.split(".")[3] for name in before if "self_attn" in name and not before[name].equal(after[name])}
     assert {"kv_b_proj", "kv_a_proj_with_mqa"} <= changed
     assert "kv_quantizer" not in changed
+    assert not any("kv_quantizer" in name for name in choose_trained(load_model(tmp_path / "bits"), train))
     healed, loose = load_model(tmp_path / "out"), load_model(tmp_path / "out")
     for block in loose.blocks:
         block.self_attn.kv_quantizer = None  # type: ignore[assignment]
