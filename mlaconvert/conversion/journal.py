@@ -28,6 +28,7 @@ REFIT = "refit"  # the losses of a refit of the whole model, whose tensors lie b
 _RUN = "run.json"
 # Fields of a recipe that earlier versions did not note, as they then were.
 _UNTIL_PASTS = {"present": "latent", "noisy_past": 0.0, "refit_steps": None}
+_UNTIL_BITS = {"bytes_per_token": None}
 
 
 def identity(
@@ -90,8 +91,9 @@ class Journal:
         if not isinstance(saved, dict):
             return {}
         for of in (name.removeprefix("init") for name in list(saved) if name == "init" or name.startswith("init of ")):
-            if saved[f"init{of}"] != "calibrated":  # whose method changed with them
-                saved = {f"{field}{of}": value for field, value in _UNTIL_PASTS.items()} | saved
+            # The method of a calibration changed with the first of them.
+            before = _UNTIL_BITS if saved[f"init{of}"] == "calibrated" else _UNTIL_BITS | _UNTIL_PASTS
+            saved = {f"{field}{of}": value for field, value in before.items()} | saved
         return saved
 
     def finished(self) -> int:

@@ -295,6 +295,8 @@ def _prepare(folder: Path, belongs: Mapping[str, Any], restart: bool) -> None:
                 shutil.rmtree(folder / name, ignore_errors=True)
         elif record.is_file():
             before = {"method": 1} | read_json(record)  # older records do not say
+            if isinstance(before.get("recipe"), dict):
+                before["recipe"] = {"bytes_per_token": None} | before["recipe"]
             changed = [name for name in belongs if before.get(name) != belongs[name]]
             if changed:
                 raise OutputError(

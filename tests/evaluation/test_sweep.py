@@ -30,7 +30,7 @@ from mlaconvert.evaluation.cells import (
     sweep_recipe_names,
 )
 from mlaconvert.evaluation.losses import measure_fidelity
-from mlaconvert.evaluation.sweep import SweepClips, SweepListener, sweep
+from mlaconvert.evaluation.sweep import RECORD_NAME, SweepClips, SweepListener, sweep
 from mlaconvert.evaluation.timesteps import CleanPast, velocity_by_timestep
 from mlaconvert.families.lora import LoraFile
 from mlaconvert.families.source import Source
@@ -271,6 +271,10 @@ def test_the_command_draws_and_tables(golden: Path, data: Path, tmp_path: Path) 
     report = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [cell["kv_rank"] for cell in report["cells"]] == [4, 9, 18, 4, 9, 18]
     assert report["cells"][0]["cache_reduction"] == pytest.approx(1 - (4 + 6) / 192)
+    record = tmp_path / "out" / RECORD_NAME  # as a version that counted no bits left it
+    begun = json.loads(record.read_text())
+    del begun["recipe"]["bytes_per_token"]
+    record.write_text(json.dumps(begun))
     assert json.loads(invoke(*arguments, "--json").stdout) == report
 
 

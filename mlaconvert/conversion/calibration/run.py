@@ -30,6 +30,11 @@ from mlaconvert.latent.moments import LayerMoments
 from mlaconvert.model.attention.latent import LatentAttention
 from mlaconvert.progress import Counter, Progress, silent
 
+STAGES = (
+    *("dense", "rotations dropped", "rotary key shared", "heads narrowed", "low rank", "norms and queries", "in bits"),
+    *("past refitted", "output refitted", "queries refitted"),
+)
+"""What `refit_layers` measures the loss of, in the order of the work."""
 BUDGETS = (0.4, 0.55, 0.75, 1.0, 1.35, 1.8, 2.4)  # of the average, measured in every layer
 
 
@@ -196,8 +201,8 @@ def refit_layers(
             return_memory()
         yield layer.index, dict(student.state_dict()), errors
     if losses is not None:
-        losses.clean_past |= walk.losses.clean_past
-        losses.noisy_past |= walk.losses.noisy_past
+        for made, found in ((losses.clean_past, walk.losses.clean_past), (losses.noisy_past, walk.losses.noisy_past)):
+            made |= {name: found[name] for name in STAGES if name in found}  # a walk that went on has them by name
 
 
 def _stages(

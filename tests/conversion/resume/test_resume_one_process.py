@@ -103,7 +103,7 @@ def test_work_from_before_an_exact_present_is_gone_on_from_unless_calibrated(
     def forget_pasts(name: str) -> None:
         record = tmp_path / f".{name}.partial" / "run.json"
         begun = json.loads(record.read_text())
-        for field in ("present", "noisy_past", "refit_steps"):
+        for field in ("bytes_per_token", "present", "noisy_past", "refit_steps"):
             del begun[field]
         record.write_text(json.dumps(begun))
 
@@ -236,6 +236,22 @@ def test_the_second_expert_goes_on_alone(source: Path, tmp_path: Path, made: lis
     convert(tmp_path / "pair", tmp_path / "out", SVD)
     assert made in ([1, 2, 3], [2, 3])
     assert kill.snapshot(tmp_path / "out") == kill.snapshot(tmp_path / "whole")
+
+
+def test_a_calibration_from_before_bits_goes_on_with_losses_in_the_order_of_the_work(
+    source: Path, tmp_path: Path
+) -> None:
+    recipe = ConvertRecipe(kv_rank=7, clips=5, nope_dim=2, streaming=StreamingConfig(), height=32, width=64)
+    convert(source, tmp_path / "whole", recipe)
+    interrupted(source, tmp_path / "out", 3, recipe)
+    record = tmp_path / ".out.partial" / "run.json"
+    begun = json.loads(record.read_text())
+    del begun["bytes_per_token"]
+    record.write_text(json.dumps(begun))
+    convert(source, tmp_path / "out", recipe)
+    assert kill.snapshot(tmp_path / "out") == kill.snapshot(tmp_path / "whole")
+    losses = json.loads((tmp_path / "out" / "conversion.json").read_text())["losses"]
+    assert list(losses)[:4] == ["dense", "rotations dropped", "rotary key shared", "low rank"]
 
 
 def test_a_calibration_is_not_repeated(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
