@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from mlaconvert.config.cache_dtype import packed_length
 from mlaconvert.config.parsing import MOST, MOST_LAYERS, STRICT, Count, Positive, Size, check_fields, parse
 from mlaconvert.errors import ConfigError
 
@@ -189,4 +190,4 @@ def packed_bytes(bits: Sequence[int]) -> int:
 
 def run_bytes(runs: Sequence[tuple[int, int]]) -> int:
     """`packed_bytes` of (bits, count), which may be any number."""
-    return sum(-(-sum(count for bits, count in runs if bits & width) * width // 8) for width in PART_BITS)
+    return sum(packed_length(sum(count for bits, count in runs if bits & width), width) for width in PART_BITS)

@@ -15,26 +15,24 @@ import torch
 from torch import Tensor
 
 from mlaconvert.clips.folder import ClipFolder
+from mlaconvert.conversion.calibration.measure import PAIRS, SAMPLES
 from mlaconvert.conversion.calibration.refit import QUERIES
 from mlaconvert.conversion.calibration.refit_model import BATCH as REFIT_BATCH
 from mlaconvert.conversion.calibration.refit_model import DRAWS, KEPT_SCALARS
 from mlaconvert.conversion.calibration.refit_past import BATCHES, ITERATIONS, SCORES
-from mlaconvert.conversion.calibration.run import BUDGETS
+from mlaconvert.conversion.calibration.run import BUDGETS, PROBES
+from mlaconvert.conversion.calibration.target import MEASURED
 from mlaconvert.conversion.calibration.windows import PROBE_SCALARS, batch_of
 from mlaconvert.conversion.from_clips import own_clips, room_needed, target_of
 from mlaconvert.conversion.plan import ConversionPlan
 from mlaconvert.conversion.recipes import regime_of
-from mlaconvert.model.flops import NOTHING, TENSORS_OF_FFN, TENSORS_OF_WIDTH, Work, forward_work
+from mlaconvert.model.flops import NOTHING, Work, block_scalars, forward_work
 from mlaconvert.model.memory import parameter_count
 from mlaconvert.model.rates import Rates, probe
 from mlaconvert.model.window import chunk_mask, window_views
 
 # Half of what leads to eigenvectors are products of a matrix with one vector, which take the time of so many others.
 SLOW = 4
-# As `calibrate`, `Target.measure` and `layer_moments` have them: batches of windows that a followed model sees, and
-# that splits are measured on; queries of a window, and all heads' scores, whose sensitivity is measured.
-PROBES, MEASURED = 8, 6
-SAMPLES, PAIRS = 512, 2**25
 EVALUATIONS = ITERATIONS * 5 // 4  # that L-BFGS makes at most
 SHORT = 1e11  # float64 FLOPs of a conversion that asks for no clips, up to which it takes seconds anywhere
 
@@ -101,7 +99,7 @@ def device_bytes(plan: ConversionPlan, data: Path | None, tokens: int) -> int:
     layer = 4 * parameter_count(config) // config.num_layers + 20 * 8 * config.dim**2
     if plan.recipe.init != "calibrated":
         return layer
-    block = tokens * 4 * (TENSORS_OF_WIDTH * config.dim + TENSORS_OF_FFN * config.ffn_dim)
+    block = tokens * 4 * block_scalars(config)
     whole = 4 * parameter_count(config) + block + 4 * tokens * config.dim * config.num_layers
     return max(room_needed(plan, data)[1] + layer + block, whole if plan.recipe.refit_steps else 0)
 

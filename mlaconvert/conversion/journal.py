@@ -28,7 +28,7 @@ REFIT = "refit"  # the losses of a refit of the whole model, whose tensors lie b
 _RUN = "run.json"
 # Fields of a recipe that earlier versions did not note, as they then were.
 _UNTIL_PASTS = {"present": "latent", "noisy_past": 0.0, "refit_steps": None}
-_UNTIL_BITS = {"bytes_per_token": None}
+UNTIL_BITS = {"bytes_per_token": None}
 
 
 def identity(
@@ -92,7 +92,7 @@ class Journal:
             return {}
         for of in (name.removeprefix("init") for name in list(saved) if name == "init" or name.startswith("init of ")):
             # The method of a calibration changed with the first of them.
-            before = _UNTIL_BITS if saved[f"init{of}"] == "calibrated" else _UNTIL_BITS | _UNTIL_PASTS
+            before = UNTIL_BITS if saved[f"init{of}"] == "calibrated" else UNTIL_BITS | _UNTIL_PASTS
             saved = {f"{field}{of}": value for field, value in before.items()} | saved
         return saved
 

@@ -74,10 +74,10 @@ def draw_conditions(
     sampler = Sampler.many_step(request.steps) if request.steps else usual
     if request.data is not None:
         stored = ClipFolder(request.data, opened.config)
-        free = max(0, len(stored) - (request.clips or 8))
-        clips = stored.some(range(free, len(stored)))  # a conversion was fitted to the first ones
+        first, last = stored.split(request.clips or 8)
+        clips = stored.some(last)  # a conversion was fitted to the first ones
         clips_from = f"the last clips of the folder {request.data.resolve().name}"
-        if recipe.get("init") == "calibrated" and free < recipe.get("clips", 0):
+        if recipe.get("init") == "calibrated" and len(first) < recipe.get("clips", 0):
             notes.append(
                 f"The folder has {len(stored)} clips, and the conversion was fitted to {recipe['clips']}: if it was "
                 "this folder, some of those are measured on."

@@ -25,6 +25,7 @@ from mlaconvert.config.parsing import parse
 from mlaconvert.conversion.calibration.method import CalibrationSetup, Method
 from mlaconvert.conversion.calibration.store import MOMENTS_VERSION
 from mlaconvert.conversion.from_clips import CLIPS_NAME, calibration_clips
+from mlaconvert.conversion.journal import UNTIL_BITS
 from mlaconvert.conversion.plan import ConversionPlan, recipe_json
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.recipes import load_recipe
@@ -224,13 +225,13 @@ def _clips(
         stored = ClipFolder(data, checkpoint.config)
         held = count or min(VALIDATION_CLIPS, max(1, len(stored) // 4))
         fitted = (plan.recipe.clips or 1) if plan is not None else 0
-        free = len(stored) - held
-        if fitted > free:
+        left, last = stored.split(held)
+        if fitted > len(left):
             raise ConfigError(
                 f"{data} has {len(stored)} clips, too few for {fitted} to calibrate on and {held} to compare on; give "
                 "more, or ask for fewer with --clips and --validation-clips"
             )
-        return data, stored.some(range(free, len(stored))), f"the last clips of the folder {data.resolve().name}"
+        return data, stored.some(last), f"the last clips of the folder {data.resolve().name}"
     if checkpoint.is_tiny:
         return None, held_back(count or TINY_CLIPS), "clips of the built-in model that training never drew"
     first = plan or planned[0][1]
@@ -296,7 +297,7 @@ def _prepare(folder: Path, belongs: Mapping[str, Any], restart: bool) -> None:
         elif record.is_file():
             before = {"method": 1} | read_json(record)  # older records do not say
             if isinstance(before.get("recipe"), dict):
-                before["recipe"] = {"bytes_per_token": None} | before["recipe"]
+                before["recipe"] = UNTIL_BITS | before["recipe"]
             changed = [name for name in belongs if before.get(name) != belongs[name]]
             if changed:
                 raise OutputError(

@@ -9,7 +9,7 @@ from mlaconvert.generation.plan import GenerationPlan
 from mlaconvert.generation.request import Runtime
 from mlaconvert.model.cache import LatentCache
 from mlaconvert.model.device import resolve_device
-from mlaconvert.model.flops import TENSORS_OF_FFN, TENSORS_OF_WIDTH, Work, rollout_work
+from mlaconvert.model.flops import Work, block_scalars, rollout_work
 from mlaconvert.model.memory import parameter_count
 from mlaconvert.model.rates import SHORT, Rates, does_not_fit, probe, slow_here
 from mlaconvert.units import format_bytes, format_seconds
@@ -37,28 +37,32 @@ def generation_bytes(config: WanConfig, plan: GenerationPlan, runtime: Runtime, 
 
     A pass holds one block's activations and the window's keys and values of one layer.
     """
-    videos = len(plan.seeds) * (1 if plan.sampler.guidance == 1 else 2)
-    at_once = min(runtime.slice_size or videos, len(plan.seeds)) * (1 if plan.sampler.guidance == 1 else 2)
+    samples, copies = len(plan.seeds), _copies(plan)
+    at_once = min(runtime.slice_size or samples, samples) * copies
     cache = cache_bytes(config, plan, dtype)
-    text = 2 * config.num_layers * videos * config.text_len * config.dim * dtype.itemsize
+    text = 2 * config.num_layers * samples * copies * config.text_len * config.dim * dtype.itemsize
     tokens = config.tokens_per_frame(*plan.size)
     queries, keys = plan.streaming.chunk_frames * tokens, plan.streaming.window_frames * tokens
-    block = queries * (TENSORS_OF_WIDTH * config.dim + TENSORS_OF_FFN * config.ffn_dim) + keys * 2 * config.dim
+    block = queries * block_scalars(config) + keys * 2 * config.dim
     return parameter_count(config) * dtype.itemsize + cache + text + at_once * block * dtype.itemsize
 
 
 def cache_bytes(config: WanConfig, plan: GenerationPlan, dtype: torch.dtype) -> int:
     """Bytes of the cache of all samples, and with guidance of both halves."""
-    copies = 1 if plan.sampler.guidance == 1 else 2
     return LatentCache(
         config,
-        batch=copies * len(plan.seeds),
+        batch=_copies(plan) * len(plan.seeds),
         height=plan.size[0],
         width=plan.size[1],
         streaming=plan.streaming,
         dtype=dtype,
         device="meta",
     ).nbytes
+
+
+def _copies(plan: GenerationPlan) -> int:
+    """How often each video is in the cache: with guidance, also without its prompt."""
+    return 1 if plan.sampler.guidance == 1 else 2
 
 
 def cost_lines(

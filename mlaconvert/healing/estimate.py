@@ -15,7 +15,8 @@ from mlaconvert.healing.frames import View
 from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.healing.stages import stage_of
 from mlaconvert.healing.state import WIDEST
-from mlaconvert.model.flops import TENSORS_OF_FFN, TENSORS_OF_WIDTH, Work
+from mlaconvert.model.flops import Work, block_scalars
+from mlaconvert.model.memory import parameter_count
 from mlaconvert.model.rates import Rates
 
 
@@ -65,7 +66,7 @@ def estimate(
     samples = recipe.batch * recipe.accumulate
     layout = stage.layout(view, student.streaming)
     tokens = len(layout.positions) * prod(grid)
-    parameters = _count(student)
+    parameters = parameter_count(student)
     learned = _elements(trained)
     copies = 1 if recipe.ema else 0
     half = 2 if recipe.precision == "bf16" else 4
@@ -74,8 +75,8 @@ def estimate(
         "gradients": 4 * learned,
         "optimizer": _optimizer(recipe, trained),
         "average": 4 * learned * (copies + stage.holds_average),
-        "teacher": half * _count(teacher) if stage.holds_teacher else 0,
-        "critic": 8 * _count(teacher) + _optimizer(recipe, _shapes(teacher)) if stage.holds_critic else 0,
+        "teacher": half * parameter_count(teacher) if stage.holds_teacher else 0,
+        "critic": 8 * parameter_count(teacher) + _optimizer(recipe, _shapes(teacher)) if stage.holds_critic else 0,
         "activations": _activations(recipe, student, tokens),
     }
     total = samples * stage.flops(passes)
@@ -103,10 +104,6 @@ def _elements(shapes: Sequence[Sequence[int]]) -> int:
     return sum(prod(shape) for shape in shapes)
 
 
-def _count(config: WanConfig) -> int:
-    return _elements(_shapes(config))
-
-
 def _optimizer(recipe: HealRecipe, shapes: Sequence[Sequence[int]]) -> int:
     """Bytes of Adam's two moments; SOAP has a covariance and an eigenbasis for each side of a matrix besides."""
     moments = 8 * _elements(shapes)
@@ -117,8 +114,7 @@ def _optimizer(recipe: HealRecipe, shapes: Sequence[Sequence[int]]) -> int:
 
 def _activations(recipe: HealRecipe, config: WanConfig, tokens: int) -> int:
     """What every block makes of its tokens, or with checkpointing one does, and the others' inputs."""
-    made = TENSORS_OF_WIDTH * config.dim + TENSORS_OF_FFN * config.ffn_dim
-    block = tokens * recipe.batch * made * (2 if recipe.precision == "bf16" else 4)
+    block = tokens * recipe.batch * block_scalars(config) * (2 if recipe.precision == "bf16" else 4)
     if not recipe.gradient_checkpointing:
         return block * config.num_layers
     return block + tokens * recipe.batch * config.dim * 4 * config.num_layers

@@ -18,7 +18,7 @@ _ONCE_A_TEXT = ("cross_attn.k.", "cross_attn.v.", "text_embedding.")
 _ONCE_A_FRAME = ("time_embedding.", "time_projection.")
 _ONCE_A_KEY = ("kv_b_proj.", "k_rope_proj.")
 # Tensors of the width, and of the feed-forward's, that a block makes of each token.
-TENSORS_OF_WIDTH, TENSORS_OF_FFN = 16, 2
+_TENSORS_OF_WIDTH, _TENSORS_OF_FFN = 16, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +93,13 @@ def forward_work(
             masked += 2.0 * config.num_heads * (score + value) * (frames * seen - pairs) * scale
         attention += 2.0 * config.num_heads * widths * scale
         attention += 2.0 * config.num_heads * 2 * config.head_dim * tokens * config.text_len
-    made = config.num_layers * (TENSORS_OF_WIDTH * config.dim + TENSORS_OF_FFN * config.ffn_dim)
-    return Work(products=products, attention=attention, masked=masked, moved=2.0 * itemsize * tokens * made)
+    made = tokens * config.num_layers * block_scalars(config)
+    return Work(products=products, attention=attention, masked=masked, moved=2.0 * itemsize * made)
+
+
+def block_scalars(config: WanConfig) -> int:
+    """About how many scalars a block makes of each token on its way."""
+    return _TENSORS_OF_WIDTH * config.dim + _TENSORS_OF_FFN * config.ffn_dim
 
 
 def rollout_work(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mlaconvert.config.cache_dtype import INTEGER_BITS, CachedPart, CacheDtype, groups, packed_length
 from mlaconvert.config.geometry import WanConfig
-from mlaconvert.model.quantizer import join_codes, split_codes
+from mlaconvert.model.quantizer import join_codes, split_codes, straight_through, wide
 
 _FP8 = torch.float8_e4m3fn
 _FP8_MOST = torch.finfo(_FP8).max
@@ -83,13 +83,7 @@ class GroupQuantizer:
     def round_trip(self, tokens: int, cached: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What the cache would give back of `cached`; gradients pass as if nothing were lost (straight through)."""
         held = self.unpack(tokens, self.pack(tokens, cached), cached[0].dtype)
-        return tuple(
-            x + (value - x).detach() if x.requires_grad else value for x, value in zip(cached, held, strict=True)
-        )
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+        return tuple(straight_through(x, value) for x, value in zip(cached, held, strict=True))
 
 
 def _encode(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -98,15 +92,16 @@ def _encode(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     A code is round((x - zero) / step), with the zero and the step as they are stored.
     """
     number, size = groups(x.shape[-1])
-    wide, spare, top = x.to(_wide(x.dtype)), number * size - x.shape[-1], 2**bits - 1
+    length, spare, top = x.shape[-1], number * size - x.shape[-1], 2**bits - 1
+    x = x.to(wide(x.dtype))
     if spare:  # more of the last number changes no group's range
-        wide = torch.cat((wide, wide[..., -1:].expand(*wide.shape[:-1], spare)), -1)
-    wide = wide.unflatten(-1, (number, size))
-    low, high = wide.amin(-1), wide.amax(-1)
+        x = torch.cat((x, x[..., -1:].expand(*x.shape[:-1], spare)), -1)
+    x = x.unflatten(-1, (number, size))
+    low, high = x.amin(-1), x.amax(-1)
     bounds = torch.stack((low, (high - low) / top), -2).clamp(-_HALF_MOST, _HALF_MOST).to(torch.float16)
-    zero, step = (part.unsqueeze(-1) for part in bounds.to(wide.dtype).unbind(-2))
-    codes = ((wide - zero) / step.clamp_min(_HALF_LEAST)).round().clamp(0, top).to(torch.uint8)
-    return join_codes(codes.flatten(-2)[..., : x.shape[-1]], bits), bounds
+    zero, step = (part.unsqueeze(-1) for part in bounds.to(x.dtype).unbind(-2))
+    codes = ((x - zero) / step.clamp_min(_HALF_LEAST)).round().clamp(0, top).to(torch.uint8)
+    return join_codes(codes.flatten(-2)[..., :length], bits), bounds
 
 
 def _decode(packed: Tensor, bounds: Tensor, length: int, bits: int, dtype: torch.dtype) -> Tensor:
@@ -115,6 +110,6 @@ def _decode(packed: Tensor, bounds: Tensor, length: int, bits: int, dtype: torch
     codes = split_codes(packed, bits, length)
     if number * size > length:
         codes = torch.nn.functional.pad(codes, (0, number * size - length))
-    zero, step = (part.unsqueeze(-1) for part in bounds.to(_wide(dtype)).unbind(-2))
+    zero, step = (part.unsqueeze(-1) for part in bounds.to(wide(dtype)).unbind(-2))
     value = torch.addcmul(zero, codes.unflatten(-1, (number, size)).to(zero.dtype), step)
     return value.to(dtype).flatten(-2)[..., :length]

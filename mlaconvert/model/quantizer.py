@@ -12,7 +12,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mlaconvert.config.cache_dtype import packed_length
 from mlaconvert.config.mla import PART_BITS, packed_bytes
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in, of numbers in `dtype`: float32 at least."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def straight_through(x: Tensor, value: Tensor) -> Tensor:
+    """`value`, which stands for `x`; gradients pass to `x` as if it were the same."""
+    return x + (value - x).detach() if x.requires_grad else value
 
 
 def join_codes(codes: Tensor, width: int) -> Tensor:
@@ -63,7 +74,7 @@ class Packing:
         codes = torch.zeros(*packed.shape[:-1], self.count, dtype=torch.int32, device=packed.device)
         start = 0
         for width, channels, shift in self.parts:
-            end = start + -(-len(channels) * width // 8)
+            end = start + packed_length(len(channels), width)
             part = split_codes(packed[..., start:end].to(torch.int32), width, len(channels))
             codes = codes.index_add(-1, channels, part << shift)
             start = end
@@ -101,27 +112,22 @@ class CacheQuantizer(nn.Module):
     def unpack(self, packed: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What bytes [B, M, nbytes] stand for, in the widths and the dtype of `like`."""
         packing = self.packing
-        value = self._value(packing.unpack(packed).to(self._wide(like[0])) - packing.half).to(like[0].dtype)
+        value = self._value(packing.unpack(packed).to(wide(like[0].dtype)) - packing.half).to(like[0].dtype)
         return value.split([part.shape[-1] for part in like], -1)
 
     def round_trip(self, *cached: Tensor) -> tuple[Tensor, ...]:
         """What the cache would give back of `cached`; gradients pass as if nothing were lost (straight through)."""
         x = torch.cat(cached, -1)
-        value = self._value(self._code(x)).to(x.dtype)
-        if x.requires_grad:
-            value = x + (value - x).detach()
+        value = straight_through(x, self._value(self._code(x)).to(x.dtype))
         return value.split([part.shape[-1] for part in cached], -1)
 
     def _code(self, x: Tensor) -> Tensor:
         """Codes about zero, as whole numbers in float32 at least."""
-        wide, half = self._wide(x), self.packing.half
-        center, slope, gain = (p.to(wide) for p in (self.center, self.slope, self.gain))
-        code = (gain * torch.asinh(slope * (x.detach().to(wide) - center))).floor()
+        x, half = x.detach().to(wide(x.dtype)), self.packing.half
+        center, slope, gain = (p.to(x.dtype) for p in (self.center, self.slope, self.gain))
+        code = (gain * torch.asinh(slope * (x - center))).floor()
         return torch.minimum(torch.maximum(code, -half), half - 1)
 
     def _value(self, code: Tensor) -> Tensor:
         center, slope, gain = (p.to(code.dtype) for p in (self.center, self.slope, self.gain))
         return torch.sinh((code + 0.5) / gain) / slope + center
-
-    def _wide(self, x: Tensor) -> torch.dtype:
-        return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -14,6 +14,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from mlaconvert.config.cache_dtype import packed_length
 from mlaconvert.config.mla import MOST_BITS, PART_BITS, MLALayer
 from mlaconvert.conversion.calibration.layer import Layer
 from mlaconvert.conversion.calibration.target import branch
@@ -66,7 +67,7 @@ def share_bits(energies: Sequence[Sequence[float]], budget: int, *, beside: Sequ
 
 def _bytes(parts: Mapping[int, int]) -> int:
     """`packed_bytes`, of the numbers of parts of each width."""
-    return sum(-(-count * width // 8) for width, count in parts.items())
+    return sum(packed_length(count, width) for width, count in parts.items())
 
 
 def in_runs(bits: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -15,6 +15,9 @@ from mlaconvert.latent.moments import LayerMoments
 from mlaconvert.model.attention.kernel import attend, inverse_rms
 from mlaconvert.model.rope import Rotary, rotate
 
+# Queries of a window whose sensitivity is measured, and the scores of all heads that fit into memory.
+SAMPLES, PAIRS = 512, 2**25
+
 
 @torch.no_grad()
 def layer_moments(layer: Layer) -> LayerMoments:
@@ -73,7 +76,7 @@ def _add_spin(x: Tensor, turn: Rotary, part: slice, spin: Tensor, energy: Tensor
     energy += found.sum(1)
 
 
-def _sensitivity(layer: Layer, samples: int = 512) -> tuple[Tensor, float]:
+def _sensitivity(layer: Layer, samples: int = SAMPLES) -> tuple[Tensor, float]:
     """E[g g^T] of `LayerMoments` and its output power.
 
     From one random direction of the output for each of up to `samples` queries a window.
@@ -88,7 +91,7 @@ def _sensitivity(layer: Layer, samples: int = 512) -> tuple[Tensor, float]:
     for index, batch in enumerate(layer.inputs):
         x, plan = batch.x, batch.plan
         generator = torch.Generator().manual_seed(index)
-        most = max(16, min(samples, 2**25 // (heads * x.shape[0] * x.shape[1])))  # whose scores fit into memory
+        most = max(16, min(samples, PAIRS // (heads * x.shape[0] * x.shape[1])))
         chosen, turn = batch.draw_queries(most, generator)
         mask = None if plan.mask is None else plan.mask[chosen]
         with torch.no_grad():

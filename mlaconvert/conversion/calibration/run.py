@@ -35,6 +35,7 @@ STAGES = (
     *("past refitted", "output refitted", "queries refitted"),
 )
 """What `refit_layers` measures the loss of, in the order of the work."""
+PROBES = 8  # batches of windows that a model with one converted layer sees
 BUDGETS = (0.4, 0.55, 0.75, 1.0, 1.35, 1.8, 2.4)  # of the average, measured in every layer
 
 
@@ -110,7 +111,7 @@ def calibrate(
     budgets = [b for b in budgets if b <= largest]
     tables: dict[int, ErrorTable] = {}
     energies: dict[int, Tensor] = {}
-    walk = task.walk(folder, probes=8 if adaptive else 0)
+    walk = task.walk(folder, probes=PROBES if adaptive else 0)
     count = Counter(progress, "calibrate", checkpoint.config.num_layers)
     count.show()
     for layer in walk:
@@ -121,11 +122,13 @@ def calibrate(
             moments = load_moments(folder, layer.index, checkpoint.config, task.device)
             table = target.measure(layer, moments, counts=counts, budgets=budgets)
             tables[layer.index] = table
+            shape, student = target.layer(budget, table.best(budget)[1]), None
             if bytes_per_token is not None:
-                widest = target.layer(min(largest, 8 * bytes_per_token), table.best(budget)[1])
-                energies[layer.index] = target.energies(layer, widest, moments)
-            if adaptive:
-                student = target.convert(layer, target.layer(budget, table.best(budget)[1]), moments)
+                most = max(shape.kv_lora_rank, min(checkpoint.config.dim, 8 * bytes_per_token))
+                student, energies[layer.index] = target.convert_with_energies(layer, shape, moments, rank=most)
+            elif adaptive:
+                student = target.convert(layer, shape, moments)
+            if adaptive and student is not None:
                 target.fit_output(layer, student)
                 layer.follow(layer.index, student)
         count.step()

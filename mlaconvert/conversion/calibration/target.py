@@ -6,7 +6,7 @@ import copy
 import math
 from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -35,6 +35,7 @@ PAST_ONLY = (
 """What beside an exact present only meets the past, and decides nothing of what is cached."""
 REFITTED = ("o.weight", "o.bias", *PAST_ONLY)
 """What refits may change."""
+MEASURED = 6  # batches of windows that ways to divide a layer are measured on
 
 
 def branch(student: LatentAttention) -> LatentAttention:
@@ -120,11 +121,17 @@ class Target:
         return_memory()
         return module
 
-    def energies(self, layer: Layer, shape: MLALayer, moments: LayerMoments) -> Tensor:
-        """The output's squared error without each latent channel [rank], on the CPU, in descending order."""
-        found = self.factors(layer, shape, moments).energies
-        assert found is not None
-        return found.cpu()
+    def convert_with_energies(
+        self, layer: Layer, shape: MLALayer, moments: LayerMoments, *, rank: int
+    ) -> tuple[LatentAttention, Tensor]:
+        """`convert`, and the output's squared error without each channel of a latent as wide as `rank`, on the CPU.
+
+        They are in descending order; `rank` is no less than the shape's own.
+        """
+        made = self.factors(layer, replace(shape, kv_lora_rank=rank), moments)
+        assert made.energies is not None
+        student = self.module(layer, shape, narrower(made.tensors, rank, shape.kv_lora_rank))
+        return student, made.energies.cpu()
 
     def components(
         self, weights: AttentionWeights, moments: LayerMoments, counts: Sequence[int]
@@ -159,7 +166,13 @@ class Target:
         return module.requires_grad_(False)
 
     def measure(
-        self, layer: Layer, moments: LayerMoments, *, counts: Sequence[int], budgets: Sequence[int], inputs: int = 6
+        self,
+        layer: Layer,
+        moments: LayerMoments,
+        *,
+        counts: Sequence[int],
+        budgets: Sequence[int],
+        inputs: int = MEASURED,
     ) -> ErrorTable:
         """The layer converted with each number of rotary components at each budget, W_O refitted, on some inputs."""
         components = self.components(layer.weights, moments, counts)
