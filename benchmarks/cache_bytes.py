@@ -17,13 +17,10 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
-from fidelity import CLIPS, TOTAL
+from fidelity import TOTAL, compared
 from tables import put_between
 
-from mlaconvert.clips.tiny.clips import held_back
 from mlaconvert.config.cache_dtype import CacheDtype
-from mlaconvert.evaluation.losses import validation_loss
-from mlaconvert.evaluation.timesteps import CleanPast, velocity_by_timestep
 from mlaconvert.model.cache import LatentCache
 from mlaconvert.model.load import load_model
 
@@ -70,13 +67,12 @@ def _converted(found: dict[str, dict[str, dict[str, float]]]) -> list[Point]:
 
 def _rival(dtype: CacheDtype) -> Point:
     """The dense model with its cache narrowed, against itself."""
-    teacher, narrowed, clips = load_model("tiny"), load_model("tiny", cache_dtype=dtype), held_back(CLIPS)
-    past = CleanPast.of(velocity_by_timestep(teacher, narrowed, clips))
-    noisy = [validation_loss(model, clips, seeds=[0]) for model in (narrowed, teacher)]
+    narrowed = load_model("tiny", cache_dtype=dtype)
+    found = compared(load_model("tiny"), narrowed)
     # As a bfloat16 model has it; what is not narrowed (nothing, of a dense one) would be in that.
     cache = LatentCache(narrowed.config, batch=1, height=24, width=32, dtype=torch.bfloat16, device="meta")
     tokens = cache.streaming.window_frames * cache.tokens_per_frame * narrowed.config.num_layers
-    values = [[100 * past.excess], [100 * past.velocity_error], [100 * (noisy[0] / noisy[1] - 1)]]
+    values = ([found.clean], [found.velocity], [found.noisy])
     return Point("dense, quantised", f"--cache-dtype {dtype}", cache.nbytes / tokens, *values)
 
 

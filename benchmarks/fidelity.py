@@ -168,7 +168,7 @@ def _spread(values: list[float]) -> str:
 def measure(name: str, seed: int) -> Measured:
     """What the conversion of a row loses."""
     torch.set_num_threads(1)
-    row, teacher, clips = ROWS[name], load_model("tiny"), held_back(CLIPS)
+    row, teacher = ROWS[name], load_model("tiny")
     recipe, method = (row.recipe, row.method) if isinstance(row, Ablated) else (row, Method())
     with tempfile.TemporaryDirectory() as folder:
         if recipe is None:
@@ -177,6 +177,12 @@ def measure(name: str, seed: int) -> Measured:
             chosen = dataclasses.replace(recipe, seed=seed)
             convert("tiny", Path(folder) / "out", chosen, data=CalibrationSetup(method=method))
             student = load_model(Path(folder) / "out")
+    return compared(teacher, student, seed)
+
+
+def compared(teacher: WanModel, student: WanModel, seed: int = 0) -> Measured:
+    """What `student` loses against `teacher` on the held-back clips."""
+    clips = held_back(CLIPS)
     past = CleanPast.of(velocity_by_timestep(teacher, student, clips, seed=seed))
     noisy = [validation_loss(model, clips, seeds=[seed]) for model in (student, teacher)]
     return Measured(100 * (noisy[0] / noisy[1] - 1), 100 * past.excess, 100 * past.velocity_error)

@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from mlaconvert.model.cache import LatentCache
+from mlaconvert.model.wan import WanModel
+
 SaveFolder = Callable[..., Path]
 
 
@@ -26,6 +29,19 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> None:
             p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * (0.3 if p.ndim == 1 else 0.15))
             if "norm" in name and name.endswith("weight"):
                 p.add_(1)
+
+
+def stream(
+    model: WanModel, cache: LatentCache, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, sizes: list[int]
+) -> torch.Tensor:
+    """Velocities of chunks of so many frames, one after the other, each run a second time over another one."""
+    out, start = [], 0
+    for size in sizes:
+        chunk, times = x[:, :, start : start + size], t[:, start : start + size]
+        model(chunk.flip(0), times, context, cache=cache, start_frame=start)  # overwritten by the next line
+        out.append(model(chunk, times, context, cache=cache, start_frame=start))
+        start += size
+    return torch.cat(out, 2)
 
 
 def count_bits(folder: Path) -> None:

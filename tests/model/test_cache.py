@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import randomize, relative
+from support import randomize, relative, stream
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -55,16 +55,6 @@ def inputs(frames: int, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(3)
     x = torch.randn(batch, 3, frames, H, W, generator=g)
     return x, 1000 * torch.rand(batch, frames, generator=g), torch.randn(batch, 2, 9, generator=g)
-
-
-def stream(model: WanModel, cache: LatentCache, x: Tensor, t: Tensor, context: Tensor, sizes: list[int]) -> Tensor:
-    out, start = [], 0
-    for size in sizes:
-        chunk, times = x[:, :, start : start + size], t[:, start : start + size]
-        model(chunk.flip(0), times, context, cache=cache, start_frame=start)  # overwritten by the next line
-        out.append(model(chunk, times, context, cache=cache, start_frame=start))
-        start += size
-    return torch.cat(out, 2)
 
 
 @pytest.mark.parametrize("key_norm", ["latent", "token"])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import randomize, relative
+from support import randomize, relative, stream
 from torch import Tensor
 
 from mlaconvert.config.geometry import WanConfig
@@ -143,14 +143,7 @@ def inputs(frames: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def streamed(model: WanModel, cache: LatentCache, sizes: list[int]) -> Tensor:
-    x, t, context = inputs(sum(sizes))
-    out, start = [], 0
-    for size in sizes:
-        chunk, times = x[:, :, start : start + size], t[:, start : start + size]
-        model(chunk.flip(0), times, context, cache=cache, start_frame=start)  # overwritten by the next line
-        out.append(model(chunk, times, context, cache=cache, start_frame=start))
-        start += size
-    return torch.cat(out, 2)
+    return stream(model, cache, *inputs(sum(sizes)), sizes)
 
 
 KINDS = [("head", LAYER, "exact"), ("latent", SHARED, "exact"), ("head", LAYER, "latent"), ("latent", SHARED, "latent")]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert_cases import CONFIG, LOSSLESS, NATIVE, SaveFolder, State
+from convert_cases import CONFIG, LOSSLESS, NATIVE, WINDOW, SaveFolder, State
+from safetensors.torch import save_file
 
 from mlaconvert.conversion.report import ConversionReport
 from mlaconvert.conversion.run import convert
@@ -39,3 +40,19 @@ def pair(state: State, save_folder: SaveFolder, tmp_path: Path) -> Path:
 @pytest.fixture
 def converted(source: Path, tmp_path: Path) -> ConversionReport:
     return convert(source, tmp_path / "out", LOSSLESS)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten clips of noise, of three chunks each."""
+    folder = tmp_path_factory.mktemp("clips")
+    g = torch.Generator().manual_seed(3)
+    tensors = {"latents": torch.randn(10, CONFIG.out_dim, 6, 4, 6, generator=g)}
+    save_file(tensors | {"context": torch.randn(10, 2, CONFIG.text_dim, generator=g)}, folder / "a.safetensors")
+    return folder
+
+
+@pytest.fixture
+def streaming(state: State, save_folder: SaveFolder) -> Path:
+    """The same model, causal."""
+    return save_folder(state, NATIVE | {"streaming": WINDOW}, "streaming")

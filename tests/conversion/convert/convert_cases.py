@@ -26,6 +26,7 @@ NATIVE = {
     "in_dim": 5,
     "out_dim": 5,
 }
+WINDOW = {"chunk_frames": 2, "window_frames": 5, "sink_frames": 1}
 LOSSLESS = ConvertRecipe(init="lossless")
 SVD = ConvertRecipe(init="svd")
 EXACT = ConvertRecipe(init="svd", q_rank="none", key_norm="token")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from convert_cases import CONFIG, NATIVE, SaveFolder, State, files
-from safetensors.torch import load_file, save_file
+from convert_cases import CONFIG, files
+from safetensors.torch import load_file
 
 from mlaconvert.config.mla import packed_bytes
 from mlaconvert.conversion.calibration.bits import NORM_BITS
@@ -21,22 +21,7 @@ from mlaconvert.files.names import CONFIG_NAME, CONVERSION_NAME, README_NAME, WE
 from mlaconvert.model.cache import LatentCache
 from mlaconvert.model.load import load_model
 
-WINDOW = {"chunk_frames": 2, "window_frames": 5, "sink_frames": 1}
 RECIPE = ConvertRecipe(bytes_per_token=6, clips=10, height=32, width=48, refit_steps=3)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clips")
-    g = torch.Generator().manual_seed(3)
-    tensors = {"latents": torch.randn(10, CONFIG.out_dim, 6, 4, 6, generator=g)}
-    save_file(tensors | {"context": torch.randn(10, 2, CONFIG.text_dim, generator=g)}, folder / "a.safetensors")
-    return folder
-
-
-@pytest.fixture
-def streaming(state: State, save_folder: SaveFolder) -> Path:
-    return save_folder(state, NATIVE | {"streaming": WINDOW}, "streaming")
 
 
 @pytest.mark.parametrize("layout", ["native", "diffusers"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from convert_cases import CONFIG, NATIVE, SaveFolder, State, files
+from convert_cases import CONFIG, NATIVE, WINDOW, SaveFolder, State, files
 from safetensors.torch import load_file, save_file
 
 from mlaconvert.config.streaming import StreamingConfig
@@ -23,24 +23,9 @@ from mlaconvert.files.names import CONFIG_NAME, CONVERSION_NAME, WEIGHTS_NAME
 from mlaconvert.listener import Listener
 from mlaconvert.model.load import load_model
 
-WINDOW = {"chunk_frames": 2, "window_frames": 5, "sink_frames": 1}
 STREAMING = StreamingConfig(chunk_frames=2, window_frames=5, sink_frames=1)
 RECIPE = ConvertRecipe(kv_rank=9, clips=10, height=32, width=48, allocation="uniform", refit_steps=3)
 OWN = {"q_a_proj": "q", "q_a_layernorm": "norm_q", "k_norm_proj": "k", "k_norm": "norm_k", "v_proj": "v", "o": "o"}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clips")
-    g = torch.Generator().manual_seed(3)
-    tensors = {"latents": torch.randn(10, CONFIG.out_dim, 6, 4, 6, generator=g)}
-    save_file(tensors | {"context": torch.randn(10, 2, CONFIG.text_dim, generator=g)}, folder / "a.safetensors")
-    return folder
-
-
-@pytest.fixture
-def streaming(state: State, save_folder: SaveFolder) -> Path:
-    return save_folder(state, NATIVE | {"streaming": WINDOW}, "streaming")
 
 
 def call(model: torch.nn.Module, frames: int, chunks: tuple[int, ...]) -> torch.Tensor:
