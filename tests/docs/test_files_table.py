@@ -161,7 +161,8 @@ def distributed(script: str, name: str) -> Callable[[Path, State], Path]:
             "from torch.distributed.tensor import Shard, distribute_tensor\n"
             "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
         )
-        subprocess.run([sys.executable, "-c", head + script, str(folder / name)], check=True, capture_output=True)
+        whole = head + script + "\ndist.destroy_process_group()"  # its threads would otherwise abort the exit, at times
+        subprocess.run([sys.executable, "-c", whole, str(folder / name)], check=True, capture_output=True)
         return folder / name
 
     return write

@@ -181,6 +181,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 mesh = init_device_mesh("cpu", (1,))
 torch.save({"generator": {"w": distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])}}, sys.argv[1])
+dist.destroy_process_group()
 """
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "fsdp2.pt")], check=True, capture_output=True)
     for _ in range(2):  # and where the classes happen to be loaded
