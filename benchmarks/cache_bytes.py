@@ -24,7 +24,7 @@ from mlaconvert.config.cache_dtype import CacheDtype
 from mlaconvert.model.cache import LatentCache
 from mlaconvert.model.load import load_model
 
-RIVALS: tuple[CacheDtype, ...] = ("fp8", "int8", "int4", "int2")
+RIVALS: tuple[CacheDtype, ...] = ("fp8", "int8", "int4", "int3", "int2")
 PLAIN = {"and the whole model refitted: **the default**": TOTAL + 1, "the default at twice the cache": 2 * TOTAL + 1}
 
 

@@ -103,9 +103,9 @@ def bench(
         typer.Option(
             "--cache-dtype",
             metavar="LIST",
-            autocompletion=among("fp8", "int8", "int4", "int2"),
-            help="Measure every side with its cache narrowed, too: fp8, int8, int4 or int2, such as int8,int4. The "
-            "newest chunk stays exact. Default: none.",
+            autocompletion=among("fp8", "int8", "int4", "int3", "int2"),
+            help="Measure every side with its cache narrowed, too: fp8, int8, int4, int3 or int2, such as "
+            "int8,int4. The newest chunk stays exact. Default: none.",
         ),
     ] = None,
     no_text_cache: Annotated[

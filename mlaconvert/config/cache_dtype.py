@@ -9,9 +9,11 @@ from __future__ import annotations
 from math import prod
 from typing import Literal, NamedTuple
 
-CacheDtype = Literal["fp8", "int8", "int4", "int2"]
-CACHE_DTYPES: tuple[CacheDtype, ...] = ("fp8", "int8", "int4", "int2")
-INTEGER_BITS: dict[str, int] = {"int8": 8, "int4": 4, "int2": 2}
+from mlaconvert.config.packing import run_bytes
+
+CacheDtype = Literal["fp8", "int8", "int4", "int3", "int2"]
+CACHE_DTYPES: tuple[CacheDtype, ...] = ("fp8", "int8", "int4", "int3", "int2")
+INTEGER_BITS: dict[str, int] = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 MOST_IN_GROUP = 32
 _GROUP_BYTES = 4  # a zero and a step in float16
 
@@ -38,7 +40,7 @@ class CachedPart(NamedTuple):
             return lines * length * itemsize
         if dtype == "fp8":
             return lines * length
-        return lines * (packed_length(length, INTEGER_BITS[dtype]) + _GROUP_BYTES * groups(length)[0])
+        return lines * (run_bytes([(INTEGER_BITS[dtype], length)]) + _GROUP_BYTES * groups(length)[0])
 
 
 def groups(count: int) -> tuple[int, int]:
@@ -48,8 +50,3 @@ def groups(count: int) -> tuple[int, int]:
     """
     number = -(-count // MOST_IN_GROUP)
     return number, -(-count // number)
-
-
-def packed_length(count: int, bits: int) -> int:
-    """Bytes of `count` codes of `bits` bits each."""
-    return -(-count * bits // 8)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mlaconvert.config.cache_dtype import packed_length
+from mlaconvert.config.packing import run_bytes
 from mlaconvert.config.parsing import MOST, MOST_LAYERS, STRICT, Count, Positive, Size, check_fields, parse
 from mlaconvert.errors import ConfigError
 
@@ -19,8 +19,6 @@ Present = Literal["exact", "latent"]
 # The newest format. Version 1 knows no exact present, 2 no bits; models without them are still written as those.
 FORMAT_VERSION = 3
 MOST_BITS = 12
-PART_BITS = (8, 4, 2, 1)
-"""A code of n bits is stored in parts of these widths, as the binary digits of n say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,13 +179,3 @@ def _layer_json(layer: MLALayer) -> dict[str, Any]:
     if not layer.cache_bits:
         del data["cache_bits"]
     return data
-
-
-def packed_bytes(bits: Sequence[int]) -> int:
-    """Bytes of codes of so many bits each: parts as wide lie together, and each width fills up its last byte."""
-    return run_bytes([(b, 1) for b in bits])
-
-
-def run_bytes(runs: Sequence[tuple[int, int]]) -> int:
-    """`packed_bytes` of (bits, count), which may be any number."""
-    return sum(packed_length(sum(count for bits, count in runs if bits & width), width) for width in PART_BITS)

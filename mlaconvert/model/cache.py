@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mlaconvert.config.geometry import WanConfig
-from mlaconvert.config.mla import run_bytes
+from mlaconvert.config.packing import run_bytes
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import InputError
 from mlaconvert.model.group_quantizer import GroupQuantizer

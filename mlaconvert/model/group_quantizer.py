@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mlaconvert.config.cache_dtype import INTEGER_BITS, CachedPart, CacheDtype, groups, packed_length
+from mlaconvert.config.cache_dtype import INTEGER_BITS, CachedPart, CacheDtype, groups
 from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.packing import run_bytes
 from mlaconvert.model.quantizer import join_codes, split_codes, straight_through, wide
 
 _FP8 = torch.float8_e4m3fn
@@ -46,7 +47,7 @@ class GroupQuantizer:
             elif self.bits is None:
                 found.append(((lines, length), torch.uint8))
             else:
-                found.append(((lines, packed_length(length, self.bits)), torch.uint8))
+                found.append(((lines, run_bytes([(self.bits, length)])), torch.uint8))
                 found.append(((lines, 2, groups(length)[0]), torch.float16))
         return found
 

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mlaconvert.config.cache_dtype import packed_length
-from mlaconvert.config.mla import PART_BITS, packed_bytes
+from mlaconvert.config.packing import PART_BITS, packed_bytes, packed_length, parts_of
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -26,15 +25,32 @@ def straight_through(x: Tensor, value: Tensor) -> Tensor:
     return x + (value - x).detach() if x.requires_grad else value
 
 
-def join_codes(codes: Tensor, width: int) -> Tensor:
-    """Codes [..., n] below 2^`width`, side by side in bytes [..., ceil(n * width / 8)], the first in the lowest."""
+def join_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes [..., n], uint8, of `bits` each (at most 8) in bytes, as `config.packing` lays them."""
+    parts = [_join_parts((codes >> shift) & (2**width - 1), width) for width, shift in parts_of(bits)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def split_codes(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The first `count` codes of bytes [..., n], uint8."""
+    parts = parts_of(bits)
+    lengths = [packed_length(count, width) for width, _ in parts]
+    found = [
+        _split_parts(some, width, count) << shift
+        for (width, shift), some in zip(parts, packed.split(lengths, -1), strict=True)
+    ]
+    return found[0] if len(found) == 1 else torch.stack(found).sum(0, dtype=packed.dtype)
+
+
+def _join_parts(codes: Tensor, width: int) -> Tensor:
+    """Parts [..., n] of `width` bits, side by side in bytes [..., ceil(n * width / 8)], the first in the lowest."""
     each = 8 // width
     codes = nn.functional.pad(codes, (0, -codes.shape[-1] % each)).unflatten(-1, (-1, each))
     return (codes << _places(codes, width)).sum(-1, dtype=torch.int32).to(torch.uint8)
 
 
-def split_codes(packed: Tensor, width: int, count: int) -> Tensor:
-    """The first `count` codes of bytes [..., n], in the dtype that these are given in."""
+def _split_parts(packed: Tensor, width: int, count: int) -> Tensor:
+    """The first `count` parts of bytes [..., n], in the dtype that these are given in."""
     codes = (packed.unsqueeze(-1) >> _places(packed, width)) & (2**width - 1)
     return codes.flatten(-2)[..., :count]
 
@@ -45,11 +61,7 @@ def _places(codes: Tensor, width: int) -> Tensor:
 
 
 class Packing:
-    """Codes [..., c] of `bits` each, as bytes [..., nbytes] and back; whole tensors at a time.
-
-    A code of 7 bits is a part of 4, one of 2 and one of 1; parts of the same width lie side by side in bytes, the
-    widest first. The lowest bits are in the widest part.
-    """
+    """Codes [..., c] of `bits` each, as bytes [..., nbytes] and back (`config.packing`); whole tensors at a time."""
 
     def __init__(self, bits: Sequence[int], device: torch.device | str = "cpu") -> None:
         self.count, self.nbytes = len(bits), packed_bytes(bits)
@@ -66,7 +78,7 @@ class Packing:
         """Codes, int32, from 0 to 2^bits - 1 each, to uint8."""
         made = []
         for width, channels, shift in self.parts:
-            made.append(join_codes((codes.index_select(-1, channels) >> shift) & (2**width - 1), width))
+            made.append(_join_parts((codes.index_select(-1, channels) >> shift) & (2**width - 1), width))
         return torch.cat(made, -1)
 
     def unpack(self, packed: Tensor) -> Tensor:
@@ -75,7 +87,7 @@ class Packing:
         start = 0
         for width, channels, shift in self.parts:
             end = start + packed_length(len(channels), width)
-            part = split_codes(packed[..., start:end].to(torch.int32), width, len(channels))
+            part = _split_parts(packed[..., start:end].to(torch.int32), width, len(channels))
             codes = codes.index_add(-1, channels, part << shift)
             start = end
         return codes

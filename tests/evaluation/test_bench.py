@@ -109,7 +109,7 @@ def test_sides_with_a_narrowed_cache_stand_beside_their_own(golden: Path) -> Non
     expected = [f * frames for f in (15 * 192 * 4, 15 * 192, dense, 15 * 15 * 4, 15 * 15, 15 * (5 + 4 + 3 + 4))]
     assert [side["cache_bytes"] for side in sides] == expected
     assert [side["plan_cache_bytes"] for side in sides] == expected
-    assert invoke(golden, *size, "--cache-dtype", "int4,int3").exit_code == 2
+    assert invoke(golden, *size, "--cache-dtype", "int4,int5").exit_code == 2
 
 
 def test_a_side_with_bits_of_its_own_is_not_narrowed(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:

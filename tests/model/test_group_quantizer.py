@@ -37,13 +37,14 @@ SHARED = dataclasses.replace(LAYER, qk_nope_head_dim=5, rope_components=((0, 2),
 
 def lines_by_hand(lines: np.ndarray, dtype: str) -> np.ndarray:
     """KIVI's rounding of float64 lines [n, length], group by group and number by number."""
-    top, out = {"int8": 255, "int4": 15, "int2": 3}[dtype], np.empty_like(lines)
+    top, out = {"int8": 255, "int4": 15, "int3": 7, "int2": 3}[dtype], np.empty_like(lines)
     length = lines.shape[1]
     size = {35: 18, 42: 21, 37: 19, 6: 6}[length]
     for line, start in product(range(len(lines)), range(0, length, size)):
         group = lines[line, start : start + size]
-        zero = np.float64(np.float16(group.min()))
-        step = np.float64(np.float16((group.max() - group.min()) / top))
+        # By way of float32, as torch rounds a double.
+        zero = np.float64(np.float16(np.float32(group.min())))
+        step = np.float64(np.float16(np.float32((group.max() - group.min()) / top)))
         for i, number in enumerate(group):
             code = min(max(np.round((number - zero) / step), 0), top)
             out[line, start + i] = zero + code * step
@@ -112,6 +113,18 @@ def test_two_bits_of_a_frame_by_hand() -> None:
     assert bounds.flatten(1).tolist() == [[1.0, 0.5, 8.0, 0.0]]
     (back,) = made.unpack(4, [codes, bounds], torch.float32)
     assert back.tolist() == [[[1.0, 8.0], [1.5, 8.0], [2.5, 8.0], [2.0, 8.0]]]
+
+
+def test_three_bits_of_a_frame_by_hand() -> None:
+    """Five tokens of a channel, codes 0, 1, 5, 7, 2: two bytes of their two lowest bits, then one of the third."""
+    made = GroupQuantizer("int3", [CachedPart((1,), "tokens")])
+    x = torch.tensor([[[2.0], [2.5], [4.5], [5.5], [3.1]]])
+    codes, bounds = made.pack(5, [x])
+    assert codes.flatten().tolist() == [0 + 1 * 4 + 1 * 16 + 3 * 64, 2, 0 + 0 + 4 + 8 + 0]
+    assert bounds.flatten().tolist() == [2.0, 0.5]
+    (back,) = made.unpack(5, [codes, bounds], torch.float32)
+    assert back.flatten().tolist() == [2.0, 2.5, 4.5, 5.5, 3.0]
+    assert made.parts[0].frame_bytes("int3", 5, itemsize=2) == 3 + 4
 
 
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
@@ -270,6 +283,7 @@ BYTES = {
     "fp8": (2 * 42 * 35, (37 + 6 + 4) * 35),
     "int8": (42 * (35 + 8) + 35 * (42 + 8), 35 * (37 + 8 + 6 + 4 + 4)),
     "int4": (42 * (18 + 8) + 35 * (21 + 8), 35 * (19 + 8 + 3 + 4 + 4)),
+    "int3": (42 * (14 + 8) + 35 * (17 + 8), 35 * (15 + 8 + 3 + 4 + 4)),
     "int2": (42 * (9 + 8) + 35 * (11 + 8), 35 * (10 + 8 + 2 + 4 + 4)),
 }
 
@@ -301,7 +315,7 @@ def test_bytes_at_the_size_of_wan() -> None:
 
 def test_a_setting_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match="cache_dtype"):
-        dataclasses.replace(DENSE, cache_dtype="int3")
+        dataclasses.replace(DENSE, cache_dtype="int5")
     bits = dataclasses.replace(LAYER, cache_bits=((4, 38),))
     mla = MLAConfig(q_lora_rank=None, key_norm="token", softmax_scale=0.3, layers=(bits, None, None), rope="head")
     with pytest.raises(ConfigError, match="cache_dtype is int4, but this model's cache has bits of its own"):

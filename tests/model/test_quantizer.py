@@ -13,7 +13,8 @@ from support import randomize, relative, stream
 from torch import Tensor
 
 from mlaconvert.config.geometry import WanConfig
-from mlaconvert.config.mla import MLAConfig, MLALayer, packed_bytes
+from mlaconvert.config.mla import MLAConfig, MLALayer
+from mlaconvert.config.packing import packed_bytes
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError
 from mlaconvert.families.wan import WanFamily

@@ -14,8 +14,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from mlaconvert.config.cache_dtype import packed_length
-from mlaconvert.config.mla import MOST_BITS, PART_BITS, MLALayer
+from mlaconvert.config.mla import MOST_BITS, MLALayer
+from mlaconvert.config.packing import PART_BITS, packed_length
 from mlaconvert.conversion.calibration.layer import Layer
 from mlaconvert.conversion.calibration.target import branch
 from mlaconvert.model.attention.latent import LatentAttention

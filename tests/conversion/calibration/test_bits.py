@@ -9,7 +9,7 @@ import torch
 from calibrate_cases import beside_present, make_layer, target
 from scipy.stats import laplace
 
-from mlaconvert.config.mla import packed_bytes
+from mlaconvert.config.packing import packed_bytes
 from mlaconvert.conversion.calibration.bits import fit_quantizer, in_runs, quantised, share_bits
 from mlaconvert.conversion.calibration.measure import layer_moments
 from mlaconvert.conversion.calibration.newest import attention_error

@@ -12,7 +12,7 @@ import torch
 from convert_cases import CONFIG, files
 from safetensors.torch import load_file
 
-from mlaconvert.config.mla import packed_bytes
+from mlaconvert.config.packing import packed_bytes
 from mlaconvert.conversion.calibration.bits import NORM_BITS
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.run import convert, preview
