@@ -1,7 +1,7 @@
 """How far healing brings conversions of the shipped model, and how fast; prints Markdown tables.
 
     python benchmarks/healing.py [--seeds 0,1,2] [--quick] [--runs DIR] [--write BENCHMARKS.md]
-                                [--only recipe,teacher,long,needs,starts,stages,students,noise]
+                                [--only caches,recipe,teacher,long,needs,starts,stages,students,noise]
     python benchmarks/healing.py --real-size [--small]      # one step of each stage at the size of Wan2.1 T2V 1.3B
 
 Every finished cell is kept in benchmarks/results/healing, a JSON file a table and one for what several need, with the
@@ -41,6 +41,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fidelity import Measured
+from fidelity import compared as both_losses
 from tables import put_between, step_table
 
 from mlaconvert.clips.folder import Clips
@@ -78,6 +80,7 @@ COMPARED: dict[str, Any] = {"steps": 100, "batch": 16}
 FLOW: dict[str, Any] = {"stage": "teacher-forcing", "optimizer": "adamw", "lr": 1e-4}
 # What the rows are measured in that only show how far a start, or a teacher, has to go: they take long.
 LONG: dict[str, Any] = {"precision": "bf16"}
+BYTES = (56, 28, 14)  # of caches in bits
 # Stage behind stage, from the calibrated start.
 STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "distilled, in four steps": ("tiny-distill", COMPARED),
@@ -86,7 +89,7 @@ STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Dense bfloat16 peak in TFLOP/s, from the vendor's data sheets.
 PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0, "RTX 4090": 165.0}
-Measure = Callable[["Model", int], float]  # of a model, with a seed
+Measure = Callable[["Model", int], Any]  # of a model, with a seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,12 +204,13 @@ def convert_shipped(start: str, seed: int, output: Path) -> None:
     """The built-in model, converted as `start` says."""
     base, rope = load_recipe("tiny"), 8  # of the same cache, where the rotary key has scalars of its own
     weights = ConvertRecipe(init="svd", kv_rank=(base.kv_rank or 0) - rope, rope_dim=rope, q_rank="none", seed=seed)
+    calibrated = dataclasses.replace(base, seed=seed)
     made = {
         "random": dataclasses.replace(weights, init="random"),
         "svd": weights,
-        "calibrated": dataclasses.replace(base, seed=seed),
-    }[start]
-    convert("tiny", output, dataclasses.replace(made, height=24, width=32, vae_stride=1))
+        "calibrated": calibrated,
+    } | {f"bytes_{size}": dataclasses.replace(calibrated, bytes_per_token=size) for size in BYTES}
+    convert("tiny", output, dataclasses.replace(made[start], height=24, width=32, vae_stride=1))
 
 
 def heal_shipped(start: Model, recipe: HealRecipe, output: Path) -> None:
@@ -227,6 +231,11 @@ def loss(model: Model, seed: int) -> float:
     return validation_loss(load_model(model.folder()), held_back(SIZES["clips"]), seeds=range(4 * seed, 4 * seed + 4))
 
 
+def both(model: Model, seed: int) -> Measured:
+    """Both losses and the velocity error, as `fidelity.py` measures them."""
+    return both_losses(load_model("tiny"), load_model(model.folder()), seed)
+
+
 def teacher_loss(cells: Cells, seed: int) -> float:
     """Of the teacher as it is."""
     return cells.get(f"unhealed-teacher-{seed}", loss, cells.teacher(), seed)
@@ -235,6 +244,31 @@ def teacher_loss(cells: Cells, seed: int) -> float:
 def before_loss(cells: Cells, start: str, seed: int) -> float:
     """Of a conversion that is not healed."""
     return cells.get(f"unhealed-{start}-{seed}", loss, cells.converted(start, seed), seed)
+
+
+def caches(cells: Cells, seeds: list[int]) -> list[str]:
+    """The recipe as it ships, by what is cached: both losses above the teacher's, before and after."""
+    lines = [
+        "| cache | bytes | seeds | behind clean pasts | velocity | with noisy pasts |",
+        "|---|---|---|---|---|---|",
+    ]
+    sides = {"calibrated": "28 scalars"} | {f"bytes_{size}": "in bits" for size in BYTES}
+    for start, words in sides.items():
+        pairs = []
+        for seed in seeds:
+            model = cells.converted(start, seed)
+            before = Measured(*cells.get(f"caches-before-{start}-{seed}", both, model, seed))
+            healed = cells.train(cells.healed(f"caches-{start}-{seed}", model, seed), both)["both"]
+            pairs.append((before, Measured(*healed)))
+        cells_of = [
+            " -> ".join(
+                f"{statistics.mean(getattr(one, name) for one in side):.2f}%" for side in zip(*pairs, strict=True)
+            )
+            for name in ("clean", "velocity", "noisy")
+        ]
+        size = 56 if start == "calibrated" else int(start.removeprefix("bytes_"))
+        lines.append(f"| {words} | {size} | {len(seeds)} | {' | '.join(cells_of)} |")
+    return lines
 
 
 def shipped_recipe(cells: Cells, seeds: list[int]) -> list[str]:
@@ -572,7 +606,7 @@ def main() -> None:
         "--results", type=Path, default=results, help="finished cells (default benchmarks/results/healing)"
     )
     parser.add_argument("--quick", action="store_true", help="one seed, 6 steps, 4 clips: to see that it runs")
-    names = "recipe,teacher,long,needs,starts,stages,students,noise"
+    names = "caches,recipe,teacher,long,needs,starts,stages,students,noise"
     parser.add_argument("--only", default=names, help=f"tables to make (default {names})")
     parser.add_argument("--runs", type=Path, default=Path("runs/healing"), help="folder of runs (default runs/healing)")
     parser.add_argument("--write", type=Path, help="put each table between its markers in this file")
@@ -594,6 +628,7 @@ def main() -> None:
     cells = Cells(arguments.results, arguments.runs)
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     tables: dict[str, Callable[[], list[str]]] = {
+        "caches": lambda: caches(cells, seeds),
         "recipe": lambda: shipped_recipe(cells, seeds),
         "teacher": lambda: trained_on(cells, seeds),
         "long": lambda: long_runs(cells),

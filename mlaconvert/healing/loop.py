@@ -257,6 +257,7 @@ class Run:
                     "recipe": json.dumps(dataclasses.asdict(self.recipe)),
                     "identity": self.identity,
                     "processes": self.accelerator.num_processes,
+                    "form": self.objective.form,
                     "step": self.step,
                     "best": list(self.best),
                     "curves": dataclasses.asdict(self.curves),
@@ -274,6 +275,9 @@ class Run:
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
                 raise not_a_state(path) from None
             say(f"going on from step {self.step}, saved in {self.folder}")
+            if state.get("form", 1) != self.objective.form:
+                self.best = (0, math.inf)
+                say("this run began under an earlier form of the loss: from here on losses and validations are others")
         if self.accelerator.is_main_process:  # what was logged after that state will be logged again
             (self.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _rows(self.curves)))
         self.accelerator.wait_for_everyone()

@@ -42,6 +42,9 @@ class Objective(nn.Module):
     # A unit of FSDP each: blocks, and attention, which distillation calls by itself.
     _no_split_modules: tuple[str, ...] = ("Block", "LatentAttention", "DenseAttention")
 
+    # Goes up when the loss becomes another one: losses of two forms cannot be compared.
+    form = 1
+
     def __init__(self, student: WanModel, recipe: HealRecipe) -> None:
         super().__init__()
         self.student, self.recipe = student, recipe

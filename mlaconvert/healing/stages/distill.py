@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from mlaconvert.config.streaming import SHIFT, StreamingConfig
 from mlaconvert.conversion.calibration.windows import batch_size
 from mlaconvert.healing.batches import Batch, Rows, mix
 from mlaconvert.healing.flops import Passes
-from mlaconvert.healing.frames import noisy_layout, prepare, views
+from mlaconvert.healing.frames import FrameLayout, noisy_layout, prepare, views
 from mlaconvert.healing.objective import VALIDATION, Objective, draw_noise, per_frame
 from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.healing.stages.stage import Stage
@@ -23,7 +25,10 @@ from mlaconvert.model.schedule import add_noise, warp
 from mlaconvert.model.wan import WanModel
 from mlaconvert.progress import Counter
 
-CLEAN_PAST = 0.5  # share of the clips whose first chunks are clean, as a rollout's are
+CLEAN_PAST = 0.8  # share of the clips whose first chunks are clean, as a rollout's are
+# Behind a clean past, levels are drawn as low as a sampler of so many steps goes: what is below is never asked for.
+LOWEST = 1 / 20
+MOST_WEIGHT = 100.0  # of a chunk behind a clean past, beside one behind a noisy one
 # Share of the noise levels that are drawn evenly by their logarithm, and from where on. Few levels of the schedule are
 # near zero, but a velocity there is a small error divided by the level, and makes most of a gradient's variance.
 SPREAD, FLOOR = 0.3, 1e-3
@@ -36,13 +41,20 @@ class Distill(Objective):
     teacher's makes of it (feature distillation as in FitNets, arXiv 1412.6550; all layers at once, since each has the
     teacher's input). Then the student's velocity is held to the teacher's at the same noisy clip. Both models see time
     as the teacher does. Clips only say where the two are compared, so the teacher's own serve.
+
+    Most clips have a clean past, as a rollout has. A teacher errs far less behind it, and so little of a plain mean
+    would be about it that students would lose there what they gain elsewhere. So squared errors behind clean pasts are
+    scaled by how many times more the teacher itself loses behind noisy ones: both count as shares of its own losses.
     """
+
+    form = 2  # 1 weighed all noisy chunks alike
 
     def __init__(
         self, student: WanModel, teacher: WanModel, recipe: HealRecipe, streaming: StreamingConfig | None
     ) -> None:
         super().__init__(student, recipe)
         self._teacher, self._streaming = (teacher,), streaming
+        self.clean_weight = 1.0  # of squared errors behind clean pasts
 
     def phase(self, step: int) -> str:
         return "attention" if step < (self.recipe.attention_steps or 0) else "velocity"
@@ -53,35 +65,60 @@ class Distill(Objective):
         errors, count = self._velocity_errors(batch)
         return errors / count
 
+    @torch.no_grad()
+    def prepare_validation(self, clips: Clips, null: Tensor | None) -> None:
+        """Find what the teacher itself loses behind noisy and clean pasts, and so `clean_weight`."""
+        sums, frames = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+        for batch in self._validation_batches(clips, "teacher's losses"):
+            noised = Noised.of(batch)
+            velocity = self.run(
+                self._teacher[0], noised.latents, 1000 * noised.sigma, batch.context, self._layout(batch)
+            )
+            squares = (velocity - noised.target).square().mean((1, 3, 4)) * noised.weight
+            for i, kind in enumerate((noised.noisy & ~noised.behind_clean, noised.behind_clean)):
+                sums[i] += squares[kind].sum().double().cpu()
+                frames[i] += kind.sum().cpu()
+        if frames.all() and sums[1] > 0:
+            noisy, clean = sums / frames
+            self.clean_weight = float((noisy / clean).clamp(1, MOST_WEIGHT))
+
     def validate(self, clips: Clips) -> float:
         """The loss of the last phase on `clips`, always with the same noise.
 
         Held against the clips themselves, two states of a student differ less than what a few clips leave to chance.
         """
+        errors, frames = 0.0, 0
+        for batch in self._validation_batches(clips):
+            error, noisy = self._velocity_errors(batch)
+            errors, frames = errors + float(error), frames + int(noisy)
+        return errors / frames
+
+    def _validation_batches(self, clips: Clips, stage: str = VALIDATION) -> Iterator[Batch]:
+        """All of `clips`, each with noise of its own that is always the same; progress says how many are done."""
         view = views(clips.latents.shape[2], self._streaming)[0]
         seeds = [mix("validate", i) for i in range(len(clips.latents))]
-        errors, frames, first = 0.0, 0, 0
-        size = batch_size(clips, self.student.config)
-        count = Counter(self.progress, VALIDATION, -(-len(seeds) // size))
+        size, first = batch_size(clips, self.student.config), 0
+        count = Counter(self.progress, stage, -(-len(seeds) // size))
         count.show()
         for part in clips.batches(size):
             rows = Rows(seeds[first : first + len(part.latents)], first=first, total=len(seeds))
-            batch = Batch(latents=part.latents, context=part.context, null=None, view=view, rows=rows, shared=0.0)
-            error, noisy = self._velocity_errors(batch)
-            errors, frames, first = errors + float(error), frames + int(noisy), first + len(part.latents)
+            yield Batch(latents=part.latents, context=part.context, null=None, view=view, rows=rows, shared=0.0)
+            first += len(part.latents)
             count.step()
-        return errors / frames
+
+    def _layout(self, batch: Batch) -> FrameLayout:
+        return noisy_layout(batch.view, self._streaming)
 
     def _attention_loss(self, batch: Batch) -> Tensor:
         """Mean over layers of |student - teacher|^2 / |teacher|^2 of the attention output."""
-        noisy, sigma, _ = _add_noise(batch)
+        noised = Noised.of(batch)
         teacher, student = self._teacher[0], self.student
-        _, _, _, height, width = noisy.shape
-        patch, layout = teacher.config.patch_size, noisy_layout(batch.view, self._streaming)
-        plan = layout.plan(teacher, height // patch[1], width // patch[2], noisy.device)
+        _, _, _, height, width = noised.latents.shape
+        patch = teacher.config.patch_size
+        plan = self._layout(batch).plan(teacher, height // patch[1], width // patch[2], noised.latents.device)
         errors = []
         with torch.no_grad():
-            p = prepare(teacher, noisy, 1000 * sigma, batch.context, plan)
+            p = prepare(teacher, noised.latents, 1000 * noised.sigma, batch.context, plan)
             x = p.x
         for block, pupil in zip(teacher.blocks, student.blocks, strict=True):
             assert isinstance(block, Block)
@@ -101,27 +138,46 @@ class Distill(Objective):
         return torch.stack(errors).mean()
 
     def _velocity_errors(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Squared differences of the velocities, weighted to the schedule and summed over frames, and noisy frames."""
-        noisy, sigma, weight = _add_noise(batch)
-        layout = noisy_layout(batch.view, self._streaming)
+        """Squared differences of the velocities, weighted and summed over frames, and noisy frames."""
+        noised = Noised.of(batch)
+        seen = (noised.latents, 1000 * noised.sigma, batch.context, self._layout(batch))
         with torch.no_grad():
-            expected = self.run(self._teacher[0], noisy, 1000 * sigma, batch.context, layout)
-        found = self.run(self.student, noisy, 1000 * sigma, batch.context, layout)
-        return ((found - expected).square().mean((1, 3, 4)) * weight).sum(), (sigma > 0).sum()
+            expected = self.run(self._teacher[0], *seen)
+        squares = (self.run(self.student, *seen) - expected).square().mean((1, 3, 4))
+        weight = noised.weight * torch.where(noised.behind_clean, self.clean_weight, 1.0)
+        return (squares * weight).sum(), noised.noisy.sum()
 
 
-def _add_noise(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """The clips with the batch's noise [B, C, F, H, W], and its `noise_levels`."""
-    sigma, weight = noise_levels(batch)
-    return add_noise(batch.latents, draw_noise(batch), sigma), sigma, weight
+class Noised(NamedTuple):
+    """Clips with a batch's noise [B, C, F, H, W], and of each frame [B, F]: its noise level, what it counts, whether
+    its chunk is the first behind a clean past.
+    """
+
+    latents: Tensor
+    target: Tensor  # noise less clean, what flow matching asks for
+    sigma: Tensor
+    weight: Tensor
+    behind_clean: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> Noised:
+        sigma, weight, behind_clean = noise_levels(batch)
+        noise = draw_noise(batch)
+        return cls(add_noise(batch.latents, noise, sigma), noise - batch.latents, sigma, weight, behind_clean)
+
+    @property
+    def noisy(self) -> Tensor:
+        """Whether a frame has noise."""
+        return self.sigma > 0
 
 
-def noise_levels(batch: Batch) -> tuple[Tensor, Tensor]:
-    """[B, F] each: a level a chunk, or a clean past before one of the chunks, and what each level counts.
+def noise_levels(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, F] each: a level a chunk, or a clean past before one of the chunks; what each level counts; and which frames
+    are the first behind a clean past.
 
     Importance sampling: levels are drawn from a mixture, `SPREAD` of it log-uniform and the rest the shift-5 schedule,
-    and weigh the schedule's density over the mixture's, so that a weighted mean has the schedule's expectation. Clean
-    frames weigh nothing.
+    and weigh the schedule's density over the mixture's, so that a weighted mean has the schedule's expectation. Behind
+    a clean past they are drawn from the schedule down to `LOWEST`. Clean frames weigh nothing.
     """
     count = len(batch.view.chunks)
     place = batch.rows.strata(count)
@@ -129,11 +185,15 @@ def noise_levels(batch: Batch) -> tuple[Tensor, Tensor]:
     schedule = SHIFT / (SHIFT - (SHIFT - 1) * levels).square()  # the derivative of the inverse of `warp`
     spread = (levels >= FLOOR) / (levels.clamp(min=FLOOR) * -math.log(FLOOR))
     weight = schedule / ((1 - SPREAD) * schedule + SPREAD * spread)
-    before = batch.rows.integers(count, 1) * (batch.rows.uniform(1) < CLEAN_PAST)
-    clean = torch.arange(count) < before
+    chunk = torch.arange(count)
+    first = 1 + batch.rows.integers(max(1, count - 1), 1)  # the first noisy chunk, where there is a clean past
+    has_past = (batch.rows.uniform(1) < CLEAN_PAST) & (first < count)
+    clean, behind_clean = has_past & (chunk < first), has_past & (chunk == first)
+    levels = levels.where(~behind_clean, warp(LOWEST + (1 - LOWEST) * place)).masked_fill(clean, 0.0)
+    weight = weight.masked_fill(behind_clean, 1.0).masked_fill(clean, 0.0)
     device = batch.latents.device
-    levels, weight = (x.masked_fill(clean, 0.0).to(device) for x in (levels, weight))
-    return per_frame(levels, batch.view), per_frame(weight, batch.view)
+    levels, weight, behind_clean = (per_frame(x.to(device), batch.view) for x in (levels, weight, behind_clean))
+    return levels, weight, behind_clean
 
 
 def _flops(passes: Passes) -> Work:

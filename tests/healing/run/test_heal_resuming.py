@@ -222,6 +222,22 @@ def test_an_interruption_of_a_save_is_no_full_disk(
 
 
 @pytest.mark.slow
+def test_a_run_of_an_earlier_form_of_the_loss_goes_on(home: Path, tmp_path: Path) -> None:
+    """Its weights are kept; that its validations were lower, by another measure, does not make them the best."""
+    recipe, out, said = settings("distill", steps=6), tmp_path / "out", list[str]()
+    with pytest.raises(KeyboardInterrupt):
+        run(home, out, recipe, progress=stop_at(4))
+    state = torch.load(tmp_path / "out.state" / LAST, weights_only=True)
+    assert state.pop("form") == 2
+    state["best"] = [2, 1e-9]
+    torch.save(state, tmp_path / "out.state" / LAST)
+    report = run(home, out, recipe, say=said.append)
+    assert said[0].startswith("going on from step 4, ")
+    assert said[1].startswith("this run began under an earlier form of the loss")
+    assert len(report.curves.losses) == 6
+    assert report.best[1] > 1e-9
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_the_step_it_came_in(home: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Long before the next save: the step is finished and saved, which a line says, and the run goes on behind it."""
