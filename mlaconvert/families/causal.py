@@ -33,6 +33,7 @@ _CACHE = ("local_attn_size", "sliding_window_num_frames")
 _CAP, _TOKENS = "max_attention_num_frames", "max_attention_size"
 _CAUSAL = ("causal", "is_causal", "flag_causal_attention")
 _RELATIVE = ("use_infinite_attention", "use_relative_rope")
+_PAST, _RECOMPUTED, _KREA_PAST = "kv_cache_num_frames", "do_kv_recomp", 3  # Krea's, and what its server starts with
 _SECTIONS = ("model_kwargs", "arch_config", "inference")  # where codebases nest these fields
 _NUMBERS = {  # field: the least and the most
     **dict.fromkeys(_CHUNK, (1, _MOST_FRAMES)),
@@ -40,10 +41,18 @@ _NUMBERS = {  # field: the least and the most
     "sink_size": (0, _MOST_FRAMES),
     _TOKENS: (1, _MOST_TOKENS),
     "bank_size": (0, _MOST_FRAMES),
+    _PAST: (1, _MOST_FRAMES),
+    "sampling_steps": (1, 1000),
 }
-_FLAGS = (*_CAUSAL, *_RELATIVE, "independent_first_frame", "warp_denoising_step")
+_FLAGS = (
+    *(*_CAUSAL, *_RELATIVE, _RECOMPUTED),
+    *("independent_first_frame", "warp_denoising_step", "multi_shot_sink"),
+)
 _POLICIES = {"absolute": "absolute", "relativistic": "window"}  # FastVideo's rope_cache_policy: our positions
-_OTHERS = ("rope_cache_policy", "denoising_step_list", "timestep_shift", "compression_alpha")
+_OTHERS = (
+    *("rope_cache_policy", "denoising_step_list", "timestep_shift", "compression_alpha"),
+    *("guidance_scale", "multi_shot_rope_offset"),
+)
 
 _CAUSAL_CLASS = re.compile(
     r"causal|causvid|forcing|infinity|longlive|memflow|autoregress|streaming|realtime", re.IGNORECASE
@@ -165,7 +174,7 @@ def _gather(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         fields_there = part if isinstance(part, Mapping) else {}
         for name in (*_NUMBERS, *_FLAGS, *_OTHERS):
             value = fields_there.get(name)
-            if value is None:
+            if value is None or (name == "guidance_scale" and section != "inference"):  # elsewhere it is training's
                 continue
             label = f"{section}.{name}" if section else name
             _check(label, name, value, where)
@@ -226,12 +235,18 @@ def _streaming(found: Mapping[str, Any], name: str, where: str) -> tuple[Streami
     rolling, skyreels = _ROLLING_CLASS.search(name), _SKYREELS_CLASS.search(name) or "flag_causal_attention" in found
     chunk, sink = _stated(found, _CHUNK, where), found.get("sink_size")
     window, positions = _window(found, where, rolling=bool(rolling)), _positions(found, name, where)
+    recomputed = found.get(_RECOMPUTED, False)
     missing = {"chunk_frames": chunk, "window_frames": window, "sink_frames": sink, "positions": positions}
     assumed = {setting for setting, value in missing.items() if value is None}
     if skyreels:  # its frames count from the start, and none of them is a sink
         assumed -= {"sink_frames", "positions"}
+    if recomputed:  # from the first frame and the newest ones
+        assumed -= {"sink_frames"}
     chunk = chunk or (1 if skyreels else STUDENT.chunk_frames)
-    sink = sink if sink is not None else chunk if rolling else 0
+    sink = sink if sink is not None else chunk if rolling else int(recomputed)
+    if window is None and (_PAST in found or recomputed):
+        window = found.get(_PAST, _KREA_PAST) + chunk
+        assumed -= {"window_frames"} if _PAST in found else set()
     if window is None:  # in whole chunks
         window = -(-max(_SKYREELS_FRAMES if skyreels else STUDENT.window_frames, sink + chunk) // chunk) * chunk
     try:
@@ -269,7 +284,7 @@ def _positions(found: Mapping[str, Any], name: str, where: str) -> Literal["wind
         raise ConfigError(f"{where}: {' and '.join(said)} contradict each other; keep one")
     if said:
         return "window" if "window" in said.values() else "absolute"
-    if _RELATIVE_CLASS.search(name):
+    if _RELATIVE_CLASS.search(name) or found.get(_RECOMPUTED):
         return "window"
     return "absolute" if _CAUSAL_CLASS.search(name) else None
 
@@ -282,6 +297,8 @@ def _steps(
         return raw["few_step"], True
     if "denoising_step_list" in found or _ROLLING_CLASS.search(name) or _FEW_STEP_PIPELINE.search(pipeline):
         return True, True
+    if "sampling_steps" in found:  # of a solver that adds no noise again
+        return False, True
     return student, bool(_SKYREELS_CLASS.search(name) or "flag_causal_attention" in found)
 
 
@@ -298,6 +315,22 @@ def _remarks(found: Mapping[str, Any], name: str) -> list[str]:
         remarks.append(f"bank_size {found['bank_size']}: the memory of chosen frames (MemFlow) is not kept here")
     if "compression_alpha" in found:
         remarks.append("compression_alpha: evicted frames are not blended into the sink (Reward-Forcing) here")
+    if found.get(_RECOMPUTED):
+        remarks.append(
+            f"{_RECOMPUTED}: the past is not computed again from the last clean frames before every chunk (Krea); it "
+            "stays in the cache as it was made"
+        )
+    if found.get("multi_shot_sink") or found.get("multi_shot_rope_offset"):
+        remarks.append(
+            "multi_shot_sink: a new shot's first chunk becomes no sink, nor is it moved in time (LongLive 2)"
+        )
+    if steps := found.get("sampling_steps"):
+        guidance, shift = found.get("guidance_scale"), found.get("timestep_shift", SHIFT)
+        guided = "" if guidance is None else f" --guidance {guidance:g}"
+        remarks.append(
+            f"sampling_steps {steps}: its own steps integrate the flow by UniPC, here by Euler's rule: generate with "
+            f"--steps {steps} --shift {shift:g}{guided}"
+        )
     schedule = _other_schedule(found)
     if schedule is not None:
         remarks.append(f"denoising_step_list is another few-step schedule than ours: generate with {schedule}")

@@ -30,7 +30,9 @@ SHIPPED = {
     "wan21-t2v-1.3b": (WAN_1B, 192 + 32 + 1),
     "self-forcing-1.3b": (WAN_1B, 192 + 32 + 1),
     "wan21-t2v-14b": (WAN_14B, 714 + 32 + 1),
+    "krea-realtime-14b": (WAN_14B, 714 + 32 + 1),
     "wan22-ti2v-5b": (WAN_5B, 416 + 32 + 1),
+    "longlive-2-5b": (WAN_5B, 416 + 32 + 1),
     "tiny": (TINY, 19 + 8 + 1),
 }
 

@@ -55,6 +55,21 @@ PUBLISHED: dict[str, tuple[dict[str, Any], StreamingConfig | None, bool, set[str
         CAUSAL | {"model_kwargs": {"num_frame_per_block": 8, "local_attn_size": 32}, "inference": {"sink_size": 8}},
         *(sees(8, 32, 8), False, {"few_step"}),
     ),
+    "LongLive 2, its YAML": (
+        {"model_kwargs": {"model_name": "Wan2.2-TI2V-5B", "timestep_shift": 5.0, "num_frame_per_block": 8}
+         | {"local_attn_size": 32}}
+        | {"inference": {"sampling_steps": 4, "sink_size": 8, "guidance_scale": 1.0, "multi_shot_sink": True}},
+        *(sees(8, 32, 8), False, {"positions"}),
+    ),
+    "Krea, its YAML": (
+        {"num_frame_per_block": 3, "do_kv_recomp": True, "guidance_scale": 3.0, "model_kwargs": {"timestep_shift": 5.0}}
+        | {"denoising_step_list": [1000, 937, 833, 625, 0], "warp_denoising_step": False},
+        *(sees(3, 6, 1, "window"), True, {"window_frames"}),
+    ),
+    "Krea, five frames of past": (
+        CAUSAL | {"num_frame_per_block": 3, "do_kv_recomp": True, "kv_cache_num_frames": 5},
+        *(sees(3, 8, 1, "window"), False, {"few_step"}),
+    ),
     "LongLive 2 in training": (
         CAUSAL | {"num_frame_per_block": 8, "local_attn_size": -1, "sink_size": 8},
         *(sees(8, 24, 8), False, {"window_frames", "few_step"}),
@@ -177,6 +192,11 @@ HOSTILE: list[tuple[dict[str, Any], str]] = [
     ({"rope_cache_policy": "other"}, "rope_cache_policy is 'other'; give absolute or relativistic"),
     ({"denoising_step_list": [1000, "a"]}, "denoising_step_list is"),
     ({"timestep_shift": float("inf")}, "timestep_shift is inf"),
+    ({"kv_cache_num_frames": 0}, "kv_cache_num_frames is 0; give a whole number from 1"),
+    ({"do_kv_recomp": 1}, "do_kv_recomp is 1; give true or false"),
+    ({"do_kv_recomp": True, "use_relative_rope": False, "kv_cache_num_frames": 2.0}, "kv_cache_num_frames is 2.0"),
+    ({"inference": {"sampling_steps": "4"}}, "inference.sampling_steps is '4'"),
+    ({"inference": {"guidance_scale": "high"}}, "inference.guidance_scale is 'high'; give a number"),
     # Fields that contradict each other.
     ({"num_frame_per_block": 3, "num_frames_per_block": 1}, "num_frame_per_block 3 and num_frames_per_block 1 contra"),
     ({"local_attn_size": 21, "sliding_window_num_frames": 12}, "local_attn_size 21 and sliding_window_num_frames 12"),
@@ -210,6 +230,15 @@ def test_impossible_fields_are_one_line(
         # CausVid's steps are given as they are, Causal-Forcing++'s before the warp.
         ({"denoising_step_list": [1000, 757, 522, 0]}, "--timesteps 1000,757,522 --shift 1"),
         ({"denoising_step_list": [1000, 500], "warp_denoising_step": True}, "--timesteps 1000,500 --shift 5"),
+        ({"do_kv_recomp": True}, "do_kv_recomp: the past is not computed again"),
+        ({"do_kv_recomp": False}, None),
+        ({"inference": {"multi_shot_sink": True, "multi_shot_rope_offset": 8}}, "multi_shot_sink: .*LongLive 2"),
+        ({"inference": {"multi_shot_rope_offset": 0.0}}, None),
+        (
+            {"inference": {"sampling_steps": 4, "guidance_scale": 1.0}, "model_kwargs": {"timestep_shift": 7.0}},
+            "--steps 4 --shift 7 --guidance 1$",
+        ),
+        ({"inference": {"sampling_steps": 30}, "guidance_scale": 3.0}, "--steps 30 --shift 5$"),  # 3 is training's
         # krea's are the usual ones, warped already.
         ({"denoising_step_list": [1000, 937, 833, 625, 0], "warp_denoising_step": False}, None),
         ({"denoising_step_list": [1000, 750, 500, 250], "warp_denoising_step": True, "timestep_shift": 5.0}, None),
