@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,6 +30,19 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> None:
             p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * (0.3 if p.ndim == 1 else 0.15))
             if "norm" in name and name.endswith("weight"):
                 p.add_(1)
+
+
+def drawn_weights(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, torch.Tensor]:
+    """The weights of the golden models that store a seed instead: see `tests/golden/README.md`."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {}
+    for name in sorted(shapes):
+        shape = tuple(shapes[name])
+        size = (3 / math.prod(shape[1:])) ** 0.5 if len(shape) > 1 else 0.5
+        drawn[name] = (2 * torch.rand(shape, generator=generator) - 1) * size
+        if len(shape) == 1 and name.endswith("weight"):
+            drawn[name] += 1
+    return drawn
 
 
 def stream(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -12,6 +12,8 @@ from mlaconvert.config.mla import MLAConfig
 from mlaconvert.config.parsing import MOST, MOST_TEXT, STRICT, Size, check_fields
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError, is_plain
+
+FPS_CHOICES = 2  # frame rates that an embedding of them has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,10 @@ class WanConfig:
     """The latent attention of a converted model; None for a dense one."""
     few_step: bool = False
     """Whether it is a student that was distilled to generate in a few steps."""
+    fps: Literal[16, 24] | None = None
+    """Frames a second that a model with a frame-rate embedding is told (SkyReels-V2); None without that embedding."""
+    reference_dim: Size | None = None
+    """Latent channels of the reference image that is read as a frame before the video's (Wan Fun); None without."""
     cache_dtype: CacheDtype | None = None
     """What caches are narrowed to while the model runs: a setting of a run, which no file holds. What is present is
     exact: a chunk sees itself as it is, and only the past as the cache gives it back. None: caches hold numbers of
@@ -96,6 +102,11 @@ class WanConfig:
         """Complex rotary pairs on the time, height and width axes (22, 21, 21 for heads of 128)."""
         pairs = self.head_dim // 2
         return (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
+
+    @property
+    def fps_row(self) -> int | None:
+        """The row of the frame-rate embedding that stands for `fps`: the first for 16, the second for 24."""
+        return None if self.fps is None else int(self.fps != 16)
 
     @property
     def works_on_pixels(self) -> bool:

@@ -30,7 +30,7 @@ from mlaconvert.latent.random_start import random_layer
 from mlaconvert.latent.spectrum import effective_rank, energy_at, gram, singular_values_from_gram
 from mlaconvert.latent.threads import SideBySide
 from mlaconvert.latent.weights import AttentionWeights
-from mlaconvert.model.wan import timestep_embedding
+from mlaconvert.model.conditions import timestep_embedding
 from mlaconvert.model.window import full_window
 
 THRESHOLD = 0.99  # share of the energy that the reported effective rank holds
@@ -90,7 +90,11 @@ def time_modulation(checkpoint: Checkpoint, timesteps: Sequence[float]) -> Tenso
 
     wave = timestep_embedding(torch.tensor(timesteps, dtype=torch.float64), checkpoint.config.freq_dim)
     embedding = linear("time_embedding.2", F.silu(linear("time_embedding.0", wave, dim)), dim)
-    return linear("time_projection.1", F.silu(embedding), 2 * dim).unflatten(-1, (2, dim))
+    time = linear("time_projection.1", F.silu(embedding), 2 * dim)
+    if checkpoint.config.fps is not None:
+        rate = read_finite(checkpoint, "fps_embedding.weight")[checkpoint.config.fps_row].double()
+        time = time + linear("fps_projection.2", F.silu(linear("fps_projection.0", rate, dim)), 2 * dim)
+    return time.unflatten(-1, (2, dim))
 
 
 def layer_modulation(checkpoint: Checkpoint, layer: int, time: Tensor) -> Tensor:

@@ -44,7 +44,10 @@ def skyreels_fields(raw: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     frames = block_frames(raw)
     if frames is None:
         return {}
-    fields: dict[str, Any] = {"inject_sample_info": False, "num_frame_per_block": frames}
+    fields: dict[str, Any] = {
+        "inject_sample_info": raw.get("inject_sample_info") is True,
+        "num_frame_per_block": frames,
+    }
     if layout == "native":
         return fields | {"flag_causal_attention": frames > 1}
     return fields | {"_class_name": "SkyReelsV2Transformer3DModel"}

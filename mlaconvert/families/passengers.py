@@ -46,7 +46,12 @@ _KNOWN = (
 # model_type of a config.json -> the name that one of its tensors has.
 _PROMISED = {"vace": r"vace_", "flf2v": r"emb_pos|pos_embed", "animate": r"^motion_encoder", "s2v": r"audio"}
 # Fields of a config.json that say whether there are modules of these names.
-_STATED = {"cross_attn_norm": ("norm3",), "image_dim": ("img_emb", "k_img", "v_img", "norm_k_img")}
+_STATED = {
+    "cross_attn_norm": ("norm3",),
+    "image_dim": ("img_emb", "k_img", "v_img", "norm_k_img"),
+    "inject_sample_info": ("fps_embedding", "fps_projection"),
+    "add_ref_conv": ("ref_conv",),
+}
 _LONGEST = 40  # characters of a module's name that are shown
 _TIME = re.compile(r"time_embedding\.|time_projection\.|blocks\.\d+\.modulation$")
 

@@ -12,17 +12,19 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
-from mlaconvert.config.geometry import WanConfig
-from mlaconvert.config.mla import MLAConfig, MLALayer
+from mlaconvert.config.geometry import FPS_CHOICES, WanConfig
+from mlaconvert.config.mla import MLAConfig
 from mlaconvert.config.parsing import parse
 from mlaconvert.errors import CheckpointError, UnsupportedModelError
 from mlaconvert.families.causal import read_timing
 from mlaconvert.families.protocol import Layout
+from mlaconvert.families.wan_shapes import QUANTIZER, expected_shapes
 from mlaconvert.files.headers import TensorInfo
 from mlaconvert.files.store import View
 
 HEAD_DIM = 128  # of every published Wan model
 _WHERE = "config.json"
+_RATES = {"fps_projection.0.weight", "fps_projection.2.weight"}
 _BLOCK = re.compile(r"(blocks\.(\d+)\.)(.+)")
 
 # Native module (or bare parameter) -> diffusers, outside the blocks.
@@ -33,6 +35,10 @@ _OUTSIDE = {
     "time_embedding.0": "condition_embedder.time_embedder.linear_1",
     "time_embedding.2": "condition_embedder.time_embedder.linear_2",
     "time_projection.1": "condition_embedder.time_proj",
+    "fps_embedding": "fps_embedding",
+    "fps_projection.0": "fps_projection.net.0.proj",
+    "fps_projection.2": "fps_projection.net.2",
+    "ref_conv": "ref_conv",
     "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
     "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
     "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
@@ -56,7 +62,6 @@ _LATENT_ATTENTION = (
     "v_proj",
     "past_out_proj",
 )
-_QUANTIZER = ("center", "slope", "gain")
 # The same inside a block. diffusers numbers the norms in the order of use, so native norm3 is its norm2.
 _INSIDE = {
     "modulation": "scale_shift_table",
@@ -133,7 +138,7 @@ class WanFamily:
         raw = dict(raw_config or {})
         _refuse_attention(raw)
         shown = _shape_fields(tensors)
-        fields = shown | _raw_fields(raw)
+        fields = shown | _raw_fields(raw) | _part_fields(raw, tensors, shown)
         if "num_heads" not in fields:
             if shown["dim"] % HEAD_DIM:
                 raise UnsupportedModelError(
@@ -174,8 +179,13 @@ class WanFamily:
         """config.json in native fields or in diffusers', as the published models have it.
 
         diffusers' class knows no length that texts are padded to; another one than 512 is kept beside its fields.
+        Raises UnsupportedModelError for a reference image, which none of diffusers' classes reads.
         """
         if layout == "diffusers":
+            if config.reference_dim is not None:
+                raise UnsupportedModelError(
+                    "the model reads a reference image (ref_conv), which no class of diffusers does; keep it native"
+                )
             return {
                 "_class_name": "WanTransformer3DModel",
                 "added_kv_proj_dim": config.dim if config.image_dim is not None else None,
@@ -199,43 +209,15 @@ class WanFamily:
         raw: dict[str, Any] = {"_class_name": name}
         raw |= {field: getattr(config, field) for field in _SAME_FIELDS}
         raw["patch_size"] = list(config.patch_size)
+        if config.fps is not None:
+            raw |= {"inject_sample_info": True, "fps": config.fps}
+        if config.reference_dim is not None:
+            raw |= {"add_ref_conv": True, "in_dim_ref_conv": config.reference_dim}
         return raw
 
     def expected_shapes(self, config: WanConfig) -> dict[str, tuple[int, ...]]:
         """Native name -> shape, in module order; latent attention where `config.mla` has it."""
-        d = config.dim
-        shapes: dict[str, tuple[int, ...]] = {"patch_embedding.weight": (d, config.in_dim, *config.patch_size)}
-        shapes["patch_embedding.bias"] = (d,)
-        _linear(shapes, "text_embedding.0", d, config.text_dim)
-        _linear(shapes, "text_embedding.2", d, d)
-        _linear(shapes, "time_embedding.0", d, config.freq_dim)
-        _linear(shapes, "time_embedding.2", d, d)
-        _linear(shapes, "time_projection.1", 6 * d, d)
-        for i in range(config.num_layers):
-            block = f"blocks.{i}."
-            shapes[block + "modulation"] = (1, 6, d)
-            layer = config.mla.layers[i] if config.mla is not None else None
-            if config.mla is None or layer is None:
-                _dense_attention(shapes, block + "self_attn.", d)
-            else:
-                _latent_attention(shapes, block + "self_attn.", config, config.mla, layer)
-            _dense_attention(shapes, block + "cross_attn.", d)
-            if config.image_dim is not None:
-                _linear(shapes, block + "cross_attn.k_img", d, d)
-                _linear(shapes, block + "cross_attn.v_img", d, d)
-                shapes[block + "cross_attn.norm_k_img.weight"] = (d,)
-            if config.cross_attn_norm:
-                _layer_norm(shapes, block + "norm3", d)
-            _linear(shapes, block + "ffn.0", config.ffn_dim, d)
-            _linear(shapes, block + "ffn.2", d, config.ffn_dim)
-        shapes["head.modulation"] = (1, 2, d)
-        _linear(shapes, "head.head", config.out_dim * prod(config.patch_size), d)
-        if config.image_dim is not None:
-            _layer_norm(shapes, "img_emb.proj.0", config.image_dim)
-            _linear(shapes, "img_emb.proj.1", config.image_dim, config.image_dim)
-            _linear(shapes, "img_emb.proj.3", d, config.image_dim)
-            _layer_norm(shapes, "img_emb.proj.4", d)
-        return shapes
+        return expected_shapes(config)
 
 
 def _rename(name: str, outside: Mapping[str, str], inside: Mapping[str, str]) -> str | None:
@@ -245,7 +227,7 @@ def _rename(name: str, outside: Mapping[str, str], inside: Mapping[str, str]) ->
     if rest in table:  # a bare parameter, such as modulation
         return block + table[rest]
     module, _, leaf = rest.rpartition(".")
-    leaves = _QUANTIZER if module.endswith("kv_quantizer") else ("weight", "bias")
+    leaves = QUANTIZER if module.endswith("kv_quantizer") else ("weight", "bias")
     return f"{block}{table[module]}.{leaf}" if module in table and leaf in leaves else None
 
 
@@ -269,6 +251,22 @@ def _raw_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     if fields["dim"] is None and isinstance(heads, int) and isinstance(head_dim, int):
         fields["dim"] = heads * head_dim
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _part_fields(raw: Mapping[str, Any], tensors: Mapping[str, TensorInfo], shown: Mapping[str, Any]) -> dict[str, Any]:
+    """Parts that some models have: config.json promises them, or tensors of the right shapes show them."""
+    fields: dict[str, Any] = {}
+    rates, convolution = tensors.get("fps_embedding.weight"), tensors.get("ref_conv.weight")
+    shows_rates = rates is not None and rates.shape == (FPS_CHOICES, shown["dim"]) and tensors.keys() >= _RATES
+    if raw.get("inject_sample_info") is True or shows_rates:  # SkyReels-V2's
+        fields["fps"] = raw.get("fps", 24)
+    if raw.get("add_ref_conv") is True or raw.get("has_ref_conv") is True:  # Wan Fun's
+        fields["reference_dim"] = raw.get("in_dim_ref_conv", shown["out_dim"])
+    elif convolution is not None and len(convolution.shape) == 4:
+        rows, channels, *patch = convolution.shape
+        if rows == shown["dim"] and patch == shown["patch_size"][1:]:
+            fields["reference_dim"] = channels
+    return fields
 
 
 def _shape_fields(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
@@ -307,55 +305,3 @@ def _shape_fields(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
 
 def _reshaped(info: TensorInfo, shape: tuple[int, ...]) -> View:
     return View(replace(info, shape=shape), lambda read: read(info.name).reshape(shape))
-
-
-def _linear(shapes: dict[str, tuple[int, ...]], name: str, rows: int, columns: int) -> None:
-    shapes[f"{name}.weight"] = (rows, columns)
-    shapes[f"{name}.bias"] = (rows,)
-
-
-def _layer_norm(shapes: dict[str, tuple[int, ...]], name: str, width: int) -> None:
-    shapes[f"{name}.weight"] = (width,)
-    shapes[f"{name}.bias"] = (width,)
-
-
-def _dense_attention(shapes: dict[str, tuple[int, ...]], prefix: str, dim: int) -> None:
-    for name in ("q", "k", "v", "o"):
-        _linear(shapes, prefix + name, dim, dim)
-    shapes[prefix + "norm_q.weight"] = (dim,)
-    shapes[prefix + "norm_k.weight"] = (dim,)
-
-
-def _latent_attention(
-    shapes: dict[str, tuple[int, ...]], prefix: str, config: WanConfig, mla: MLAConfig, layer: MLALayer
-) -> None:
-    """The converted layer's tensors; rows of kv_a: latent, cached rotary; of kv_b, per head: content key, value."""
-    d, heads = config.dim, config.num_heads
-    nope, rope, value, rank = layer.qk_nope_head_dim, layer.qk_rope_head_dim, layer.v_head_dim, layer.kv_lora_rank
-    query_rank = mla.q_lora_rank or d
-    _linear(shapes, prefix + "q_a_proj", query_rank, d)
-    shapes[prefix + "q_a_layernorm.weight"] = (query_rank,)
-    exact_present = mla.present == "exact"
-    if mla.q_lora_rank is not None:
-        shapes[prefix + "q_b_proj.weight"] = (heads * (nope + rope), query_rank)
-    elif mla.past_queries:
-        shapes[prefix + "q_b_proj.weight"] = (heads, nope + rope, config.head_dim)
-    _linear(shapes, prefix + "kv_a_proj_with_mqa", rank + mla.cached_rope(layer), d)
-    if mla.rope == "latent" and rope:
-        _linear(shapes, prefix + "k_rope_proj", rope, rank)
-    if mla.key_norm == "latent":
-        shapes[prefix + "kv_a_layernorm.weight"] = (rank,)
-    if mla.key_norm == "token" or exact_present:
-        _linear(shapes, prefix + "k_norm_proj", d, d)
-    if exact_present:
-        shapes[prefix + "k_norm.weight"] = (d,)
-        _linear(shapes, prefix + "v_proj", d, d)
-        if value < config.head_dim:
-            shapes[prefix + "past_out_proj.weight"] = (heads, config.head_dim, value)
-    if layer.cache_bits:
-        for leaf in _QUANTIZER:
-            shapes[f"{prefix}kv_quantizer.{leaf}"] = (sum(count for _, count in layer.cache_bits),)
-    shapes[prefix + "kv_b_proj.weight"] = (heads * (nope + value), rank)
-    shapes[prefix + "kv_b_proj.bias"] = (heads * (nope + value if exact_present else nope),)
-    shapes[prefix + "o.weight"] = (d, d if exact_present else heads * value)
-    shapes[prefix + "o.bias"] = (d,)

@@ -7,36 +7,50 @@ pixels, D model width, T text tokens.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mlaconvert.config.geometry import WanConfig
+from mlaconvert.config.geometry import FPS_CHOICES, WanConfig
 from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.model.attention.kernel import AttentionMode, AttentionPlan, Segment, by_token
 from mlaconvert.model.attention.latent import LatentAttention
 from mlaconvert.model.blocks import Block, Head, ImageEmbedding
 from mlaconvert.model.cache import LatentCache, Write, write_slots
+from mlaconvert.model.conditions import (
+    Conditions,
+    Grid,
+    check_conditions,
+    check_timestep,
+    reference_times,
+    reference_tokens,
+    timestep_embedding,
+)
 from mlaconvert.model.rope import rotary
 from mlaconvert.model.window import chunk_mask, default_chunks
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 class Prepared(NamedTuple):
-    """Inputs of the blocks and of the head; `grid` is F x H x W tokens."""
+    """Inputs of the blocks and of the head; `grid` is F x H x W tokens, those of a reference among them."""
 
     x: Tensor  # [B, N, D]
-    grid: tuple[int, int, int]
+    grid: Grid
     embedding: Tensor  # [B, F or 1, D]
     modulation: Tensor  # [B, F or 1, 6, D]
     text: Tensor  # [B, T, D]
     image: Tensor | None  # [B, I, D]
     plan: AttentionPlan
+    references: int = 0  # the first frames of the grid, which are no part of the video
 
 
 class WanModel(nn.Module):
@@ -58,6 +72,12 @@ class WanModel(nn.Module):
         )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        if config.fps is not None:
+            self.fps_embedding = nn.Embedding(FPS_CHOICES, dim)
+            self.fps_projection = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.ref_conv: nn.Conv2d | None = None
+        if config.reference_dim is not None:
+            self.ref_conv = nn.Conv2d(config.reference_dim, dim, config.patch_size[1:], config.patch_size[1:])
         if config.image_dim is not None:
             self.img_emb = ImageEmbedding(config)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
@@ -76,17 +96,17 @@ class WanModel(nn.Module):
         timestep: Tensor,
         context: Tensor,
         *,
-        image_latents: Tensor | None = None,
-        image_features: Tensor | None = None,
         chunks: Sequence[int] | None = None,
         cache: LatentCache | None = None,
         start_frame: int = 0,
+        **conditions: Unpack[Conditions],
     ) -> Tensor:
         """Velocity [B, out_dim, F, H, W] of `latents` [B, C, F, H, W].
 
-        `timestep` [B] or [B, F] runs from 0 (clean) to 1000 (noise). `context` [B, T, text_dim] is padded with zeros
-        to text_len. `image_latents` [B, in_dim - C, F, H, W] are concatenated to the latents (image-to-video),
-        `image_features` [B, I, image_dim] come from CLIP.
+        `timestep` [B], [B, F] or [B, tokens of the latents] runs from 0 (clean) to 1000 (noise). `context`
+        [B, T, text_dim] is padded with zeros to text_len. `conditions` are those of `Conditions`: `image_latents`
+        [B, in_dim - C, F, H, W] are concatenated to the latents (image-to-video), `image_features` [B, I, image_dim]
+        come from CLIP, and a `reference` [B, reference_dim, H, W] is read with a whole clip, without a cache or chunks.
 
         With a `cache`, `latents` are one chunk that begins at `start_frame`. Without one, a streaming model masks the
         clip by `chunks`, frames per chunk (the config's chunk size by default), at absolute frame positions, which
@@ -98,11 +118,10 @@ class WanModel(nn.Module):
             latents,
             timestep,
             context,
-            image_latents=image_latents,
-            image_features=image_features,
             chunks=chunks,
             cache=cache,
             start_frame=start_frame,
+            **conditions,
         )
         x = p.x
         for i, block in enumerate(self.blocks):
@@ -129,7 +148,9 @@ class WanModel(nn.Module):
 
     def finish(self, x: Tensor, prepared: Prepared) -> Tensor:
         """Velocity from the last block's output [B, N, D]."""
-        return self._unpatch(self.head(x, prepared.embedding), prepared.grid)
+        frames, height, width = prepared.grid
+        patches = self.head(x, prepared.embedding)[:, prepared.references * height * width :]
+        return self._unpatch(patches, (frames - prepared.references, height, width))
 
     def prepare(
         self,
@@ -137,17 +158,24 @@ class WanModel(nn.Module):
         timestep: Tensor,
         context: Tensor,
         *,
-        image_latents: Tensor | None = None,
-        image_features: Tensor | None = None,
         chunks: Sequence[int] | None = None,
         cache: LatentCache | None = None,
         start_frame: int = 0,
+        **conditions: Unpack[Conditions],
     ) -> Prepared:
         """What `forward` computes before the first block; its arguments are `forward`'s."""
-        x, grid = self.embed_patches(latents, image_latents)
-        embedding, modulation = self.embed_time(timestep, x.shape[0], grid[0])
-        text, image = self._condition(context, image_features, cache)
+        check_conditions(conditions)
+        x, grid = self.embed_patches(latents, conditions.get("image_latents"))
+        times, reference = check_timestep(timestep, x.shape[0], grid[0], math.prod(grid)), conditions.get("reference")
+        if reference is not None:
+            if cache is not None or chunks is not None or self.config.streaming is not None:
+                raise InputError("a reference is read with a whole clip, not by a model that streams; leave it out")
+            x = torch.cat((reference_tokens(self.config, self.ref_conv, reference, x.shape[0], grid), x), 1)
+            times, grid = reference_times(times, grid), (grid[0] + 1, *grid[1:])
+        embedding, modulation = self.embed_time(times, x.shape[0], times.shape[1])
+        text, image = self._condition(context, conditions.get("image_features"), cache)
         return Prepared(
+            references=int(reference is not None),
             x=x,
             grid=grid,
             embedding=embedding,
@@ -159,7 +187,7 @@ class WanModel(nn.Module):
 
     def attention_plan(
         self,
-        grid: tuple[int, int, int],
+        grid: Grid,
         device: torch.device,
         *,
         chunks: Sequence[int] | None = None,
@@ -218,7 +246,7 @@ class WanModel(nn.Module):
             frame_tokens=height * width,
         )
 
-    def embed_patches(self, latents: Tensor, image_latents: Tensor | None) -> tuple[Tensor, tuple[int, int, int]]:
+    def embed_patches(self, latents: Tensor, image_latents: Tensor | None) -> tuple[Tensor, Grid]:
         """Tokens [B, N, D] and the grid F x H x W of `latents` [B, C, F, H, W] with any `image_latents` appended."""
         x = latents if image_latents is None else torch.cat((latents, image_latents.to(latents)), 1)
         patch = self.config.patch_size
@@ -237,12 +265,13 @@ class WanModel(nn.Module):
         return F.linear(x.flatten(4).flatten(1, 3).to(weight.dtype), weight, self.patch_embedding.bias), grid
 
     def embed_time(self, timestep: Tensor, batch: int, frames: int) -> tuple[Tensor, Tensor]:
-        """The embedding [B, F or 1, D] and the six modulations [B, F or 1, 6, D]."""
-        t = timestep[:, None] if timestep.ndim == 1 else timestep
-        if t.shape not in ((batch, 1), (batch, frames)):
-            raise InputError(f"timestep must be [{batch}] or [{batch}, {frames}], not {list(timestep.shape)}")
+        """The embedding [B, F or 1, D] and the six modulations [B, F or 1, 6, D], the frame rate's among them."""
+        t = check_timestep(timestep, batch, frames)
         embedding = self.time_embedding(timestep_embedding(t, self.config.freq_dim).to(self.dtype))
-        return embedding, self.time_projection(embedding).unflatten(-1, (6, -1))
+        modulation = self.time_projection(embedding)
+        if self.config.fps is not None:
+            modulation = modulation + self.fps_projection(self.fps_embedding.weight[self.config.fps_row])
+        return embedding, modulation.unflatten(-1, (6, -1))
 
     def _condition(
         self, context: Tensor, image_features: Tensor | None, cache: LatentCache | None
@@ -277,7 +306,7 @@ class WanModel(nn.Module):
             )
         return self.text_embedding(F.pad(context.to(self.dtype), (0, 0, 0, missing)))
 
-    def _unpatch(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    def _unpatch(self, x: Tensor, grid: Grid) -> Tensor:
         patch = self.config.patch_size
         x = x.unflatten(1, grid).unflatten(-1, (*patch, self.config.out_dim))  # [B, F, H, W, pf, ph, pw, C]
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
@@ -299,11 +328,3 @@ def run_blocks(
         else:
             x = block(*inputs)
     return model.finish(x, p).float()
-
-
-def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
-    """Sinusoids [..., dim] of a timestep [...], cosines first, computed in float64."""
-    half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
-    angle = timestep.double().unsqueeze(-1) * 10000.0**-exponent
-    return torch.cat((angle.cos(), angle.sin()), -1)

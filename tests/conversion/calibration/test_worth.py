@@ -47,9 +47,10 @@ from mlaconvert.families.open import open_checkpoint
 from mlaconvert.files.scratch import Scratch
 from mlaconvert.latent.moments import modulation_moments
 from mlaconvert.latent.pairs import mean_rotation
+from mlaconvert.model.conditions import timestep_embedding
 from mlaconvert.model.load import load_model, load_widened
 from mlaconvert.model.schedule import Sampler
-from mlaconvert.model.wan import WanModel, timestep_embedding
+from mlaconvert.model.wan import WanModel
 from mlaconvert.model.window import full_window
 
 
