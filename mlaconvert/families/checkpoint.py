@@ -120,7 +120,8 @@ class Checkpoint:
         """config.json in `layout`: the source's own as it is (None or its own layout), or in the other's fields."""
         if layout is None or layout == self.layout:
             return self.raw_config
-        return self.family.raw_config(self.config, layout) | skyreels_fields(self.raw_config, layout)
+        other = self.family.raw_config(self.config, layout) | skyreels_fields(self.raw_config, layout)
+        return other | ({} if self.config.fps is None else {"fps": self.config.fps})
 
     def describe(self) -> str:
         """One line: family, layout, geometry, dtypes, parameters, and what it was wrapped in."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mlaconvert.config.geometry import WanConfig
 from mlaconvert.errors import ConfigError
 from mlaconvert.families.protocol import Layout
 
@@ -37,6 +38,11 @@ def block_frames(raw: Mapping[str, Any]) -> int | None:
     if type(frames) is not int or frames < 1:
         raise ConfigError(f"num_frame_per_block is {frames!r}: it must be a positive number")
     return frames if raw.get("flag_causal_attention", True) else 1  # the flag is in native configs only
+
+
+def told(raw: Mapping[str, Any], config: WanConfig) -> dict[str, Any]:
+    """config.json, with the field for a frame-rate embedding that the weights show and it does not mention."""
+    return {**raw, "inject_sample_info": True} if config.fps is not None else dict(raw)
 
 
 def skyreels_fields(raw: Mapping[str, Any], layout: Layout) -> dict[str, Any]:

@@ -254,15 +254,18 @@ def _raw_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _part_fields(raw: Mapping[str, Any], tensors: Mapping[str, TensorInfo], shown: Mapping[str, Any]) -> dict[str, Any]:
-    """Parts that some models have: config.json promises them, or tensors of the right shapes show them."""
+    """Parts that some models have: config.json says it, or tensors of the right shapes show it."""
     fields: dict[str, Any] = {}
     rates, convolution = tensors.get("fps_embedding.weight"), tensors.get("ref_conv.weight")
-    shows_rates = rates is not None and rates.shape == (FPS_CHOICES, shown["dim"]) and tensors.keys() >= _RATES
-    if raw.get("inject_sample_info") is True or shows_rates:  # SkyReels-V2's
+    has_rates = raw.get("inject_sample_info")  # SkyReels-V2's field
+    if has_rates is None:
+        has_rates = rates is not None and rates.shape == (FPS_CHOICES, shown["dim"]) and tensors.keys() >= _RATES
+    if has_rates:
         fields["fps"] = raw.get("fps", 24)
-    if raw.get("add_ref_conv") is True or raw.get("has_ref_conv") is True:  # Wan Fun's
+    has_reference = raw.get("add_ref_conv", raw.get("has_ref_conv"))  # Wan Fun's fields
+    if has_reference:
         fields["reference_dim"] = raw.get("in_dim_ref_conv", shown["out_dim"])
-    elif convolution is not None and len(convolution.shape) == 4:
+    elif has_reference is None and convolution is not None and len(convolution.shape) == 4:
         rows, channels, *patch = convolution.shape
         if rows == shown["dim"] and patch == shown["patch_size"][1:]:
             fields["reference_dim"] = channels

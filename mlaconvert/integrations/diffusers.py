@@ -22,7 +22,6 @@ except ImportError as error:
 from diffusers import ModelMixin, SkyReelsV2Transformer3DModel, WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 
-from mlaconvert.errors import UnsupportedModelError
 from mlaconvert.integrations.diffusers_attention import LatentSelfAttention
 from mlaconvert.integrations.diffusers_model import LatentTransformer
 
@@ -82,7 +81,8 @@ class SkyReelsV2MLATransformer3DModel(LatentTransformer, SkyReelsV2Transformer3D
     class does it and as its diffusion-forcing pipelines set it (`causal_block_size`): all blocks before a frame's own
     are seen, whatever window `streaming` has. Where blocks are single frames, the mask is that of `streaming`.
 
-    Raises UnsupportedModelError also for `inject_sample_info`, a frame-rate embedding, which is not converted.
+    With `inject_sample_info`, a frame-rate embedding, calls take `fps` as diffusers' class does: rows of it, 0 for 16
+    frames a second and 1 for 24.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -110,8 +110,6 @@ class SkyReelsV2MLATransformer3DModel(LatentTransformer, SkyReelsV2Transformer3D
         streaming: dict[str, Any] | None = None,
         mla: dict[str, Any] | None = None,
     ) -> None:
-        if inject_sample_info:
-            raise UnsupportedModelError("a frame-rate embedding (inject_sample_info) is not converted")
         super().__init__(**_arguments(SkyReelsV2Transformer3DModel, self.config))
         self._convert()
 

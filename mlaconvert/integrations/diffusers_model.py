@@ -87,6 +87,7 @@ class LatentTransformer(ModelMixin):  # type: ignore[misc]
             patch_size=(c.patch_size[0], c.patch_size[1], c.patch_size[2]),
             eps=c.eps,
             cross_attn_norm=c.cross_attn_norm,
+            fps=24 if getattr(c, "inject_sample_info", False) else None,  # pipelines say which one, pass by pass
             streaming=None if c.streaming is None else parse(StreamingConfig, c.streaming, f"{where}: streaming"),
             mla=None if c.mla is None else MLAConfig.from_json(c.mla, where),
         )

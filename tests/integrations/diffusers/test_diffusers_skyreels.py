@@ -14,7 +14,7 @@ from torch import Tensor
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.run import convert
-from mlaconvert.errors import ConfigError, UnsupportedModelError
+from mlaconvert.errors import ConfigError
 from mlaconvert.families.classes import block_frames
 from mlaconvert.families.open import open_checkpoint
 from mlaconvert.files.names import CONFIG_NAME
@@ -22,7 +22,7 @@ from mlaconvert.model.load import load_model
 
 diffusers = pytest.importorskip("diffusers")
 
-from wan_diffusers import IMAGE, SMALL, inputs, reference  # noqa: E402
+from wan_diffusers import IMAGE, inputs, reference  # noqa: E402
 
 from mlaconvert.integrations.diffusers import (  # noqa: E402
     SkyReelsV2MLATransformer3DModel,
@@ -144,15 +144,32 @@ def test_a_block_that_is_no_count_is_refused(value: Any) -> None:
         block_frames({"_class_name": "SkyReelsV2Transformer3DModel", "num_frame_per_block": value})
 
 
-def test_a_frame_rate_embedding_is_refused(tmp_path: Path) -> None:
-    _, source = converted(tmp_path, inject_sample_info=True)
-    with open_checkpoint(source) as checkpoint:  # carried along by a conversion, not run
-        assert checkpoint.passengers
-    for load in (load_model, SkyReelsV2MLATransformer3DModel.from_pretrained):
-        with pytest.raises(UnsupportedModelError, match="frame-rate"):
-            load(source)
-    with pytest.raises(UnsupportedModelError, match="frame-rate"):
-        SkyReelsV2MLATransformer3DModel(**SMALL, inject_sample_info=True)
+@pytest.mark.parametrize("layout", ["native", "diffusers"])
+@torch.no_grad()
+def test_a_frame_rate_is_told(tmp_path: Path, layout: Any) -> None:
+    """In diffusers by each call, in our own runtime by the model: 24 frames a second, or what its config.json says."""
+    dense, source = converted(tmp_path, inject_sample_info=True)
+    with open_checkpoint(source) as checkpoint:
+        assert not checkpoint.passengers
+    model = lossless(source, tmp_path / "out", layout=layout)
+    assert type(model) is SkyReelsV2MLATransformer3DModel
+    model.save_pretrained(tmp_path / "saved")
+    raws = [json.loads((tmp_path / name / CONFIG_NAME).read_text()) for name in ("out", "saved")]
+    assert raws[0] == raws[1]
+    assert raws[0]["inject_sample_info"] is True
+    x, _, context = inputs(frames=FRAMES)
+    call = CALLS["one timestep"] | {"encoder_hidden_states": context}
+    expected = [dense(x, fps=[row, row], **call).sample for row in (0, 1)]
+    assert relative(expected[0], expected[1]) > 1e-2
+    for row in (0, 1):
+        assert relative(model(x, fps=[row, row], **call).sample, expected[row]) < TOLERANCE
+    forced = {name: value[:1] for name, value in call.items()} | {"enable_diffusion_forcing": True, "fps": [0]}
+    forced["timestep"] = CALLS["diffusion forcing"]["timestep"][:1]  # diffusers adds frame rates to one clip at a time
+    assert relative(model(x[:1], **forced).sample, dense(x[:1], **forced).sample) < TOLERANCE
+    given = (x, call["timestep"], context)
+    assert relative(load_model(tmp_path / "out")(*given), expected[1]) < TOLERANCE
+    (tmp_path / "out" / CONFIG_NAME).write_text(json.dumps(raws[0] | {"fps": 16}))
+    assert relative(load_model(tmp_path / "out")(*given), expected[0]) < TOLERANCE
 
 
 @torch.no_grad()
