@@ -344,8 +344,11 @@ def makes_clips(checkpoint: Checkpoint, data: Path | None) -> bool:
 
 
 def check_clips(checkpoint: Checkpoint, data: Path | None, plan: ConversionPlan) -> None:
-    """Raise ConfigError when a model without `data` cannot generate clips either, or clips are too short for a past."""
+    """Raise ConfigError for a model that reads more than clips hold, and when clips are too short for a past."""
     config, regime = checkpoint.config, regime_of(plan.recipe)
-    if data is None and config.in_dim != config.out_dim:
-        raise ConfigError("an image-to-video model cannot generate its own clips here; give some with --data DIR")
+    if config.in_dim != config.out_dim:
+        raise ConfigError(
+            "clips hold no image or control latents, which this model reads beside noise: collect what its own code "
+            "runs (mlaconvert.collect) and give that with --moments DIR, or take --init svd"
+        )
     regime.check_frames(CALIBRATION_FRAMES if data is None else ClipFolder(data, config).clip_shape[1])

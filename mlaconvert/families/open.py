@@ -35,7 +35,7 @@ _FAMILIES: tuple[Family, ...] = (WanFamily(),)
 # (what it is, class name in its config, a tensor name that gives it away, why it is refused).
 _REFUSED = (
     ("a LoRA", r"$^", r"lora_(A|B|down|up)\b|lora\.(down|up)\.|[\w.]*\.(lokr|hada)_w", "merge it into its model first"),
-    ("HunyuanVideo", r"H(unyuan|Y)_?Video", r"double_blocks\.\d+\.img_attn_qkv\.|context_embedder\.token_refiner\.",
+    ("HunyuanVideo", r"H(unyuan|Y)_?Video", r"double_blocks\.\d+\.img_attn_(qkv|q)\.|context_embedder\.token_refiner\.",
      "text and video share one attention stream"),
     ("LTX-Video", r"LTX", r"patchify_proj\.|time_embed\.emb\.timestep_embedder\.",
      "its rotary embedding spans all heads, so heads cannot share a rotary key"),

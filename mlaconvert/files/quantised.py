@@ -33,7 +33,7 @@ _OTHER = (
     (r"\.(SCB|weight_format)$", "quantised to int8 by bitsandbytes"),
     (r"\.(wscales|smooth_factor|smooth_factor_orig|wtscale|wcscales|proj_down)$", "an SVDQuant of Nunchaku's (4 bits)"),
     (r"\.qzeros$", "a GPTQ or AWQ quantisation (4 bits)"),
-    (r"\.weight_scale_2$", "quantised to NVFP4 (4 bits)"),
+    (r"\.(weight_scale_2|quantized_weight_(values|scale_factors))$", "quantised to NVFP4 (4 bits)"),
     (r"\.weight\._(data|scale|shift)$", "a quanto quantisation"),
 )
 

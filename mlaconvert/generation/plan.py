@@ -16,7 +16,7 @@ from mlaconvert.base.repository import Base
 from mlaconvert.clips.tiny.clips import CAPTION, CAPTION_LEN, VOCABULARY, embed_captions, null_context
 from mlaconvert.config.geometry import WanConfig, default_video
 from mlaconvert.config.streaming import FEW_STEPS, StreamingConfig
-from mlaconvert.errors import ConfigError, InputError
+from mlaconvert.errors import ConfigError, InputError, UnsupportedModelError
 from mlaconvert.evaluation.conditions import TINY_GUIDANCE, TINY_STEPS
 from mlaconvert.families.causal import SETTINGS, assumption_line
 from mlaconvert.families.checkpoint import Checkpoint
@@ -120,7 +120,7 @@ def plan_generation(
     """
     video = default_video(config)
     pixels = config.works_on_pixels
-    fps = 24 if config.has_high_compression_latents else FPS  # Wan2.2 5B, known by its VAE
+    fps = config.fps or (24 if config.has_high_compression_latents else FPS)  # Wan2.2 5B, known by its VAE
     if request.seconds is not None:
         frames = max(1, round(request.seconds * fps / video.frame_stride))
     else:
@@ -188,6 +188,8 @@ def assumptions(checkpoint: Checkpoint, request: Generation) -> list[str]:
         given.add("few_step")
     assumed = assumption_line(checkpoint.timing, streaming=streaming, few_step=few_step, given=given, how="generate")
     notes = [*checkpoint.timing.remarks, *([] if assumed is None else [assumed])]
+    if config.fps is not None:
+        notes.append(f"the model is told {config.fps} frames a second; to set it: fps (16 or 24) in its config.json")
     if few_step and request.steps is None and request.timesteps is None:
         schedule = ", ".join(f"{step:g}" for step in FEW_STEPS)
         notes.append(f"a few-step student: timesteps {schedule}, warped by shift {request.shift:g}")
@@ -247,6 +249,11 @@ def read_given(
     request: Generation, config: WanConfig, frames: int, size: Sequence[int]
 ) -> tuple[Tensor | None, Images]:
     """The prefix [samples, C, F, H, W] and the image conditioning of the file `request.given`."""
+    if config.reference_dim is not None:
+        raise UnsupportedModelError(
+            "this model is given a control video and a reference image with every clip, for which `generate` has no "
+            "place; in Python, the model of load_model takes them in every pass (image_latents, reference)"
+        )
     extra = config.in_dim - config.out_dim
     tensors = (
         {} if request.given is None else read_tensors(request.given, ("latents", "image_latents", "image_features"))

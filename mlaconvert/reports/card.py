@@ -309,6 +309,9 @@ def _usage(facts: CardFacts) -> str:
         if config.image_dim is not None:
             lines.append(f"features = torch.zeros(1, 257, {config.image_dim}, device=device)  # CLIP's, of the image")
             extra += ", image_features=features"
+        if config.reference_dim is not None and config.streaming is None:
+            lines.append(f"reference = torch.zeros(1, {config.reference_dim}, {height}, {width}, device=device)")
+            extra += ", reference=reference"
         lines += [
             "with torch.no_grad():",
             f"    velocity = model(latents, torch.tensor([500.0], device=device), context{extra})",

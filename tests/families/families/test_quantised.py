@@ -159,6 +159,9 @@ BAD: dict[str, tuple[Callable[[State], State], str]] = {
         "SVDQuant",
     ),
     "AWQ": (lambda s: {f"{Q}.qzeros": torch.ones(3, 5, dtype=torch.int32)}, "GPTQ or AWQ"),
+    "NVFP4 of LongLive 2.0": (
+        lambda s: {f"{Q}.quantized_weight_values": torch.ones(96, 48, dtype=torch.uint8)}, "NVFP4",
+    ),
     "NVFP4": (lambda s: {f"{Q}.weight_scale_2": torch.ones(())}, "NVFP4"),
     "blocks of another size": (
         lambda s: {f"{Q}.weight": s[f"{Q}.weight"].to(E4M3), f"{Q}.weight_scale_inv": torch.ones(2, 2)},

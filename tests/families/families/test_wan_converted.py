@@ -132,6 +132,7 @@ def test_other_families_are_refused_by_their_tensors(tmp_path: Path) -> None:
     ("names", "message"),
     [
         (["double_blocks.0.img_attn_qkv.weight"], "this is HunyuanVideo"),
+        (["double_blocks.0.img_attn_q.weight"], "this is HunyuanVideo"),  # 1.5, and HY-WorldPlay
         (["patchify_proj.weight", "transformer_blocks.0.attn1.to_q.weight"], "this is LTX-Video"),
         (["blocks.0.self_attn.q.lora_A.weight"], "this is a LoRA .* merge it into its model first"),
         (["lora_unet_blocks_0_self_attn_q.lora_down.weight"], "this is a LoRA"),

@@ -8,37 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support import drawn_weights, relative
+from golden_relatives import FUN, make, vectors
+from support import relative
 from torch import Tensor
 
-from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import InputError
 from mlaconvert.families.open import open_checkpoint
-from mlaconvert.families.wan import WanFamily
-from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
+from mlaconvert.files.names import CONFIG_NAME
 from mlaconvert.model.cache import LatentCache
 from mlaconvert.model.load import load_model
 from mlaconvert.model.wan import WanModel
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 TOLERANCE = 1e-5  # what is left out, or done in another order, makes differences of 1e-2 and more
-BASE = {"dim": 72, "num_heads": 3, "num_layers": 2, "ffn_dim": 52, "freq_dim": 20, "text_dim": 14, "text_len": 11}
-
-
-def make(tmp_path: Path, name: str, seed: int, prefix: str = "", **geometry: object) -> Path:
-    """A model folder with their own config.json and the weights that their class was given."""
-    shapes = WanFamily().expected_shapes(WanConfig(**(BASE | geometry)))  # type: ignore[arg-type]
-    folder = tmp_path / name.replace("/", "-")
-    folder.mkdir()
-    (folder / CONFIG_NAME).write_bytes((GOLDEN / name / CONFIG_NAME).read_bytes())
-    save_file({prefix + key: tensor for key, tensor in drawn_weights(shapes, seed).items()}, folder / WEIGHTS_NAME)
-    return folder
-
-
-def vectors(name: str) -> dict[str, Tensor]:
-    return dict(load_file(GOLDEN / name / "golden.safetensors"))
 
 
 def stream(model: WanModel, x: Tensor, context: Tensor, size: int, times: Callable[[int], Tensor]) -> Tensor:
@@ -117,13 +99,6 @@ def test_a_timestep_for_every_token(tmp_path: Path) -> None:
     assert relative(model(x, v["t_tokens"], v["context"]), v["tokens.out"]) < TOLERANCE
     with pytest.raises(InputError, match=r"must be \[1\] or \[1, 3\] or \[1, 45\], not \[1, 44\]"):
         model(x, v["t_tokens"][:, 1:], v["context"])
-
-
-FUN: dict[str, tuple[int, dict[str, object]]] = {
-    "inp": (44, {"image_dim": 1280}),
-    "control": (45, {"image_dim": 1280, "reference_dim": 5}),
-    "control22": (46, {"reference_dim": 5}),
-}
 
 
 @pytest.mark.parametrize("name", FUN)

@@ -303,10 +303,11 @@ def test_the_snippet_samples_as_the_model_was_trained(hub: Hub, folder: Path, fe
 
 
 def image_to_video(save_folder: SaveFolder) -> Path:
-    """A converted image-to-video model with a CLIP branch and three latent channels."""
+    """A converted image-to-video model with a CLIP branch, a reference image, and three latent channels."""
     config = WanConfig(
-        dim=36, num_heads=3, num_layers=2, ffn_dim=20, freq_dim=14, text_dim=18, in_dim=7, out_dim=3, image_dim=10
-    )
+        dim=36, num_heads=3, num_layers=2, ffn_dim=20, freq_dim=14, text_dim=18, in_dim=7, out_dim=3, image_dim=10,
+        reference_dim=3,
+    )  # fmt: skip
     model = WanModel(config)
     randomize(model)
     raw = {"_class_name": "WanModel", "model_type": "i2v", "num_heads": 3}
@@ -327,6 +328,7 @@ def test_the_usage_snippets_run_as_printed(
     card = push(folder, REPO).plan.card
     assert f"pipeline_tag: {'image' if kind == 'image' else 'text'}-to-video" in card
     (python,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert ("reference=reference" in python) == (kind == "image")
     exec(compile(python, "README.md", "exec"), {})
     printed = capsys.readouterr().out.splitlines()
     shape = {"streaming": [1, 3, 3, 24, 32], "bidirectional": [1, 16, 3, 60, 104], "image": [1, 3, 3, 24, 32]}[kind]
