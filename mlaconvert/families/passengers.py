@@ -46,12 +46,9 @@ _KNOWN = (
 # model_type of a config.json -> the name that one of its tensors has.
 _PROMISED = {"vace": r"vace_", "flf2v": r"emb_pos|pos_embed", "animate": r"^motion_encoder", "s2v": r"audio"}
 # Fields of a config.json that say whether there are modules of these names.
-_STATED = {
-    "cross_attn_norm": ("norm3",),
-    "image_dim": ("img_emb", "k_img", "v_img", "norm_k_img"),
-    "inject_sample_info": ("fps_embedding", "fps_projection"),
-    "add_ref_conv": ("ref_conv",),
-}
+_STATED = {"cross_attn_norm": ("norm3",), "image_dim": ("img_emb", "k_img", "v_img", "norm_k_img")}
+# Fields that promise modules; what a field denies is a passenger.
+_PROMISING = {"inject_sample_info": ("fps_embedding", "fps_projection"), "add_ref_conv": ("ref_conv",)}
 _LONGEST = 40  # characters of a module's name that are shown
 _TIME = re.compile(r"time_embedding\.|time_projection\.|blocks\.\d+\.modulation$")
 
@@ -121,6 +118,7 @@ def sort_tensors(
     missing = [name for name in expected if name not in tensors]
     blocks = 1 + max((int(match[1]) for name in expected if (match := _BLOCK.match(name))), default=0)
     stated = tuple(part for field, parts in _STATED.items() if raw_config.get(field) is not None for part in parts)
+    stated += tuple(part for field, parts in _PROMISING.items() if raw_config.get(field) for part in parts)
     absent = {name for name in _throughout(missing, blocks, expected) if not _has_part(name, stated)}
     leaves = Counter(name.split(".", 2)[2] for name in missing if _ATTENTION.match(name))
     if lost := [leaf for leaf, count in leaves.items() if count == blocks > 1]:

@@ -17,6 +17,8 @@ from mlaconvert.model.window import default_chunks, seen_frames
 _ONCE_A_TEXT = ("cross_attn.k.", "cross_attn.v.", "text_embedding.")
 _ONCE_A_FRAME = ("time_embedding.", "time_projection.")
 _ONCE_A_KEY = ("kv_b_proj.", "k_rope_proj.")
+_ONCE = ("fps_projection.",)
+_NEVER = ("modulation", "fps_embedding.", "ref_conv.")  # no products; a reference is no part of a rollout
 # Tensors of the width, and of the feed-forward's, that a block makes of each token.
 _TENSORS_OF_WIDTH, _TENSORS_OF_FFN = 16, 2
 
@@ -71,13 +73,15 @@ def forward_work(
     present = int((own & own.mT).sum())
     products = attention = masked = 0.0
     for name, shape in family_of(config).expected_shapes(config).items():
-        if len(shape) < 2 or "modulation" in name:
+        if len(shape) < 2 or any(part in name for part in _NEVER):
             continue
         count = tokens
         if any(part in name for part in _ONCE_A_TEXT):
             count = 0 if cached else config.text_len
         elif any(part in name for part in _ONCE_A_FRAME):
             count = 1 if cached else frames
+        elif name.startswith(_ONCE):
+            count = 1
         elif any(part in name for part in _ONCE_A_KEY):
             exact = config.mla is not None and config.mla.present == "exact"
             count = (seen - (frames if exact and cached else 0)) * frame_tokens

@@ -228,7 +228,8 @@ MODELS: dict[str, tuple[Callable[[Path, State], Path], str]] = {
     "S2V": (plus(casual_audio_encoder__w=(3,), audio_injector__w=(4,)), "of S2V's audio branch"),
     "HuMo": (plus(audio_proj__audio_proj_glob_1__layer__weight=(4, 5)), "of an audio branch"),
     "Wan Fun InP": (
-        one(lambda s: s | {"patch_embedding.weight": s["patch_embedding.weight"].repeat(1, 3, 1, 1, 1)[:, :36].contiguous()}), "",
+        one(lambda s: s | {"patch_embedding.weight": torch.cat([s["patch_embedding.weight"]] * 3, 1)[:, :36].clone()}),
+        "",
     ),
     "Wan Fun Control, with a reference": (plus(ref_conv__weight=(D, 16, 2, 2), ref_conv__bias=(D,)), ""),
     "Wan Fun, camera": (plus(control_adapter__conv__weight=(3,)), "of camera control"),

@@ -55,7 +55,12 @@ def made(config: WanConfig) -> WanModel:
     return model.requires_grad_(False).eval()
 
 
-@pytest.mark.parametrize("config", [DENSE, latent("latent"), latent("exact")], ids=["dense", "latent", "exact"])
+PARTS = dataclasses.replace(DENSE, fps=16, reference_dim=4)  # a reference is not read by a model that streams
+
+
+@pytest.mark.parametrize(
+    "config", [DENSE, latent("latent"), latent("exact"), PARTS], ids=["dense", "latent", "exact", "parts"]
+)
 @torch.no_grad()
 def test_a_masked_pass_computes_what_is_counted(config: WanConfig) -> None:
     """Where a mask hides pairs they are computed all the same, and of no use."""

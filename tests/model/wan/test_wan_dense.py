@@ -119,6 +119,10 @@ def test_equals_diffusers(save_folder: SaveFolder, image: bool) -> None:
     with torch.no_grad():
         expected = reference(latents, t, context, encoder_hidden_states_image=features).sample
     assert relative(model(latents, t, context, image_features=features), expected) < TOLERANCE
+    each = torch.rand(2, 3 * 3 * 5) * 1000  # a timestep for every token, as Wan2.2 5B has it (expand_timesteps)
+    with torch.no_grad():
+        by_token = reference(latents, each, context, encoder_hidden_states_image=features).sample
+    assert relative(model(latents, each, context, image_features=features), by_token) < TOLERANCE
     if image:
         split = model(latents[:, :4], t, context, image_latents=latents[:, 4:], image_features=features)
         assert relative(split, expected) < TOLERANCE
