@@ -169,6 +169,18 @@ def test_generated_where_it_can_be(tmp_path: Path) -> None:
         code, _, stderr = invoke("generate", folder, *given, "-o", tmp_path / f"{name}-out")
         assert code == 0, stderr
         assert says in stderr
+    seed, geometry = SIZES["wan_fun_tiny/inp"]
+    folder = make(tmp_path, "wan_fun_tiny/inp", seed, **geometry)
+    code, _, stderr = invoke("generate", folder, *given, "-o", tmp_path / "inp-out")
+    assert code == 2
+    assert "needs image_latents [1, 10, 3, 12, 12]" in " ".join(stderr.split())
+    save_file(
+        {"image_latents": torch.zeros(1, 10, 3, 12, 12), "image_features": torch.zeros(1, 257, 1280)},
+        tmp_path / "image.safetensors",
+    )
+    more = ("--given", tmp_path / "image.safetensors", "-o", tmp_path / "inp-out")
+    code, _, stderr = invoke("generate", folder, *given, *more)
+    assert code == 0, stderr
     seed, geometry = SIZES["wan_fun_tiny/control"]
     folder = make(tmp_path, "wan_fun_tiny/control", seed, **geometry)
     code, _, stderr = invoke("generate", folder, *given, "-o", tmp_path / "control")
