@@ -252,6 +252,10 @@ MODELS: dict[str, tuple[Callable[[Path, State], Path], str]] = {
     "Video-As-Prompt": (
         one(lambda s: diffusers(s) | {"blocks.0.attn1_mot_ref.to_q.weight": torch.ones(D)}), "Video-As-Prompt",
     ),
+    "HunyuanVideo 1.5, HY-WorldPlay": (
+        one(lambda _: {f"double_blocks.{i}.img_attn_{p}.weight": torch.ones(D, D) for i in range(2) for p in "qkv"}),
+        "HunyuanVideo .*text and video share one attention stream",
+    ),
     "NF4, int8 of bitsandbytes": (plus(blocks__0__ffn__0__weight__absmax=(3,)), "bitsandbytes"),
     "SVDQuant (Nunchaku)": (plus(blocks__0__ffn__0__wscales=(3,)), "SVDQuant"),
     "NVFP4, MXFP8 of ComfyUI": (
