@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 # What a user reads, by its path in the repository.
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/**/*.md", "examples/*.md", "benchmarks/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "examples/*.md", "benchmarks/*.md", "comfyui/*.md")
     for path in ROOT.glob(pattern)
 )
 
