@@ -32,6 +32,8 @@ class MLAConvertError(Exception):
     """Root of all errors that mlaconvert raises on purpose. Names in a message may come from a hostile file."""
 
     exit_code = 1
+    details: tuple[str, ...] = ()
+    """Lines that belong to the message and are shown below it, such as a list to send on."""
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
@@ -49,6 +51,10 @@ class CheckpointError(InputError):
 
 class UnsupportedModelError(InputError):
     """A checkpoint can be read, but it is not of a family that mlaconvert converts."""
+
+
+class UnknownLayoutError(UnsupportedModelError):
+    """A Wan model has tensors of names that are not known; `details` lists all of its names, shapes and dtypes."""
 
 
 class ConfigError(InputError):

@@ -34,7 +34,7 @@ from mlaconvert.cli.push import push
 from mlaconvert.cli.recipes import recipes
 from mlaconvert.cli.stdout import checked_stdout
 from mlaconvert.cli.sweep import sweep
-from mlaconvert.errors import MLAConvertError
+from mlaconvert.errors import MLAConvertError, one_line
 
 
 class _Group(TyperGroup):
@@ -60,6 +60,8 @@ class _Group(TyperGroup):
                 traceback.print_exc()
             if isinstance(error, MLAConvertError):
                 typer.echo(f"error: {error}", err=True)
+                for line in error.details:
+                    typer.echo(one_line(line), err=True)
                 raise typer.Exit(error.exit_code) from None
             first = (str(error).strip().splitlines() or [""])[0][:300]
             typer.echo(f"error: unexpected {type(error).__name__}: {first} (--debug shows where)", err=True)

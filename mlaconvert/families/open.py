@@ -22,6 +22,7 @@ from mlaconvert.families.merged import merge_loras
 from mlaconvert.families.passengers import refuse_promises, some, sort_tensors
 from mlaconvert.families.protocol import Family
 from mlaconvert.families.source import AnySource, Source, as_source
+from mlaconvert.families.unknown import refuse_unknown_attention, refuse_unknown_blocks
 from mlaconvert.families.wan import WanFamily
 from mlaconvert.families.wrappers import STREAMING_KEYS, left_out, unwrap
 from mlaconvert.files.find import find_beside, open_store
@@ -99,6 +100,7 @@ def _recognise(
     _refuse_known(raw or {}, cleaned)
     family = next((family for family in _FAMILIES if family.detect(raw, cleaned)), None)
     if family is None:
+        refuse_unknown_blocks(store, cleaned, raw)
         raise UnsupportedModelError(
             f"its family is not known; found {some(cleaned)}; expected a Wan transformer (patch_embedding.weight, ...)"
         )
@@ -112,6 +114,7 @@ def _recognise(
             unknown[clean] = raw_name
         else:
             names[canonical] = raw_name
+    refuse_unknown_attention(store, names, unknown, raw)
     tensors = {canonical: store.tensors[raw_name] for canonical, raw_name in names.items()}
     if views := family.reshaped(raw, tensors):
         store.present(views)
@@ -171,4 +174,6 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise type(error)(f"{path}: {error}") from None
+        named = type(error)(f"{path}: {error}")
+        named.details = error.details
+        raise named from None

@@ -168,6 +168,14 @@ def distributed(script: str, name: str) -> Callable[[Path, State], Path]:
     return write
 
 
+def latent_of_another_code(state: State) -> State:
+    """The model with down- and up-projections of made-up names in the place of keys and values."""
+    kept = {name: tensor for name, tensor in state.items() if ".self_attn.k" not in name and ".self_attn.v" not in name}
+    parts = {"kv_down.weight": (6, D), "kv_up.weight": (2 * D, 6)}
+    made = {f"blocks.{i}.self_attn.{part}": torch.ones(shape) for i in (0, 1) for part, shape in parts.items()}
+    return kept | made
+
+
 FLAT = {"text_encoders.t5.shared.weight": torch.ones(3, 2), "vae.conv1.weight": torch.ones(2)}
 CAMERA = {"patch_embedding_wancamctrl__weight": (D, 8), "blocks__1__cam_injector_layer1__weight": (D, D)}
 
@@ -255,6 +263,9 @@ MODELS: dict[str, tuple[Callable[[Path, State], Path], str]] = {
     "HunyuanVideo 1.5, HY-WorldPlay": (
         one(lambda _: {f"double_blocks.{i}.img_attn_{p}.weight": torch.ones(D, D) for i in range(2) for p in "qkv"}),
         "HunyuanVideo .*text and video share one attention stream",
+    ),
+    "VideoMLA's own `model.pt`": (
+        pickle(lambda s: {"generator_ema": below("model.", latent_of_another_code(s))}), "open an issue with the list",
     ),
     "NF4, int8 of bitsandbytes": (plus(blocks__0__ffn__0__weight__absmax=(3,)), "bitsandbytes"),
     "SVDQuant (Nunchaku)": (plus(blocks__0__ffn__0__wscales=(3,)), "SVDQuant"),
