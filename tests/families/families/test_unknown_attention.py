@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from command_line import invoke
 from documents import page
+from families_cases import SaveFolder, State
 
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import MLAConfig, MLALayer
@@ -24,8 +26,8 @@ from mlaconvert.families.unknown import list_tensors
 from mlaconvert.families.wan import WanFamily
 from mlaconvert.files.headers import TensorInfo
 
-State = dict[str, torch.Tensor]
 D, LAYERS = 128, 3
+CONFIG = WanConfig(dim=D, num_heads=1, num_layers=LAYERS, ffn_dim=96, freq_dim=32, text_dim=24)
 LATENT = {
     "kv_down.weight": (D // 8, D),
     "kv_norm.weight": (D // 8,),
@@ -43,8 +45,7 @@ LATENT = {
 
 def wan(latent: dict[str, tuple[int, ...]], module: str = "self_attn") -> State:
     """A small Wan transformer whose blocks have these tensors for their self-attention."""
-    config = WanConfig(dim=D, num_heads=1, num_layers=LAYERS, ffn_dim=96, freq_dim=32, text_dim=24)
-    dense = {name: shape for name, shape in WanFamily().expected_shapes(config).items() if ".self_attn." not in name}
+    dense = {name: shape for name, shape in WanFamily().expected_shapes(CONFIG).items() if ".self_attn." not in name}
     shapes = dense | {f"blocks.{i}.{module}.{part}": shape for i in range(LAYERS) for part, shape in latent.items()}
     return {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
 
@@ -123,6 +124,18 @@ def test_blocks_without_self_attention_by_name_are_listed(tmp_path: Path) -> Non
     with pytest.raises(UnknownLayoutError, match="family is not known") as caught:
         open_checkpoint(save(wan(LATENT, "mla"), tmp_path / "model.pt"))
     assert any(".mla.kv_down.weight  BF16 [16, 128]" in line for line in caught.value.details)
+
+
+def test_a_config_that_says_what_the_layers_hold_is_believed(save_folder: SaveFolder) -> None:
+    layer = MLALayer(kv_lora_rank=16, qk_nope_head_dim=96, v_head_dim=128, rope_components=((0, 1), (22, 1)))
+    mla = MLAConfig(q_lora_rank=64, key_norm="latent", softmax_scale=0.1, layers=(layer,) * LAYERS)
+    config = replace(CONFIG, mla=mla)
+    state = {name: torch.ones(shape) for name, shape in WanFamily().expected_shapes(config).items()}
+    raw = WanFamily().raw_config(config)
+    with open_checkpoint(save_folder(state, raw | {"mla": mla.to_json()})) as checkpoint:
+        assert checkpoint.config.mla == mla
+    with pytest.raises(UnknownLayoutError, match="kv_a_proj_with_mqa"):
+        open_checkpoint(save_folder(state, raw, name="without"))
 
 
 LESS: dict[str, Callable[[State], object]] = {
