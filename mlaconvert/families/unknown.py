@@ -42,7 +42,8 @@ def refuse_unknown_attention(
             store,
             raw_config,
             "its self-attention differs from Wan's: no keys and values by Wan's names, and in their place "
-            f"{len(others)} tensors that are not known ({some(others)})",
+            f"{len(others)} tensors that are not known ({some(others)})"
+            + ("" if unknown else "; a model that mlaconvert converted needs the config.json of its folder"),
         )
 
 
