@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import MLAConfig, MLALayer
 from mlaconvert.errors import UnsupportedModelError
+from mlaconvert.integrations.contract import CachedLayer, Contract
 from mlaconvert.model.attention.kernel import AttentionMode, AttentionPlan, Segment, by_token, padded, segments_of
 from mlaconvert.model.attention.latent import LatentAttention
+from mlaconvert.model.cache import LayerCache
 from mlaconvert.model.rope import Rotary
-from mlaconvert.model.window import chunk_mask, default_chunks
 
 
 class LatentAttnProcessor:
@@ -45,8 +46,9 @@ class LatentSelfAttention(LatentAttention, AttentionModuleMixin):  # type: ignor
     is_cross_attention = False
     _supports_qkv_fusion = False  # the projections read different inputs
 
-    def __init__(self, config: WanConfig, mla: MLAConfig, layer: MLALayer) -> None:
+    def __init__(self, config: WanConfig, mla: MLAConfig, layer: MLALayer, cached: CachedLayer) -> None:
         super().__init__(config, mla, layer)
+        self.cached = cached
         self.to_out = nn.ModuleList((self.o,))
         del self.o
         self.processor = LatentAttnProcessor()
@@ -63,6 +65,11 @@ class LatentSelfAttention(LatentAttention, AttentionModuleMixin):  # type: ignor
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return self.processor.attend(q, k, v, mask, self.scale)
+
+    def attended(self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None = None) -> Tensor:
+        """As `CachedAttention` has it."""
+        made: Tensor = self.to_out[0](self.heads(x, plan, cache))
+        return made
 
     def forward(  # type: ignore[override]
         self,
@@ -82,7 +89,7 @@ class LatentSelfAttention(LatentAttention, AttentionModuleMixin):  # type: ignor
             segments = _segments(mask, mask._version) if self.v_proj is not None else ()
         turn = Rotary(cos[0, :, 0, 0::2], sin[0, :, 0, 1::2])
         plan = AttentionPlan(query_rotary=turn, key_rotary=turn, mask=mask, mode=self.mode, segments=segments)
-        return self.to_out[0](self.heads(hidden_states, plan))
+        return self.attended(hidden_states, plan)
 
 
 @lru_cache(maxsize=1)  # all layers of a pass have the same mask
@@ -108,21 +115,20 @@ def check_processor(processor: Any) -> None:
 class ChunkRope(WanRotaryPosEmbed):  # type: ignore[misc]
     """diffusers' rotary embedding, and behind it the mask and segments of a model that is causal between chunks."""
 
-    def __init__(self, config: WanConfig, max_frames: int) -> None:
+    def __init__(self, config: WanConfig, contract: Contract, max_frames: int) -> None:
         super().__init__(config.head_dim, config.patch_size, max_frames)
-        self.streaming = config.streaming
+        self.contract = contract
 
     def forward(self, hidden_states: Tensor) -> tuple[Any, ...]:
         """[B, C, F, H, W] -> cosines and sines [1, N, 1, D]; of a streaming model also its mask, bool [N, N], and
         what `AttentionPlan` has as segments.
         """
         turn: tuple[Tensor, Tensor] = super().forward(hidden_states)
-        if self.streaming is None:
-            return turn
         frames = hidden_states.shape[2] // self.patch_size[0]
-        tokens = turn[0].shape[1] // frames
-        visible = chunk_mask(default_chunks(frames, self.streaming), self.streaming).to(hidden_states.device)
-        return (*turn, *by_token(visible, tokens))
+        visible = self.contract.visible(frames)
+        if visible is None:
+            return turn
+        return (*turn, *by_token(visible.to(hidden_states.device), turn[0].shape[1] // frames))
 
 
 class ChunkCausalProcessor(WanAttnProcessor):  # type: ignore[misc]

@@ -36,6 +36,7 @@ from mlaconvert.families.wan import WanFamily
 from mlaconvert.files.inputs import refuse_foreign_links
 from mlaconvert.files.names import CONFIG_NAME, CONVERSION_NAME, HEALING_NAME
 from mlaconvert.files.writer import ModelWriter, TensorSpec
+from mlaconvert.integrations.contract import Contract
 from mlaconvert.integrations.diffusers_attention import (
     ChunkCausalProcessor,
     ChunkRope,
@@ -95,14 +96,15 @@ class LatentTransformer(ModelMixin):  # type: ignore[misc]
         self.source_config: dict[str, Any] | None = None
         self.records: dict[str, bytes] = {}
         self.tensor_order = tuple(_FAMILY.expected_shapes(self.geometry))
-        latent = self.geometry.mla
-        if self.geometry.streaming is not None:
-            self.rope = ChunkRope(self.geometry, c.rope_max_seq_len)
-        for i, block in enumerate(self.blocks):
+        self.contract, latent = Contract.of(self.geometry), self.geometry.mla
+        causal = self.contract.streaming is not None
+        if causal:
+            self.rope = ChunkRope(self.geometry, self.contract, c.rope_max_seq_len)
+        for i, (block, cached) in enumerate(zip(self.blocks, self.contract.layers, strict=True)):
             layer = latent.layers[i] if latent is not None else None
             if latent is not None and layer is not None:
-                block.attn1 = LatentSelfAttention(self.geometry, latent, layer)
-            elif self.geometry.streaming is not None:
+                block.attn1 = LatentSelfAttention(self.geometry, latent, layer, cached)
+            elif causal:
                 block.attn1.set_processor(ChunkCausalProcessor())
 
     @classmethod

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -17,10 +17,11 @@ from torch.nn.attention.flex_attention import create_mask
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import MLAConfig, MLALayer
 from mlaconvert.errors import InputError
+from mlaconvert.integrations.contract import CachedLayer, Contract
 from mlaconvert.integrations.streaming.codebase import Codebase, Positions
 from mlaconvert.model.attention.kernel import AttentionPlan, Segment, segments_of
 from mlaconvert.model.attention.latent import LatentAttention
-from mlaconvert.model.cache import Entry, LayerCache, WindowView, layer_entries
+from mlaconvert.model.cache import LayerCache, WindowView
 from mlaconvert.model.rope import Rotary, rotary
 
 KvCache = MutableMapping[str, Any]
@@ -66,8 +67,8 @@ class _Place:
 class Turns:
     """What one pass of all layers shares: rotations and masks, made for the first layer."""
 
-    def __init__(self, config: WanConfig, positions: Positions, codebase: Codebase) -> None:
-        self.config, self.positions, self.codebase = config, positions, codebase
+    def __init__(self, contract: Contract, positions: Positions, codebase: Codebase) -> None:
+        self.contract, self.positions, self.codebase = contract, positions, codebase
         self._chunk: tuple[Any, AttentionPlan] | None = None
         self._clip: tuple[Any, AttentionPlan] | None = None
 
@@ -76,7 +77,7 @@ class Turns:
         key = (place, device)
         if self._chunk is None or self._chunk[0] != key:
             keys, queries = (
-                rotary(frames.to(device), *place.grid[1:], self.config.rope_split)
+                rotary(frames.to(device), *place.grid[1:], self.contract.rope_split)
                 for frames in place.frames(self.positions)
             )
             keys = Rotary(*(place.seen(turns, 0) for turns in keys))
@@ -101,7 +102,7 @@ class Turns:
             if rest or copies not in (1, 2):
                 raise InputError(f"{tokens} tokens are not one or two clips of {' x '.join(map(str, grid))}")
             frames = torch.arange(grid[0], device=device).repeat(copies)
-            turn = rotary(frames, *grid[1:], self.config.rope_split)
+            turn = rotary(frames, *grid[1:], self.contract.rope_split)
             mask = None
             segments: tuple[Segment, ...] = ()
             if block_mask is not None:
@@ -112,20 +113,19 @@ class Turns:
 
 
 class _Packed(LayerCache):
-    """A layer's window in one buffer [B, tokens, sum of widths]."""
+    """A layer's window in one buffer [B, tokens, channels]."""
 
-    def __init__(self, buffer: Tensor, entries: Sequence[Entry], place: _Place) -> None:
+    def __init__(self, buffer: Tensor, cached: CachedLayer, place: _Place) -> None:
         self.buffers, self.text = (buffer,), ()
-        self.widths, self.place = [entry.width for entry in entries], place
+        self.cached, self.place = cached, place
 
     def update(self, view: WindowView, *new: Tensor) -> tuple[Tensor, ...]:
-        packed, place = torch.cat([part.flatten(2) for part in new], -1), self.place
+        packed, place = self.cached.join(new), self.place
         if place.start < place.kept:
             (buffer,) = self.buffers
             packed = torch.cat((buffer[:, place.start : place.kept], packed[:, place.kept - place.start :]), 1)
         (window,) = super().update(view, packed)
-        parts = place.seen(window, 1).split([prod(width) for width in self.widths], -1)
-        return tuple(part.unflatten(-1, width) for part, width in zip(parts, self.widths, strict=True))
+        return self.cached.split(place.seen(window, 1))
 
 
 class Streaming(nn.Module):
@@ -138,27 +138,20 @@ class Streaming(nn.Module):
     sink_size: int
     max_attention_size: int
 
-    def join(self, config: WanConfig, index: int, turns: Turns) -> None:
+    cached: CachedLayer
+
+    def join(self, index: int, turns: Turns) -> None:
         """Take part in the passes of `turns` as layer `index`, without a window as yet."""
-        self.entries, self.turns = layer_entries(config, index, torch.float32), turns
+        self.cached, self.turns = turns.contract.layers[index], turns
         self.local_attn_size, self.sink_size, self.max_attention_size = -1, 0, 2**62
 
-    def attended(self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None) -> Tensor:
-        """[B, N, D] -> [B, N, D], output projection included."""
+    def attended(self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None = None) -> Tensor:
+        """As `CachedAttention` has it."""
         raise NotImplementedError
 
     def empty_buffer(self, dense: Tensor, device: torch.device | str) -> Tensor:
-        """An empty buffer of what is cached [B, tokens, ...], for as many videos and tokens as a dense one has.
-
-        Numbers are of the dense one's dtype; what takes bits of its own is in bytes.
-        """
-        dtype = torch.uint8 if self.entries[0].dtype == torch.uint8 else dense.dtype
-        return torch.zeros(*dense.shape[:2], self.channels, dtype=dtype, device=device)
-
-    @property
-    def channels(self) -> int:
-        """Numbers that a token caches, or bytes."""
-        return sum(prod(entry.width) for entry in self.entries)
+        """An empty buffer of what is cached, for as many videos and tokens as a dense one [B, tokens, ...] has."""
+        return self.cached.buffer(dense.shape[0], dense.shape[1], dense.dtype, device)
 
     def forward(
         self,
@@ -185,7 +178,7 @@ class Streaming(nn.Module):
         frames, height, width = (int(size) for size in grid_sizes.reshape(-1, 3)[0].tolist())
         grid, codebase = (frames, height, width), self.turns.codebase
         if kv_cache is None:
-            return self.attended(x, self.turns.clip(x.shape[1], grid, block_mask, x.device), None)
+            return self.attended(x, self.turns.clip(x.shape[1], grid, block_mask, x.device))
         if x.shape[1] != prod(grid):
             raise InputError(f"a chunk has {x.shape[1]} tokens, its grid_sizes say {frames} x {height} x {width}")
         if codebase.compare is not None:
@@ -202,7 +195,7 @@ class Streaming(nn.Module):
         elif current_start == 0:
             kv_cache.pop(_SINK, None)
         place = replace(place, sink_frame=kv_cache.get(_SINK, 0))
-        out = self.attended(x, self.turns.chunk(place, x.device), _Packed(buffer, self.entries, place))
+        out = self.attended(x, self.turns.chunk(place, x.device), _Packed(buffer, self.cached, place))
         return (out, (*ends, {"action": "written", "is_recompute": again})) if codebase.hands_back else out
 
     def fuse_projections(self) -> None:
@@ -216,7 +209,7 @@ class Streaming(nn.Module):
         plan = replace(plan, window=_written(0, tokens, x.device))
         _set_indices(kv_cache, tokens, tokens)
         place = _Place(0, 0, 0, 0, tokens, 0, 0, 0, grid)
-        return self.attended(x, plan, _Packed(buffer, self.entries, place))
+        return self.attended(x, plan, _Packed(buffer, self.cached, place))
 
     def _check(self, kv_cache: KvCache, current_start: int, tokens: int) -> None:
         """Raise InputError for what their cache shows and latent attention does not do."""
@@ -243,7 +236,7 @@ class Streaming(nn.Module):
     def _buffer(self, kv_cache: KvCache, x: Tensor) -> Tensor:
         """The dictionary's buffer of latents, in place of the dense one that their code made, or of other latents."""
         made: Tensor = kv_cache["k"]
-        if made.shape[2:] != (self.channels,):
+        if made.shape[2:] != (self.cached.channels,):
             made = self.empty_buffer(made, made.device)
             kv_cache["k"], kv_cache["v"] = made, made[..., :0]
         if made.shape[0] != x.shape[0]:
@@ -306,9 +299,9 @@ class StreamingLatentAttention(Streaming, LatentAttention):  # type: ignore[misc
 
     def __init__(self, config: WanConfig, mla: MLAConfig, layer: MLALayer, index: int, turns: Turns) -> None:
         super().__init__(config, mla, layer)
-        self.join(config, index, turns)
+        self.join(index, turns)
 
-    def attended(self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None) -> Tensor:
+    def attended(self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None = None) -> Tensor:
         if cache is not None and not torch.is_grad_enabled():
             self.refresh()
         return self.o(self.heads(x, plan, cache))

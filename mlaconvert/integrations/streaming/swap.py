@@ -22,6 +22,7 @@ from mlaconvert.families.source import AnySource
 from mlaconvert.families.wrappers import unwrap
 from mlaconvert.files.names import CONVERSION_NAME
 from mlaconvert.files.origin import origin_of
+from mlaconvert.integrations.contract import Contract
 from mlaconvert.integrations.streaming.attention import KvCache, Streaming, StreamingLatentAttention, Turns
 from mlaconvert.integrations.streaming.codebase import (
     Codebase,
@@ -68,8 +69,9 @@ def swap_attention(
         if adapters:
             _check_adapters(checkpoint, source, type(causal).__name__)
         outside = _outside(causal, checkpoint, swapped, source)
-        folder = (config.streaming or StreamingConfig()).positions
-        turns = Turns(config, folder, _codebase(causal, checkpoint, positions, folder))
+        contract = Contract.of(config)
+        folder = contract.window.positions
+        turns = Turns(contract, folder, _codebase(causal, checkpoint, positions, folder))
         turns.positions = turns.codebase.admit(positions, folder)
         theirs = self_attentions(causal)
         ours = {i: _made_like(theirs[i], checkpoint, i, config.mla, layer, turns) for i, layer in swapped.items()}

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mlaconvert.config.geometry import WanConfig
-from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import InputError, UnsupportedModelError
+from mlaconvert.integrations.contract import Contract
 from mlaconvert.integrations.streaming.attention import Grid, Streaming, Turns
 from mlaconvert.integrations.streaming.codebase import DENSE, Codebase, Positions
 from mlaconvert.model.attention.dense import DenseAttention
@@ -34,7 +34,7 @@ _FRAMES = ((2, 3), (30, 52))  # height and width in tokens; krea counts every fr
 class _Dense(Streaming, DenseAttention):  # type: ignore[misc]
     """Wan's attention with our slots and positions."""
 
-    def attended(self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None) -> Tensor:
+    def attended(self, x: Tensor, plan: AttentionPlan, cache: LayerCache | None = None) -> Tensor:
         return DenseAttention.forward(self, x, plan, cache)
 
 
@@ -97,9 +97,10 @@ class Trial:
     def __init__(self, codebase: Codebase, attention: nn.Module, causal: nn.Module, config: WanConfig) -> None:
         self.codebase = codebase
         self.config = replace(config, dim=config.head_dim, num_heads=1, num_layers=1, mla=None)
+        self.contract = Contract.of(self.config)
         chunk = getattr(causal, "num_frame_per_block", 1)
         if not isinstance(chunk, int) or chunk < 2:
-            chunk = (config.streaming or StreamingConfig()).chunk_frames
+            chunk = self.contract.window.chunk_frames
         self.windows = [_Window.like(attention, frames) for frames in (chunk, 1)]  # one frame of 1,560 tokens is enough
         self.dense = _drawn(self.config)
         self.theirs = _with_one_head(attention, self.dense)
@@ -146,7 +147,7 @@ class Trial:
         tokens = grid[1] * grid[2]
         limits = {"local_attn_size": window.local, "sink_size": window.sink}
         limits["max_attention_size"] = window.seen * tokens
-        self.dense.join(self.config, 0, Turns(self.config, positions, self.codebase))
+        self.dense.join(0, Turns(self.contract, positions, self.codebase))
         for name, limit in limits.items():
             setattr(self.dense, name, limit)
             if hasattr(self.theirs, name):
