@@ -90,6 +90,8 @@ def test_only_the_window_knows_the_rule_of_the_window() -> None:
         "reports.card",
         "reports.plan",
         "integrations.streaming.swap",
+        "integrations.sglang.cache",
+        "integrations.sglang.transformer",
     }
     readers = {
         name

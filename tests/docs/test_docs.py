@@ -12,15 +12,17 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from sglang_standin import standing_in
 
 import mlaconvert
 
 ROOT = Path(__file__).parents[2]
-MODULES = sorted(
-    info.name
-    for info in pkgutil.walk_packages(mlaconvert.__path__, "mlaconvert.")
-    if not info.name.startswith(("mlaconvert.cli", "mlaconvert.__main__"))
-)
+with standing_in():  # a package is only walked if it can be imported
+    MODULES = sorted(
+        info.name
+        for info in pkgutil.walk_packages(mlaconvert.__path__, "mlaconvert.")
+        if not info.name.startswith(("mlaconvert.cli", "mlaconvert.__main__"))
+    )
 
 
 def undocumented(module: ModuleType) -> list[str]:
@@ -43,7 +45,8 @@ def undocumented(module: ModuleType) -> list[str]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_everything_public_has_a_docstring(name: str) -> None:
-    assert undocumented(importlib.import_module(name)) == []
+    with standing_in():
+        assert undocumented(importlib.import_module(name)) == []
 
 
 def test_a_missing_docstring_shows() -> None:

@@ -1,0 +1,127 @@
+"""The package inside SGLang itself, on a CPU: `python tests/integrations/sglang/sglang_itself.py FOLDER`.
+
+Small converted weights go through SGLang's own registry, loader, causal stage and `sglang generate`, and the latents
+are compared with ours. Nothing is downloaded. `pip install 'sglang[diffusion]'` brings CUDA; what a CPU needs beside
+mlaconvert's own test dependencies is less, and Python 3.11:
+
+    pip install --no-deps -r tests/integrations/sglang/cpu_requirements.txt
+
+A torchvision that does not fit a CPU build of torch must not be there: the little that is imported of it is stood in.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PACKAGE = "mlaconvert.integrations.sglang"
+INTERPOLATION = """from enum import Enum
+class InterpolationMode(Enum):
+    NEAREST = "nearest"; NEAREST_EXACT = "nearest-exact"; BILINEAR = "bilinear"; BICUBIC = "bicubic"
+    BOX = "box"; HAMMING = "hamming"; LANCZOS = "lanczos"
+class Normalize:
+    pass
+"""
+
+
+def say(*lines: str) -> None:
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+def stand_in_for_torchvision(folder: Path) -> None:
+    """A package of that name which computes nothing."""
+    functional = "from torchvision.transforms import InterpolationMode\npil_to_tensor = to_tensor = None\n"
+    files = {
+        "__init__.py": '__version__ = "0.28.0"\n',
+        "io/__init__.py": "",
+        "transforms/__init__.py": INTERPOLATION + "from . import functional\n",
+        "transforms/functional.py": functional,
+        "transforms/v2/__init__.py": "from . import functional\n",
+        "transforms/v2/functional.py": functional,
+    }
+    for name, text in files.items():
+        path = folder / "torchvision" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def stage_for(folder: Path, precision: str) -> tuple[Any, Any]:
+    """SGLang's registry, loader and causal stage around the folder, and the arguments of its server."""
+    from sglang.multimodal_gen.registry import get_pipeline_class, get_pipeline_config_classes
+    from sglang.multimodal_gen.runtime.server_args import ServerArgs, set_global_server_args
+
+    pipeline, classes = get_pipeline_class("WanMLAPipeline"), get_pipeline_config_classes("WanMLAPipeline")
+    assert pipeline is not None
+    assert classes is not None
+    assert pipeline.__module__.startswith(PACKAGE), "SGLANG_EXTERNAL_MODEL_PACKAGE was not loaded"
+    arguments = ServerArgs(model_path=str(folder.parent / "base"), pipeline_config=classes[0](dit_precision=precision))
+    set_global_server_args(arguments)
+    transformer, _ = pipeline.component_loaders["transformer"]().load(
+        str(folder), arguments, "transformer", "diffusers"
+    )
+
+    from mlaconvert.integrations.sglang.pipeline import LatentCausalDenoisingStage, SelfForcingFlowMatchScheduler
+
+    scheduler = SelfForcingFlowMatchScheduler(num_inference_steps=1000, shift=5.0, sigma_min=0.0, extra_one_step=True)
+    return LatentCausalDenoisingStage(transformer, scheduler), arguments
+
+
+def compare(folder: Path) -> None:
+    """Two requests in float32, one in the other's memory, and two of unequal sizes in bfloat16."""
+    from sglang_cases import CACHE_BYTES, expected, request
+    from support import relative
+
+    stage, arguments = stage_for(folder, "fp32")
+    for seed in (3, 4):
+        found = stage.forward(request(seed), arguments).latents
+        difference = relative(found, expected(folder, request(seed)))
+        assert difference < 1e-5, difference
+    say(f"both requests are ours: latents differ by {difference:.1g}")
+    for precision, size in (("fp32", 4), ("bf16", 2)):
+        stage, arguments = stage_for(folder, precision)
+        stage.forward(request(5), arguments)
+        held = sum(layer.nbytes for layer in stage.causal_kv_cache)
+        assert held == CACHE_BYTES[size], held
+        say(f"its cache holds {held:,} bytes in {precision}, as analyze plans")
+    stage.forward(request(5, width=14), arguments)  # another size
+
+
+def generate(base: Path, folder: Path, output: Path) -> None:
+    """`sglang generate`, its own processes and all."""
+    command = [sys.executable, "-c", "from sglang.cli.main import main; main()", "generate", "--model-path", str(base)]
+    command += ["--transformer-path", str(folder), "--pipeline-class-name", "WanMLAPipeline", "--height", "48"]
+    command += ["--width", "80", "--num-frames", "33", "--prompt", "a cat walks slowly", "--output-path", str(output)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    said = (done.stdout + done.stderr).splitlines()
+    assert done.returncode == 0, "\n".join(said[-40:])
+    say(*(line for line in said if "latent KV cache" in line))
+    (film,) = output.glob("*.mp4")
+    say(f"sglang generate wrote {film.stat().st_size:,} bytes of video")
+
+
+def main() -> None:
+    root = Path(sys.argv[1]).resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    if find_spec("torchvision") is None:
+        stand_in_for_torchvision(root)
+    places = [str(HERE), str(HERE.parents[1]), str(HERE.parents[2]), str(root)]
+    if os.environ.get("SGLANG_EXTERNAL_MODEL_PACKAGE") != PACKAGE:  # once more, as a user has it exported
+        path = os.pathsep.join([*places, os.environ.get("PYTHONPATH", "")])
+        os.environ |= {"SGLANG_EXTERNAL_MODEL_PACKAGE": PACKAGE, "PYTHONPATH": path}
+        os.execv(sys.executable, [sys.executable, __file__, str(root)])
+
+    from sglang_cases import make_base, make_converted
+
+    base = make_base(root / "base")
+    folder = make_converted(root / "converted", base / "transformer")
+    compare(folder)
+    generate(base, folder, root / "videos")
+
+
+if __name__ == "__main__":
+    main()
