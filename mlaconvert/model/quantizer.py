@@ -133,6 +133,10 @@ class CacheQuantizer(nn.Module):
         value = straight_through(x, self._value(self._code(x)).to(x.dtype))
         return value.split([part.shape[-1] for part in cached], -1)
 
+    def forward(self, *cached: Tensor) -> tuple[Tensor, ...]:
+        """`round_trip`, called as a module: hooks that keep weights elsewhere bring the tables."""
+        return self.round_trip(*cached)
+
     def _code(self, x: Tensor) -> Tensor:
         """Codes about zero, as whole numbers in float32 at least."""
         x, half = x.detach().to(wide(x.dtype)), self.packing.half

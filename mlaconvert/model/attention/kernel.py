@@ -106,7 +106,7 @@ class AttentionPlan:
         With a `quantizer`, all of them are what it makes of them; the cache then holds its bytes.
         """
         if cache is None or self.window is None:
-            return new if quantizer is None else quantizer.round_trip(*new)
+            return new if quantizer is None else quantizer(*new)
         if quantizer is not None:
             (window,) = cache.update(self.window, quantizer.pack(*new))
             return quantizer.unpack(window, new)
