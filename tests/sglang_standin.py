@@ -6,9 +6,11 @@ Names, arguments and what is called when are SGLang's; the code is ours and does
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
@@ -24,13 +26,22 @@ class ComposedPipelineBase:
     pipeline_name: str
 
     def __init__(self, model_path: str, server_args: Any) -> None:
+        self.model_path, self.server_args = model_path, server_args
         self.modules: dict[str, Any] = {}
         self.stages: list[Any] = []
+        assert "transformer" in self._load_config()
         for name, loader in self.component_loaders.items():
-            path = server_args.component_paths.get(name, f"{model_path}/{name}")
+            path = server_args.component_paths.get(name, f"{self.model_path}/{name}")
             self.modules[name], _ = loader().load(path, server_args, name, "diffusers")
         self.initialize_pipeline(server_args)
         self.create_pipeline_stages(server_args)
+
+    def _load_config(self) -> dict[str, Any]:
+        path = Path(self.model_path) / "model_index.json"
+        if not path.is_file():
+            raise ValueError(f"Model directory {self.model_path} does not contain model_index.json")
+        index: dict[str, Any] = json.loads(path.read_text())
+        return index
 
     def get_module(self, name: str, default: Any = None) -> Any:
         return self.modules.get(name, default)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,8 +16,10 @@ from sglang.multimodal_gen.runtime.models.schedulers.scheduling_self_forcing_flo
 from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import ComposedPipelineBase
 from sglang.multimodal_gen.runtime.pipelines_core.stages import CausalDMDDenoisingStage, InputValidationStage
 
+from mlaconvert.base.repository import find_base
 from mlaconvert.config.streaming import FEW_STEPS, SHIFT
-from mlaconvert.errors import UnsupportedModelError
+from mlaconvert.errors import InputError, UnsupportedModelError
+from mlaconvert.files.names import CONFIG_NAME
 from mlaconvert.integrations.sglang.cache import LayerKVCache, TextKVCache, allocate
 from mlaconvert.integrations.sglang.transformer import ConvertedTransformerLoader
 from mlaconvert.units import format_bytes
@@ -103,13 +106,35 @@ class LatentCausalDenoisingStage(CausalDMDDenoisingStage):  # type: ignore[misc]
         self.crossattn_cache = [TextKVCache(layer.cache) for layer in self.causal_kv_cache or ()]
 
 
+def base_of(folder: str) -> str:
+    """The repository of diffusers' with the text encoder and the VAE of a converted folder. Raises InputError."""
+    instead = f"give it as --model-path, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers, and {folder} as --transformer-path"
+    try:
+        base = find_base(folder)
+    except InputError:
+        raise InputError(f"{folder}: the repository with its text encoder and VAE is not known; {instead}") from None
+    if base.is_native:
+        raise InputError(f"{base.source} is not in the layout of diffusers, which SGLang reads; {instead}")
+    return base.source
+
+
 class WanMLAPipeline(ComposedPipelineBase):  # type: ignore[misc]
     """Text encoder and VAE of a Wan repository of diffusers', and a converted transformer between them."""
 
+    model_path: str
     pipeline_name = "WanMLAPipeline"
     is_video_pipeline = True
     _required_config_modules: ClassVar[list[str]] = ["text_encoder", "tokenizer", "vae", "transformer", "scheduler"]
     component_loaders: ClassVar[dict[str, Any]] = {"transformer": ConvertedTransformerLoader}
+
+    def _load_config(self) -> dict[str, Any]:
+        """The base's model_index.json. Given a converted folder, the base is the one that `find_base` knows of it."""
+        folder = Path(self.model_path)
+        if (folder / CONFIG_NAME).is_file() and not (folder / "model_index.json").is_file():
+            self.server_args.component_paths.setdefault("transformer", self.model_path)
+            self.model_path = base_of(self.model_path)
+        index: dict[str, Any] = super()._load_config()
+        return index
 
     def initialize_pipeline(self, server_args: Any) -> None:
         """Sample as few-step students do, where the repository's settings say nothing of it."""

@@ -90,7 +90,7 @@ def swap_attention(
                 tensor.copy_(value)
         _allocate_latents(pipeline, causal)
         undo.pop_all()
-    other_window = _other_window(next(iter(ours.values())), config.streaming)
+    other_window = _other_window(next(iter(ours.values())), contract.streaming)
     if other_window:
         warnings.warn(f"{source} {other_window}", stacklevel=2)
     if adapters:

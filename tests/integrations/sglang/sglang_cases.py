@@ -42,15 +42,15 @@ def make_dense(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def make_converted(folder: Path, dense: Path, **changes: Any) -> Path:
-    """Its conversion to stream, the layer in the middle left dense."""
+def make_converted(folder: Path, source: Path, **changes: Any) -> Path:
+    """Its conversion to stream, of the transformer alone or of a whole repository; the second layer is left dense."""
     recipe: dict[str, Any] = {"layers": "0,2", "key_norm": "token", "rope": "latent", "streaming": STREAMING}
-    convert(dense, folder, ConvertRecipe(init="svd", **recipe | changes))
+    convert(source, folder, ConvertRecipe(init="svd", **recipe | changes))
     return folder
 
 
 def make_base(folder: Path) -> Path:
-    """A repository of diffusers' with everything but the converted transformer."""
+    """A repository of diffusers' around a dense transformer."""
     save_base(folder, text_dim=TEXT)
     (folder / "model_index.json").write_text(json.dumps(INDEX))
     (folder / "scheduler").mkdir()

@@ -1,8 +1,8 @@
 """The package inside SGLang itself, on a CPU: `python tests/integrations/sglang/sglang_itself.py FOLDER`.
 
-Small converted weights go through SGLang's own registry, loader, causal stage and `sglang generate`, and the latents
-are compared with ours. Nothing is downloaded. `pip install 'sglang[diffusion]'` brings CUDA; what a CPU needs beside
-mlaconvert's own test dependencies is less, and Python 3.11:
+Small converted weights go through SGLang's own registry, loader, causal stage, `sglang generate` and `sglang serve`,
+and the latents are compared with ours. No weights are downloaded. `pip install 'sglang[diffusion]'` brings CUDA; what a
+CPU needs beside mlaconvert's own test dependencies is less, and Python 3.11:
 
     pip install --no-deps -r tests/integrations/sglang/cpu_requirements.txt
 
@@ -11,12 +11,17 @@ A torchvision that does not fit a CPU build of torch must not be there: the litt
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 HERE = Path(__file__).parent
 PACKAGE = "mlaconvert.integrations.sglang"
@@ -91,17 +96,67 @@ def compare(folder: Path) -> None:
     stage.forward(request(5, width=14), arguments)  # another size
 
 
-def generate(base: Path, folder: Path, output: Path) -> None:
-    """`sglang generate`, its own processes and all."""
-    command = [sys.executable, "-c", "from sglang.cli.main import main; main()", "generate", "--model-path", str(base)]
-    command += ["--transformer-path", str(folder), "--pipeline-class-name", "WanMLAPipeline", "--height", "48"]
-    command += ["--width", "80", "--num-frames", "33", "--prompt", "a cat walks slowly", "--output-path", str(output)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+def command(verb: str, *options: str) -> list[str]:
+    call = "from sglang.cli.main import main; main()"
+    return [sys.executable, "-c", call, verb, "--pipeline-class-name", "WanMLAPipeline", *options]
+
+
+def generate(folder: Path, output: Path) -> None:
+    """`sglang generate`, its own processes and all, from a converted folder that knows its base."""
+    options = ["--height", "48", "--width", "80", "--num-frames", "33", "--prompt", "a cat walks slowly"]
+    line = command("generate", "--model-path", str(folder), *options, "--output-path", str(output))
+    done = subprocess.run(line, check=False, capture_output=True, text=True)
     said = (done.stdout + done.stderr).splitlines()
     assert done.returncode == 0, "\n".join(said[-40:])
     say(*(line for line in said if "latent KV cache" in line))
     (film,) = output.glob("*.mp4")
     say(f"sglang generate wrote {film.stat().st_size:,} bytes of video")
+
+
+def serve(base: Path, folder: Path, output: Path) -> None:
+    """`sglang serve` with two replicas, and a video from each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--num-gpus", "2", "--dp-size", "2", "--port", str(port), "--output-path", str(output)]
+    line = command("serve", "--model-path", str(base), "--transformer-path", str(folder), *options)
+    output.mkdir()
+    with (output / "log").open("w") as log, subprocess.Popen(line, stdout=log, stderr=log, cwd=output) as server:
+        try:
+            wait(lambda: ask(port, "health") is not None, server, "start")
+            wanted = {"size": "80x48", "num_frames": 33}
+            made = [ask(port, "v1/videos", {"prompt": f"a {animal} walks"} | wanted) for animal in ("cat", "dog")]
+            assert None not in made, (output / "log").read_text()[-3000:]
+
+            def finished() -> bool:
+                return all(
+                    video["status"] == "completed" for video in (ask(port, "v1/videos") or {"data": [{}]})["data"]
+                )
+
+            wait(finished, server, "make two videos")
+        finally:
+            server.terminate()
+    say("sglang serve made two videos with two replicas")
+
+
+def ask(port: int, path: str, body: dict[str, Any] | None = None) -> Any:
+    """What the server answers; None where it does not."""
+    data = None if body is None else json.dumps(body).encode()
+    asked = Request(f"http://127.0.0.1:{port}/{path}", data, {"Content-Type": "application/json"})
+    try:
+        with urlopen(asked, timeout=30) as answer:
+            return json.loads(answer.read() or b"{}")
+    except OSError:
+        return None
+
+
+def wait(done: Callable[[], bool], server: subprocess.Popen[bytes], what: str) -> None:
+    for _ in range(300):
+        if done():
+            return
+        assert server.poll() is None, f"the server ended before it could {what}"
+        time.sleep(1)
+    raise AssertionError(f"the server did not {what}")
 
 
 def main() -> None:
@@ -118,9 +173,10 @@ def main() -> None:
     from sglang_cases import make_base, make_converted
 
     base = make_base(root / "base")
-    folder = make_converted(root / "converted", base / "transformer")
+    folder = make_converted(root / "converted", base)
     compare(folder)
-    generate(base, folder, root / "videos")
+    generate(folder, root / "videos")
+    serve(base, folder, root / "served")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,10 +17,10 @@ from typing import Any
 import pytest
 import sglang_standin
 import torch
-from sglang_cases import CACHE_BYTES, FRAMES, TOKENS, expected, make_converted, make_dense, request
+from sglang_cases import CACHE_BYTES, FRAMES, TOKENS, expected, make_base, make_converted, make_dense, request
 from support import count_bits, relative
 
-from mlaconvert.errors import UnsupportedModelError
+from mlaconvert.errors import InputError, UnsupportedModelError
 from mlaconvert.model.memory import StreamedVideo, plan_memory
 
 HERE = Path(__file__).parent
@@ -27,10 +29,13 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("sglang")
-    dense = make_dense(root / "dense")
+    base = make_base(root / "base")
+    dense = base / "transformer"
     found = {
+        "base": base,
         "dense": dense,
-        "converted": make_converted(root / "converted", dense),
+        "converted": make_converted(root / "converted", base),
+        "of the transformer alone": make_converted(root / "alone", dense),
         "native": make_converted(root / "native", dense, layout="native", present="exact", rope="head"),
         "bidirectional": make_converted(root / "bidirectional", dense, streaming=None),
         "in bits": make_converted(root / "in bits", dense),
@@ -48,10 +53,13 @@ def ours() -> Iterator[Any]:
 
 def open_pipeline(ours: Any, folder: Path, **changes: Any) -> tuple[Any, Any, Any]:
     """The pipeline around a converted folder, its denoising stage and the arguments that it was made with."""
-    arguments = sglang_standin.server_args(component_paths={"transformer": str(folder)}, **changes)
+    given = {"component_paths": {"transformer": str(folder)}} | changes
+    arguments = sglang_standin.server_args(**given)
     sglang_standin.SERVER_ARGS[-1] = arguments
     with pytest.warns(UserWarning, match="does not say that it is a few-step student"):
-        pipeline = ours.WanMLAPipeline("base", arguments)
+        pipeline = ours.WanMLAPipeline(
+            str(folder if "component_paths" in changes else folder.parent / "base"), arguments
+        )
     (stage,) = [stage for stage in pipeline.stages if hasattr(stage, "causal_kv_cache")]
     return pipeline, stage, arguments
 
@@ -85,6 +93,38 @@ def test_a_request_gives_what_our_own_model_gives(ours: Any, folders: dict[str, 
         assert relative(found, expected(folders[name], request(seed))) < 1e-5
         kept.append([buffer.data_ptr() for layer in stage.causal_kv_cache for buffer in layer.layer.buffers])
     assert kept[0] == kept[1]
+
+
+def test_a_converted_folder_alone_finds_its_base(ours: Any, folders: dict[str, Path]) -> None:
+    """The repository that its conversion.json names."""
+    pipeline, _, arguments = open_pipeline(ours, folders["converted"], component_paths={})
+    assert pipeline.model_path == str(folders["base"])
+    assert arguments.component_paths == {"transformer": str(folders["converted"])}
+
+
+def test_a_converted_folder_whose_base_is_not_known_says_what_to_give(ours: Any, folders: dict[str, Path]) -> None:
+    folder = folders["of the transformer alone"]
+    with pytest.raises(InputError, match=r"not known; give it as --model-path, .*alone as --transformer-path$"):
+        ours.WanMLAPipeline(str(folder), sglang_standin.server_args())
+
+
+def test_a_native_base_is_not_sglangs(ours: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["converted"], tmp_path / "converted")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "Wan2.1_VAE.pth").touch()
+    with pytest.raises(InputError, match=r"base is not in the layout of diffusers.*--transformer-path$"):
+        ours.WanMLAPipeline(str(tmp_path / "converted"), sglang_standin.server_args())
+
+
+def test_a_failure_of_another_kind_does_not_lead_to_diffusers_class(
+    ours: Any, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("mlaconvert.integrations.sglang.transformer.load_model", fail)
+    with pytest.raises(RuntimeError, match="Failed to load customized transformer"):
+        ours.WanMLAPipeline(str(folders["converted"]), sglang_standin.server_args())
 
 
 def test_another_size_gets_another_cache(ours: Any, folders: dict[str, Path]) -> None:
@@ -160,6 +200,17 @@ def test_a_base_that_says_nothing_of_steps_gets_the_students(ours: Any, folders:
     assert relative(found, expected(folders["converted"], request(3))) < 1e-5
 
 
+def test_a_folder_that_says_it_is_a_student_is_no_reason_to_warn(
+    ours: Any, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Warnings are errors in tests."""
+    shutil.copytree(folders["converted"], tmp_path / "student")
+    config = json.loads((tmp_path / "student" / "config.json").read_text())
+    (tmp_path / "student" / "config.json").write_text(json.dumps(config | {"few_step": True}))
+    arguments = sglang_standin.server_args(component_paths={"transformer": str(tmp_path / "student")})
+    assert ours.WanMLAPipeline(str(folders["base"]), arguments).get_module("transformer").model.config.few_step
+
+
 def test_guidance_that_is_not_used_is_said(ours: Any, folders: dict[str, Path]) -> None:
     _, stage, arguments = open_pipeline(ours, folders["converted"])
     stage.forward(request(3, do_classifier_free_guidance=True), arguments)
@@ -185,10 +236,10 @@ def test_what_does_not_run_is_refused_in_one_line(ours: Any, folders: dict[str, 
     """By SGLang's own class of errors, which it does not answer with a fallback to diffusers' class."""
     folder, changes, message = REFUSED[name]
     arguments = sglang_standin.server_args(
-        component_paths={"transformer": str(folders.get(folder, folders["dense"].parent / folder))}, **changes
+        component_paths={"transformer": str(folders.get(folder, folders["base"].parent / folder))}, **changes
     )
     with pytest.raises(sglang_standin.ComponentCheckpointUnsupportedError, match=message) as caught:
-        ours.WanMLAPipeline("base", arguments)
+        ours.WanMLAPipeline(str(folders["base"]), arguments)
     assert "\n" not in str(caught.value)
 
 
