@@ -1,8 +1,8 @@
 """Converted models inside other people's code: diffusers' pipelines, SGLang's engine and the streaming codebases.
 
-`contract` says what an engine must know of a model, and all others are built on it. `diffusers` has the classes that
-its pipelines take, `sglang` is a package that SGLang's diffusion engine loads, `streaming` puts latent attention into a
-codebase's own model, `collect` records a model in its own code.
+`contract` says what an engine must know of a model. Built on it, `diffusers` has the classes that its pipelines take,
+`sglang` is a package that SGLang's diffusion engine loads, and `streaming` puts latent attention into a codebase's own
+model. `collect` records a model in its own code.
 
     from mlaconvert.integrations.diffusers import WanMLATransformer3DModel
 

@@ -11,6 +11,8 @@ from documents import blocks, page
 from sglang_standin import PIPELINES, SelfForcingWanT2V480PConfig, standing_in
 
 from mlaconvert.config.geometry import WanConfig
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.conversion.recipes import mla_config, resolve_recipe
 from mlaconvert.model.memory import ModelMemory, StreamedVideo, plan_memory
 from mlaconvert.units import format_bytes
 
@@ -22,7 +24,9 @@ SIZES = {
 
 
 def sides(config: WanConfig, gpu: int) -> tuple[ModelMemory, ModelMemory]:
-    plan = plan_memory(config, video=StreamedVideo(height=480, width=832, window_frames=21), gpu_gb=gpu)
+    """As `analyze` plans it."""
+    mla = mla_config(resolve_recipe(ConvertRecipe(), config), config)
+    plan = plan_memory(config, mla, video=StreamedVideo(height=480, width=832, window_frames=21), gpu_gb=gpu)
     return plan.dense, plan.mla
 
 

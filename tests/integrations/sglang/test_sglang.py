@@ -170,7 +170,7 @@ def test_what_stages_ask_of_a_cache(ours: Any, folders: dict[str, Path]) -> None
         stage._initialize_kv_cache(1, torch.float32, torch.device("cpu"), global_sink_tokens=5)
 
 
-def test_a_session_that_asks_for_another_window_gets_it(ours: Any, folders: dict[str, Path]) -> None:
+def test_a_window_that_sglang_overrides_is_the_caches(ours: Any, folders: dict[str, Path]) -> None:
     _, stage, arguments = open_pipeline(ours, folders["converted"])
     stage.sliding_window_num_frames, stage.sink_size = 9, 3
     stage.forward(request(8), arguments)
