@@ -1,10 +1,10 @@
-"""The package inside SGLang itself, on a CPU: `python tests/integrations/sglang/sglang_itself.py FOLDER`.
+"""The package inside SGLang itself, on a CPU: `python tests/integrations/in_sglang/sglang_itself.py FOLDER`.
 
 Small converted weights go through SGLang's own registry, loader, causal stage, `sglang generate` and `sglang serve`,
 and the latents are compared with ours. No weights are downloaded. `pip install 'sglang[diffusion]'` brings CUDA; what a
 CPU needs beside mlaconvert's own test dependencies is less, and Python 3.11:
 
-    pip install --no-deps -r tests/integrations/sglang/cpu_requirements.txt
+    pip install --no-deps -r tests/integrations/in_sglang/cpu_requirements.txt
 
 A torchvision that does not fit a CPU build of torch must not be there: the little that is imported of it is stood in.
 """
