@@ -24,6 +24,7 @@ FRAMES, HEIGHT, WIDTH = 12, 6, 10  # latent; four chunks, so that the window evi
 TOKENS = 15  # of a frame
 # Two latent layers of 10 scalars and a dense one of 128, in float32 and in bfloat16.
 CACHE_BYTES = {4: 7 * TOKENS * (10 + 128 + 10) * 4, 2: 7 * TOKENS * (10 + 128 + 10) * 2}
+SHIPPED: dict[str, Any] = {"latent": (3, 24), "width": 32, "text": (8, 32)}  # a request to the built-in model
 INDEX = {
     "_class_name": "WanPipeline",
     "_diffusers_version": "0.35.0",
@@ -59,12 +60,15 @@ def make_base(folder: Path) -> Path:
     return folder
 
 
-def request(seed: int, *, width: int = WIDTH, **changes: Any) -> Any:
-    """A request as it reaches the denoising stage."""
-    generator = torch.Generator().manual_seed(seed)
+def request(
+    seed: int, *, width: int = WIDTH, latent: tuple[int, int] = (16, HEIGHT), text: tuple[int, int] = (512, TEXT),
+    **changes: Any,
+) -> Any:  # fmt: skip
+    """A request as it reaches the denoising stage; `latent` are channels and height, `text` tokens and channels."""
+    generator, (channels, height) = torch.Generator().manual_seed(seed), latent
     given: dict[str, Any] = {
-        "latents": torch.randn(1, 16, FRAMES, HEIGHT, width, generator=generator),
-        "prompt_embeds": [torch.randn(1, 512, TEXT, generator=generator)],
+        "latents": torch.randn(1, channels, FRAMES, height, width, generator=generator),
+        "prompt_embeds": [torch.randn(1, *text, generator=generator)],
         "generator": generator,
         **dict.fromkeys(("image_latent", "session", "scheduler", "prompt_attention_mask")),
         **dict.fromkeys(("do_classifier_free_guidance", "is_warmup", "report_progress"), False),

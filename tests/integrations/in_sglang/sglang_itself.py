@@ -78,7 +78,7 @@ def stage_for(folder: Path, precision: str) -> tuple[Any, Any]:
 
 def compare(folder: Path) -> None:
     """Two requests in float32, one in the other's memory, and two of unequal sizes in bfloat16."""
-    from sglang_cases import CACHE_BYTES, expected, request
+    from sglang_cases import CACHE_BYTES, SHIPPED, expected, request
     from support import relative
 
     stage, arguments = stage_for(folder, "fp32")
@@ -94,6 +94,16 @@ def compare(folder: Path) -> None:
         assert held == CACHE_BYTES[size], held
         say(f"its cache holds {held:,} bytes in {precision}, as analyze plans")
     stage.forward(request(5, width=14), arguments)  # another size
+
+    from mlaconvert import ConvertRecipe, convert
+
+    shipped = folder.parent / "tiny-mla"
+    convert("tiny", shipped, ConvertRecipe(init="svd"))
+    stage, arguments = stage_for(shipped, "fp32")
+    found = stage.forward(request(9, **SHIPPED), arguments).latents
+    difference = relative(found, expected(shipped, request(9, **SHIPPED)))
+    assert difference < 1e-5, difference
+    say(f"and so is one to the built-in model: latents differ by {difference:.1g}")
 
 
 def command(verb: str, *options: str) -> list[str]:

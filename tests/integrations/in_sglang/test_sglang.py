@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 import sglang_standin
 import torch
-from sglang_cases import CACHE_BYTES, FRAMES, TOKENS, expected, make_base, make_converted, make_dense, request
+from sglang_cases import CACHE_BYTES, FRAMES, SHIPPED, TOKENS, expected, make_base, make_converted, make_dense, request
 from support import count_bits, relative
 
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.conversion.run import convert
 from mlaconvert.errors import InputError, UnsupportedModelError
 from mlaconvert.model.memory import StreamedVideo, plan_memory
 
@@ -93,6 +95,15 @@ def test_a_request_gives_what_our_own_model_gives(ours: Any, folders: dict[str, 
         assert relative(found, expected(folders[name], request(seed))) < 1e-5
         kept.append([buffer.data_ptr() for layer in stage.causal_kv_cache for buffer in layer.layer.buffers])
     assert kept[0] == kept[1]
+
+
+def test_the_built_in_model_gives_what_it_gives_with_us(ours: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Pixels for latents, patches of 4 x 4, and its own window."""
+    convert("tiny", tmp_path / "tiny-mla", ConvertRecipe(init="svd"))
+    given = {"transformer": str(tmp_path / "tiny-mla")}
+    _, stage, arguments = open_pipeline(ours, folders["base"], component_paths=given)
+    found = stage.forward(request(9, **SHIPPED), arguments).latents
+    assert relative(found, expected(tmp_path / "tiny-mla", request(9, **SHIPPED))) < 1e-5
 
 
 def test_a_converted_folder_alone_finds_its_base(ours: Any, folders: dict[str, Path]) -> None:
