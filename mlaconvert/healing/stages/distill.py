@@ -68,19 +68,22 @@ class Distill(Objective):
     @torch.no_grad()
     def prepare_validation(self, clips: Clips, null: Tensor | None) -> None:
         """Find what the teacher itself loses behind noisy and clean pasts, and so `clean_weight`."""
-        sums, frames = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+        noisy, clean = (self._teacher_loss(clips, clean_past=share) for share in (0.0, 1.0))
+        if clean > 0:
+            self.clean_weight = min(max(noisy / clean, 1.0), MOST_WEIGHT)
+
+    def _teacher_loss(self, clips: Clips, *, clean_past: float) -> float:
+        """The teacher's flow matching loss behind noisy pasts (0), or clean ones (1); 0 for clips of one chunk then."""
+        total, frames = 0.0, 0
         for batch in self._validation_batches(clips, "teacher's losses"):
-            noised = Noised.of(batch)
+            noised = Noised.of(batch, clean_past)
             velocity = self.run(
                 self._teacher[0], noised.latents, 1000 * noised.sigma, batch.context, self._layout(batch)
             )
             squares = (velocity - noised.target).square().mean((1, 3, 4)) * noised.weight
-            for i, kind in enumerate((noised.noisy & ~noised.behind_clean, noised.behind_clean)):
-                sums[i] += squares[kind].sum().double().cpu()
-                frames[i] += kind.sum().cpu()
-        if frames.all() and sums[1] > 0:
-            noisy, clean = sums / frames
-            self.clean_weight = float((noisy / clean).clamp(1, MOST_WEIGHT))
+            counted = noised.behind_clean if clean_past else noised.noisy
+            total, frames = total + float(squares[counted].sum()), frames + int(counted.sum())
+        return total / max(1, frames)
 
     def validate(self, clips: Clips) -> float:
         """The loss of the last phase on `clips`, always with the same noise.
@@ -160,8 +163,9 @@ class Noised(NamedTuple):
     behind_clean: Tensor
 
     @classmethod
-    def of(cls, batch: Batch) -> Noised:
-        sigma, weight, behind_clean = noise_levels(batch)
+    def of(cls, batch: Batch, clean_past: float = CLEAN_PAST) -> Noised:
+        """`clean_past` is the share of clips that have one."""
+        sigma, weight, behind_clean = noise_levels(batch, clean_past)
         noise = draw_noise(batch)
         return cls(add_noise(batch.latents, noise, sigma), noise - batch.latents, sigma, weight, behind_clean)
 
@@ -171,7 +175,7 @@ class Noised(NamedTuple):
         return self.sigma > 0
 
 
-def noise_levels(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def noise_levels(batch: Batch, clean_past: float = CLEAN_PAST) -> tuple[Tensor, Tensor, Tensor]:
     """[B, F] each: a level a chunk, or a clean past before one of the chunks; what each level counts; and which frames
     are the first behind a clean past.
 
@@ -187,7 +191,7 @@ def noise_levels(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     weight = schedule / ((1 - SPREAD) * schedule + SPREAD * spread)
     chunk = torch.arange(count)
     first = 1 + batch.rows.integers(max(1, count - 1), 1)  # the first noisy chunk, where there is a clean past
-    has_past = (batch.rows.uniform(1) < CLEAN_PAST) & (first < count)
+    has_past = (batch.rows.uniform(1) < clean_past) & (first < count)
     clean, behind_clean = has_past & (chunk < first), has_past & (chunk == first)
     levels = levels.where(~behind_clean, warp(LOWEST + (1 - LOWEST) * place)).masked_fill(clean, 0.0)
     weight = weight.masked_fill(behind_clean, 1.0).masked_fill(clean, 0.0)

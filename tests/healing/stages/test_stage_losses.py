@@ -114,27 +114,31 @@ def test_distill_is_validated_by_the_same_error_always(frames: int) -> None:
 
 @pytest.mark.parametrize("nearer", [True, False])
 def test_a_clean_past_counts_by_what_the_teacher_itself_loses_there(nearer: bool) -> None:
-    """Its losses chunk by chunk, each behind what its cache holds. Where it loses more there, all count the same."""
+    """Its losses on all clips chunk by chunk, each behind what its cache holds, with either past in turn. Where it loses
+    more behind clean ones, all count the same.
+    """
     teacher, student, batch = model(TEACHER, 1), model(STUDENT, 2), make_batch(count=11)
-    scale = 3.0 if nearer else 0.1
-    batch = dataclasses.replace(batch, latents=scale * batch.latents)
+    batch = dataclasses.replace(batch, latents=(3.0 if nearer else 0.1) * batch.latents)
     objective = Distill(student, teacher, recipe(), STREAMING)
     objective.prepare_validation(Clips(batch.latents, batch.context), None)
-    rows = dataclasses.replace(batch, rows=Rows([mix("validate", i) for i in range(11)]))
-    sigma, weight, _ = noise_levels(rows)
-    noise = rows.rows.normal(*batch.latents.shape[1:]).double()
+    plain, clean = (teacher_loss(teacher, batch, clean_past) for clean_past in (0.0, 1.0))
+    assert (plain / clean > 1.01) is nearer
+    assert objective.clean_weight == pytest.approx(max(plain / clean, 1), rel=1e-5)
+
+
+def teacher_loss(teacher: WanModel, batch: Batch, clean_past: float) -> float:
+    """Mean over noisy chunks, of which there are two behind noisy pasts and the second behind clean ones."""
+    rows = Rows([mix("validate", i) for i in range(len(batch.latents))])
+    sigma, weight, _ = noise_levels(dataclasses.replace(batch, rows=rows), clean_past)
+    noise = rows.normal(*batch.latents.shape[1:]).double()
     noisy = batch.latents + sigma[:, None, :, None, None] * (noise - batch.latents)
-    losses: dict[bool, list[float]] = {True: [], False: []}
-    for i, first in product(range(11), (0, 2)):
-        if sigma[i, first] == 0:
-            continue
+    losses = []
+    for i, first in product(range(len(sigma)), (2,) if clean_past else (0, 2)):
         past = [] if first == 0 else [(noisy[i : i + 1, :, :2], sigma[i : i + 1, 0])]
         found = behind(teacher, past, noisy[i : i + 1, :, first : first + 2], sigma[i, first], batch.context[i : i + 1])
         error = (found - (noise - batch.latents)[i : i + 1, :, first : first + 2]).square().mean()
-        losses[bool(first and sigma[i, 0] == 0)] += [float(error * weight[i, first])] * 2
-    clean, plain = (sum(values) / len(values) for values in (losses[True], losses[False]))
-    assert (plain / clean > 1.01) is nearer
-    assert objective.clean_weight == pytest.approx(max(plain / clean, 1), rel=1e-5)
+        losses.append(float(error * weight[i, first]))
+    return sum(losses) / len(losses)
 
 
 def behind(net: WanModel, past: list[tuple[Tensor, Tensor]], chunk: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
