@@ -112,13 +112,14 @@ def test_distill_is_validated_by_the_same_error_always(frames: int) -> None:
     assert found == [pytest.approx(velocity_error(teacher, student, expected, 2.5), rel=1e-5)] * 2
 
 
-@pytest.mark.parametrize("nearer", [True, False])
-def test_a_clean_past_counts_by_what_the_teacher_itself_loses_there(nearer: bool) -> None:
-    """Its losses on all clips chunk by chunk, each behind what its cache holds, with either past in turn. Where it loses
-    more behind clean ones, all count the same.
+@pytest.mark.parametrize(("seed", "nearer"), [(1, True), (5, False)])
+def test_a_clean_past_counts_by_what_the_teacher_itself_loses_there(seed: int, nearer: bool) -> None:
+    """Its losses on all clips chunk by chunk, each behind what its cache holds, with either past in turn.
+
+    Where it loses more behind clean ones, all count the same.
     """
-    teacher, student, batch = model(TEACHER, 1), model(STUDENT, 2), make_batch(count=11)
-    batch = dataclasses.replace(batch, latents=(3.0 if nearer else 0.1) * batch.latents)
+    teacher, student, batch = model(TEACHER, seed), model(STUDENT, 2), make_batch(count=11)
+    batch = dataclasses.replace(batch, latents=0.1 * batch.latents)
     objective = Distill(student, teacher, recipe(), STREAMING)
     objective.prepare_validation(Clips(batch.latents, batch.context), None)
     plain, clean = (teacher_loss(teacher, batch, clean_past) for clean_past in (0.0, 1.0))
