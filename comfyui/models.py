@@ -79,7 +79,10 @@ def find(name: str, hub_id: str) -> Path | str:
         return hub_id.strip()
     path = folders().get(name)
     if path is None and name != BUILT_IN:
-        raise InputError(f"there is no model folder {name!r} below models/{FOLDER} any more; choose another")
+        raise InputError(
+            f"there is no folder {name!r} with a config.json below models/{FOLDER} or models/diffusion_models; "
+            "choose another, or put it there"
+        )
     return path or BUILT_IN
 
 

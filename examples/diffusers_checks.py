@@ -24,6 +24,7 @@ from diffusers import SkyReelsV2Transformer3DModel, WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from mlaconvert.errors import InputError
 from mlaconvert.integrations.diffusers import WanMLATransformer3DModel
 
 CPU = torch.device("cpu")
@@ -260,14 +261,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="diffusers' checks of a model, on a converted one")
     parser.add_argument("folder", help="a converted folder or Hub id")
     folder = parser.parse_args().folder
+    try:
+        latent = load(folder).contract.latent_layers
+    except InputError as error:
+        parser.error(str(error))
+    if not latent:
+        parser.error(f"{folder}: the model is dense; convert it first, mlaconvert convert {folder} -o DIR")
     failed = 0
     for name, function in CHECKS.items():
         with tempfile.TemporaryDirectory() as scratch:
             try:
                 function(folder, Path(scratch))
-            except AssertionError as error:
+            except Exception as error:  # whatever it is, the other checks go on
                 failed += 1
-                print(f"{name.replace('_', ' ')}: failed, {error}")
+                print(f"{name.replace('_', ' ')}: failed, {type(error).__name__}: {error}")
             else:
                 print(f"{name.replace('_', ' ')}: passed")
     if failed:

@@ -61,8 +61,8 @@ def refuse_unknown_blocks(store: TensorStore, names: Collection[str], raw_config
 
 def _refuse(store: TensorStore, raw_config: Mapping[str, Any] | None, what: str) -> NoReturn:
     error = UnknownLayoutError(
-        f"{what}; nothing was read. Please open an issue with the list below, which has no weights in it, so that such "
-        "files can be read; until then convert the dense model that it was made from"
+        f"{what}; nothing was read. Please open an issue with the list that mlaconvert analyze prints of it, which has "
+        "no weights in it, so that such files can be read; until then convert the dense model that it was made from"
     )
     sizes = {name: value for name, value in (raw_config or {}).items() if isinstance(value, (bool, int, float))}
     error.details = (

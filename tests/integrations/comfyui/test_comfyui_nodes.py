@@ -216,9 +216,10 @@ def test_a_hub_id_is_no_path(comfy: SimpleNamespace, hub_id: str) -> None:
         load(comfy, hub_id=hub_id)
 
 
-def test_a_folder_that_has_gone_is_said(comfy: SimpleNamespace) -> None:
-    with pytest.raises(InputError, match="no model folder 'gone'"):
-        load(comfy, "gone")
+def test_a_folder_that_is_not_there_is_said(comfy: SimpleNamespace) -> None:
+    """As that of a template before it is made."""
+    with pytest.raises(InputError, match=r"no folder 'sf-mla' with a config\.json below models/mlaconvert or models/dif"):
+        load(comfy, "sf-mla")
 
 
 def test_the_built_in_model_runs_without_other_files(comfy: SimpleNamespace) -> None:

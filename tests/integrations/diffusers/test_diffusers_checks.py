@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from mlaconvert.conversion.run import convert
 from mlaconvert.integrations.diffusers import WanMLATransformer3DModel
 from mlaconvert.integrations.diffusers_attention import LatentSelfAttention
 
-CHECKS: dict[str, Callable[[Path, Path], None]] = runpy.run_path(str(ROOT / "examples/diffusers_checks.py"))["CHECKS"]
+EXAMPLE = runpy.run_path(str(ROOT / "examples/diffusers_checks.py"))
+CHECKS: dict[str, Callable[[Path, Path], None]] = EXAMPLE["CHECKS"]
 KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "all layers": ("WanTransformer3DModel", {}, {}),
     "partly, native, streaming": (
@@ -96,3 +98,40 @@ def test_a_weight_that_is_not_saved_shows(
     for name in ("save_and_load", "save_in_shards"):
         with pytest.raises(AssertionError):
             CHECKS[name](kinds["all layers"], tmp_path)
+
+
+def run_example(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["diffusers_checks.py", str(folder)])
+    EXAMPLE["main"]()
+
+
+@pytest.mark.parametrize(("folder", "said"), [("source/all layers", "the model is dense"), ("gone", "no such file")])
+def test_what_is_no_converted_folder_is_said(
+    kinds: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    folder: str,
+    said: str,
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_example(monkeypatch, kinds["all layers"].parent / folder)
+    assert caught.value.code == 2
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert said in found.err
+
+
+def test_a_check_that_breaks_does_not_stop_the_others(
+    kinds: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(folder: Path, scratch: Path) -> None:
+        raise RuntimeError("out of memory")
+
+    for name in list(CHECKS):
+        monkeypatch.delitem(CHECKS, name)
+    for name, check in {"first_one": broken, "next_one": lambda folder, scratch: None}.items():
+        monkeypatch.setitem(CHECKS, name, check)
+    with pytest.raises(SystemExit) as caught:
+        run_example(monkeypatch, kinds["all layers"])
+    assert caught.value.code == 1
+    assert capsys.readouterr().out == "first one: failed, RuntimeError: out of memory\nnext one: passed\n"
