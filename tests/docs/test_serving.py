@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from command_line import succeed
-from documents import blocks, page
+from documents import blocks, commands, page
 from sglang_standin import PIPELINES, SelfForcingWanT2V480PConfig, standing_in
+from wan_base import TEXT_DIM, save_base
+from wan_diffusers import reference
 
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.conversion.recipe import ConvertRecipe
@@ -58,6 +60,21 @@ def test_the_pipeline_and_its_steps_are_those_of_the_package() -> None:
     assert f"SGLANG_EXTERNAL_MODEL_PACKAGE={mlaconvert.integrations.sglang.__name__}\n" in SGLANG
     config = SelfForcingWanT2V480PConfig()
     assert f"({', '.join(map(str, config.dmd_denoising_steps or ()))}, shift {config.flow_shift:g})" in SGLANG
+
+
+def test_a_batch_of_videos_is_made_by_the_command_that_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is printed, on a CPU and of a small size."""
+    monkeypatch.chdir(tmp_path)
+    save_base(Path("BASE"))
+    reference(text_dim=TEXT_DIM, in_channels=16, out_channels=16).save_pretrained("BASE/transformer")
+    succeed("convert", "BASE", "-o", "sf-mla", "--init", "svd", "--window-frames", "7")
+    (words,) = [words for words in commands(SERVING.split("## One GPU, one node, many")[1]) if words[0] == "generate"]
+    device = words.index("cuda")
+    small = ("--height", "48", "--width", "80", "--frames", "3", "--steps", "1")
+    succeed(*words[:device], "cpu", *words[device + 1 :], *small)
+    assert sorted(path.name for path in Path("videos").glob("*.mp4")) == [f"video-{i}.mp4" for i in range(4)]
 
 
 def test_an_engine_of_ones_own_gets_its_contract(
