@@ -72,7 +72,10 @@ def test_every_option_says_its_default_and_its_unit(command: str) -> None:
 
 
 OPTION = r"(?<![\w-])--[a-z][a-z-]*"
-OF_OTHER_PROGRAMS = {"--fsdp", "--use"}  # accelerate's, whose names go on with an underscore
+OF_OTHER_PROGRAMS = {
+    *("--fsdp", "--use"),  # accelerate's, whose names go on with an underscore
+    *("--model-path", "--transformer-path", "--num-gpus", "--dp-size"),  # SGLang's
+}
 
 
 def test_options_that_messages_name_exist() -> None:
