@@ -70,6 +70,16 @@ def test_a_bare_file_opens_and_says_what_is_assumed(bare: Path, tmp_path: Path) 
     assert "a bidirectional model, a window of 7 latent frames, chunks of 3, a sink of 1" in line
 
 
+def test_a_model_whose_files_say_that_it_does_not_stream_is_not_streamed_in_silence(bare: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    assert invoke("convert", bare, "-o", whole, "--init", "svd", "--bidirectional", "--many-step")[0] == 0
+    size = ("--frames", "3", "--height", "32", "--width", "32", "--embeddings", tmp_path / "text.safetensors")
+    for options, lines in (((), 1), (("--window-frames", "6"), 0)):
+        code, _, stderr = invoke("generate", whole, "-o", tmp_path / f"video {lines}", *size, "--steps", "1", *options)
+        assert code == 0, stderr
+        assert stderr.count("not made to stream; it is run in chunks of 3 in a window of 7 latent frames") == lines
+
+
 @pytest.mark.parametrize(
     ("options", "streaming", "few_step", "left"),
     [
