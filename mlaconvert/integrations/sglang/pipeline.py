@@ -145,7 +145,7 @@ class WanMLAPipeline(ComposedPipelineBase):  # type: ignore[misc]
         if not self.get_module("transformer").model.config.few_step:
             warnings.warn(
                 "the converted folder does not say that it is a few-step student, and SGLang's causal stage samples it "
-                f"in {len(config.dmd_denoising_steps)} steps; with another one, use mlaconvert generate --steps",
+                f"in {len(config.dmd_denoising_steps)} steps; a many-step model needs mlaconvert generate --steps",
                 stacklevel=2,
             )
         self.modules["scheduler"] = SelfForcingFlowMatchScheduler(

@@ -113,6 +113,13 @@ def test_a_workflows_widgets_have_values_that_the_nodes_take(path: Path, schemas
         assert values == []
 
 
+def test_the_example_makes_whole_chunks() -> None:
+    """Three latent frames each, as Self-Forcing's student was trained; of video four, and one for the first."""
+    workflow = json.loads((PACKAGE / "example_workflows" / "wan_streaming.json").read_text())
+    (node,) = [node for node in workflow["nodes"] if node["type"] == "MlaconvertSample"]
+    assert node["widgets_values"][4] == 4 * (3 * 20 - 1) + 1
+
+
 def check(slot: Slot, value: Any) -> None:
     """Whether a widget takes this value; folders are the user's own."""
     if slot.kind == "COMBO":

@@ -20,12 +20,14 @@ import torch
 from sglang_cases import CACHE_BYTES, FRAMES, SHIPPED, TOKENS, expected, make_base, make_converted, make_dense, request
 from support import count_bits, relative
 
+from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.run import convert
 from mlaconvert.errors import InputError, UnsupportedModelError
 from mlaconvert.model.memory import StreamedVideo, plan_memory
 
 HERE = Path(__file__).parent
+NO_SINK = StreamingConfig(chunk_frames=3, window_frames=6, sink_frames=0, positions="absolute")
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "converted": make_converted(root / "converted", base),
         "of the transformer alone": make_converted(root / "alone", dense),
         "native": make_converted(root / "native", dense, layout="native", present="exact", rope="head"),
+        "cached rotary key": make_converted(
+            root / "cached", dense, layers=None, key_norm="latent", rope="cached", q_rank=24, streaming=NO_SINK
+        ),
         "bidirectional": make_converted(root / "bidirectional", dense, streaming=None),
         "in bits": make_converted(root / "in bits", dense),
         "image": make_converted(root / "image", make_dense(root / "dense image", in_channels=36)),
@@ -82,7 +87,7 @@ def test_whole_chunks_are_made(ours: Any, asked: int, made: int) -> None:
             config.adjust_num_frames(asked)
 
 
-@pytest.mark.parametrize("name", ["converted", "native", "in bits"])
+@pytest.mark.parametrize("name", ["converted", "native", "in bits", "cached rotary key"])
 def test_a_request_gives_what_our_own_model_gives(ours: Any, folders: dict[str, Path], name: str) -> None:
     """Beyond the window; the second one begins in the first one's memory."""
     pipeline, stage, arguments = open_pipeline(ours, folders[name])
