@@ -190,8 +190,8 @@ def assumptions(checkpoint: Checkpoint, request: Generation) -> list[str]:
     notes = [*checkpoint.timing.remarks, *([] if assumed is None else [assumed])]
     if config.streaming is None and "streaming" not in checkpoint.timing.assumed and not given & set(SETTINGS):
         notes.append(
-            f"a bidirectional model, which was not made to stream; it is run in chunks of {streaming.chunk_frames} in a "
-            f"window of {streaming.window_frames} latent frames all the same"
+            f"a bidirectional model, which was not made to stream; it is run in chunks of {streaming.chunk_frames} in "
+            f"a window of {streaming.window_frames} latent frames all the same"
         )
     if config.fps is not None:
         notes.append(f"the model is told {config.fps} frames a second; to set it: fps (16 or 24) in its config.json")
