@@ -60,7 +60,9 @@ class ComposedPipelineBase:
 
 
 class PipelineConfig:
-    pass
+    def update_config_from_dict(self, args: dict[str, Any], prefix: str = "") -> None:
+        """SGLang takes its own fields out of the arguments."""
+        self.model_path = args.pop("model_path")
 
 
 class DiTConfig:

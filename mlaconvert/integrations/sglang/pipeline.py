@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +20,9 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages import CausalDMDDenoisi
 from mlaconvert.base.repository import find_base
 from mlaconvert.config.streaming import FEW_STEPS, SHIFT
 from mlaconvert.errors import InputError, UnsupportedModelError
+from mlaconvert.families.open import open_checkpoint
 from mlaconvert.files.names import CONFIG_NAME
+from mlaconvert.integrations.contract import Contract
 from mlaconvert.integrations.sglang.cache import LayerKVCache, TextKVCache, allocate
 from mlaconvert.integrations.sglang.transformer import ConvertedTransformerLoader
 from mlaconvert.units import format_bytes
@@ -28,6 +31,14 @@ from mlaconvert.units import format_bytes
 @dataclasses.dataclass
 class WanMLAPipelineConfig(SelfForcingWanT2V480PConfig):  # type: ignore[misc]
     """SGLang's settings of a few-step causal Wan model."""
+
+    def update_config_from_dict(self, args: dict[str, Any], prefix: str = "") -> None:
+        """Take SGLang's options, and a local folder's chunks: frames are adjusted where its model is not loaded."""
+        folder = (args.get("component_paths") or {}).get("transformer") or args.get("model_path") or ""
+        super().update_config_from_dict(args, prefix)
+        if (Path(folder) / CONFIG_NAME).is_file():
+            with suppress(InputError), open_checkpoint(folder) as checkpoint:  # the loader says what is wrong with it
+                self.dit_config.arch_config.num_frames_per_block = Contract.of(checkpoint.config).window.chunk_frames
 
     def adjust_num_frames(self, num_frames: int, *, log_adjustment: bool = True) -> int:
         """Video frames of whole chunks, as SGLang's causal stage needs them: as many as fit, and one chunk at least."""

@@ -27,6 +27,7 @@ from mlaconvert.errors import InputError, UnsupportedModelError
 from mlaconvert.model.memory import StreamedVideo, plan_memory
 
 HERE = Path(__file__).parent
+CHUNKS_OF_2 = StreamingConfig(chunk_frames=2, window_frames=5, sink_frames=1)
 NO_SINK = StreamingConfig(chunk_frames=3, window_frames=6, sink_frames=0, positions="absolute")
 
 
@@ -44,6 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "cached rotary key": make_converted(
             root / "cached", dense, layers=None, key_norm="latent", rope="cached", q_rank=24, streaming=NO_SINK
         ),
+        "chunks of 2": make_converted(root / "chunks of 2", base, streaming=CHUNKS_OF_2),
         "bidirectional": make_converted(root / "bidirectional", dense, streaming=None),
         "in bits": make_converted(root / "in bits", dense),
         "image": make_converted(root / "image", make_dense(root / "dense image", in_channels=36)),
@@ -85,6 +87,21 @@ def test_whole_chunks_are_made(ours: Any, asked: int, made: int) -> None:
     if asked != made:
         with pytest.warns(UserWarning, match=f"num_frames is {asked}.*; {made} are made"):
             config.adjust_num_frames(asked)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "made"), [("chunks of 2", 29, 29), ("chunks of 2", 33, 29), ("converted", 41, 33), ("gone", 41, 33)]
+)
+@pytest.mark.parametrize("beside_a_base", [True, False])
+def test_whole_chunks_are_the_folders(
+    ours: Any, folders: dict[str, Path], name: str, asked: int, made: int, beside_a_base: bool
+) -> None:
+    """Known before the model is loaded; what cannot be read is refused by the loader, and not here."""
+    folder = str(folders.get(name, folders["base"].parent / name))
+    paths = {"transformer": folder} if beside_a_base else {}
+    config = ours.WanMLAPipelineConfig()
+    config.update_config_from_dict({"model_path": str(folders["base"]) if paths else folder, "component_paths": paths})
+    assert config.adjust_num_frames(asked, log_adjustment=False) == made
 
 
 @pytest.mark.parametrize("name", ["converted", "native", "in bits", "cached rotary key"])
