@@ -188,7 +188,7 @@ def assumptions(checkpoint: Checkpoint, request: Generation) -> list[str]:
         given.add("few_step")
     assumed = assumption_line(checkpoint.timing, streaming=streaming, few_step=few_step, given=given, how="generate")
     notes = [*checkpoint.timing.remarks, *([] if assumed is None else [assumed])]
-    if config.streaming is None and "streaming" not in checkpoint.timing.assumed and not given & set(SETTINGS):
+    if config.streaming is None and "streaming" not in checkpoint.timing.assumed and given.isdisjoint(SETTINGS):
         notes.append(
             f"a bidirectional model, which was not made to stream; it is run in chunks of {streaming.chunk_frames} in "
             f"a window of {streaming.window_frames} latent frames all the same"

@@ -90,7 +90,8 @@ def test_whole_chunks_are_made(ours: Any, asked: int, made: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "asked", "made"), [("chunks of 2", 29, 29), ("chunks of 2", 33, 29), ("converted", 41, 33), ("gone", 41, 33)]
+    ("name", "asked", "made"),
+    [("chunks of 2", 29, 29), ("chunks of 2", 33, 29), ("converted", 41, 33), ("gone", 41, 33)],
 )
 @pytest.mark.parametrize("beside_a_base", [True, False])
 def test_whole_chunks_are_the_folders(
