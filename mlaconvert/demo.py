@@ -194,7 +194,7 @@ def next_commands(demo: Demo) -> list[tuple[str, str]]:
         (f"mlaconvert generate {_quoted(model)} -o {_quoted(folder / 'video')} --seconds 8", "a longer video by it"),
         (
             f"mlaconvert heal {_quoted(model)} -o {_quoted(folder / 'tiny-healed')} --recipe tiny-distill",
-            "train it closer to the teacher; hours on a CPU",
+            "train it closer to the teacher; half an hour on a CPU",
         ),
         ("mlaconvert analyze CHECKPOINT --gpu-gb 24", "what it would save on a model of yours, and on your GPU"),
         ("mlaconvert convert CHECKPOINT -o DIR --dry-run", "what converting it would do and need"),
