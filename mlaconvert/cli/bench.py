@@ -19,6 +19,7 @@ from mlaconvert.cli.options import (
     among,
 )
 from mlaconvert.cli.show import console, print_json, print_tables, progress_bar
+from mlaconvert.config.cache_dtype import CACHE_DTYPES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -103,7 +104,7 @@ def bench(
         typer.Option(
             "--cache-dtype",
             metavar="LIST",
-            autocompletion=among("fp8", "int8", "int4", "int3", "int2"),
+            autocompletion=among(*CACHE_DTYPES),
             help="Measure every side with its cache narrowed, too: fp8, int8, int4, int3 or int2, such as "
             "int8,int4. The newest chunk stays exact. Default: none.",
         ),

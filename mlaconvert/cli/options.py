@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mlaconvert.config.cache_dtype import CACHE_DTYPES
+
 if TYPE_CHECKING:
     from mlaconvert.families.source import Source
 
@@ -184,8 +186,8 @@ Compile = Annotated[
 CacheDtype = Annotated[
     str | None,
     typer.Option(
-        metavar="fp8|int8|int4|int3|int2",
-        autocompletion=among("fp8", "int8", "int4", "int3", "int2"),
+        metavar="|".join(CACHE_DTYPES),
+        autocompletion=among(*CACHE_DTYPES),
         help="What the cache of past chunks is narrowed to as the model runs, dense or converted: a cast, or integers "
         "in groups of up to 32 that each keep a zero and a step. The newest chunk stays exact. Default: not narrowed.",
     ),

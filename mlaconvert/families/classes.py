@@ -40,7 +40,7 @@ def block_frames(raw: Mapping[str, Any]) -> int | None:
     return frames if raw.get("flag_causal_attention", True) else 1  # the flag is in native configs only
 
 
-def told(raw: Mapping[str, Any], config: WanConfig) -> dict[str, Any]:
+def with_frame_rates(raw: Mapping[str, Any], config: WanConfig) -> dict[str, Any]:
     """config.json, with the field for a frame-rate embedding that the weights show and it does not mention."""
     return {**raw, "inject_sample_info": True} if config.fps is not None else dict(raw)
 

@@ -17,7 +17,7 @@ from mlaconvert.config.geometry import WanConfig
 from mlaconvert.errors import ConfigError, InputError, UnsupportedModelError
 from mlaconvert.families.causal import Timing, is_causal_class, read_timing
 from mlaconvert.families.checkpoint import Checkpoint
-from mlaconvert.families.classes import told
+from mlaconvert.families.classes import with_frame_rates
 from mlaconvert.families.merged import merge_loras
 from mlaconvert.families.passengers import refuse_promises, some, sort_tensors
 from mlaconvert.families.protocol import Family
@@ -128,7 +128,7 @@ def _recognise(
         store=store,
         family=family,
         config=parsed,
-        raw_config=told(raw, parsed) if raw is not None else family.raw_config(parsed),
+        raw_config=with_frame_rates(raw, parsed) if raw is not None else family.raw_config(parsed),
         layout=layout,
         state_key=key,
         names=MappingProxyType(names | unknown),

@@ -157,7 +157,7 @@ class CachePlan(AttentionPlan):
         view = self.window
         held = self.layer.held(view)
         if quantizer is not None:
-            held, new = quantizer.unpack(held[0], new), quantizer.round_trip(*new)
+            held, new = quantizer.unpack(held[0], new), quantizer(*new)
         return tuple(
             past.to(value.dtype).index_copy(1, view.write, value) for past, value in zip(held, new, strict=True)
         )

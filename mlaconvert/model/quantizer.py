@@ -71,7 +71,7 @@ class Packing:
         for width in PART_BITS:
             channels = (of & width).nonzero().flatten()
             if len(channels):
-                shift = of[channels] & ~(2 * width - 1)  # the wider parts of the same code
+                shift = of[channels] & ~(2 * width - 1)  # as `parts_of` has it
                 self.parts.append((width, channels.to(device), shift.to(device)))
 
     def pack(self, codes: Tensor) -> Tensor:
@@ -127,15 +127,14 @@ class CacheQuantizer(nn.Module):
         value = self._value(packing.unpack(packed).to(wide(like[0].dtype)) - packing.half).to(like[0].dtype)
         return value.split([part.shape[-1] for part in like], -1)
 
-    def round_trip(self, *cached: Tensor) -> tuple[Tensor, ...]:
-        """What the cache would give back of `cached`; gradients pass as if nothing were lost (straight through)."""
+    def forward(self, *cached: Tensor) -> tuple[Tensor, ...]:
+        """What the cache would give back of `cached`; gradients pass as if nothing were lost (straight through).
+
+        Called as a module, so that hooks which keep weights elsewhere bring the tables.
+        """
         x = torch.cat(cached, -1)
         value = straight_through(x, self._value(self._code(x)).to(x.dtype))
         return value.split([part.shape[-1] for part in cached], -1)
-
-    def forward(self, *cached: Tensor) -> tuple[Tensor, ...]:
-        """`round_trip`, called as a module: hooks that keep weights elsewhere bring the tables."""
-        return self.round_trip(*cached)
 
     def _code(self, x: Tensor) -> Tensor:
         """Codes about zero, as whole numbers in float32 at least."""

@@ -102,7 +102,7 @@ def fit_quantizer(samples: Tensor, bits: Sequence[int]) -> CacheQuantizer:
         tried.gain.copy_(tried.packing.half / curve)
         for reach in RANGES:
             tried.slope.copy_(slope / reach)
-            error = (tried.round_trip(samples)[0] - samples).square().mean(0)
+            error = (tried(samples)[0] - samples).square().mean(0)
             better = error < least
             least = torch.where(better, error, least)
             for old, new in zip((best.slope, best.gain), (tried.slope, tried.gain), strict=True):

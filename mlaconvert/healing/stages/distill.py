@@ -80,7 +80,8 @@ class Distill(Objective):
             velocity = self.run(
                 self._teacher[0], noised.latents, 1000 * noised.sigma, batch.context, self._layout(batch)
             )
-            squares = (velocity - noised.target).square().mean((1, 3, 4)) * noised.weight
+            target = noised.noise - batch.latents  # what flow matching asks for
+            squares = (velocity - target).square().mean((1, 3, 4)) * noised.weight
             counted = noised.behind_clean if clean_past else noised.noisy
             total, frames = total + float(squares[counted].sum()), frames + int(counted.sum())
         return total / max(1, frames)
@@ -152,12 +153,12 @@ class Distill(Objective):
 
 
 class Noised(NamedTuple):
-    """Clips with a batch's noise [B, C, F, H, W], and of each frame [B, F]: its noise level, what it counts, whether
-    its chunk is the first behind a clean past.
+    """Clips with a batch's noise, and that noise, [B, C, F, H, W]; and of each frame [B, F]: its noise level, what it
+    counts, whether its chunk is the first behind a clean past.
     """
 
     latents: Tensor
-    target: Tensor  # noise less clean, what flow matching asks for
+    noise: Tensor
     sigma: Tensor
     weight: Tensor
     behind_clean: Tensor
@@ -167,7 +168,7 @@ class Noised(NamedTuple):
         """`clean_past` is the share of clips that have one."""
         sigma, weight, behind_clean = noise_levels(batch, clean_past)
         noise = draw_noise(batch)
-        return cls(add_noise(batch.latents, noise, sigma), noise - batch.latents, sigma, weight, behind_clean)
+        return cls(add_noise(batch.latents, noise, sigma), noise, sigma, weight, behind_clean)
 
     @property
     def noisy(self) -> Tensor:
