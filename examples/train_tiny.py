@@ -1,6 +1,7 @@
 """Train the tiny model that ships with mlaconvert: a chunk-causal, text-conditioned video transformer in Wan's layout.
 
     python examples/train_tiny.py runs/tiny           # about 70 minutes on two CPU cores; start again to resume
+    python examples/train_tiny.py runs/sister --adamw # its sister: the same data and size, trained with AdamW alone
 
 Flow matching on clips drawn on the fly (mlaconvert/clips/tiny/clips.py). A batch is six frames in two chunks, or a sink
 frame from the past and two chunks, which is what a rolling window shows the model. Behind a sink, the past is mostly
@@ -35,6 +36,7 @@ from mlaconvert.model.wan import WanModel
 
 BATCH, STEPS, WARM_UP, DECAY = 16, 9000, 200, 5500  # steps; the rate falls from DECAY on
 MUON_RATE, ADAMW_RATE = 0.02, 3e-3
+MATRICES_ADAMW_RATE = 2e-3  # of the blocks' matrices in the sister
 # Own pasts, from step OWN on: rollouts of so many chunks behind a given one, sampled briefly, dropped where they leave
 # the true clip.
 OWN, OWN_CHUNKS, OWN_SAMPLER, STRAYED = 2500, 8, Sampler.many_step(4, shift=3.0), 0.15
@@ -67,13 +69,13 @@ GEOMETRY = (
 )
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, adamw_alone: bool = False) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     tables = caption_embeddings()
     model = WanModel(CONFIG)
     initialise(model)
-    optimizers = make_optimizers(model)
+    optimizers = make_optimizers(model, adamw_alone)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     step, curve = 0, []
     state_file = folder / "state.pt"
@@ -116,13 +118,16 @@ def main(folder: Path) -> None:
             export(folder, average, tables, curve)
 
 
-def make_optimizers(model: WanModel) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for all else; each group keeps its "peak" rate."""
+def make_optimizers(model: WanModel, adamw_alone: bool) -> list[torch.optim.Optimizer]:
+    """Muon (or AdamW too) for the blocks' matrices, AdamW for all else; each group keeps its "peak" rate."""
     matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    muon = {"params": matrices, "peak": MUON_RATE}
     adamw = {"params": rest, "peak": ADAMW_RATE}
+    if adamw_alone:
+        decayed = {"params": matrices, "peak": MATRICES_ADAMW_RATE, "weight_decay": 0.1}
+        return [torch.optim.AdamW([decayed, adamw], weight_decay=0.01, betas=(0.9, 0.99))]
+    muon = {"params": matrices, "peak": MUON_RATE}
     return [
         torch.optim.Muon([muon], weight_decay=0.1, momentum=0.95, adjust_lr_fn="original"),
         torch.optim.AdamW([adamw], weight_decay=0.01, betas=(0.9, 0.99)),
@@ -254,4 +259,5 @@ def export(folder: Path, average: dict[str, Tensor], tables: dict[str, Tensor], 
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/tiny"))
+    named = [word for word in sys.argv[1:] if not word.startswith("--")]
+    main(Path(named[0] if named else "runs/tiny"), adamw_alone="--adamw" in sys.argv)
