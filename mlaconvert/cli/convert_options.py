@@ -98,6 +98,13 @@ RefitSteps = Annotated[
         "for none. Default: 100, but none of a large model on a CPU.",
     ),
 ]
+RefitClips = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Clips that this refit takes, the --clips among them. Default: four times as many, or what there is.",
+    ),
+]
 KeyNorm = Annotated[
     str | None,
     typer.Option(

@@ -13,7 +13,7 @@ GROUPS = {
     "embeddings switch given prompts vbench_names calibrated plot html save movie moments state keep vbench "
     "vbench_teacher public update license base_model",
     "How the cache is made up": "kv_rank kv_ranks bytes_per_token q_rank nope_dim nope_dims v_dim rope_dim rope_dims "
-    "rope rope_selection present key_norm allocation layers noisy_past refit_steps threshold "
+    "rope rope_selection present key_norm allocation layers noisy_past refit_steps refit_clips threshold "
     "cache_dtype cache_dtypes",
     "How time is seen": "window_frames sink_frames chunk_frames positions bidirectional few_step",
     "Size, length and sampling": "height width seconds frames fps batch samples videos clips validation_clips "

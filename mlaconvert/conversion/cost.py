@@ -23,7 +23,7 @@ from mlaconvert.conversion.calibration.refit_past import BATCHES, ITERATIONS, SC
 from mlaconvert.conversion.calibration.run import BUDGETS, PROBES
 from mlaconvert.conversion.calibration.target import MEASURED
 from mlaconvert.conversion.calibration.windows import PROBE_SCALARS, batch_of
-from mlaconvert.conversion.from_clips import own_clips, room_needed, target_of
+from mlaconvert.conversion.from_clips import more_clips, own_clips, room_needed, target_of
 from mlaconvert.conversion.plan import ConversionPlan
 from mlaconvert.conversion.recipes import regime_of
 from mlaconvert.model.flops import NOTHING, Work, block_scalars, forward_work
@@ -130,7 +130,7 @@ def clip_shape(plan: ConversionPlan, data: Path | None) -> tuple[int, ...]:
 
 
 def _generate(plan: ConversionPlan) -> Work:
-    return own_clips(plan).work(plan.source_config, plan.recipe.clips or 1)
+    return own_clips(plan).work(plan.source_config, (plan.recipe.clips or 1) + more_clips(plan.recipe))
 
 
 def _views(plan: ConversionPlan, frames: int) -> list[tuple[Tensor, int]]:

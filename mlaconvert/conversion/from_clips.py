@@ -27,6 +27,7 @@ from mlaconvert.conversion.calibration.windows import Losses, scratch_bytes
 from mlaconvert.conversion.collected.record import Collected
 from mlaconvert.conversion.from_weights import LayerReport, layer_report
 from mlaconvert.conversion.plan import ConversionPlan, mla_of
+from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.recipes import CALIBRATION_FRAMES, regime_of, token_grid
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, OutputError
 from mlaconvert.families.checkpoint import Checkpoint
@@ -45,6 +46,7 @@ MOMENTS_NAME = "calibration.json"
 # What linear algebra raises for a layer that gives zeros, or values that are not finite.
 _DEGENERATE: tuple[type[Exception], ...] = (*LINALG_ERRORS, ZeroDivisionError)
 CLIPS_NAME = "clips.safetensors"  # those that the teacher generated
+_MORE_NAME = "clips-{}-to-{}.safetensors"  # and those that only the refit of the whole model takes
 # What the record of moments says of them, in words.
 _ASPECTS = {
     "version": "version of the method",
@@ -265,7 +267,7 @@ def keep_moments(
             raise OutputError(f"{folder} is not a folder of moments; move it away, or name another with --moments")
         before = read_json(record) if record.exists() else {}
         if before != belongs:
-            files = [*folder.glob("layer-*"), *folder.glob(CLIPS_NAME)]
+            files = [*folder.glob("layer-*"), *folder.glob(CLIPS_NAME), *folder.glob(_MORE_NAME.format("*", "*"))]
             if files and say is not None:
                 names = [what for name, what in _ASPECTS.items() if before.get(name) != belongs.get(name)]
                 what = " and ".join(names) or "calibration"
@@ -294,34 +296,39 @@ def calibration_clips(
     progress: Progress = silent,
     kept: Path | None = None,
     say: Callable[[str], None] | None = None,
+    more: bool = False,
 ) -> Clips:
     """Clips of the folder `data`, or without one what the teacher generates on `device` from an empty caption.
 
-    Generated clips are written to the file `kept`, and taken from there when it exists. The built-in tiny model draws
-    its own clips. `say` is told where making them will take long. Raises InputError when the folder does not fit the
-    model, and OutputError for `kept`.
+    Those that are measured, or with `more` those that only the refit of the whole model takes as well; there may be
+    none. Generated clips are kept in a file in the folder `kept`, and taken from there when it exists. The built-in
+    tiny model draws its own clips. `say` is told where making them will take long. Raises InputError when the folder
+    does not fit the model, and OutputError for `kept`.
     """
     check_clips(checkpoint, data, plan)
-    config, recipe, count = plan.source_config, plan.recipe, plan.recipe.clips or 1
-    if data is not None:
-        return load_clips(data, config, count)
-    if checkpoint.is_tiny:
-        return training_clips(count)
-    if kept is not None and kept.exists():
-        return _kept_clips(kept, config, count)
+    config, recipe, measured = plan.source_config, plan.recipe, plan.recipe.clips or 1
+    first, count = (measured, more_clips(recipe)) if more else (0, measured)
+    if data is not None or checkpoint.is_tiny:
+        found = training_clips(first + count) if data is None else load_clips(data, config, first + count)
+        return Clips(*(part[first:] for part in found))
+    if not count:
+        return Clips(torch.empty(0, *own_clips(plan).shape(config)), torch.empty(0, 1, config.text_dim))
+    name = _MORE_NAME.format(first + 1, first + count) if more else CLIPS_NAME
+    if kept is not None and (kept / name).exists():
+        return _kept_clips(kept / name, config, count)
     wanted = own_clips(plan)
     size = max(1, BATCH_TOKENS // (wanted.frames * config.tokens_per_frame(wanted.height, wanted.width)))
     clips = wanted.make(
         load_widened(checkpoint, wanted.streaming, device),
         count,
-        seed=recipe.seed,
+        seed=recipe.seed + first,
         batch=size,
         progress=progress,
         stage="generate clips",
         say=say,
     )
     if kept is not None:
-        save_shard(kept, clips._asdict())
+        save_shard(kept / name, clips._asdict())
     return clips
 
 
@@ -336,6 +343,11 @@ def _kept_clips(path: Path, config: WanConfig, count: int) -> Clips:
             f"{path}: not the {count} clips that were generated, or damaged; delete the file and run the command again"
         )
     return clips
+
+
+def more_clips(recipe: ConvertRecipe) -> int:
+    """How many clips beside the measured ones the refit of the whole model takes with a resolved recipe."""
+    return max(0, (recipe.refit_clips or 0) - (recipe.clips or 1))
 
 
 def makes_clips(checkpoint: Checkpoint, data: Path | None) -> bool:

@@ -22,7 +22,6 @@ from mlaconvert.conversion.calibration.store import moments_file
 from mlaconvert.conversion.calibration.windows import Losses
 from mlaconvert.conversion.collected.record import Collected
 from mlaconvert.conversion.from_clips import (
-    CLIPS_NAME,
     calibration_clips,
     choose_splits,
     from_clips,
@@ -183,8 +182,10 @@ class ConversionJob:
         config = json.dumps(_output_config(checkpoint, plan), indent=2) + "\n"
         write_whole(files.folder / CONFIG_NAME, config.encode())
         if calibrated and plan.recipe.refit_steps and plan.method.refit and not isinstance(clips[0], Collected):
+            with clock("calibrate"):
+                fitted = self._with_more(name, plan, clips[0])
             with clock("refit the model"):
-                self._refit_model(name, plan, files, (clips[0], clips[1]), losses)
+                self._refit_model(name, plan, files, (fitted, clips[1]), losses)
         if not calibrated:
             reports = self._gather(name)
         report = ModelReport(
@@ -290,7 +291,7 @@ class ConversionJob:
         if self.data is None:
             keep_moments(folder, checkpoint, plan, None, say)
         found = calibration_clips(
-            checkpoint, plan, self.data, device=self.device, progress=self.listener.progress, kept=folder / CLIPS_NAME
+            checkpoint, plan, self.data, device=self.device, progress=self.listener.progress, kept=folder
         )
         count, asked = len(found.latents), plan.recipe.clips or 1
         if count < asked:
@@ -299,6 +300,19 @@ class ConversionJob:
         if self.data is not None:  # only now is it known to fit
             keep_moments(folder, checkpoint, plan, self.data, say)
         return clips
+
+    def _with_more(self, name: str, plan: ConversionPlan, fitted: Clips) -> Clips:
+        """The clips that are fitted to, and those that the refit of the whole model takes as well."""
+        found = calibration_clips(
+            self.checkpoints[name],
+            plan,
+            self.data,
+            device=self.device,
+            progress=self.listener.progress,
+            kept=self.moments / name,
+            more=True,
+        )
+        return Clips(*(torch.cat(parts) for parts in zip(fitted, found, strict=True)))
 
     def _check_hash(self, name: str, sha256: str) -> None:
         """Raise CheckpointError when the source is not the one that an earlier run hashed."""

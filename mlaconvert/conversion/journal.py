@@ -28,7 +28,7 @@ REFIT = "refit"  # the losses of a refit of the whole model, whose tensors lie b
 _RUN = "run.json"
 # Fields of a recipe that earlier versions did not note, as they then were.
 _UNTIL_PASTS = {"present": "latent", "noisy_past": 0.0, "refit_steps": None}
-UNTIL_BITS = {"bytes_per_token": None}
+UNTIL_BITS = {"bytes_per_token": None, "refit_clips": None}
 
 
 def identity(
@@ -93,6 +93,8 @@ class Journal:
         for of in (name.removeprefix("init") for name in list(saved) if name == "init" or name.startswith("init of ")):
             # The method of a calibration changed with the first of them.
             before = UNTIL_BITS if saved[f"init{of}"] == "calibrated" else UNTIL_BITS | _UNTIL_PASTS
+            # Clips are chosen for what comes last, so older work goes on as ours does.
+            before = before | {"refit_clips": self.identity.get(f"refit_clips{of}")}
             saved = {f"{field}{of}": value for field, value in before.items()} | saved
         return saved
 

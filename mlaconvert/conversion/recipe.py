@@ -66,6 +66,9 @@ class ConvertRecipe:
     refit_steps: Annotated[int, Field(ge=0, le=10_000)] | None = None
     """Steps in which a calibrated conversion with an exact present refits all layers at once, by the model's velocity;
     0 leaves it at refits layer by layer. By default 100, but none of a large model on a CPU."""
+    refit_clips: Annotated[int, Field(ge=1, le=40_000)] | None = None
+    """How many clips that refit takes, the measured ones among them; by default four times as many, or what there is.
+    It changes more than statistics do, and follows the chance of few clips."""
     clips: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """How many clips a calibrated conversion measures; by default 5 to 40, the fewer the larger their frames."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -110,8 +113,9 @@ class ConvertRecipe:
         fixed = [name for name in _LOSSLESS_SETS if getattr(self, name) is not None]
         if self.bidirectional and self.streaming is not None:
             raise ConfigError("bidirectional and streaming exclude each other; give one of them")
-        if self.refit_steps and (self.init != "calibrated" or self.present == "latent"):
-            raise ConfigError("refit_steps is about calibrated conversions with an exact present; leave it out")
+        for name in ("refit_steps", "refit_clips"):
+            if getattr(self, name) and (self.init != "calibrated" or self.present == "latent"):
+                raise ConfigError(f"{name} is about calibrated conversions with an exact present; leave it out")
         if self.init == "lossless" and fixed:
             raise ConfigError(f"init lossless keeps everything, so it fixes {fixed[0]}; leave {fixed[0]} out")
 

@@ -30,6 +30,7 @@ from mlaconvert.model.schedule import Sampler
 CALIBRATION_TOKENS, CALIBRATION_FRAMES = 100_000, 9
 # Of a refit of the whole model: steps, and what is left out on a CPU, some ten minutes' worth.
 REFIT_STEPS, CPU_FLOPS = 100, 1e14
+REFIT_CLIPS = 4  # times as many as are measured
 
 
 def load_recipe(recipe: str | Path) -> ConvertRecipe:
@@ -49,7 +50,8 @@ def with_init(recipe: ConvertRecipe, init: Init) -> ConvertRecipe:
     """`recipe` for another way to convert: widths and how the model sees time stay, what was of its own way goes."""
     if init == recipe.init:
         return recipe
-    own = ["allocation", "rope", "rope_selection", "key_norm", "q_rank", "present", "refit_steps", "bytes_per_token"]
+    own = ["allocation", "rope", "rope_selection", "key_norm", "q_rank", "present", "refit_steps", "refit_clips"]
+    own.append("bytes_per_token")
     own += ["kv_rank", "nope_dim", "rope_dim", "v_dim"] if init == "lossless" else []
     changes: dict[str, Any] = dict.fromkeys(own)
     return dataclasses.replace(recipe, init=init, **changes)
@@ -281,11 +283,14 @@ def regime_of(recipe: ConvertRecipe) -> Regime:
 
 
 def with_refit_steps(recipe: ConvertRecipe, config: WanConfig, device: torch.device) -> ConvertRecipe:
-    """A resolved recipe with the default number of steps, which depends on what the `device` can do."""
-    if recipe.init != "calibrated" or recipe.present != "exact" or recipe.refit_steps is not None:
+    """A resolved recipe with the default numbers of steps, which depends on what the `device` can do, and of clips."""
+    if recipe.init != "calibrated" or recipe.present != "exact":
         return recipe
-    steps = REFIT_STEPS if device.type != "cpu" or refit_flops_of(recipe, config) <= CPU_FLOPS else 0
-    return dataclasses.replace(recipe, refit_steps=steps)
+    steps = recipe.refit_steps
+    if steps is None:
+        steps = REFIT_STEPS if device.type != "cpu" or refit_flops_of(recipe, config) <= CPU_FLOPS else 0
+    clips = recipe.refit_clips or REFIT_CLIPS * (recipe.clips or 1)
+    return dataclasses.replace(recipe, refit_steps=steps, refit_clips=clips if steps else None)
 
 
 def refit_flops_of(recipe: ConvertRecipe, config: WanConfig, steps: int = REFIT_STEPS) -> float:

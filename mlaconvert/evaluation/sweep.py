@@ -24,9 +24,9 @@ from mlaconvert.clips.tiny.clips import held_back
 from mlaconvert.config.parsing import parse
 from mlaconvert.conversion.calibration.method import CalibrationSetup, Method
 from mlaconvert.conversion.calibration.store import MOMENTS_VERSION
-from mlaconvert.conversion.from_clips import CLIPS_NAME, calibration_clips
+from mlaconvert.conversion.from_clips import CLIPS_NAME, calibration_clips, more_clips
 from mlaconvert.conversion.journal import UNTIL_BITS
-from mlaconvert.conversion.plan import ConversionPlan, recipe_json
+from mlaconvert.conversion.plan import ConversionPlan, on_device, recipe_json
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.recipes import load_recipe
 from mlaconvert.conversion.run import convert
@@ -133,12 +133,16 @@ def sweep(
                 results.append(parse(CellResult, read_json(record), str(record)))
                 continue
             started = time.monotonic()
-            setup = CalibrationSetup()
+            setup, chosen = CalibrationSetup(), cell.recipe
             if plan.recipe.init == "calibrated":
                 setup = CalibrationSetup(data=calibration, moments=clips.moments or folder / "moments")
+                refit_clips = on_device(plan, chosen_device).recipe.refit_clips
+                if refit_clips is not None and clips.data is not None:  # none that are compared on
+                    left = len(ClipFolder(clips.data, checkpoint.config)) - len(validation.latents)
+                    chosen = dataclasses.replace(chosen, refit_clips=min(refit_clips, left))
             model.parent.mkdir(exist_ok=True)
             made = Output(model, overwrite=True)
-            convert(source, made, cell.recipe, data=setup, device=chosen_device, listener=speaking)
+            convert(source, made, chosen, data=setup, device=chosen_device, listener=speaking)
             seconds = time.monotonic() - started
             results.append(_measure(checkpoint, plan, cell, model, validation, seconds, chosen_device, progress))
             _write(record, dataclasses.asdict(results[-1]))
@@ -252,10 +256,20 @@ def _clips(
 
     if plan is not None:
         options: dict[str, Any] = {"device": device, "progress": told.progress, "say": told.say}
-        _kept(folder / "clips", lambda: calibration_clips(checkpoint, plan, None, **options))
+        wanted = on_device(plan, device)
+        _kept(folder / "clips", lambda: _all_clips(checkpoint, wanted, options))
     _kept(folder / "validation", compared)
     validation = load_clips(folder / "validation", checkpoint.config, count or GENERATED_CLIPS)
     return folder / "clips", validation, "rollouts of the dense model from an empty caption that no calibration sees"
+
+
+def _all_clips(checkpoint: Checkpoint, plan: ConversionPlan, options: Mapping[str, Any]) -> Clips:
+    """Clips that the dense model makes: those that are measured, and behind them those for the model's refit alone."""
+    measured = calibration_clips(checkpoint, plan, None, **options)
+    if not more_clips(plan.recipe):
+        return measured
+    more = calibration_clips(checkpoint, plan, None, more=True, **options)
+    return Clips(*(torch.cat(parts) for parts in zip(measured, more, strict=True)))
 
 
 def _kept(folder: Path, make: Callable[[], Clips]) -> None:

@@ -77,7 +77,8 @@ def _present(plan: ConversionPlan) -> Iterator[str]:
             cost = refit_flops_of(recipe, plan.source_config) / 1e15
             yield f"  refit    layer by layer; --refit-steps {REFIT_STEPS} refits the whole model too, {cost:.2g} PFLOP"
         elif recipe.refit_steps:
-            yield f"  refit    layer by layer, then {recipe.refit_steps} steps of the whole model"
+            clips = f" on up to {recipe.refit_clips} clips" if recipe.refit_clips else ""
+            yield f"  refit    layer by layer, then {recipe.refit_steps} steps of the whole model{clips}"
     elif recipe.init == "calibrated" and plan.config.streaming is None:
         yield (
             "  present  from latents: a bidirectional model has no past; say how it is to stream (--window-frames), "

@@ -77,7 +77,8 @@ def planned(recipe: ConvertRecipe) -> ConversionPlan:
 )
 def test_every_part_computes_what_is_counted(tmp_path: Path, counted: dict[str, int], changes: dict[str, Any]) -> None:
     """Within a fifth for walks, inputs and the model, a third for the many small steps of a layer."""
-    recipe = dataclasses.replace(load_recipe("tiny"), clips=5, refit_steps=None if changes else 3, **changes)
+    refit = {} if changes else {"refit_steps": 3, "refit_clips": 5}
+    recipe = dataclasses.replace(load_recipe("tiny"), clips=5, **refit, **changes)
     expected = cost.conversion_work(planned(recipe), SHAPE, makes_clips=False)
     convert("tiny", tmp_path / "out", recipe)
     assert (CLIPS in expected, MODEL in expected) == (False, not changes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,32 @@ def test_moments_are_measured_once_and_validation_clips_stay_unseen(
     assert [path.stat().st_mtime_ns for path in moments] == states
     with pytest.raises(ConfigError, match="clips has 10 clips, too few for 9 to calibrate on and 2 to compare on"):
         sweep(golden, tmp_path / "other", more, clips=SweepClips(data=data, calibration=9, validation=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [True, False])
+def test_no_refit_sees_what_is_compared_on(
+    golden: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool
+) -> None:
+    """A refit of the whole model takes four times the clips that are measured, here 16, where there are as many."""
+    streams = json.loads((golden / "config.json").read_text()) | {"streaming": {"chunk_frames": 1, "window_frames": 3}}
+    shutil.copytree(golden, tmp_path / "streams")
+    (tmp_path / "streams" / "config.json").write_text(json.dumps(streams))
+    recipes: list[ConvertRecipe] = []
+
+    def spy(source: Any, output: Any, recipe: ConvertRecipe, **options: Any) -> Any:
+        recipes.append(recipe)
+        return convert(source, output, recipe, **options)
+
+    monkeypatch.setattr(sweeps, "convert", spy)
+    clips = SweepClips(data=data if given else None, calibration=4, validation=2)
+    (tmp_path / "base.yaml").write_text("init: calibrated\nheight: 32\nwidth: 48\nrefit_steps: 1\n")
+    recipe = SweepRecipe(convert=str(tmp_path / "base.yaml"), kv_ranks=(9,))
+    sweep(tmp_path / "streams", tmp_path / "out", recipe, clips=clips)
+    assert recipes[0].refit_clips == (8 if given else None)  # two of ten are compared on
+    if not given:
+        made = ClipFolder(tmp_path / "out" / "clips", load_model(golden).config)
+        assert len(made) == 16
 
 
 def test_without_data_clips_are_generated_once(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

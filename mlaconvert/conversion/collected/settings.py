@@ -38,6 +38,7 @@ def collected_recipe(recipe: ConvertRecipe, collected: Collected, settings: Mapp
     impossible = {
         "allocation adaptive": recipe.allocation == "adaptive",
         f"refit_steps {recipe.refit_steps}": bool(recipe.refit_steps),
+        f"refit_clips {recipe.refit_clips}": recipe.refit_clips is not None,
         f"noisy_past {recipe.noisy_past}": bool(recipe.noisy_past),
         f"clips {recipe.clips}": recipe.clips is not None,
     }

@@ -88,16 +88,20 @@ def test_without_data_the_teacher_supplies_the_clips(
     """Its own rollouts of twenty steps, each clip from its own seed, whether made together or one at a time."""
     streaming = {"chunk_frames": 3, "window_frames": 7, "sink_frames": 1}
     source = save_folder(state, NATIVE | {"streaming": streaming})
-    recipe = ConvertRecipe(kv_rank=9, clips=3, seed=5, height=32, width=48)
+    recipe = ConvertRecipe(kv_rank=9, clips=3, refit_clips=5, seed=5, height=32, width=48)
     steps: list[tuple[str, int, int]] = []
     with open_checkpoint(source) as checkpoint:
         plan = plan_conversion(checkpoint, recipe)
         together = calibrated.calibration_clips(checkpoint, plan, None, progress=lambda *step: steps.append(step))
         monkeypatch.setattr(calibrated, "BATCH_TOKENS", 1)
         alone = calibrated.calibration_clips(checkpoint, plan, None)
-        kept = calibrated.calibration_clips(checkpoint, plan, None, kept=tmp_path / "kept")
+        kept = calibrated.calibration_clips(checkpoint, plan, None, kept=tmp_path)
+        more = calibrated.calibration_clips(checkpoint, plan, None, kept=tmp_path, more=True)
         monkeypatch.setattr(calibrated.OwnClips, "make", None)
-        again = calibrated.calibration_clips(checkpoint, plan, None, kept=tmp_path / "kept")
+        again = calibrated.calibration_clips(checkpoint, plan, None, kept=tmp_path)
+        assert torch.equal(
+            calibrated.calibration_clips(checkpoint, plan, None, kept=tmp_path, more=True).latents, more.latents
+        )
     assert together.latents.shape == (3, CONFIG.out_dim, 9, 4, 6)
     assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))
     assert torch.equal(kept.latents, alone.latents)
@@ -105,8 +109,10 @@ def test_without_data_the_teacher_supplies_the_clips(
     assert steps[-1][:3] == ("generate clips", 63, 63)  # three chunks of twenty steps and a clean pass
     model, sampler = load_model(source), Sampler.many_step(20)
     context = torch.zeros(1, 1, CONFIG.text_dim)
-    chunks = rollout(model, context, size=LatentSize(frames=9, height=4, width=6), sampler=sampler, seed=5 + 2)
-    torch.testing.assert_close(torch.cat(list(chunks), 2), together.latents[2:], rtol=1e-4, atol=1e-4)
+    assert more.latents.shape == (2, CONFIG.out_dim, 9, 4, 6)
+    for last, number in ((together, 2), (more, 4)):
+        chunks = rollout(model, context, size=LatentSize(frames=9, height=4, width=6), sampler=sampler, seed=5 + number)
+        torch.testing.assert_close(torch.cat(list(chunks), 2), last.latents[-1:], rtol=1e-4, atol=1e-4)
 
 
 def test_fewer_clips_than_asked_are_said(state: State, save_folder: SaveFolder, tmp_path: Path) -> None:

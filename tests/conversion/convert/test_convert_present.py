@@ -13,6 +13,7 @@ import torch
 from convert_cases import CONFIG, NATIVE, WINDOW, SaveFolder, State, files
 from safetensors.torch import load_file, save_file
 
+from mlaconvert.clips.folder import ClipFolder, Clips
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.calibration.method import CalibrationSetup, Method
 from mlaconvert.conversion.calibration.target import PAST_ONLY
@@ -123,6 +124,7 @@ def test_a_bidirectional_model_keeps_a_latent_present_unless_it_is_to_stream(
     [
         ({"present": "exact", "q_rank": 7}, "q_rank is 7"),
         ({"present": "latent", "refit_steps": 5}, "refit_steps"),
+        ({"present": "latent", "refit_clips": 5}, "refit_clips"),
         ({"noisy_past": 1.5}, "noisy_past"),
     ],
 )
@@ -181,6 +183,28 @@ def test_refits_change_only_what_the_past_uses_and_are_reported(streaming: Path,
     assert list(losses["model"]["losses"]) == ["dense", "low rank", "past refitted", "model refitted"]
     assert list(losses["model"]["noisy_losses"]) == list(losses["model"]["losses"])
     assert losses["model"]["losses"]["past refitted"] == losses["layers"]["losses"]["past refitted"]
+
+
+@pytest.mark.slow
+def test_the_refit_of_the_model_takes_more_clips_than_are_measured(
+    streaming: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And none that it is judged by: of five measured clips the last."""
+    from mlaconvert.conversion import from_clips
+
+    there = ClipFolder(data, CONFIG).some(range(len(ClipFolder(data, CONFIG)))).latents
+    assert len(there) == 10
+    taken: list[tuple[Clips, Clips]] = []
+    monkeypatch.setattr(from_clips, "refit_model", lambda models, clips, *_, **__: taken.append(clips) or {})
+    for refit_clips in (3, 6, None):  # fewer than the measured ones, one more, by default whatever there is
+        chosen = dataclasses.replace(RECIPE, clips=5, refit_clips=refit_clips)
+        convert(streaming, tmp_path / str(refit_clips), chosen, data=data)
+    expected = [there[:4], torch.cat((there[:4], there[5:6])), torch.cat((there[:4], there[5:]))]
+    for (fitted, judged), clips in zip(taken, expected, strict=True):
+        assert torch.equal(fitted.latents, clips)
+        assert torch.equal(judged.latents, there[4:5])
+    made = json.loads((tmp_path / "None" / CONVERSION_NAME).read_text())
+    assert made["recipe"]["refit_clips"] == 20
 
 
 @pytest.mark.slow

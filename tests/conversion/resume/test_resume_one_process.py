@@ -97,6 +97,21 @@ def test_half_done_work_of_earlier_versions_is_gone_on_from(source: Path, tmp_pa
         convert(source, tmp_path / "other", calibrated)
 
 
+def test_work_from_before_more_clips_were_refitted_on_is_gone_on_from(
+    source: Path, tmp_path: Path, made: list[int]
+) -> None:
+    window = StreamingConfig(chunk_frames=3, window_frames=7)
+    calibrated = ConvertRecipe(clips=2, height=32, width=64, streaming=window, refit_steps=1)
+    interrupted(source, tmp_path / "out", 3, calibrated)
+    record = tmp_path / ".out.partial" / "run.json"
+    begun = json.loads(record.read_text())
+    assert begun.pop("refit_clips") == 8
+    record.write_text(json.dumps(begun))
+    made.clear()
+    convert(source, tmp_path / "out", calibrated)
+    assert 0 not in made
+
+
 def test_work_from_before_an_exact_present_is_gone_on_from_unless_calibrated(
     source: Path, expected: dict[str, bytes], tmp_path: Path, made: list[int]
 ) -> None:

@@ -1,12 +1,8 @@
 """The package inside SGLang itself, on a CPU: `python tests/integrations/in_sglang/sglang_itself.py FOLDER`.
 
 Small converted weights go through SGLang's own registry, loader, causal stage, `sglang generate` and `sglang serve`,
-and the latents are compared with ours. No weights are downloaded. `pip install 'sglang[diffusion]'` brings CUDA; what a
-CPU needs beside mlaconvert's own test dependencies is less, and Python 3.11:
-
-    pip install --no-deps -r tests/integrations/in_sglang/cpu_requirements.txt
-
-A torchvision that does not fit a CPU build of torch must not be there: the little that is imported of it is stood in.
+and the latents are compared with ours. No weights are downloaded. SGLang and mlaconvert are all that has to be
+installed, as docs/integrations/sglang.md says; that brings CUDA, and runs without a GPU all the same.
 """
 
 from __future__ import annotations
@@ -18,41 +14,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
 HERE = Path(__file__).parent
 PACKAGE = "mlaconvert.integrations.sglang"
-INTERPOLATION = """from enum import Enum
-class InterpolationMode(Enum):
-    NEAREST = "nearest"; NEAREST_EXACT = "nearest-exact"; BILINEAR = "bilinear"; BICUBIC = "bicubic"
-    BOX = "box"; HAMMING = "hamming"; LANCZOS = "lanczos"
-class Normalize:
-    pass
-"""
 
 
 def say(*lines: str) -> None:
     sys.stdout.write("".join(f"{line}\n" for line in lines))
-
-
-def stand_in_for_torchvision(folder: Path) -> None:
-    """A package of that name which computes nothing."""
-    functional = "from torchvision.transforms import InterpolationMode\npil_to_tensor = to_tensor = None\n"
-    files = {
-        "__init__.py": '__version__ = "0.28.0"\n',
-        "io/__init__.py": "",
-        "transforms/__init__.py": INTERPOLATION + "from . import functional\n",
-        "transforms/functional.py": functional,
-        "transforms/v2/__init__.py": "from . import functional\n",
-        "transforms/v2/functional.py": functional,
-    }
-    for name, text in files.items():
-        path = folder / "torchvision" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
 
 
 def stage_for(folder: Path, precision: str) -> tuple[Any, Any]:
@@ -172,9 +143,7 @@ def wait(done: Callable[[], bool], server: subprocess.Popen[bytes], what: str) -
 def main() -> None:
     root = Path(sys.argv[1]).resolve()
     root.mkdir(parents=True, exist_ok=True)
-    if find_spec("torchvision") is None:
-        stand_in_for_torchvision(root)
-    places = [str(HERE), str(HERE.parents[1]), str(HERE.parents[2]), str(root)]
+    places = [str(HERE), str(HERE.parents[1]), str(HERE.parents[2])]
     if os.environ.get("SGLANG_EXTERNAL_MODEL_PACKAGE") != PACKAGE:  # once more, as a user has it exported
         path = os.pathsep.join([*places, os.environ.get("PYTHONPATH", "")])
         os.environ |= {"SGLANG_EXTERNAL_MODEL_PACKAGE": PACKAGE, "PYTHONPATH": path}

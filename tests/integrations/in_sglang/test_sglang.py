@@ -298,7 +298,7 @@ def test_without_sglang_it_is_said_what_to_install() -> None:
 @pytest.mark.slow
 def test_in_sglang_itself(tmp_path: Path) -> None:
     if find_spec("sglang") is None:
-        pytest.skip("needs sglang, which is no dependency; sglang_itself.py says how to install as much as a CPU needs")
+        pytest.skip("needs sglang, which is no dependency")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1]), *sys.path])}
     command = [sys.executable, str(HERE / "sglang_itself.py"), str(tmp_path)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=800)
