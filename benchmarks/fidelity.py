@@ -1,6 +1,7 @@
 """What each way to convert loses on the shipped model before any training, over seeds; prints a Markdown table.
 
     python benchmarks/fidelity.py [--seeds 3] [--jobs 2] [--only REGEX] [--write BENCHMARKS.md] [--json]
+    python benchmarks/fidelity.py --teacher runs/sister   # another model of the shipped one's clips
 
 Two excesses of the velocity's loss on held-back clips above the teacher's, in percent of it: behind clean pasts (the
 newest chunk at each of eight timesteps, as in a rollout), with its relative velocity error, and with noisy pasts (an
@@ -25,6 +26,7 @@ from typing import NamedTuple
 import torch
 from tables import put_between
 
+from mlaconvert.clips.folder import save_shard
 from mlaconvert.clips.tiny.clips import held_back, training_clips
 from mlaconvert.config.mla import MLALayer
 from mlaconvert.conversion.calibration.layer import Layer
@@ -77,6 +79,7 @@ TABLES: dict[str, dict[str, ConvertRecipe | Ablated | None]] = {
         "the present exact, nothing refitted": Ablated(DEFAULT, Method(refit=False)),
         "and the past refitted layer by layer": LAYERS,
         "and the whole model refitted: **the default**": DEFAULT,
+        "the default, refitted on the measured clips alone": change(DEFAULT, refit_clips=40),
         "the default on pasts that are half noisy": change(DEFAULT, noisy_past=0.5),
         "the default, latent RMSNorm": change(DEFAULT, key_norm="latent"),
         "the default at twice the cache": change(DEFAULT, kv_rank=2 * TOTAL),
@@ -110,14 +113,21 @@ def main() -> None:
     parser.add_argument("--only", metavar="REGEX", help="rows whose name it is found in")
     parser.add_argument("--write", type=Path, help="put the tables between the markers of this file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--teacher", default="tiny", help="what is converted (default tiny, the shipped model)")
     arguments = parser.parse_args()
+    if arguments.write is not None and arguments.teacher != "tiny":
+        parser.error("--write is for the shipped model; leave out --teacher")
     if arguments.only is not None and arguments.write is not None:
         parser.error("--write wants all rows; leave out --only")
     found: dict[str, dict[int, Measured]] = {name: {} for name in ROWS if re.search(arguments.only or "", name)}
     if not found:
         parser.error(f"no row's name has {arguments.only!r} in it")
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        work = {pool.submit(measure, name, seed): (name, seed) for seed in range(arguments.seeds) for name in found}
+        work = {
+            pool.submit(measure, name, seed, arguments.teacher): (name, seed)
+            for seed in range(arguments.seeds)
+            for name in found
+        }
         for i, done in enumerate(as_completed(work), 1):
             name, seed = work[done]
             found[name][seed] = one = done.result()
@@ -165,19 +175,27 @@ def _spread(values: list[float]) -> str:
     return f"{mean:.{digits}f}% ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def measure(name: str, seed: int) -> Measured:
+def measure(name: str, seed: int, source: str = "tiny") -> Measured:
     """What the conversion of a row loses."""
     torch.set_num_threads(1)
-    row, teacher = ROWS[name], load_model("tiny")
+    row, teacher = ROWS[name], load_model(source)
     recipe, method = (row.recipe, row.method) if isinstance(row, Ablated) else (row, Method())
     with tempfile.TemporaryDirectory() as folder:
         if recipe is None:
-            student = head_mean(teacher)
+            student = head_mean(teacher, source)
         else:
             chosen = dataclasses.replace(recipe, seed=seed)
-            convert("tiny", Path(folder) / "out", chosen, data=CalibrationSetup(method=method))
+            data = None if source == "tiny" or recipe.init != "calibrated" else drawn(Path(folder) / "clips")
+            convert(source, Path(folder) / "out", chosen, data=CalibrationSetup(data=data, method=method))
             student = load_model(Path(folder) / "out")
     return compared(teacher, student, seed)
+
+
+def drawn(folder: Path) -> Path:
+    """A folder with the clips that the shipped model's conversion and its refit take."""
+    folder.mkdir()
+    save_shard(folder / "drawn.safetensors", training_clips(160)._asdict())
+    return folder
 
 
 def compared(teacher: WanModel, student: WanModel, seed: int = 0) -> Measured:
@@ -188,14 +206,14 @@ def compared(teacher: WanModel, student: WanModel, seed: int = 0) -> Measured:
     return Measured(100 * (noisy[0] / noisy[1] - 1), 100 * past.excess, 100 * past.velocity_error)
 
 
-def head_mean(teacher: WanModel) -> WanModel:
+def head_mean(teacher: WanModel, source: str) -> WanModel:
     """What a first script would do: average the heads' rotary keys, plain SVD of the rest, RMSNorm on the latent."""
     config = teacher.config
     with tempfile.TemporaryDirectory() as folder:
-        convert("tiny", Path(folder) / "out", WEIGHTS)
+        convert(source, Path(folder) / "out", WEIGHTS)
         student = load_model(Path(folder) / "out")
     state = student.state_dict()
-    with open_checkpoint("tiny") as checkpoint:
+    with open_checkpoint(source) as checkpoint:
         for layer in LayerWalk(checkpoint, training_clips(16), Regime.of(config.streaming)):
             shape = student.config.mla.layers[layer.index] if student.config.mla else None
             assert shape is not None

@@ -34,10 +34,7 @@ def peak_bytes(runner: Runner) -> int:
     device = runner.resolved.device
     runner.begin()
     if device.type != "cuda":
-        with no_remarks(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            for _ in range(runner.resolved.filling):
-                runner.chunk()
-        return runner.weight_bytes + _peak_of(profiler)
+        return runner.weight_bytes + profiled_peak(lambda: [runner.chunk() for _ in range(runner.resolved.filling)])
     before = allocated(device) - runner.weight_bytes
     torch.cuda.reset_peak_memory_stats(device)
     for _ in range(runner.resolved.filling):
@@ -45,8 +42,10 @@ def peak_bytes(runner: Runner) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _peak_of(profiler: profile) -> int:
-    """The most bytes that were taken and not yet given back, of all that a profiler saw."""
+def profiled_peak(work: Callable[[], Any]) -> int:
+    """The most bytes of a CPU's memory that `work` took and did not yet give back, as torch's profiler sees them."""
+    with no_remarks(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
     results: Any = profiler.profiler
     changes = [(e.start_ns(), e.nbytes()) for e in results.kineto_results.events() if e.name() == "[memory]"]
     return max(accumulate(size for _, size in sorted(changes, key=itemgetter(0))), default=0)
