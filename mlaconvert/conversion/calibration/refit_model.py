@@ -25,8 +25,9 @@ from mlaconvert.model.wan import WanModel, run_blocks
 from mlaconvert.progress import Counter, Progress, silent
 
 BATCH = 4  # clips a step, fewer of long ones
-# Adam's rates, tried in turn: relative to a module's weights, which read whitened latents. They fall along a cosine.
-RATES = (0.018, 0.018 / 8)
+# Adam's rates, tried in turn, relative to a module's weights, which read whitened latents; each falls along a cosine.
+# And how many times the steps: small ones take longer.
+TRIES = ((0.018, 1), (0.0016, 2))
 DRAWS = 4  # of noise and timesteps, in which clips are judged by that were held back
 KEPT_SCALARS = 2**26  # of the blocks' outputs, up to which activations are kept for the way back
 STAGE = "model refitted"
@@ -54,9 +55,9 @@ def refit_model(
 
     `models` are the teacher and the student, streaming as the regime says. Each step takes some clips' windows of the
     regime and lowers the squared difference of the newest chunk's velocities. Where that difference does not fall on
-    the second part of the clips, which nothing is fitted to, smaller steps are tried from the start; a model that is
-    nearly its teacher needs them. The result is {} where none help, or there are no such clips; `losses` gets both
-    losses of what is kept.
+    the second part of the clips, which nothing is fitted to, smaller steps are tried from the start, and more of them:
+    a model that is nearly its teacher needs that. The result is {} where none help, or there are no such clips;
+    `losses` gets both losses of what is kept.
     """
     student, (fitted, held_back) = models[1], clips
     if held_back is None:
@@ -74,9 +75,9 @@ def refit_model(
     judges = _judges(models[0], held_back, regime)
     start, before = [p.detach().clone() for p in trained], _distance(student, judges)
     better = False
-    for rate in RATES:
+    for rate, times in TRIES:
         groups = [{"params": [p], "lr": rate * size} for p, size in zip(trained, sizes, strict=True)]
-        _train(models, groups, fitted, regime, steps, progress)
+        _train(models, groups, fitted, regime, times * steps, progress)
         better = _distance(student, judges) < before
         if better:
             break

@@ -257,7 +257,7 @@ def test_a_refit_that_does_not_help_is_left_out(
     from mlaconvert.conversion.calibration import refit_model, refit_past
 
     convert(streaming, tmp_path / "none", RECIPE, data=CalibrationSetup(data=data, method=Method(refit=False)))
-    monkeypatch.setattr(refit_model, "RATES", (50.0, 40.0))
+    monkeypatch.setattr(refit_model, "TRIES", ((50.0, 1), (40.0, 2)))
     monkeypatch.setattr(refit_past, "_fit", lambda _, student, __: student.kv_b_proj.weight.mul_(3))
     convert(streaming, tmp_path / "bad", RECIPE, data=data)
     ours, plain = (load_file(tmp_path / name / WEIGHTS_NAME) for name in ("bad", "none"))
