@@ -5,6 +5,7 @@
 
 Dense caches are measured here: the shipped model as its own student, its cache narrowed (`--cache-dtype`), the newest
 chunk exact as everywhere. Bytes are those of a token and layer, on average over layers; plain latents are in bfloat16.
+Quant-VideoGen is measured a second time with its clusters over a whole chunk, as its authors have it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,12 +21,15 @@ import matplotlib.pyplot as plt
 import torch
 from fidelity import TOTAL, compared
 from tables import put_between
+from torch import Tensor
 
-from mlaconvert.config.cache_dtype import CacheDtype
+from mlaconvert.config.cache_dtype import CACHE_DTYPES, CODINGS, CacheDtype
+from mlaconvert.model.attention.dense import DenseAttention
 from mlaconvert.model.cache import LatentCache
+from mlaconvert.model.group_quantizer import GroupQuantizer
 from mlaconvert.model.load import load_model
 
-RIVALS: tuple[CacheDtype, ...] = ("fp8", "int8", "int4", "int3", "int2")
+CLUSTERED = [dtype for dtype, coding in CODINGS.items() if coding.stages]
 PLAIN = {"and the whole model refitted: **the default**": TOTAL + 1, "the default at twice the cache": 2 * TOTAL + 1}
 
 
@@ -45,7 +50,8 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="put the table between the markers of this file")
     parser.add_argument("--plot", type=Path, help="draw loss against bytes")
     arguments = parser.parse_args()
-    points = [*_converted(json.loads(arguments.found.read_text())), *map(_rival, RIVALS)]
+    converted = _converted(json.loads(arguments.found.read_text()))
+    points = [*converted, *map(_rival, CACHE_DTYPES), *map(_chunkwise, CLUSTERED)]
     text = _table(points)
     print(text)
     if arguments.write is not None:
@@ -73,7 +79,33 @@ def _rival(dtype: CacheDtype) -> Point:
     cache = LatentCache(narrowed.config, batch=1, height=24, width=32, dtype=torch.bfloat16, device="meta")
     tokens = cache.streaming.window_frames * cache.tokens_per_frame * narrowed.config.num_layers
     values = ([found.clean], [found.velocity], [found.noisy])
-    return Point("dense, quantised", f"--cache-dtype {dtype}", cache.nbytes / tokens, *values)
+    kind = "dense, Quant-VideoGen" if dtype in CLUSTERED else "dense, quantised"
+    return Point(kind, f"--cache-dtype {dtype}", cache.nbytes / tokens, *values)
+
+
+class ChunkQuantizer(GroupQuantizer):
+    """Clusters over a chunk's tokens: right in a masked pass over whole chunks, where every chunk is in sight whole."""
+
+    frames: int
+
+    def round_trip(self, tokens: int, cached: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """As it is, for the tokens of a chunk."""
+        return super().round_trip(self.frames * tokens, cached)
+
+
+def _chunkwise(dtype: CacheDtype) -> Point:
+    """`_rival` with clusters over a chunk: by masked passes alone."""
+    narrowed = load_model("tiny", cache_dtype=dtype)
+    config = narrowed.config
+    assert config.streaming is not None
+    tokens = config.streaming.chunk_frames * config.tokens_per_frame(24, 32)
+    for index, attention in enumerate(m for m in narrowed.modules() if isinstance(m, DenseAttention)):
+        attention.group_quantizer = ChunkQuantizer(dtype, config.cached_parts(index))
+        attention.group_quantizer.frames = config.streaming.chunk_frames
+    found = compared(load_model("tiny"), narrowed)
+    size = statistics.mean(config.frame_bytes(2, tokens)) / tokens
+    values = ([found.clean], [found.velocity], [found.noisy])
+    return Point("the same, clusters over a chunk", dtype, size, *values)
 
 
 def _table(points: list[Point]) -> str:
@@ -97,7 +129,12 @@ def _spread(values: list[float]) -> str:
 
 def _plot(points: list[Point], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 4))
-    styles = {"latents in bits": "o-", "latents in bfloat16": "s--", "dense, quantised": "^:"}
+    styles = {
+        "latents in bits": "o-",
+        "latents in bfloat16": "s--",
+        "dense, quantised": "^:",
+        "dense, Quant-VideoGen": "v:",
+    }
     for kind, style in styles.items():
         some = [point for point in points if point.kind == kind]
         least = [max(statistics.mean(point.clean), 0.01) for point in some]

@@ -105,8 +105,8 @@ def bench(
             "--cache-dtype",
             metavar="LIST",
             autocompletion=among(*CACHE_DTYPES),
-            help="Measure every side with its cache narrowed, too: fp8, int8, int4, int3 or int2, such as "
-            "int8,int4. The newest chunk stays exact. Default: none.",
+            help=f"Measure every side with its cache narrowed, too, such as int8,int4: {', '.join(CACHE_DTYPES)}. "
+            "The newest chunk stays exact. Default: none.",
         ),
     ] = None,
     no_text_cache: Annotated[

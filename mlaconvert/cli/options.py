@@ -188,8 +188,9 @@ CacheDtype = Annotated[
     typer.Option(
         metavar="|".join(CACHE_DTYPES),
         autocompletion=among(*CACHE_DTYPES),
-        help="What the cache of past chunks is narrowed to as the model runs, dense or converted: a cast, or integers "
-        "in groups of up to 32 that each keep a zero and a step. The newest chunk stays exact. Default: not narrowed.",
+        help="What the cache of past chunks is narrowed to as the model runs, dense or converted: a cast, integers in "
+        "groups that each keep a zero and a step (KIVI), or those of what k-means leaves of a frame (qvg, "
+        "Quant-VideoGen). The newest chunk stays exact. Default: not narrowed.",
     ),
 ]
 OutputFolder = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from mlaconvert.config.cache_dtype import MOST_IN_GROUP, CachedPart, CacheDtype
+from mlaconvert.config.cache_dtype import WHOLE_GROUPS, CachedPart, CacheDtype
 from mlaconvert.config.mla import MLAConfig
 from mlaconvert.config.parsing import MOST, MOST_TEXT, STRICT, Size, check_fields
 from mlaconvert.config.streaming import StreamingConfig
@@ -155,10 +155,10 @@ class WanConfig:
     def cached_bytes(self, itemsize: int) -> tuple[int, ...]:
         """Bytes that each layer caches for one token, where a number of the cache's dtype takes `itemsize`.
 
-        With a `cache_dtype`, one of a whole group of tokens, rounded up: `frame_bytes` counts what a frame takes.
+        With a `cache_dtype`, one of a frame of whole groups, rounded up: `frame_bytes` counts what a frame takes.
         """
         if self.cache_dtype is not None:
-            return tuple(-(-size // MOST_IN_GROUP) for size in self.frame_bytes(itemsize, MOST_IN_GROUP))
+            return tuple(-(-size // WHOLE_GROUPS) for size in self.frame_bytes(itemsize, WHOLE_GROUPS))
         if self.mla is None:
             return (self.dense_scalars * itemsize,) * self.num_layers
         return tuple(self.mla.cached_bytes(i, self.dense_scalars, itemsize) for i in range(self.num_layers))

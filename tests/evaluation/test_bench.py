@@ -96,17 +96,20 @@ def test_the_profile_accounts_for_the_time(report: BenchReport) -> None:
 def test_sides_with_a_narrowed_cache_stand_beside_their_own(golden: Path) -> None:
     """The rival of a conversion: dense, narrowed. Its bytes by hand are measured, and planned."""
     size = ("--height", 48, "--width", 80, "--window-frames", 5, "--chunk-frames", 2, "--steps", 1, "--rounds", 1)
-    done = invoke(golden, *size, "--kv-rank", 9, "--cache-dtype", "fp8,int4", "--batch", 2, "--json")
+    done = invoke(golden, *size, "--kv-rank", 9, "--cache-dtype", "fp8,int4,qvg2", "--batch", 2, "--json")
     assert done.exit_code == 0, done.stderr
     sides = json.loads(done.stdout)["sides"]
     latent = "MLA 9+6, heads 18+6/24"
     assert [side["name"] for side in sides] == [
-        *("dense", "dense, fp8 cache", "dense, int4 cache"),
-        *(latent, f"{latent}, fp8 cache", f"{latent}, int4 cache"),
+        *("dense", "dense, fp8 cache", "dense, int4 cache", "dense, qvg2 cache"),
+        *(latent, f"{latent}, fp8 cache", f"{latent}, int4 cache", f"{latent}, qvg2 cache"),
     ]
     # 15 tokens a frame in one group; 96 keys, and 96 values in three groups; 9 and 6 latent channels in one each.
     frames, dense = 2 * 5 * 3, 96 * (8 + 4) + 15 * (48 + 3 * 4)
-    expected = [f * frames for f in (15 * 192 * 4, 15 * 192, dense, 15 * 15 * 4, 15 * 15, 15 * (5 + 4 + 3 + 4))]
+    # Behind k-means, 2 bytes for a head of 24 (or 9, or 6), two centroids, and a bit of a name for each token.
+    clusters = (2 * 4 * (15 * (6 + 2) + 2 * 24 + 2), 15 * (3 + 2 + 2 + 2) + 2 * (9 + 6) + 2 * 2)
+    plain, latents = (15 * 192 * 4, 15 * 192, dense), (15 * 15 * 4, 15 * 15, 15 * (5 + 4 + 3 + 4))
+    expected = [frames * size for size in (*plain, clusters[0], *latents, clusters[1])]
     assert [side["cache_bytes"] for side in sides] == expected
     assert [side["plan_cache_bytes"] for side in sides] == expected
     assert invoke(golden, *size, "--cache-dtype", "int4,int5").exit_code == 2

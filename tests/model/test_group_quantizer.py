@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from itertools import product
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from narrow_by_hand import narrow_by_hand
 from support import randomize, relative, stream
 from torch import Tensor
 
-from mlaconvert.config.cache_dtype import CACHE_DTYPES, CachedPart, CacheDtype, groups
+from mlaconvert.config.cache_dtype import CACHE_DTYPES, CachedPart, CacheDtype, centroids, groups
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import MLAConfig, MLALayer
 from mlaconvert.config.streaming import StreamingConfig
@@ -35,49 +34,6 @@ LAYER = MLALayer(kv_lora_rank=37, qk_nope_head_dim=14, v_head_dim=9, rope_compon
 SHARED = dataclasses.replace(LAYER, qk_nope_head_dim=5, rope_components=((0, 2), (4, 1)))
 
 
-def lines_by_hand(lines: np.ndarray, dtype: str) -> np.ndarray:
-    """KIVI's rounding of float64 lines [n, length], group by group and number by number."""
-    top, out = {"int8": 255, "int4": 15, "int3": 7, "int2": 3}[dtype], np.empty_like(lines)
-    length = lines.shape[1]
-    size = {35: 18, 42: 21, 37: 19, 6: 6}[length]
-    for line, start in product(range(len(lines)), range(0, length, size)):
-        group = lines[line, start : start + size]
-        # By way of float32, as torch rounds a double.
-        zero = np.float64(np.float16(np.float32(group.min())))
-        step = np.float64(np.float16(np.float32((group.max() - group.min()) / top)))
-        for i, number in enumerate(group):
-            code = min(max(np.round((number - zero) / step), 0), top)
-            out[line, start + i] = zero + code * step
-    return out
-
-
-# What a byte of float8_e4m3fn stands for: a sign, four bits of exponent about 7, three of fraction; 127 is no number.
-_FP8 = np.array([
-    (1 + byte % 8 / 8) * 2.0 ** (byte // 8 - 7) if byte >= 8 else byte / 8 * 2.0**-6 for byte in range(127)
-])  # fmt: skip
-
-
-def fp8_by_hand(x: np.ndarray) -> np.ndarray:
-    """The nearest of the finite numbers, the even one of two."""
-    distance = np.abs(np.abs(x)[..., None] - _FP8)
-    even = np.where(np.arange(127) % 2, 1e-12, 0)
-    return np.sign(x) * _FP8[(distance + even * _FP8).argmin(-1)]
-
-
-def narrow_by_hand(x: Tensor, dtype: str, along: str | None) -> Tensor:
-    """What the cache gives back of [B, f * TOKENS, ...], in float64."""
-    flat = x.double().flatten(2).numpy()
-    out = flat.copy()
-    for b, start in product(range(flat.shape[0]), range(0, flat.shape[1], TOKENS)):
-        frame = flat[b, start : start + TOKENS]
-        if dtype == "fp8" and along:
-            frame = fp8_by_hand(frame)
-        elif along:
-            frame = lines_by_hand(frame.T, dtype).T if along == "tokens" else lines_by_hand(frame, dtype)
-        out[b, start : start + TOKENS] = frame
-    return torch.from_numpy(out).view(x.shape)
-
-
 def numbers(*shape: int, seed: int = 0) -> Tensor:
     """Channels of unequal size and mean, with some that are beyond 448."""
     g = torch.Generator().manual_seed(seed)
@@ -87,6 +43,13 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 def test_groups_are_even_and_none_has_more_than_32() -> None:
     assert [groups(n) for n in (1, 32, 33, 48, 97, 1560)] == [(1, 1), (1, 32), (2, 17), (2, 24), (4, 25), (49, 32)]
+    assert [groups(n, most=64) for n in (14, 64, 70, 128)] == [(1, 14), (1, 64), (2, 35), (2, 64)]
+
+
+def test_a_centroid_is_for_twelve_tokens_and_a_byte_names_it() -> None:
+    assert [centroids(n) for n in (1, 12, 13, 35, 48, 1560, 3600)] == [
+        *((1, 1), (1, 1), (2, 1), (3, 2), (4, 2), (130, 8), (256, 8))
+    ]
 
 
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
@@ -100,8 +63,46 @@ def test_keys_are_coded_along_tokens_and_values_along_channels(dtype: CacheDtype
         assert (tuple(row.shape), row.dtype) == ((2, 3, *shape), of)
     back = made.unpack(TOKENS, rows, torch.float64)
     for found, x, along in zip(back, cached, ("tokens", "channels", None), strict=True):
-        assert relative(found, narrow_by_hand(x, dtype, along)) < 1e-12
+        assert relative(found, narrow_by_hand(x, dtype, along, TOKENS)) < 1e-12
     assert all(map(torch.equal, made.round_trip(TOKENS, cached), back))
+
+
+@pytest.mark.parametrize("dtype", ["qvg4", "qvg3", "qvg2", "qvg2-2stages"])
+def test_a_wide_head_has_two_groups_and_clusters_of_its_own(dtype: CacheDtype) -> None:
+    """Forty tokens of two heads of 70, in four places that each head tells apart in its own way, once far out."""
+    g = torch.Generator().manual_seed(3)
+    places = 3 * torch.randn(2, 4, 70, generator=g)
+    drawn = torch.randint(4, (2, 40), generator=g)
+    x = torch.stack([place[some] for place, some in zip(places, drawn, strict=True)], 1).double()
+    x = (x + 0.2 * torch.randn(x.shape, generator=g) + torch.tensor([[0.0], [60.0]])).unsqueeze(0)
+    made = GroupQuantizer(dtype, [CachedPart((2, 70), "tokens")])
+    (found,) = made.unpack(40, made.pack(40, [x]), torch.float64)
+    assert relative(found, narrow_by_hand(x, dtype, "tokens", 40)) < 1e-12
+
+
+def test_a_cluster_by_hand() -> None:
+    """Thirteen tokens of two channels in two places: centroids (2, 8) and (-4, 1), then codes of what is left."""
+    made = GroupQuantizer("qvg2", [CachedPart((2,), "channels")])
+    here, there = [[2.5, 7.5], [1.5, 8.5]], [[-4.0, 1.0], [-2.5, 1.0], [-5.5, 1.0]]
+    x = torch.tensor([here * 2 + there * 2 + here + [there[0]]])
+    codes, bounds, centres, names = made.pack(13, [x])
+    assert centres.view(torch.float8_e4m3fn).float()[0, 0, 0, 0].tolist() == [[2.0, 8.0], [-4.0, 1.0]]
+    # The names 0000 1111 1100 1, a bit each from the lowest on.
+    assert names.flatten().tolist() == [0b11110000, 0b10011]
+    # What is left of the first token is 0.5 and -0.5: from -0.5 on in steps of a third, in FP8 0.34375.
+    assert bounds.view(torch.float8_e4m3fn).float()[0, 0, 0].flatten().tolist() == [-0.5, 0.34375]
+    assert codes[0, 0, 0].tolist() == [3 + 0 * 4]
+    (back,) = made.unpack(13, [codes, bounds, centres, names], torch.float32)
+    assert back[0, 0].tolist() == [2 - 0.5 + 3 * 0.34375, 8 - 0.5]
+    assert back[0, 4].tolist() == [-4.0, 1.0]
+
+
+def test_a_centroid_that_no_token_is_nearest_to_stays_where_it_was() -> None:
+    made = GroupQuantizer("qvg2", [CachedPart((2,), "channels")])
+    x = torch.tensor([3.0, -1.0]).expand(1, 24, 2)
+    rows = made.pack(24, [x])
+    assert rows[2].view(torch.float8_e4m3fn).float().flatten(0, 3).tolist() == [[[3.0, -1.0]] * 2]
+    assert torch.equal(made.unpack(24, rows, torch.float32)[0], x)
 
 
 def test_two_bits_of_a_frame_by_hand() -> None:
@@ -231,7 +232,7 @@ def test_a_ring_gives_what_a_plain_cache_gives_whose_past_is_coarsened_by_hand(d
         assert oracle.view is not None
         for layer in oracle.layers:
             for buffer, along in zip(layer.buffers, ("tokens", "channels"), strict=True):
-                buffer[:, oracle.view.write] = narrow_by_hand(buffer[:, oracle.view.write], dtype, along)
+                buffer[:, oracle.view.write] = narrow_by_hand(buffer[:, oracle.view.write], dtype, along, TOKENS)
 
 
 @torch.no_grad()
@@ -279,12 +280,17 @@ def test_without_a_past_nothing_is_narrowed() -> None:
 
 # A token of a dense layer: 42 keys and 42 values. Keys have 2 groups along the 35 tokens of a frame for each channel,
 # values 2 along the channels for each token, with 4 bytes a group. Latents: 37 in 2 groups, 6 rotary in one, one norm.
+# Behind k-means, a head of 14, 37 or 6 is a group of 2 bytes, with 3 centroids in FP8 and 2 bits of a name for a token.
 BYTES = {
     "fp8": (2 * 42 * 35, (37 + 6 + 4) * 35),
     "int8": (42 * (35 + 8) + 35 * (42 + 8), 35 * (37 + 8 + 6 + 4 + 4)),
     "int4": (42 * (18 + 8) + 35 * (21 + 8), 35 * (19 + 8 + 3 + 4 + 4)),
     "int3": (42 * (14 + 8) + 35 * (17 + 8), 35 * (15 + 8 + 3 + 4 + 4)),
     "int2": (42 * (9 + 8) + 35 * (11 + 8), 35 * (10 + 8 + 2 + 4 + 4)),
+    "qvg4": (6 * (35 * (7 + 2) + 3 * 14 + 9), 35 * (19 + 2 + 3 + 2 + 4) + 3 * (37 + 6) + 2 * 9),
+    "qvg3": (6 * (35 * (6 + 2) + 3 * 14 + 9), 35 * (15 + 2 + 3 + 2 + 4) + 3 * (37 + 6) + 2 * 9),
+    "qvg2": (6 * (35 * (4 + 2) + 3 * 14 + 9), 35 * (10 + 2 + 2 + 2 + 4) + 3 * (37 + 6) + 2 * 9),
+    "qvg2-2stages": (6 * (35 * (4 + 2) + 6 * 14 + 18), 35 * (10 + 2 + 2 + 2 + 4) + 6 * (37 + 6) + 4 * 9),
 }
 
 
@@ -311,6 +317,11 @@ def test_bytes_at_the_size_of_wan() -> None:
     assert wan.frame_bytes(2, 1560) == (1536 * (1560 // 2 + 4 * 49) + 1560 * (1536 // 2 + 4 * 48),) * 30
     assert wan.cache_words == ("57,600 bytes", "184,320 in bfloat16")
     assert wan.cache_share == 1920 / 6144
+    # Two bits, two groups of 2 bytes in a head of 128; behind them 130 centroids a frame, and a byte for each token.
+    clustered = dataclasses.replace(wan, cache_dtype="qvg2")
+    assert clustered.frame_bytes(2, 1560) == (2 * 12 * (1560 * (32 + 4 + 1) + 130 * 128),) * 30
+    # Of a frame of 1,536: 128 centroids, and 7 bits for each token.
+    assert clustered.cached_bytes(2) == (-(-2 * 12 * (1536 * (36 + 7 / 8) + 128 * 128) // 1536),) * 30
 
 
 def test_a_setting_that_does_not_fit_is_refused() -> None:

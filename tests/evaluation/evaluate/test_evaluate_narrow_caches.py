@@ -74,7 +74,7 @@ def test_the_command_measures_and_never_saves_it_for_the_card(made: Path) -> Non
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["models"][0]["path"] == "small, fp8 cache"
     for value, extra, message in (
-        ("int5", (), "cache_dtype is 'int5': give fp8, int8, int4, int3 or int2"),
+        ("int5", (), "cache_dtype is 'int5': give fp8, int8, int4, int3, int2, qvg4, qvg3, qvg2 or qvg2-2stages"),
         ("int4", ("--save",), "the card quotes"),
     ):
         refused = invoke("evaluate", made / "small", *flags, value, *extra)

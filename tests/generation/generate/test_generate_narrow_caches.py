@@ -11,6 +11,7 @@ from generate_cases import invoke, succeed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mlaconvert.config.cache_dtype import CacheDtype
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.run import convert
@@ -34,34 +35,41 @@ def text(tmp_path: Path) -> Path:
     return tmp_path / "text.safetensors"
 
 
-def test_the_command_rolls_out_as_the_model_does(golden: Path, tmp_path: Path, text: Path) -> None:
+# A frame of 6 tokens: 96 keys, in one group of 6 tokens each, and three groups of values. Behind k-means, keys and
+# values of 4 heads alike: 24 of them in a group for each token, a centroid, and a bit to name it.
+@pytest.mark.parametrize(
+    ("dtype", "frame"), [("int4", 96 * (3 + 4) + 6 * (48 + 3 * 4)), ("qvg2", 2 * 4 * (6 * (6 + 2) + 24 + 1))]
+)
+def test_the_command_rolls_out_as_the_model_does(
+    golden: Path, tmp_path: Path, text: Path, dtype: CacheDtype, frame: int
+) -> None:
     flags = (*SIZE, "--frames", 9, "--timesteps", "900,300", "--shift", 2, "--guidance", 1, "--embeddings", text)
-    done = succeed(golden, "-o", tmp_path / "video", *flags, "--cache-dtype", "int4")
+    done = succeed(golden, "-o", tmp_path / "video", *flags, "--cache-dtype", dtype)
     found = load_file(tmp_path / "video" / "latents.safetensors")["latents"]
     context, videos = load_file(text)["context"], {}
-    for dtype in (None, "int4"):
-        model = load_model(golden, cache_dtype=dtype)  # type: ignore[arg-type]
+    for name in (None, dtype):
+        model = load_model(golden, cache_dtype=name)
         size = LatentSize(frames=9, height=4, width=6)
-        videos[dtype] = torch.cat(
+        videos[name] = torch.cat(
             list(rollout(model, context, size=size, sampler=Sampler.few_step((900, 300), shift=2))), 2
         )
-    assert torch.equal(found, videos["int4"])
+    assert torch.equal(found, videos[dtype])
     assert torch.equal(found[:, :, :3], videos[None][:, :, :3])  # before there is a past
     assert not torch.equal(found[:, :, 3:], videos[None][:, :, 3:])
     report = json.loads((tmp_path / "video" / "generation.json").read_text())
-    assert report["settings"]["cache_dtype"] == "int4"
-    # Three layers, seven frames of 6 tokens; 96 keys, in one group of 6 tokens each, and three groups of values.
-    assert report["cache_bytes"] == 3 * 7 * (96 * (3 + 4) + 6 * (48 + 3 * 4))
-    assert ", int4" in done.stderr
+    assert report["settings"]["cache_dtype"] == dtype
+    assert report["cache_bytes"] == 3 * 7 * frame  # layers, frames of the window
+    assert f", {dtype}" in done.stderr
     plain = succeed(golden, "-o", tmp_path / "plain", *flags)
     assert ", float32" in plain.stderr
     assert "cache_dtype" not in json.loads((tmp_path / "plain" / "generation.json").read_text())["settings"]
 
 
+@pytest.mark.parametrize("dtype", ["int8", "qvg3"])
 def test_an_interrupted_run_goes_on_with_the_same_cache_alone(
-    golden: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+    golden: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, dtype: CacheDtype
 ) -> None:
-    wanted, narrow = Generation(frames=15, height=32, width=48, steps=1, embeddings=text), Runtime(cache_dtype="int8")
+    wanted, narrow = Generation(frames=15, height=32, width=48, steps=1, embeddings=text), Runtime(cache_dtype=dtype)
     generate(golden, tmp_path / "whole", wanted, narrow, movie="none")
     original = ChunkFile.write
 
@@ -116,4 +124,4 @@ def test_a_cache_with_bits_of_its_own_is_left_alone(
 def test_a_name_that_is_none_is_refused(golden: Path, tmp_path: Path) -> None:
     refused = invoke(golden, "-o", tmp_path / "video", "--cache-dtype", "int5")
     assert refused.exit_code == 2
-    assert "cache_dtype is 'int5': give fp8, int8, int4, int3 or int2" in refused.stderr
+    assert "cache_dtype is 'int5': give fp8, int8, int4, int3, int2, qvg4, qvg3, qvg2 or qvg2-2stages" in refused.stderr
