@@ -105,7 +105,7 @@ def _chunkwise(dtype: CacheDtype) -> Point:
     found = compared(load_model("tiny"), narrowed)
     size = statistics.mean(config.frame_bytes(2, tokens)) / tokens
     values = ([found.clean], [found.velocity], [found.noisy])
-    return Point("the same, clusters over a chunk", dtype, size, *values)
+    return Point("Quant-VideoGen, over a chunk", dtype, size, *values)
 
 
 def _table(points: list[Point]) -> str:
@@ -134,6 +134,7 @@ def _plot(points: list[Point], path: Path) -> None:
         "latents in bfloat16": "s--",
         "dense, quantised": "^:",
         "dense, Quant-VideoGen": "v:",
+        "Quant-VideoGen, over a chunk": "x",
     }
     for kind, style in styles.items():
         some = [point for point in points if point.kind == kind]
@@ -141,7 +142,8 @@ def _plot(points: list[Point], path: Path) -> None:
         axes.plot([point.bytes for point in some], least, style, label=kind)
         for point, value in zip(some, least, strict=True):
             short = point.name.removeprefix("--cache-dtype ").removeprefix("--bytes-per-token ")
-            axes.annotate(short, (point.bytes, value), xytext=(5, 4), textcoords="offset points", fontsize=8)
+            place, side = ((-5, -11), "right") if style == "x" else ((5, 4), "left")
+            axes.annotate(short, (point.bytes, value), xytext=place, textcoords="offset points", ha=side, fontsize=8)
     axes.set(xscale="log", yscale="log", xlabel="bytes a token and layer (dense in bfloat16: 768)")
     axes.set_ylabel("loss behind clean pasts above the teacher's, %")
     ticks = [14, 28, 56, 112, 224, 448]
