@@ -109,6 +109,21 @@ class WanConfig:
         return None if self.fps is None else int(self.fps != 16)
 
     @property
+    def only(self) -> dict[str, Any]:
+        """Settings of a recipe that have only one value for such a model; none of Wan's."""
+        return {}
+
+    @property
+    def past_timestep(self) -> float | None:
+        """The one timestep at which all that is cached is computed; None where a past is cached at several."""
+        return None
+
+    @property
+    def vae_stride(self) -> int:
+        """Pixels of a latent one: 16 of Wan2.2's VAE, otherwise 8."""
+        return 16 if self.has_high_compression_latents else 8
+
+    @property
     def works_on_pixels(self) -> bool:
         """Whether its latents are RGB pixels, as the built-in model's are: there is no VAE."""
         return self.out_dim == 3
@@ -119,6 +134,11 @@ class WanConfig:
         return self.out_dim == 48
 
     @property
+    def norms_per_key(self) -> int:
+        """How many norms a token's keys have: Wan's is one, over the whole width."""
+        return 1
+
+    @property
     def dense_scalars(self) -> int:
         """Scalars that a dense layer caches for one token: keys and values of all heads."""
         return 2 * self.dim
@@ -127,7 +147,7 @@ class WanConfig:
         """Scalars that each layer caches for one token."""
         if self.mla is None:
             return (self.dense_scalars,) * self.num_layers
-        return tuple(self.mla.cached_scalars(i, self.dense_scalars) for i in range(self.num_layers))
+        return tuple(self.mla.cached_scalars(i, self.dense_scalars, self.norms_per_key) for i in range(self.num_layers))
 
     def cached_parts(self, layer: int) -> tuple[CachedPart, ...]:
         """The numbers that `layer` caches for a token: keys and values, or latent, rotary key and key norm."""
@@ -139,7 +159,7 @@ class WanConfig:
         if rope := self.mla.cached_rope(mla):
             parts.append(CachedPart((rope,), "channels"))
         if self.mla.key_norm == "token":
-            parts.append(CachedPart((1,), None))
+            parts.append(CachedPart((self.norms_per_key,), None))
         return tuple(parts)
 
     def frame_bytes(self, itemsize: int, tokens: int) -> tuple[int, ...]:
@@ -161,7 +181,8 @@ class WanConfig:
             return tuple(-(-size // WHOLE_GROUPS) for size in self.frame_bytes(itemsize, WHOLE_GROUPS))
         if self.mla is None:
             return (self.dense_scalars * itemsize,) * self.num_layers
-        return tuple(self.mla.cached_bytes(i, self.dense_scalars, itemsize) for i in range(self.num_layers))
+        scalars = self.cached_scalars()
+        return tuple(self.mla.cached_bytes(i, count, itemsize) for i, count in enumerate(scalars))
 
     @property
     def cache_share(self) -> float:
@@ -196,8 +217,8 @@ class Video(NamedTuple):
 def default_video(config: WanConfig) -> Video:
     """The video that a model is usually run at: 480 x 832, or the drawn clips of models that work on RGB pixels.
 
-    Wan2.2's VAE has a stride of 16, the others 8.
+    Strides are those of `vae_stride`.
     """
     if config.works_on_pixels:
         return Video(24, 32, 1, 1)
-    return Video(480, 832, 4, 16 if config.has_high_compression_latents else 8)
+    return Video(480, 832, 4, config.vae_stride)

@@ -70,7 +70,7 @@ class MLAConfig:
     """Scalars of the query latent; None means the exact query path: the teacher's own projection and norm."""
     key_norm: KeyNorm
     """What of a key is normalised: "latent" is the paper's RMSNorm on the latent; "token" keeps the teacher's key norm
-    exactly, for one more cached scalar."""
+    exactly, for one more cached scalar (or one a head, where the teacher norms each head)."""
     softmax_scale: Positive
     """What scores are multiplied by before the softmax."""
     layers: tuple[MLALayer | None, ...]
@@ -110,19 +110,19 @@ class MLAConfig:
         """Rotary scalars that a token caches beside its latent."""
         return layer.qk_rope_head_dim if self.rope == "cached" else 0
 
-    def cached_scalars(self, layer: int, dense_scalars: int) -> int:
-        """Scalars that `layer` caches for one token; `dense_scalars` is what a dense layer caches."""
+    def cached_scalars(self, layer: int, dense_scalars: int, norms: int = 1) -> int:
+        """Scalars that `layer` caches for one token: `dense_scalars` if it is dense, `norms` for its key norm."""
         mla = self.layers[layer]
         if mla is None:
             return dense_scalars
-        return mla.kv_lora_rank + self.cached_rope(mla) + (self.key_norm == "token")
+        return mla.kv_lora_rank + self.cached_rope(mla) + (norms if self.key_norm == "token" else 0)
 
-    def cached_bytes(self, layer: int, dense_scalars: int, itemsize: int) -> int:
-        """Bytes that `layer` caches for one token, where a number of the cache's dtype takes `itemsize`."""
+    def cached_bytes(self, layer: int, scalars: int, itemsize: int) -> int:
+        """Bytes that `layer` caches for one token, of `scalars` scalars that take `itemsize` if they have no bits."""
         mla = self.layers[layer]
         if mla is not None and mla.cache_bits:
             return run_bytes(mla.cache_bits)
-        return self.cached_scalars(layer, dense_scalars) * itemsize
+        return scalars * itemsize
 
     @property
     def counts_bits(self) -> bool:

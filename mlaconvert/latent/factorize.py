@@ -1,8 +1,9 @@
 """From per-head keys and values to a shared latent and a shared rotary key: the maths of a conversion.
 
 Tensors in, factors out, in float64; this file knows no names of checkpoints and no files. Notation: x [D] is an
-input of self-attention, H heads are d wide, s(x) = 1 / rms(W_K x + b_k) is the key norm, one scalar a token. A head's
-channels (2f, 2f + 1) are read as one complex number, rotary pair f. "Affine" matrices [.., D + 1] act on [x; 1].
+input of self-attention, H heads are d wide, s(x) = 1 / rms(W_K x + b_k) is the key norm, one scalar a token, or one for
+each of its heads. A head's channels (2f, 2f + 1) are read as one complex number, rotary pair f. "Affine" matrices
+[.., D + 1] act on [x; 1].
 
 A layer's key is s * gamma_k (W_K x + b_k), turned by its position. The conversion keeps the rotation of some pairs
 through keys that all heads share, puts everything else into an unrotated content key, and factorises content keys and
@@ -93,7 +94,7 @@ def factorize_layer(
     down = root.solve(down)
     if content.rows is None:
         up_key, key_bias = _read(weights.k_weight, weights.k_bias, basis, dense)
-        norm = s * weights.norm_k.to(key_bias).unflatten(0, key_bias.shape)
+        norm = s * weights.gains[1].to(key_bias).unflatten(0, key_bias.shape)
         up_key, key_bias = norm[..., None] * up_key, norm * key_bias
     else:
         up_key, key_bias = s * product(content.rows[..., :-1], basis), s * content.rows[..., -1]
@@ -192,7 +193,7 @@ def _query_path(
     add_gram(total, whitened(w.q_weight, w.q_bias, dense.moments.mean, dense.root).mT)
     basis, _, kept = leading_directions(mirror(total), rank)  # [D, rank]
     errors["query"] = max(0.0, 1 - kept) ** 0.5
-    up = (w.norm_q.to(basis)[:, None] * basis).unflatten(0, (heads, -1))  # [H, d, rank]
+    up = (w.gains[0].to(basis)[:, None] * basis).unflatten(0, (heads, -1))  # [H, d, rank]
     gain = (dim * kept / rank) ** 0.5
     down = basis.new_zeros(rank, dim)
     for rows, block in float64_rows(w.q_weight, basis.device):

@@ -41,7 +41,7 @@ class DenseLayer:
     def key(self) -> Tensor:
         """[H, d, D + 1], keys before their norm s."""
         made = whitened(self.weights.k_weight, self.weights.k_bias, self.moments.mean, self.root)
-        return made.mul_(self.weights.norm_k.to(made)[:, None]).unflatten(0, (self.num_heads, -1))
+        return made.mul_(self.weights.gains[1].to(made)[:, None]).unflatten(0, (self.num_heads, -1))
 
     @cached_property
     def value(self) -> Tensor:
@@ -56,10 +56,11 @@ class DenseLayer:
 
     @cached_property
     def out_gram(self) -> Tensor:
-        """[H, d, d], W_O,h^T W_O,h."""
+        """[H, d, d], W_O,h^T W_O,h, of all outputs."""
         total = self.moments.query.new_zeros(self.moments.query.shape)
-        for _, block in float64_rows(self.weights.o_weight, total.device):
-            total += row_gram(block.unflatten(1, (self.num_heads, -1)).permute(1, 2, 0))
+        for output in self.weights.outputs:
+            for _, block in float64_rows(output, total.device):
+                total += row_gram(block.unflatten(1, (self.num_heads, -1)).permute(1, 2, 0))
         return total
 
     @property
@@ -74,7 +75,8 @@ class DenseLayer:
         A head's output moves with its scores as far as its values spread: E|W_O,h (v_h - E v_h)|^2.
         """
         spread = (self.value_covariance * self.out_gram).sum((1, 2))
-        return spread * self.moments.inverse_norm**2 / self.head_dim
+        norms = self.moments.head_inverse_norms
+        return spread * (self.moments.inverse_norm**2 if norms is None else norms.square()) / self.head_dim
 
     @cached_property
     def importance(self) -> Tensor:

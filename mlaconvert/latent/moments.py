@@ -28,6 +28,7 @@ class LayerMoments:
     # off by a second moment E [D, D], each on its own.
     output_power: float | None = None
     root: Root | None = None  # of the covariance, where a cheaper one than Cholesky's is known
+    head_inverse_norms: Tensor | None = None  # [H], E[s] of each head's own norm; None of one norm for all
 
 
 def modulation_moments(
@@ -42,10 +43,11 @@ def modulation_moments(
     mean, diagonal = shift.mean(0), (1 + scale).square().mean(0)
     centred = (shift - mean) / len(shift) ** 0.5
     root = DiagonalRoot.of(diagonal, centred)
-    norm = weights.norm_q.to(mean).unflatten(0, (num_heads, -1, 1))
+    norm = weights.gains[0].to(mean).unflatten(0, (num_heads, -1, 1))
     q = whitened(weights.q_weight, weights.q_bias, mean, root)
-    q_power = q.norm().square() / len(q)
-    query = norm * row_gram(q.unflatten(0, (num_heads, -1))) * norm.mT / (q_power + eps)
+    query = (
+        norm * row_gram(q.unflatten(0, (num_heads, -1))) * norm.mT / (_powers(q, weights.norms) + eps)[:, None, None]
+    )
     del q
     k_power = mean.new_zeros(())
     for rows, block in float64_rows(weights.k_weight, mean.device):
@@ -57,7 +59,17 @@ def modulation_moments(
         query=query,
         rho=rho.to(modulation.device),
         root=root,
+        head_inverse_norms=(
+            None
+            if weights.norms == 1
+            else (_powers(whitened(weights.k_weight, weights.k_bias, mean, root), weights.norms) + eps).rsqrt()
+        ),
     )
+
+
+def _powers(rows: Tensor, norms: int) -> Tensor:
+    """[norms]: mean square of so many equal parts of `rows` [D, D + 1] on [z; 1]."""
+    return torch.stack([part.norm().square() / len(part) for part in rows.chunk(norms)])
 
 
 def whitened(weight: Tensor, bias: Tensor, mean: Tensor, root: Root) -> Tensor:

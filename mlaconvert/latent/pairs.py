@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+THETA = 10000.0  # Wan's
+
 
 def highest_pairs(split: tuple[int, int, int], count: int) -> tuple[tuple[int, int], ...]:
     """The `count` highest-frequency pairs, shared over the axes as Wan shares a head: VideoMLA's (6, 5, 5) of 16."""
@@ -33,9 +35,6 @@ def _phase(freq: Tensor, positions: Tensor) -> Tensor:
     return torch.polar(torch.ones_like(angle), angle)
 
 
-THETA = 10000.0
-
-
-def frequencies(split: tuple[int, int, int]) -> Tensor:
-    """Radians per position of every pair, float64 [sum(split)]."""
-    return torch.cat([THETA ** -(torch.arange(n, dtype=torch.float64) / max(n, 1)) for n in split])
+def frequencies(split: tuple[int, int, int], theta: float = THETA) -> Tensor:
+    """Radians per position of every pair, float64 [sum(split)]; `theta` is their base."""
+    return torch.cat([theta ** -(torch.arange(n, dtype=torch.float64) / max(n, 1)) for n in split])

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mlaconvert.latent.pairs import frequencies
+from mlaconvert.latent.pairs import THETA, frequencies
 
 
 class Rotary(NamedTuple):
@@ -28,12 +28,12 @@ class Rotary(NamedTuple):
         return Rotary(self.cos[:, index], self.sin[:, index])
 
 
-def angles(frames: Tensor, height: int, width: int, split: tuple[int, int, int]) -> Tensor:
+def angles(frames: Tensor, height: int, width: int, split: tuple[int, int, int], theta: float = THETA) -> Tensor:
     """Rotation angles in float64 [F * height * width, pairs] of the tokens of F frames.
 
     `frames` [F] gives each frame's position in time; `height` and `width` count tokens.
     """
-    freq = frequencies(split).to(frames.device)
+    freq = frequencies(split, theta).to(frames.device)
     axis = torch.arange(3, device=frames.device).repeat_interleave(torch.tensor(split, device=frames.device))
     rows = torch.arange(height, dtype=torch.float64, device=frames.device)
     columns = torch.arange(width, dtype=torch.float64, device=frames.device)
@@ -42,10 +42,15 @@ def angles(frames: Tensor, height: int, width: int, split: tuple[int, int, int])
 
 
 def rotary(
-    frames: Tensor, height: int, width: int, split: tuple[int, int, int], dtype: torch.dtype = torch.float32
+    frames: Tensor,
+    height: int,
+    width: int,
+    split: tuple[int, int, int],
+    dtype: torch.dtype = torch.float32,
+    theta: float = THETA,
 ) -> Rotary:
     """`angles` as cosines and sines of `dtype`."""
-    angle = angles(frames, height, width, split)
+    angle = angles(frames, height, width, split, theta)
     return Rotary(angle.cos().to(dtype), angle.sin().to(dtype))
 
 
