@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mlaconvert.integrations.collect import collect as collect
     from mlaconvert.listener import Listener as Listener
     from mlaconvert.model.cache import LatentCache as LatentCache
+    from mlaconvert.model.load import load_camera_model as load_camera_model
     from mlaconvert.model.load import load_model as load_model
     from mlaconvert.model.rollout import LatentSize as LatentSize
     from mlaconvert.model.rollout import rollout as rollout
@@ -52,6 +53,7 @@ _HOMES = {
     "evaluate": "evaluation.run",
     "generate": "generation.run",
     "heal": "healing.run",
+    "load_camera_model": "model.load",
     "load_model": "model.load",
     "open_checkpoint": "families.open",
     "push": "publishing.hub",

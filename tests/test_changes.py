@@ -44,7 +44,7 @@ MODULES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in 
 
 MODELS = re.compile(
     r"Wan(?![a-z])|(?<![a-z])wan(?![a-z])|WAN|"
-    r"(?i:sky_?reels|causvid|self.?forcing|longlive|hunyuan|ltx|cogvideo|mochi|matrix.?game)"
+    r"(?i:sky_?reels|causvid|self.?forcing|longlive|hunyuan|ltx|cogvideo|mochi|matrix.?game|world.?play)"
 )
 OURS = {"WanConfig", "WanModel"}  # one geometry and one transformer for all families
 # Rooms that name models for a reason. Nothing here decides how a checkpoint is read or converted.

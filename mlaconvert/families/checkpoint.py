@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mlaconvert.config.camera import CameraConfig
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.errors import UnsupportedModelError
 from mlaconvert.families.causal import Timing
@@ -69,16 +70,19 @@ class Checkpoint:
 
         Raises UnsupportedModelError when the layer is converted already, CheckpointError for a NaN.
         """
-        prefix = f"blocks.{layer}.self_attn."
+        prefix, camera = f"blocks.{layer}.self_attn.", f"blocks.{layer}.camera_o.weight"
         if prefix + "q.weight" not in self.names:
             raise UnsupportedModelError(
                 f"{self.store.path}: layer {layer} has no dense self-attention (it is converted already, or not there)"
             )
 
-        def read(name: str) -> torch.Tensor:
-            tensor = self.read(prefix + name)
-            check_finite(tensor, self.names[prefix + name], self.store.path)
+        def finite(canonical: str) -> torch.Tensor:
+            tensor = self.read(canonical)
+            check_finite(tensor, self.names[canonical], self.store.path)
             return tensor
+
+        def read(name: str) -> torch.Tensor:
+            return finite(prefix + name)
 
         return AttentionWeights(
             q_weight=read("q.weight"),
@@ -91,6 +95,7 @@ class Checkpoint:
             o_bias=read("o.bias"),
             norm_q=read("norm_q.weight"),
             norm_k=read("norm_k.weight"),
+            camera_o=finite(camera) if camera in self.names else None,
         )
 
     def output_name(self, canonical: str, layout: Layout | None = None) -> str:
@@ -108,7 +113,19 @@ class Checkpoint:
         return self.family.source(canonical, layout or self.layout)
 
     def check_runs(self) -> None:
-        """Raise UnsupportedModelError unless the code here can run the model: with passengers only its own can."""
+        """Raise UnsupportedModelError unless the code here can roll the model out, calibrate it and heal it.
+
+        With passengers only its own code can run it, and a model that is given cameras runs chunk by chunk alone.
+        """
+        self.check_known()
+        if isinstance(self.config, CameraConfig):
+            raise UnsupportedModelError(
+                f"{self.store.path}: it is given a camera for every frame, which no clips and prompts say; convert it "
+                "with --init svd or random, and run its chunks with mlaconvert.load_camera_model"
+            )
+
+    def check_known(self) -> None:
+        """Raise UnsupportedModelError for a model with passengers, of which the code here does not know all."""
         if self.passengers:
             raise UnsupportedModelError(
                 f"{self.store.path}: the code here that runs models does not know all of this one "

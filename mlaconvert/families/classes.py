@@ -10,6 +10,7 @@ from mlaconvert.errors import ConfigError
 from mlaconvert.families.protocol import Layout
 
 LATENT_CLASS, LATENT_SKYREELS_CLASS = "WanMLATransformer3DModel", "SkyReelsV2MLATransformer3DModel"
+LATENT_HUNYUAN_CLASS = "HunyuanVideo_1_5_MLATransformer"  # which mlaconvert alone reads
 _HOME = "mlaconvert.integrations.diffusers"
 
 
@@ -22,7 +23,10 @@ def converted_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     if raw.get("mla") is None:
         return dict(raw)
     name = LATENT_CLASS if block_frames(raw) is None else LATENT_SKYREELS_CLASS
-    method = f"mlaconvert's latent attention (load it with {_HOME}.{name})"
+    loader = f"{_HOME}.{name}"
+    if "mm_double_blocks_depth" in raw:
+        name, loader = LATENT_HUNYUAN_CLASS, "mlaconvert.load_camera_model"
+    method = f"mlaconvert's latent attention (load it with {loader})"
     return {**raw, "_class_name": name, "quantization_config": {"quant_method": method}}
 
 

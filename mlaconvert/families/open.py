@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from mlaconvert.config.camera import CameraConfig
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.errors import ConfigError, InputError, UnsupportedModelError
 from mlaconvert.families.causal import Timing, is_causal_class, read_timing
@@ -24,6 +25,7 @@ from mlaconvert.families.protocol import Family
 from mlaconvert.families.source import AnySource, Source, as_source
 from mlaconvert.families.unknown import refuse_unknown_attention, refuse_unknown_blocks
 from mlaconvert.families.wan import WanFamily
+from mlaconvert.families.worldplay import WorldPlayFamily
 from mlaconvert.families.wrappers import STREAMING_KEYS, left_out, unwrap
 from mlaconvert.files.find import find_beside, open_store
 from mlaconvert.files.inputs import read_json, read_yaml
@@ -31,13 +33,13 @@ from mlaconvert.files.names import EXPERT_FOLDERS
 from mlaconvert.files.quantised import decode
 from mlaconvert.files.store import TensorStore
 
-_FAMILIES: tuple[Family, ...] = (WanFamily(),)
+_FAMILIES: tuple[Family, ...] = (WanFamily(), WorldPlayFamily())
 
 # (what it is, class name in its config, a tensor name that gives it away, why it is refused).
 _REFUSED = (
     ("a LoRA", r"$^", r"lora_(A|B|down|up)\b|lora\.(down|up)\.|[\w.]*\.(lokr|hada)_w", "merge it into its model first"),
     ("HunyuanVideo", r"H(unyuan|Y)_?Video", r"double_blocks\.\d+\.img_attn_(qkv|q)\.|context_embedder\.token_refiner\.",
-     "text and video share one attention stream"),
+     "text and video see each other at every timestep, so it has no cache that could be made smaller"),
     ("LTX-Video", r"LTX", r"patchify_proj\.|time_embed\.emb\.timestep_embedder\.",
      "its rotary embedding spans all heads, so heads cannot share a rotary key"),
     ("CogVideoX", r"CogVideo", r"patch_embed\.text_proj\.|mixins\.patch_embed\.",
@@ -52,8 +54,7 @@ _REFUSED = (
 
 def family_of(config: WanConfig) -> Family:
     """The family that a model of this geometry is of; a family with a geometry of its own is told by its class."""
-    assert isinstance(config, WanConfig)
-    return _FAMILIES[0]
+    return _FAMILIES[isinstance(config, CameraConfig)]
 
 
 def open_checkpoint(source: AnySource) -> Checkpoint:
@@ -97,8 +98,8 @@ def _recognise(
     decode(store)
     key, cleaned = unwrap(store.tensors, state_key)
     beside = left_out(store.tensors, cleaned.values())
-    _refuse_known(raw or {}, cleaned)
     family = next((family for family in _FAMILIES if family.detect(raw, cleaned)), None)
+    _refuse_known(raw or {}, cleaned, family.relative if family is not None else None)
     if family is None:
         refuse_unknown_blocks(store, cleaned, raw)
         raise UnsupportedModelError(
@@ -120,10 +121,14 @@ def _recognise(
         store.present(views)
         tensors |= {name: store.tensors[info.name] for name, info in tensors.items() if info.name in views}
     parsed = family.parse_config(raw, tensors)
-    timing = _timing(store, raw, key, settings)
+    timing = (None if settings else family.timing(raw)) or _timing(store, raw, key, settings)
     parsed = replace(parsed, streaming=timing.streaming, few_step=timing.few_step)
     family.check_attention(parsed, tensors)
     passengers = sort_tensors(family, layout, family.expected_shapes(parsed), tensors, unknown, raw or {})
+    if passengers and not family.carries:
+        raise UnsupportedModelError(
+            f"{passengers.describe()}; converted, such a model would run neither here nor in its own code"
+        )
     return Checkpoint(
         store=store,
         family=family,
@@ -156,12 +161,15 @@ def _timing(store: TensorStore, raw: dict[str, Any] | None, key: str | None, set
     return read_timing(raw, student=student, pipeline=pipeline)
 
 
-def _refuse_known(raw: Mapping[str, Any], names: Collection[str]) -> None:
-    """Raise UnsupportedModelError for a model that is known and not converted, by class name or telltale tensor."""
+def _refuse_known(raw: Mapping[str, Any], names: Collection[str], relative: str | None) -> None:
+    """Raise UnsupportedModelError for a model that is known and not converted, by class name or telltale tensor.
+
+    It is not taken for `relative`.
+    """
     architectures = raw.get("architectures")
     listed = architectures if isinstance(architectures, list) else []
     classes = [str(name) for name in (raw.get("_class_name"), *listed) if name]
-    for what, class_name, telltale, why in _REFUSED:
+    for what, class_name, telltale, why in (row for row in _REFUSED if row[0] != relative):
         found = next((name for name in classes if re.search(class_name, name)), None)
         found = found or next((name for name in names if re.search(rf"(^|\.)({telltale})", name)), None)
         if found:

@@ -59,9 +59,10 @@ class Passengers:
 
     `names` are tensors that are carried along: unknown ones, by their unwrapped name in the file, and known ones of
     another shape, by their canonical name. `parts` says what they are of. `missing` are a Wan transformer's tensors
-    that the model is built without, by canonical name.
+    that the model is built without, by canonical name. `whose` are the model's own tensors.
     """
 
+    whose: str = "Wan"
     names: frozenset[str] = frozenset()
     parts: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
@@ -84,7 +85,9 @@ class Passengers:
         lines = [f"{self._beyond}: carried along"] if self.names else []
         lines += [f"{self._without}: converted as it is"] if self.missing else []
         if self.times_itself:
-            lines.append("init svd takes what self-attention reads for a plain LayerNorm's outputs: time is not Wan's")
+            lines.append(
+                f"init svd takes what self-attention reads for a plain LayerNorm's outputs: time is not {self.whose}'s"
+            )
         return lines
 
     def record(self) -> dict[str, Any]:
@@ -93,11 +96,11 @@ class Passengers:
 
     @property
     def _beyond(self) -> str:
-        return f"{len(self.names)} tensors beyond Wan's, of {' and '.join(self.parts)}"
+        return f"{len(self.names)} tensors beyond {self.whose}'s, of {' and '.join(self.parts)}"
 
     @property
     def _without(self) -> str:
-        return f"without {len(self.missing)} of Wan's own tensors, of {' and '.join(_modules(self.missing))}"
+        return f"without {len(self.missing)} of {self.whose}'s own tensors, of {' and '.join(_modules(self.missing))}"
 
 
 def sort_tensors(
@@ -121,17 +124,17 @@ def sort_tensors(
     stated += tuple(part for field, parts in _PROMISING.items() if raw_config.get(field) for part in parts)
     absent = {name for name in _throughout(missing, blocks, expected) if not _has_part(name, stated)}
     leaves = Counter(name.split(".", 2)[2] for name in missing if _ATTENTION.match(name))
+    differs = f"its self-attention differs from {family.title}'s"
     if lost := [leaf for leaf, count in leaves.items() if count == blocks > 1]:
         raise UnsupportedModelError(
-            f"its self-attention differs from Wan's: {len(lost) * blocks} tensors are missing, of every block "
-            f"{' and '.join(lost[:4])}; expected biases, and norms over the whole width"
+            f"{differs}: {len(lost) * blocks} tensors are missing, of every block "
+            f"{' and '.join(lost[:4])}; expected biases, and norms of queries and keys"
         )
     if damaged := [name for name in missing if name not in absent]:
-        raise UnsupportedModelError(f"{len(damaged)} tensors of a Wan model are missing: {some(damaged)}")
+        raise UnsupportedModelError(f"{len(damaged)} tensors of a {family.title} model are missing: {some(damaged)}")
     if inside := [name for name in unknown if _ATTENTION.match(name)]:
         raise UnsupportedModelError(
-            f"its self-attention differs from Wan's: {len(inside)} tensors of it are not part of a Wan model: "
-            f"{some(inside)}"
+            f"{differs}: {len(inside)} tensors of it are not part of a {family.title} model: {some(inside)}"
         )
     beyond = [name for name in tensors if name not in expected]
     carried = {name for name in _throughout(beyond, blocks, expected) if not _has_part(name, stated)}
@@ -139,7 +142,7 @@ def sort_tensors(
     stray = [name for name in unknown if family.canonical(name, other) is not None]
     stray += [tensors[name].name for name in beyond if name not in carried]
     if stray:
-        raise UnsupportedModelError(f"{len(stray)} tensors are not part of a Wan model: {some(stray)}")
+        raise UnsupportedModelError(f"{len(stray)} tensors are not part of a {family.title} model: {some(stray)}")
     odd = [name for name, shape in expected.items() if name in tensors and tensors[name].shape != shape]
     same = Counter((_template(name), tensors[name].shape) for name in odd)
     for name in odd:
@@ -155,7 +158,7 @@ def sort_tensors(
                 "float64; use the unquantised weights"
             )
     names = [*unknown, *beyond, *odd]
-    return Passengers(names=frozenset(names), parts=tuple(_parts(names)), missing=tuple(missing))
+    return Passengers(whose=family.title, names=frozenset(names), parts=tuple(_parts(names)), missing=tuple(missing))
 
 
 def refuse_promises(model_type: str, names: Iterable[str]) -> None:

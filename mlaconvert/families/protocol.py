@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal, Protocol
 
 from mlaconvert.config.geometry import WanConfig
+from mlaconvert.families.causal import Timing
 from mlaconvert.files.headers import TensorInfo
 from mlaconvert.files.store import View
 
@@ -16,12 +17,21 @@ class Family(Protocol):
     """A family of models with one canonical set of tensor names and one or more layouts of files."""
 
     name: str
+    title: str
+    """What its models are called in messages."""
+    relative: str | None
+    """The model that is refused by name and has the same names and class; None without one."""
+    carries: bool
+    """Whether a model with more or fewer tensors is read: it then runs in its own code, with `swap_attention`."""
 
     def detect(self, raw_config: Mapping[str, Any] | None, names: Collection[str]) -> bool:
         """Whether a checkpoint with these unwrapped tensor names is of this family."""
 
     def layout(self, names: Collection[str]) -> Layout:
         """The layout that these names are in."""
+
+    def timing(self, raw_config: Mapping[str, Any] | None) -> Timing | None:
+        """How its models see time where their files never say it; None leaves it to what the files say."""
 
     def parse_config(self, raw_config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> WanConfig:
         """The geometry, from config.json where there is one and from the shapes of the (canonical) `tensors`.

@@ -16,7 +16,7 @@ from mlaconvert.config.geometry import FPS_CHOICES, WanConfig
 from mlaconvert.config.mla import MLAConfig
 from mlaconvert.config.parsing import parse
 from mlaconvert.errors import CheckpointError, UnsupportedModelError
-from mlaconvert.families.causal import read_timing
+from mlaconvert.families.causal import Timing, read_timing
 from mlaconvert.families.protocol import Layout
 from mlaconvert.families.wan_shapes import QUANTIZER, expected_shapes
 from mlaconvert.files.headers import TensorInfo
@@ -48,7 +48,7 @@ _OUTSIDE = {
 }
 _ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
 _IMAGE_ATTENTION = {"k_img": "add_k_proj", "v_img": "add_v_proj", "norm_k_img": "norm_added_k"}
-_LATENT_ATTENTION = (
+LATENT_ATTENTION = (
     "q_a_proj",
     "q_a_layernorm",
     "q_b_proj",
@@ -69,7 +69,7 @@ _INSIDE = {
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
     **{f"self_attn.{ours}": f"attn1.{theirs}" for ours, theirs in _ATTENTION.items()},
-    **{f"self_attn.{name}": f"attn1.{name}" for name in _LATENT_ATTENTION},
+    **{f"self_attn.{name}": f"attn1.{name}" for name in LATENT_ATTENTION},
     **{f"cross_attn.{ours}": f"attn2.{theirs}" for ours, theirs in (_ATTENTION | _IMAGE_ATTENTION).items()},
 }
 _OUTSIDE_BACK = {theirs: ours for ours, theirs in _OUTSIDE.items()}
@@ -86,7 +86,9 @@ _SAME_FIELDS = (
 class WanFamily:
     """See `mlaconvert.families.protocol.Family`."""
 
-    name = "wan"
+    name, title = "wan", "Wan"
+    relative: str | None = None
+    carries = True
 
     def detect(self, raw_config: Mapping[str, Any] | None, names: Collection[str]) -> bool:
         """A patch embedding, and blocks with a self-attention in either layout's naming."""
@@ -100,12 +102,12 @@ class WanFamily:
     def canonical(self, name: str, layout: Layout) -> str | None:
         """Native name of `name`; None when it is no tensor of a Wan model."""
         if layout == "diffusers":
-            return _rename(name, _OUTSIDE_BACK, _INSIDE_BACK)
-        return name if _rename(name, _OUTSIDE, _INSIDE) else None
+            return rename(name, _OUTSIDE_BACK, _INSIDE_BACK)
+        return name if rename(name, _OUTSIDE, _INSIDE) else None
 
     def source(self, name: str, layout: Layout) -> str:
         """The name that `layout` gives to native `name`."""
-        renamed = name if layout == "native" else _rename(name, _OUTSIDE, _INSIDE)
+        renamed = name if layout == "native" else rename(name, _OUTSIDE, _INSIDE)
         if renamed is None:
             raise UnsupportedModelError(f"{name!r} is not a tensor of a Wan model")
         return renamed
@@ -128,6 +130,10 @@ class WanFamily:
             if span and info.shape[1] and not info.shape[1] % span:
                 shapes["patch_embedding.weight"] = (info.shape[0], info.shape[1] // span, *sizes)
         return {tensors[name].name: _reshaped(tensors[name], shape) for name, shape in shapes.items()}
+
+    def timing(self, raw_config: Mapping[str, Any] | None) -> Timing | None:
+        """Its files say it, or nobody."""
+        return None
 
     def parse_config(self, raw_config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> WanConfig:
         """Fields of `raw_config` (native or diffusers'), else what the shapes of `tensors` (canonical names) say.
@@ -220,8 +226,8 @@ class WanFamily:
         return expected_shapes(config)
 
 
-def _rename(name: str, outside: Mapping[str, str], inside: Mapping[str, str]) -> str | None:
-    """`name` with its module replaced by the table's, or None when the table lacks it."""
+def rename(name: str, outside: Mapping[str, str], inside: Mapping[str, str]) -> str | None:
+    """`name` with its module replaced by the table's, that for all blocks inside one; None when the table lacks it."""
     match = _BLOCK.fullmatch(name)
     block, rest, table = (match[1], match[3], inside) if match else ("", name, outside)
     if rest in table:  # a bare parameter, such as modulation

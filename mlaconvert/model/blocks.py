@@ -74,7 +74,7 @@ class Block(nn.Module):
     def attention_input(self, x: Tensor, modulation: Tensor) -> Tensor:
         """What self-attention reads of x [B, N, D]: the modulated LayerNorm. `modulation` [B, F or 1, 6, D]."""
         shift, scale, _, _, _, _ = (modulation + self.modulation).unbind(-2)
-        return _modulate(self.norm1(x), shift, scale)
+        return modulate(self.norm1(x), shift, scale)
 
     def forward(
         self,
@@ -104,9 +104,9 @@ class Block(nn.Module):
         `memory` is `CrossAttention.project`'s of the text.
         """
         _, _, gate, ffn_shift, ffn_scale, ffn_gate = (modulation + self.modulation).unbind(-2)
-        x = x + _gate(attended, gate)
+        x = x + gated(attended, gate)
         x = x + self.cross_attn(self.norm3(x), memory)
-        return x + _gate(self.ffn(_modulate(self.norm2(x), ffn_shift, ffn_scale)), ffn_gate)
+        return x + gated(self.ffn(modulate(self.norm2(x), ffn_shift, ffn_scale)), ffn_gate)
 
 
 class Head(nn.Module):
@@ -121,7 +121,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """[B, N, D], [B, F or 1, D] -> [B, N, patch]."""
         shift, scale = (embedding.unsqueeze(-2) + self.modulation).unbind(-2)
-        return self.head(_modulate(self.norm(x), shift, scale))
+        return self.head(modulate(self.norm(x), shift, scale))
 
 
 class ImageEmbedding(nn.Module):
@@ -142,11 +142,11 @@ class ImageEmbedding(nn.Module):
         return self.proj(features)
 
 
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x * (1 + scale) + shift with [B, N, D] and per-frame [B, F or 1, D]."""
     frames = x.unflatten(1, (shift.shape[1], -1))
     return torch.addcmul(shift.unsqueeze(2), frames, 1 + scale.unsqueeze(2)).flatten(1, 2)
 
 
-def _gate(x: Tensor, gate: Tensor) -> Tensor:
+def gated(x: Tensor, gate: Tensor) -> Tensor:
     return (x.unflatten(1, (gate.shape[1], -1)) * gate.unsqueeze(2)).flatten(1, 2)

@@ -12,11 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlaconvert.config.cache_dtype import CacheDtype
+from mlaconvert.config.camera import CameraConfig
 from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.errors import UnsupportedModelError
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.open import opened
 from mlaconvert.families.source import AnySource
 from mlaconvert.files.store import check_finite
+from mlaconvert.model.camera.model import CameraModel
 from mlaconvert.model.wan import WanModel
 
 
@@ -81,19 +84,46 @@ def load_model(
     `source` is anything that `open_checkpoint` reads, or a checkpoint that is open already. `dtype` None keeps the
     file's, or the widest of several. `streaming` replaces the checkpoint's own setting. `cache_dtype` narrows the cache
     of the past while the model runs. Raises what `open_checkpoint` raises, UnsupportedModelError for a model with
-    passengers, CheckpointError for a NaN, and ConfigError for a `cache_dtype` beside a cache with bits of its own.
+    passengers or with cameras (`load_camera_model`), CheckpointError for a NaN, and ConfigError for a `cache_dtype`
+    beside a cache with bits of its own.
     """
     with opened(source) as checkpoint:
         checkpoint.check_runs()
         config = replace(checkpoint.config, streaming=streaming or checkpoint.config.streaming, cache_dtype=cache_dtype)
         with torch.device("meta"):
             model = WanModel(config)
-        # A file may mix dtypes; a model computes in one.
-        dtype = dtype or reduce(torch.promote_types, {checkpoint.info(name).dtype for name in checkpoint.names})
-        state = {}
-        for name in checkpoint.names:
-            tensor = checkpoint.read(name)
-            check_finite(tensor, checkpoint.info(name).name, checkpoint.store.path)
-            state[name] = tensor.to(device, dtype)
-        model.load_state_dict(state, strict=True, assign=True)
+        _fill(model, checkpoint, dtype, device)
     return model.requires_grad_(False).eval()
+
+
+def load_camera_model(
+    source: AnySource | Checkpoint, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> CameraModel:
+    """The model of a checkpoint that is given a camera for every frame, dense or converted; else as `load_model`.
+
+    model = load_camera_model("worldplay-mla", device="cuda", dtype=torch.bfloat16)
+    text = model.read(states)  # a prompt's, which every pass sees; `mlaconvert.model.camera` says the rest
+
+    Raises what `open_checkpoint` raises, UnsupportedModelError for a model of another kind or with passengers, and
+    CheckpointError for a NaN.
+    """
+    with opened(source) as checkpoint:
+        checkpoint.check_known()
+        if not isinstance(checkpoint.config, CameraConfig):
+            raise UnsupportedModelError(f"{checkpoint.store.path}: it is given no cameras; load it with load_model")
+        with torch.device("meta"):
+            model = CameraModel(checkpoint.config)
+        _fill(model, checkpoint, dtype, device)
+    return model.requires_grad_(False).eval()
+
+
+def _fill(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device | str) -> None:
+    """Give a model on the meta device its weights, strictly. Raises CheckpointError for a NaN."""
+    # A file may mix dtypes; a model computes in one.
+    dtype = dtype or reduce(torch.promote_types, {checkpoint.info(name).dtype for name in checkpoint.names})
+    state = {}
+    for name in checkpoint.names:
+        tensor = checkpoint.read(name)
+        check_finite(tensor, checkpoint.info(name).name, checkpoint.store.path)
+        state[name] = tensor.to(device, dtype)
+    model.load_state_dict(state, strict=True, assign=True)

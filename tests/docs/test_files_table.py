@@ -16,18 +16,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mlaconvert.clips.captions import read_captions
+from mlaconvert.config.camera import CameraConfig
 from mlaconvert.conversion.source import open_models
 from mlaconvert.errors import InputError
 from mlaconvert.families.lora import LoraFile
 from mlaconvert.families.merged import merge_loras, remarks
 from mlaconvert.families.open import open_checkpoint
 from mlaconvert.families.wan import WanFamily
+from mlaconvert.families.worldplay import WorldPlayFamily
 from mlaconvert.files.names import WEIGHTS_NAME
 
 ROOT = Path(__file__).parents[2]
 State = dict[str, Tensor]
 INDEX = f"{WEIGHTS_NAME}.index.json"
 Q = "blocks.0.self_attn.q.weight"
+WORLDPLAY = "HY-WorldPlay, autoregressive"
 D = 256
 
 
@@ -168,6 +171,16 @@ def distributed(script: str, name: str) -> Callable[[Path, State], Path]:
     return write
 
 
+def worldplay(_: State) -> State:
+    """The published file, which lies without its config.json, in two heads of 128."""
+    family, config = WorldPlayFamily(), CameraConfig(
+        dim=D, num_heads=2, num_layers=2, ffn_dim=96, text_dim=24, image_dim=20, in_dim=33, rope_dims=(16, 56, 56),
+        patch_size=(1, 1, 1), refiner_dim=40, glyph_dims=(12, 14, 10),
+    )  # fmt: skip
+    shapes = family.expected_shapes(config).items()
+    return {family.source(name, "native"): torch.full(shape, 0.1).bfloat16() for name, shape in shapes}
+
+
 def latent_of_another_code(state: State) -> State:
     """The model with down- and up-projections of made-up names in the place of keys and values."""
     kept = {name: tensor for name, tensor in state.items() if ".self_attn.k" not in name and ".self_attn.v" not in name}
@@ -260,10 +273,11 @@ MODELS: dict[str, tuple[Callable[[Path, State], Path], str]] = {
     "Video-As-Prompt": (
         one(lambda s: diffusers(s) | {"blocks.0.attn1_mot_ref.to_q.weight": torch.ones(D)}), "Video-As-Prompt",
     ),
-    "HunyuanVideo 1.5, HY-WorldPlay": (
+    "HunyuanVideo 1.5": (
         one(lambda _: {f"double_blocks.{i}.img_attn_{p}.weight": torch.ones(D, D) for i in range(2) for p in "qkv"}),
-        "HunyuanVideo .*text and video share one attention stream",
+        "HunyuanVideo .*text and video see each other at every timestep, so it has no cache",
     ),
+    WORLDPLAY: (one(worldplay), ""),
     "VideoMLA's own `model.pt`": (
         pickle(lambda s: {"generator_ema": below("model.", latent_of_another_code(s))}), "open an issue with the list",
     ),
@@ -354,7 +368,10 @@ def test_models(row: str, state: State, tmp_path: Path) -> None:
             lines = "\n".join(remarks(model))
             assert re.search(says, lines), lines
             assert bool(model.passengers) == outcome.startswith("carried along")
-            for name in state:
+            if row == WORLDPLAY:
+                assert model.config.rope_split == (8, 28, 28)
+                assert model.config.dense_scalars == 4 * D
+            for name in state if row != WORLDPLAY else ():
                 if name in model.names:
                     found = model.read(name).float()
                     if row == "Wan Fun InP" and name == "patch_embedding.weight":

@@ -1,0 +1,181 @@
+"""HY-WorldPlay's files: recognised by name and shape, held to both, and told apart from HunyuanVideo 1.5's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from golden_relatives import GOLDEN, make_worldplay
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mlaconvert.config.camera import CameraConfig
+from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.recipe import ConvertRecipe
+from mlaconvert.conversion.run import convert
+from mlaconvert.errors import CheckpointError, ConfigError, InputError, UnsupportedModelError
+from mlaconvert.families.open import family_of, open_checkpoint
+from mlaconvert.families.worldplay import WorldPlayFamily
+from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
+from mlaconvert.model.load import load_camera_model
+
+KEY = "double_blocks.1.img_attn_k.weight"
+State = dict[str, Tensor]
+
+
+def spoil(folder: Path, change: Callable[[State], Any], config: Callable[[dict[str, Any]], Any] | None = None) -> Path:
+    """The model of `folder` with its state dict and its config.json changed in place."""
+    state, raw = dict(load_file(folder / WEIGHTS_NAME)), json.loads((folder / CONFIG_NAME).read_text())
+    change(state)
+    save_file(state, folder / WEIGHTS_NAME)
+    if config is not None:
+        config(raw)
+        (folder / CONFIG_NAME).write_text(json.dumps(raw))
+    return folder
+
+
+def keep(_: object) -> None:
+    """Nothing is changed."""
+
+
+def test_it_is_recognised_and_takes_time_as_its_pipeline_does(tmp_path: Path) -> None:
+    with open_checkpoint(make_worldplay(tmp_path)) as checkpoint:
+        config = checkpoint.config
+        assert isinstance(config, CameraConfig)
+        assert isinstance(family_of(config), WorldPlayFamily)
+        assert (config.dim, config.num_heads, config.num_layers, config.ffn_dim) == (48, 3, 2, 120)
+        assert (config.in_dim, config.out_dim, config.text_dim, config.image_dim) == (11, 5, 28, 20)
+        assert (config.rope_split, config.rope_theta, config.patch_size) == ((2, 4, 2), 256, (1, 2, 2))
+        assert (config.refiner_layers, config.refiner_dim, config.glyph_dims) == (2, 192, None)
+        assert config.streaming == StreamingConfig(chunk_frames=4, window_frames=24, sink_frames=0, positions="window")
+        assert checkpoint.describe().startswith("hy-worldplay i2v, native layout, 2 layers x 48 wide x 3 heads")
+        assert checkpoint.timing.assumed == {"chunk_frames", "window_frames", "sink_frames", "positions"}
+        assert "a bidirectional one has the same tensors" in checkpoint.timing.remarks[0]
+        assert checkpoint.attention(1).norms == 3
+        assert torch.equal(checkpoint.attention(1).k_weight, load_file(checkpoint.store.files[0])[KEY])
+
+
+def test_its_files_need_no_config_where_heads_are_as_published(tmp_path: Path) -> None:
+    geometry = {"dim": 256, "num_heads": 2, "rope_dims": (16, 56, 56), "patch_size": (1, 1, 1)}
+    folder = make_worldplay(tmp_path, **geometry)
+    (folder / CONFIG_NAME).unlink()
+    with open_checkpoint(folder / WEIGHTS_NAME) as checkpoint:
+        assert isinstance(checkpoint.config, CameraConfig)
+        assert (checkpoint.config.num_heads, checkpoint.config.rope_split) == (2, (8, 28, 28))
+        raw = checkpoint.raw_config
+    theirs = json.loads((GOLDEN / "worldplay_tiny" / CONFIG_NAME).read_text())
+    assert raw.keys() <= theirs.keys()
+    assert (raw["in_channels"], raw["concat_condition"], raw["mlp_width_ratio"]) == (5, True, 120 / 256)
+    small = make_worldplay(tmp_path, "small")
+    (small / CONFIG_NAME).unlink()
+    with pytest.raises(UnsupportedModelError, match=r"do not say how many channels turn .*--config FILE"):
+        open_checkpoint(small)
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+def test_names_go_there_and_back(tmp_path: Path, rank: int | None) -> None:
+    """Every tensor that their class has, and of a converted model those below `img_attn.`."""
+    folder = make_worldplay(tmp_path, glyphs=True)
+    if rank is not None:
+        convert(folder, tmp_path / "out", ConvertRecipe(init="random", kv_rank=rank))
+        folder = tmp_path / "out"
+    with open_checkpoint(folder) as checkpoint:
+        shapes = checkpoint.family.expected_shapes(checkpoint.config)
+        assert list(checkpoint.names) != list(shapes)  # in the file's order
+        assert checkpoint.names.keys() == shapes.keys() == load_camera_model(folder).state_dict().keys()
+        for canonical, shape in shapes.items():
+            assert checkpoint.info(canonical).shape == shape
+            assert checkpoint.output_name(canonical) == checkpoint.names[canonical]
+        with pytest.raises(UnsupportedModelError, match="HY-WorldPlay has no diffusers layout"):
+            checkpoint.output_name("blocks.0.ffn.0.weight", "diffusers")
+        inside = {name for name in checkpoint.names.values() if ".img_attn." in name}
+        assert len(inside) == (0 if rank is None else 2 * 12)
+
+
+def test_hunyuanvideo_has_no_cache(tmp_path: Path) -> None:
+    """The same class without cameras and actions."""
+    folder = spoil(make_worldplay(tmp_path), lambda s: [s.pop(n) for n in list(s) if "prope" in n or "action" in n])
+    with pytest.raises(UnsupportedModelError, match=r"this is HunyuanVideo .*so it has no cache that could be made"):
+        open_checkpoint(folder)
+
+
+REFUSED: dict[str, tuple[Callable[[State], Any], Callable[[dict[str, Any]], Any], type[InputError], str]] = {
+    "a missing weight": (lambda s: s.pop(KEY), keep, UnsupportedModelError, "1 tensors of a HY-WorldPlay model are"),
+    "a missing camera": (
+        lambda s: s.pop("double_blocks.1.img_attn_prope_proj.bias"), keep, UnsupportedModelError, "camera_o.bias"
+    ),
+    "no biases": (
+        lambda s: [s.pop(n) for n in list(s) if "img_attn" in n and n.endswith("bias")], keep, UnsupportedModelError,
+        r"self-attention differs from HY-WorldPlay's: 8 tensors are missing, of every block",
+    ),
+    "a shape": (
+        lambda s: s.update({KEY: torch.ones(48, 47)}), keep, UnsupportedModelError,
+        rf"'{KEY}' has shape \[48, 47\], expected \[48, 48\]",
+    ),
+    "norms over the whole width": (
+        lambda s: s.update({n: torch.ones(48) for n in list(s) if n.endswith("img_attn_k_norm.weight")}), keep,
+        UnsupportedModelError, r"img_attn_k_norm.weight' has shape \[48\], expected \[16\]",
+    ),
+    "a gate of attention": (
+        lambda s: s.update({"double_blocks.0.img_attn_gate.weight": torch.ones(3)}), keep, UnsupportedModelError,
+        "1 tensors are not part of a HY-WorldPlay model: double_blocks.0.img_attn_gate.weight",
+    ),
+    "guidance": (
+        lambda s: s.update({"guidance_in.mlp.0.weight": torch.ones(48, 256)}), keep, UnsupportedModelError,
+        "1 tensors beyond HY-WorldPlay's, of guidance_in; converted, such a model would run neither here nor",
+    ),
+    "integers": (
+        lambda s: s.update({KEY: torch.ones(48, 48, dtype=torch.int32)}), keep, UnsupportedModelError,
+        "expected float32, bfloat16",
+    ),
+    "a layer more": (
+        keep, lambda c: c.update(mm_double_blocks_depth=3), CheckpointError,
+        "says mm_double_blocks_depth 3, the weights have 2 layers",
+    ),
+    "heads": (keep, lambda c: c.update(heads_num=5), ConfigError, "does not split into 5 heads"),
+    "turns": (keep, lambda c: c.update(rope_dim_list=[4, 6, 4]), ConfigError, "even numbers that are 16 together"),
+    "odd turns": (keep, lambda c: c.update(rope_dim_list=[5, 7, 4]), ConfigError, "three even numbers"),
+    "turns in words": (keep, lambda c: c.update(rope_dim_list="wide"), ConfigError, "rope_dims"),
+    "no base": (keep, lambda c: c.update(rope_theta=0), ConfigError, "rope_theta"),
+    "a patch in time": (keep, lambda c: c.update(patch_size=[2, 2, 2]), ConfigError, "a camera is of one latent frame"),
+    "no norms": (keep, lambda c: c.update(qk_norm=False), UnsupportedModelError, "says qk_norm False; expected True"),
+    "another activation": (
+        keep, lambda c: c.update(mlp_act_type="relu"), UnsupportedModelError, "says mlp_act_type 'relu'; expected"
+    ),
+    "a mapping for a width": (keep, lambda c: c.update(hidden_size={}), ConfigError, "dim"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_named(tmp_path: Path, case: str) -> None:
+    change, config, error, says = REFUSED[case]
+    folder = spoil(make_worldplay(tmp_path), change, config)
+    with pytest.raises(error, match=says) as caught:
+        open_checkpoint(folder)
+    assert str(folder) in str(caught.value)
+
+
+SECTIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "rope": (lambda mla: mla.pop("rope"), "mla.rope is 'cached'; where keys turn by cameras it is 'head'"),
+    "present": (lambda mla: mla.update(present="latent"), "mla.present is 'latent'"),
+    "key norm": (lambda mla: mla.update(key_norm="latent"), "mla.key_norm is 'latent'"),
+    "narrow heads": (lambda mla: mla["layers"][0].update(v_head_dim=8), "heads stay 16 wide"),
+    "bits": (
+        lambda mla: mla["layers"][1].update(cache_bits=[[4, 6]]) or mla.update(format_version=3),
+        "nothing is cached in bits",
+    ),
+    "a rank": (lambda mla: mla["layers"][1].update(kv_lora_rank=6), r"has shape \[5, 48\], expected \[6, 48\]"),
+    "no layers": (lambda mla: mla.update(layers=[]), "has 0 entries for 2 layers"),
+}
+
+
+@pytest.mark.parametrize("case", SECTIONS)
+def test_a_converted_model_is_held_to_its_section(tmp_path: Path, case: str) -> None:
+    change, says = SECTIONS[case]
+    convert(make_worldplay(tmp_path), tmp_path / "out", ConvertRecipe(init="random", kv_rank=5))
+    with pytest.raises(InputError, match=says):
+        open_checkpoint(spoil(tmp_path / "out", keep, lambda raw: change(raw["mla"])))
