@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -118,9 +119,10 @@ def analyze(
             raise ConfigError(
                 f"{model.store.path} is converted already, and its own cache is shown; leave the bytes out"
             )
+        wanted = dataclasses.replace(recipe, init="svd") if geometry.only and not calibrated else recipe
         return plan_memory(
             geometry,
-            geometry.mla or mla_config(resolve_recipe(recipe, geometry), geometry),
+            geometry.mla or mla_config(resolve_recipe(wanted, geometry), geometry),
             video=StreamedVideo(
                 height=height or video.height,
                 width=width or video.width,

@@ -78,7 +78,8 @@ def read_finite(checkpoint: Checkpoint, canonical: str) -> Tensor:
 def time_modulation(checkpoint: Checkpoint, timesteps: Sequence[float]) -> Tensor:
     """What the time embedding gives to every block's self-attention: (shift, scale), float64 [T, 2, D].
 
-    Zeros for a model whose time is not embedded as Wan's.
+    Zeros for a model whose time is not embedded as Wan's. Where each block has a projection of its own, it is what that
+    reads, [T, D]; of a model with actions while nothing is done.
     """
     dim = checkpoint.config.dim
     if checkpoint.passengers.times_itself:
@@ -90,6 +91,10 @@ def time_modulation(checkpoint: Checkpoint, timesteps: Sequence[float]) -> Tenso
 
     wave = timestep_embedding(torch.tensor(timesteps, dtype=torch.float64), checkpoint.config.freq_dim)
     embedding = linear("time_embedding.2", F.silu(linear("time_embedding.0", wave, dim)), dim)
+    if "action_embedding.0.weight" in checkpoint.names:
+        still = timestep_embedding(torch.zeros(1, dtype=torch.float64), checkpoint.config.freq_dim)
+        hidden = F.silu(linear("action_embedding.0", still, dim))
+        return F.silu(embedding + linear("action_embedding.2", hidden, dim))
     time = linear("time_projection.1", F.silu(embedding), 2 * dim)
     if checkpoint.config.fps is not None:
         rate = read_finite(checkpoint, "fps_embedding.weight")[checkpoint.config.fps_row].double()
@@ -101,6 +106,10 @@ def layer_modulation(checkpoint: Checkpoint, layer: int, time: Tensor) -> Tensor
     """(shift, scale) of one block's self-attention, float64 [T, 2, D]."""
     if checkpoint.passengers.times_itself:
         return time
+    if time.ndim == 2:
+        weight, bias = (read_finite(checkpoint, f"blocks.{layer}.modulation.{leaf}") for leaf in ("weight", "bias"))
+        rows = 2 * checkpoint.config.dim
+        return F.linear(time, weight[:rows].double(), bias[:rows].double()).unflatten(-1, (2, -1))
     return time + read_finite(checkpoint, f"blocks.{layer}.modulation")[0, :2].double()
 
 
@@ -155,9 +164,12 @@ def _factorize(
 ) -> Factors:
     assert time is not None
     config, mla, target = plan.source_config, mla_of(plan.config), plan.layers[layer]
-    height, width = token_grid(plan.recipe, config)
-    queries, keys = full_window(plan.recipe.streaming, plan.recipe.frames)
-    rho = mean_rotation(config.rope_split, queries=queries, keys=keys, height=height, width=width)
+    if mla.rope == "head":  # nothing loses its rotation
+        rho = torch.ones(config.head_dim // 2, dtype=torch.complex128)
+    else:
+        height, width = token_grid(plan.recipe, config)
+        queries, keys = full_window(plan.recipe.streaming, plan.recipe.frames)
+        rho = mean_rotation(config.rope_split, queries=queries, keys=keys, height=height, width=width)
     modulation = layer_modulation(checkpoint, layer, time).to(device)
     try:
         moments = modulation_moments(weights, modulation, num_heads=config.num_heads, eps=config.eps, rho=rho)
@@ -193,7 +205,7 @@ def from_weights(
     their matrices fit in a bounded room. Such a layer has one thread in any case: its bits do not depend on the others.
     """
     drawn = STARTS[plan.recipe.init] is _draw
-    time = None if drawn else time_modulation(checkpoint, timesteps_of(plan.recipe))
+    time = None if drawn else time_modulation(checkpoint, timesteps_of(plan.recipe, plan.source_config))
     room = _ROOM // (_MATRICES * 8 * plan.config.dim**2)
     if device.type != "cpu" or room < 2:
         for layer in layers:

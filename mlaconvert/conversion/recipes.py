@@ -121,6 +121,7 @@ def resolve_recipe(recipe: ConvertRecipe, config: WanConfig) -> ConvertRecipe:
     Raises ConfigError for a width larger than the layer, a layer that does not exist, or a video that patches and
     VAE cannot split. Scores and values may not be wider than a head, so that attention never costs more than dense.
     """
+    recipe = _with_only(recipe, config)
     video, head_dim = default_video(config), config.head_dim
     changes: dict[str, Any] = {
         "layers": _format_layers(
@@ -195,6 +196,25 @@ def resolve_recipe(recipe: ConvertRecipe, config: WanConfig) -> ConvertRecipe:
     return resolved
 
 
+def _with_only(recipe: ConvertRecipe, config: WanConfig) -> ConvertRecipe:
+    """`recipe` with the settings that have only one value for the model. Raises ConfigError for another one."""
+    if not config.only:
+        return recipe
+    if recipe.init not in ("svd", "random"):
+        raise ConfigError(
+            f"init is {recipe.init}, and this model is given a camera for every frame: convert it with init svd or "
+            f"random (svd with kv_rank {config.dim} keeps everything)"
+        )
+    if recipe.bidirectional:
+        raise ConfigError("bidirectional: of this model only what is past is made of latents; leave it out")
+    for name, value in config.only.items():
+        if getattr(recipe, name) not in (None, value):
+            raise ConfigError(
+                f"{name} is {getattr(recipe, name)!r}, and where keys turn by cameras too it is {value!r}; leave it out"
+            )
+    return dataclasses.replace(recipe, **config.only)
+
+
 def _format_layers(layers: Sequence[int]) -> str:
     """(0, 1, 2, 7) -> "0-2,7"."""
     runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda item: item[1] - item[0])]
@@ -240,7 +260,7 @@ def mla_config(recipe: ConvertRecipe, config: WanConfig, measured: Mapping[int, 
         streaming = recipe.streaming
         calibration = {
             "inputs": "modulation",
-            "timesteps": list(timesteps_of(recipe)),
+            "timesteps": list(timesteps_of(recipe, config)),
             "regime": "streaming" if streaming else "bidirectional",
             "frames": streaming.window_frames if streaming else recipe.frames,
             "tokens": [height, width],
@@ -303,6 +323,8 @@ def refit_flops_of(recipe: ConvertRecipe, config: WanConfig, steps: int = REFIT_
     return steps * 5 * forward_work(config, torch.ones(window, window, dtype=torch.bool), height * width).flops
 
 
-def timesteps_of(recipe: ConvertRecipe) -> tuple[float, ...]:
-    """Where the inputs' statistics are taken: streaming models also run on clean chunks."""
+def timesteps_of(recipe: ConvertRecipe, config: WanConfig) -> tuple[float, ...]:
+    """Where the inputs' statistics are taken: streaming models also run on clean chunks, or cache at one timestep."""
+    if config.past_timestep is not None:
+        return (config.past_timestep,)
     return (*Sampler.few_step().timesteps, 0.0) if recipe.streaming else Sampler.many_step(8).timesteps

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mlaconvert.config.camera import CameraConfig
 from mlaconvert.conversion.from_weights import layer_modulation, time_modulation
 from mlaconvert.conversion.plan import ConversionPlan, mla_of
 from mlaconvert.conversion.recipes import timesteps_of
@@ -20,6 +21,8 @@ from mlaconvert.families.open import open_checkpoint
 from mlaconvert.model.attention.dense import DenseAttention
 from mlaconvert.model.attention.kernel import AttentionPlan, by_token
 from mlaconvert.model.attention.latent import LatentAttention
+from mlaconvert.model.camera.attention import camera_attention
+from mlaconvert.model.camera.turns import Cameras, Turns
 from mlaconvert.model.rope import rotary
 from mlaconvert.progress import Counter, Progress, silent
 
@@ -60,10 +63,11 @@ def verify_conversion(
                 raise MLAConvertError(
                     f"{path}: tensor {operation.spec.name!r} differs from the source's; convert again"
                 )
-        time = time_modulation(checkpoint, timesteps_of(plan.recipe))
+        time = time_modulation(checkpoint, timesteps_of(plan.recipe, plan.source_config))
         for layer in plan.layers:
             x = _random_inputs(layer_modulation(checkpoint, layer, time), layer).to(device)
-            errors[layer] = _attention_error(checkpoint, converted, plan, layer, x)
+            error = _camera_error if isinstance(plan.config, CameraConfig) else _attention_error
+            errors[layer] = error(checkpoint, converted, plan, layer, x)
             if not math.isfinite(errors[layer]):
                 raise MLAConvertError(f"{path}: the attention output of layer {layer} is not finite")
             count.step()
@@ -103,7 +107,44 @@ def _attention_error(
         latent = LatentAttention(plan.config, mla, plan.layers[layer])
     outputs = []
     for module, source in ((dense, checkpoint), (latent, converted)):
-        state = {name: source.read(prefix + name).to(x.device, torch.float32) for name in module.state_dict()}
-        module.load_state_dict(state, assign=True)
-        outputs.append(module(x, passes)[:, first:])
+        outputs.append(_with_weights(module, source, prefix, x.device)(x, passes)[:, first:])
     return float((outputs[1] - outputs[0]).norm() / outputs[0].norm())
+
+
+@torch.no_grad()
+def _camera_error(checkpoint: Checkpoint, converted: Checkpoint, plan: ConversionPlan, layer: int, x: Tensor) -> float:
+    """The same of attention that turns by cameras: of the last frame, which sees those before it as they are cached.
+
+    The cameras are drawn: rotations, and shifts about as large as what they see.
+    """
+    block, (frames, height, width) = f"blocks.{layer}.", _VERIFY_GRID
+    drawn = torch.randn(frames, 3, 4, generator=torch.Generator().manual_seed(layer)).to(x.device)
+    viewmats = torch.eye(4, device=x.device).repeat(frames, 1, 1)
+    viewmats[:, :3] = torch.cat((torch.linalg.qr(drawn[..., :3]).Q, drawn[..., 3:]), -1)
+    cameras = Cameras(viewmats, torch.eye(3, device=x.device).repeat(frames, 1, 1))
+    outputs, last, size = [], frames - 1, height * width
+    for config, source in ((plan.source_config, checkpoint), (plan.config, converted)):
+        assert isinstance(config, CameraConfig)
+        with torch.device("meta"):
+            module, camera_o = camera_attention(config, layer), nn.Linear(config.dim, config.dim)
+        _with_weights(module, source, f"{block}self_attn.", x.device)
+        _with_weights(camera_o, source, f"{block}camera_o.", x.device)
+        before, newest = (
+            Turns.of(
+                rotary(torch.arange(frames, device=x.device)[some], height, width, config.rope_split,
+                       theta=config.rope_theta),
+                Cameras(cameras.viewmats[some], cameras.intrinsics[some]),
+            )
+            for some in (slice(last), slice(last, None))
+        )  # fmt: skip
+        *_, cached = module(x[:, : last * size], before, keep=True)
+        out, by_camera, _ = module(x[:, last * size :], newest, past=(cached, before))
+        outputs.append(out + camera_o(by_camera))
+    return float((outputs[1] - outputs[0]).norm() / outputs[0].norm())
+
+
+def _with_weights(module: nn.Module, source: Checkpoint, prefix: str, device: torch.device) -> nn.Module:
+    """`module` with the tensors of `source` below `prefix`, in float32."""
+    state = {name: source.read(prefix + name).to(device, torch.float32) for name in module.state_dict()}
+    module.load_state_dict(state, assign=True)
+    return module

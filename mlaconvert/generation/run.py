@@ -72,6 +72,7 @@ def generate(
     progress, places = progress or silent, _places(output, request, movie, overwrite)
     staging, movie = next(places)
     with open_checkpoint(source) as checkpoint:
+        checkpoint.check_runs()
         geometry, notes, loras = runtime.geometry(checkpoint), assumptions(checkpoint, request), merged(checkpoint)
         dtype = runtime.chosen_dtype() or checkpoint.dtype
     if say is not None:
