@@ -16,8 +16,8 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from mlaconvert import __version__
-from mlaconvert.config.geometry import WanConfig, default_video
-from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.config.camera import CameraConfig
+from mlaconvert.config.geometry import WanConfig
 from mlaconvert.conversion.readme import CONVERTED, UNTRAINED
 from mlaconvert.evaluation import figures
 from mlaconvert.evaluation.lines import has_clean_past
@@ -26,6 +26,7 @@ from mlaconvert.families.open import family_of
 from mlaconvert.files.origin import origin_of
 from mlaconvert.healing.readme import HEALED
 from mlaconvert.reports.evaluation_tables import PASTS
+from mlaconvert.reports.usage import usage_code
 
 _SEAL = "<!-- mlaconvert wrote this card. Edit it freely: an edited card is kept. sha256: {} -->\n"
 # The README.md that `convert` leaves in a folder, and what `heal` adds at each stage, whatever the figures.
@@ -187,6 +188,7 @@ def _geometry(model: CardModel) -> str:
             f"{spread(config.cached_bytes(2))} bytes, {spread(bits)} bits a channel; dense {2 * config.dense_scalars} "
             "bytes in bfloat16"
         )
+    norms = "one scalar" if config.norms_per_key == 1 else f"{config.norms_per_key} scalars"
     rows = [
         ("", ""),
         ("architecture", _inline(model.description)),
@@ -195,7 +197,7 @@ def _geometry(model: CardModel) -> str:
         ("rotary key", rotary[mla.rope] if mla else ""),
         ("cached for a token, a layer", cached),
         ("queries", "exact" if mla and mla.q_lora_rank is None else f"latent of {mla.q_lora_rank if mla else 0}"),
-        ("key norm", "exact, one more scalar a token" if mla and mla.key_norm == "token" else "RMSNorm on the latent"),
+        ("key norm", f"exact, {norms} more a token" if mla and mla.key_norm == "token" else "RMSNorm on the latent"),
         ("present", presents[mla.present] if mla else ""),
         ("sees time", sees),
     ]
@@ -273,51 +275,7 @@ def _usage(facts: CardFacts) -> str:
             f"swap_attention(pipeline, {facts.repo!r})\n```"
         )
     config = model.config
-    video = default_video(config)
-    height, width = video.height // video.vae_stride, video.width // video.vae_stride
-    frames = (config.streaming or StreamingConfig()).chunk_frames
-    source = f'Source("{facts.repo}", subfolder="{model.subfolder}")' if model.subfolder else f'"{facts.repo}"'
-    streams = config.streaming is not None and config.in_dim == config.out_dim and config.image_dim is None
-    offered = ["LatentSize", "Sampler"] if streams else []
-    offered += (["Source"] if model.subfolder else []) + ["load_model"] + (["rollout"] if streams else [])
-    lines = [
-        "import torch",
-        "",
-        f"from mlaconvert import {', '.join(offered)}",
-        "",
-        'device = "cuda" if torch.cuda.is_available() else "cpu"',
-        f"model = load_model({source}, device=device)",
-        f"context = torch.zeros(1, 1, {config.text_dim}, device=device)  # put the prompt's text embeddings here",
-    ]
-    if streams:
-        lines += [
-            f"sampler = Sampler.{'few_step()' if model.config.few_step else 'many_step(20)'}",
-            f"size = LatentSize(frames={2 * frames}, height={height}, width={width})",
-            "for latents in rollout(model, context, size=size, sampler=sampler):",
-            f"    print(latents.shape)  # [1, {config.out_dim}, {frames}, {height}, {width}], to be decoded by the VAE",
-        ]
-    else:
-        channels = config.out_dim
-        lines.append(f"latents = torch.randn(1, {channels}, {frames}, {height}, {width}, device=device)")
-        extra = ""
-        if config.in_dim != channels:
-            lines.append(
-                f"image = torch.zeros(1, {config.in_dim - channels}, {frames}, {height}, {width}, device=device)"
-                "  # mask and first frame"
-            )
-            extra += ", image_latents=image"
-        if config.image_dim is not None:
-            lines.append(f"features = torch.zeros(1, 257, {config.image_dim}, device=device)  # CLIP's, of the image")
-            extra += ", image_features=features"
-        if config.reference_dim is not None and config.streaming is None:
-            lines.append(f"reference = torch.zeros(1, {config.reference_dim}, {height}, {width}, device=device)")
-            extra += ", reference=reference"
-        lines += [
-            "with torch.no_grad():",
-            f"    velocity = model(latents, torch.tensor([500.0], device=device), context{extra})",
-            "print(velocity.shape)  # noise - data at timestep 500 of 1000, shaped like the latents",
-        ]
-    python = "\n".join(lines)
+    python = usage_code(facts.repo, model.subfolder, config)
     others = [f"`{other.subfolder}`" for other in facts.models[1:]]
     again = ""
     if facts.base_model and config.in_dim == config.out_dim and config.image_dim is None:
@@ -346,6 +304,8 @@ def _limits(facts: CardFacts) -> list[str]:
             "It sees all frames at once, so the smaller cache only pays off once it is run chunk by chunk, which it "
             "has not been trained for."
         )
+    elif isinstance(first.config, CameraConfig):
+        limits.append("It generates causally, chunk by chunk, and sees of the past what it is given with each chunk.")
     else:
         limits.append(
             "It generates causally, chunk by chunk, and remembers what its window holds; what leaves the window is "
