@@ -7,13 +7,11 @@ from collections.abc import Iterable, Mapping
 
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.lora_change import HADAMARD, KRON
-from mlaconvert.families.protocol import Layout
 
 # What trainers and loaders put before a module's name. kohya writes underscores for dots, some of them or all.
 _PREFIX = re.compile(
     r"(base_model\.model\.)?((transformer|transformer_2|model|diffusion_model|pipe|dit|net|unet)\.)*(lora_unet_+|lycoris_+)?"
 )
-_LAYOUTS: tuple[Layout, ...] = ("native", "diffusers")
 FACTORS = (  # what a key is, by its end; PEFT may put an adapter's name before the leaf
     ("down", re.compile(r"\.(?:lora_A|lora_down|lora\.down)(?:\.(?!weight$)\w+)?\.weight$")),
     ("up", re.compile(r"\.(?:lora_B|lora_up|lora\.up)(?:\.(?!weight$)\w+)?\.weight$")),
@@ -71,12 +69,13 @@ def kind_of(roles: Iterable[str]) -> str:
 def module_names(checkpoint: Checkpoint) -> Mapping[str, str]:
     """A module's or bare parameter's name in either layout, with underscores for dots -> its canonical name."""
     found = {}
+    family = checkpoint.family
     for name in checkpoint.names:
-        if checkpoint.family.canonical(name, "native") is None:
-            continue  # a passenger: no LoRA names it
+        if name in checkpoint.passengers.names and family.canonical(name, "native") is None:
+            continue  # no LoRA names it
         module, _, leaf = name.rpartition(".")
-        for layout in _LAYOUTS:
-            named = checkpoint.family.source(name, layout)
+        for layout in family.layouts:
+            named = family.source(name, layout)
             if leaf in ("weight", "bias"):
                 found[flat(named.rpartition(".")[0])] = module
             else:

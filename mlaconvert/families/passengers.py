@@ -131,7 +131,8 @@ def sort_tensors(
             f"{' and '.join(lost[:4])}; expected biases, and norms of queries and keys"
         )
     if damaged := [name for name in missing if name not in absent]:
-        raise UnsupportedModelError(f"{len(damaged)} tensors of a {family.title} model are missing: {some(damaged)}")
+        theirs = some([family.source(name, "native") for name in damaged])
+        raise UnsupportedModelError(f"{len(damaged)} tensors of a {family.title} model are missing: {theirs}")
     if inside := [name for name in unknown if _ATTENTION.match(name)]:
         raise UnsupportedModelError(
             f"{differs}: {len(inside)} tensors of it are not part of a {family.title} model: {some(inside)}"

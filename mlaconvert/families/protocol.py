@@ -19,6 +19,8 @@ class Family(Protocol):
     name: str
     title: str
     """What its models are called in messages."""
+    layouts: tuple[Layout, ...]
+    """Those that its files come in."""
     relative: str | None
     """The model that is refused by name and has the same names and class; None without one."""
     carries: bool

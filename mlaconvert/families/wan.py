@@ -87,6 +87,7 @@ class WanFamily:
     """See `mlaconvert.families.protocol.Family`."""
 
     name, title = "wan", "Wan"
+    layouts: tuple[Layout, ...] = ("native", "diffusers")
     relative: str | None = None
     carries = True
 

@@ -73,6 +73,7 @@ class WorldPlayFamily:
     """See `mlaconvert.families.protocol.Family`."""
 
     name, title, carries = "hy-worldplay", "HY-WorldPlay", False
+    layouts: tuple[Layout, ...] = ("native",)
     relative: str | None = "HunyuanVideo"
 
     def detect(self, raw_config: Mapping[str, Any] | None, names: Collection[str]) -> bool:
@@ -99,12 +100,7 @@ class WorldPlayFamily:
         """Their name of a canonical one."""
         if layout != "native":
             raise UnsupportedModelError(f"{self.title} has no {layout} layout; keep the source's")
-        if name.startswith("text_embedding.blocks."):
-            return _REFINER + name.removeprefix("text_embedding.")
-        found = rename(name, _OUTSIDE_BACK, _INSIDE_BACK)
-        if found is None:
-            raise UnsupportedModelError(f"{name!r} is not a tensor of {self.title}")
-        return f"double_{found}" if found.startswith("blocks.") else found
+        return _their_name(name)
 
     def reshaped(self, raw_config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> dict[str, View]:
         """None are."""
@@ -185,6 +181,16 @@ class WorldPlayFamily:
         return expected_shapes(config)
 
 
+def _their_name(name: str) -> str:
+    """Their name of a canonical one."""
+    if name.startswith("text_embedding.blocks."):
+        return _REFINER + name.removeprefix("text_embedding.")
+    found = rename(name, _OUTSIDE_BACK, _INSIDE_BACK)
+    if found is None:
+        raise UnsupportedModelError(f"{name!r} is not a tensor of {WorldPlayFamily.title}")
+    return f"double_{found}" if found.startswith("blocks.") else found
+
+
 def _shape_fields(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
     """What the shapes say. Raises UnsupportedModelError when a tensor that says it is missing or odd."""
 
@@ -192,7 +198,7 @@ def _shape_fields(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
         found = tensors[name].shape if name in tensors else None
         if found is None or len(found) != ndim or min(found) < 1:
             raise UnsupportedModelError(
-                f"tensor {name!r} is {'missing' if found is None else list(found)}; expected {ndim} dimensions"
+                f"tensor {_their_name(name)!r} is {'missing' if found is None else list(found)}; expected {ndim} dimensions"
             )
         return found
 

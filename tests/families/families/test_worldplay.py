@@ -11,6 +11,7 @@ import pytest
 import torch
 from golden_relatives import GOLDEN, make_worldplay
 from safetensors.torch import load_file, save_file
+from support import relative
 from torch import Tensor
 
 from mlaconvert.config.camera import CameraConfig
@@ -18,7 +19,9 @@ from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.run import convert
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, UnsupportedModelError
+from mlaconvert.families.lora import LoraFile
 from mlaconvert.families.open import family_of, open_checkpoint
+from mlaconvert.families.source import Source
 from mlaconvert.families.worldplay import WorldPlayFamily
 from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
 from mlaconvert.model.load import load_camera_model
@@ -96,6 +99,23 @@ def test_names_go_there_and_back(tmp_path: Path, rank: int | None) -> None:
         assert len(inside) == (0 if rank is None else 2 * 12)
 
 
+def test_loras_of_its_modules_are_merged(tmp_path: Path) -> None:
+    folder, draw = make_worldplay(tmp_path), torch.Generator().manual_seed(4)
+    changes = {
+        f"transformer.{module}.lora_{part}.weight": torch.randn(shape, generator=draw)
+        for module, rows in (("double_blocks.1.img_attn_k", 48), ("double_blocks.0.txt_mlp.fc1", 120))
+        for part, shape in (("A", (3, 48)), ("B", (rows, 3)))
+    }
+    save_file(changes, tmp_path / "lora.safetensors")
+    dense = load_file(folder / WEIGHTS_NAME)
+    with open_checkpoint(Source(folder, loras=(LoraFile(path=tmp_path / "lora.safetensors"),))) as merged:
+        for canonical, theirs in (("blocks.1.self_attn.k", "double_blocks.1.img_attn_k"),
+                                  ("blocks.0.text_ffn.0", "double_blocks.0.txt_mlp.fc1")):  # fmt: skip
+            down, up = (changes[f"transformer.{theirs}.lora_{part}.weight"] for part in "AB")
+            assert relative(merged.read(f"{canonical}.weight"), dense[f"{theirs}.weight"] + up @ down) < 1e-6
+        assert torch.equal(merged.read("patch_embedding.weight"), dense["img_in.proj.weight"])
+
+
 def test_hunyuanvideo_has_no_cache(tmp_path: Path) -> None:
     """The same class without cameras and actions."""
     folder = spoil(make_worldplay(tmp_path), lambda s: [s.pop(n) for n in list(s) if "prope" in n or "action" in n])
@@ -104,9 +124,10 @@ def test_hunyuanvideo_has_no_cache(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[State], Any], Callable[[dict[str, Any]], Any], type[InputError], str]] = {
-    "a missing weight": (lambda s: s.pop(KEY), keep, UnsupportedModelError, "1 tensors of a HY-WorldPlay model are"),
+    "a missing weight": (lambda s: s.pop(KEY), keep, UnsupportedModelError, rf"are missing: {KEY}"),
     "a missing camera": (
-        lambda s: s.pop("double_blocks.1.img_attn_prope_proj.bias"), keep, UnsupportedModelError, "camera_o.bias"
+        lambda s: s.pop("double_blocks.1.img_attn_prope_proj.bias"), keep, UnsupportedModelError,
+        "img_attn_prope_proj.bias",
     ),
     "no biases": (
         lambda s: [s.pop(n) for n in list(s) if "img_attn" in n and n.endswith("bias")], keep, UnsupportedModelError,
@@ -127,6 +148,10 @@ REFUSED: dict[str, tuple[Callable[[State], Any], Callable[[dict[str, Any]], Any]
     "guidance": (
         lambda s: s.update({"guidance_in.mlp.0.weight": torch.ones(48, 256)}), keep, UnsupportedModelError,
         "1 tensors beyond HY-WorldPlay's, of guidance_in; converted, such a model would run neither here nor",
+    ),
+    "no final layer": (
+        lambda s: [s.pop(n) for n in list(s) if n.startswith("final_layer")], keep, UnsupportedModelError,
+        "tensor 'final_layer.linear.weight' is missing; expected 2 dimensions",
     ),
     "integers": (
         lambda s: s.update({KEY: torch.ones(48, 48, dtype=torch.int32)}), keep, UnsupportedModelError,
