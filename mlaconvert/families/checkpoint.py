@@ -117,15 +117,11 @@ class Checkpoint:
 
         With passengers only its own code can run it, and a model that is given cameras runs chunk by chunk alone.
         """
-        self.check_known()
         if isinstance(self.config, CameraConfig):
             raise UnsupportedModelError(
                 f"{self.store.path}: it is given a camera for every frame, which no clips and prompts say; convert it "
                 "with --init svd or random, and run its chunks with mlaconvert.load_camera_model"
             )
-
-    def check_known(self) -> None:
-        """Raise UnsupportedModelError for a model with passengers, of which the code here does not know all."""
         if self.passengers:
             raise UnsupportedModelError(
                 f"{self.store.path}: the code here that runs models does not know all of this one "

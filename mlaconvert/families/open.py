@@ -125,7 +125,7 @@ def _recognise(
     parsed = replace(parsed, streaming=timing.streaming, few_step=timing.few_step)
     family.check_attention(parsed, tensors)
     passengers = sort_tensors(family, layout, family.expected_shapes(parsed), tensors, unknown, raw or {})
-    if passengers and not family.carries:
+    if not all(map(family.carries, (*passengers.names, *passengers.missing))):
         raise UnsupportedModelError(
             f"{passengers.describe()}; converted, such a model would run neither here nor in its own code"
         )

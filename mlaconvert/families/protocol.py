@@ -23,8 +23,6 @@ class Family(Protocol):
     """Those that its files come in."""
     relative: str | None
     """The model that is refused by name and has the same names and class; None without one."""
-    carries: bool
-    """Whether a model with more or fewer tensors is read: it then runs in its own code, with `swap_attention`."""
 
     def detect(self, raw_config: Mapping[str, Any] | None, names: Collection[str]) -> bool:
         """Whether a checkpoint with these unwrapped tensor names is of this family."""
@@ -43,6 +41,9 @@ class Family(Protocol):
 
     def reshaped(self, raw_config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> dict[str, View]:
         """Tensors that do the same in another shape, by their name in the file, as the family has them."""
+
+    def carries(self, name: str) -> bool:
+        """Whether a model that has the unknown tensor `name`, or lacks a known one, is converted all the same."""
 
     def check_attention(self, config: WanConfig, tensors: Mapping[str, TensorInfo]) -> None:
         """Raise UnsupportedModelError for attention that is not converted, before its shapes are compared."""

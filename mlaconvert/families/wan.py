@@ -89,7 +89,6 @@ class WanFamily:
     name, title = "wan", "Wan"
     layouts: tuple[Layout, ...] = ("native", "diffusers")
     relative: str | None = None
-    carries = True
 
     def detect(self, raw_config: Mapping[str, Any] | None, names: Collection[str]) -> bool:
         """A patch embedding, and blocks with a self-attention in either layout's naming."""
@@ -160,6 +159,10 @@ class WanFamily:
             )
         mla = MLAConfig.from_json(raw["mla"], _WHERE) if raw.get("mla") is not None else None
         return replace(config, streaming=read_timing(raw, where=_WHERE).streaming, mla=mla)
+
+    def carries(self, name: str) -> bool:
+        """Always: it then runs in its own code, with `swap_attention`."""
+        return True
 
     def check_attention(self, config: WanConfig, tensors: Mapping[str, TensorInfo]) -> None:
         """Name two kinds of attention that would otherwise show as wrong shapes: grouped queries, norms per head.

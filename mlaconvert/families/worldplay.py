@@ -64,6 +64,7 @@ _REFINING = {
                             "adaLN_modulation.1")
 }  # fmt: skip
 _OUTSIDE_BACK, _INSIDE_BACK = ({ours: theirs for theirs, ours in table.items()} for table in (_OUTSIDE, _INSIDE))
+_UNREAD = ("guidance_in.", "time_r_in.", "vector_in.", "single_blocks.")
 # Settings of their class that change what is computed: the one that is published, and converted.
 _ONLY = {"qk_norm": True, "qk_norm_type": "rms", "qkv_bias": True, "text_projection": "single_refiner"}
 _ONLY |= {"mlp_act_type": "gelu_tanh"}
@@ -72,7 +73,7 @@ _ONLY |= {"mlp_act_type": "gelu_tanh"}
 class WorldPlayFamily:
     """See `mlaconvert.families.protocol.Family`."""
 
-    name, title, carries = "hy-worldplay", "HY-WorldPlay", False
+    name, title = "hy-worldplay", "HY-WorldPlay"
     layouts: tuple[Layout, ...] = ("native",)
     relative: str | None = "HunyuanVideo"
 
@@ -148,6 +149,10 @@ class WorldPlayFamily:
         mla = MLAConfig.from_json(raw["mla"], _WHERE) if raw.get("mla") is not None else None
         return replace(config, mla=mla)
 
+    def carries(self, name: str) -> bool:
+        """What its class can have, and its autoregressive pass never reads."""
+        return name.startswith(_UNREAD)
+
     def check_attention(self, config: WanConfig, tensors: Mapping[str, TensorInfo]) -> None:
         """Nothing shows otherwise than by its shape."""
 
@@ -197,9 +202,8 @@ def _shape_fields(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
     def shape(name: str, ndim: int) -> tuple[int, ...]:
         found = tensors[name].shape if name in tensors else None
         if found is None or len(found) != ndim or min(found) < 1:
-            raise UnsupportedModelError(
-                f"tensor {_their_name(name)!r} is {'missing' if found is None else list(found)}; expected {ndim} dimensions"
-            )
+            what = "missing" if found is None else list(found)
+            raise UnsupportedModelError(f"tensor {_their_name(name)!r} is {what}; expected {ndim} dimensions")
         return found
 
     dim, in_dim, *patch = shape("patch_embedding.weight", 5)

@@ -104,11 +104,10 @@ def load_camera_model(
     model = load_camera_model("worldplay-mla", device="cuda", dtype=torch.bfloat16)
     text = model.read(states)  # a prompt's, which every pass sees; `mlaconvert.model.camera` says the rest
 
-    Raises what `open_checkpoint` raises, UnsupportedModelError for a model of another kind or with passengers, and
-    CheckpointError for a NaN.
+    Raises what `open_checkpoint` raises, UnsupportedModelError for a model of another kind, and CheckpointError for a
+    NaN.
     """
     with opened(source) as checkpoint:
-        checkpoint.check_known()
         if not isinstance(checkpoint.config, CameraConfig):
             raise UnsupportedModelError(f"{checkpoint.store.path}: it is given no cameras; load it with load_model")
         with torch.device("meta"):
@@ -123,6 +122,8 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None, d
     dtype = dtype or reduce(torch.promote_types, {checkpoint.info(name).dtype for name in checkpoint.names})
     state = {}
     for name in checkpoint.names:
+        if name in checkpoint.passengers.names:
+            continue  # of a model that runs here, nothing reads them
         tensor = checkpoint.read(name)
         check_finite(tensor, checkpoint.info(name).name, checkpoint.store.path)
         state[name] = tensor.to(device, dtype)

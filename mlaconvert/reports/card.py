@@ -268,7 +268,7 @@ def _making(model: CardModel) -> str:
 
 def _usage(facts: CardFacts) -> str:
     model = facts.models[0]
-    if model.passengers:
+    if model.passengers and not isinstance(model.config, CameraConfig):
         return (
             f"It runs in its own code, which knows all of it ({model.passengers}), with mlaconvert {__version__} or "
             f"later beside it: load the dense model there, then\n\n```python\nfrom mlaconvert import swap_attention\n\n"

@@ -20,6 +20,7 @@ from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.run import convert
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, UnsupportedModelError
 from mlaconvert.families.lora import LoraFile
+from mlaconvert.families.merged import remarks
 from mlaconvert.families.open import family_of, open_checkpoint
 from mlaconvert.families.source import Source
 from mlaconvert.families.worldplay import WorldPlayFamily
@@ -116,6 +117,18 @@ def test_loras_of_its_modules_are_merged(tmp_path: Path) -> None:
         assert torch.equal(merged.read("patch_embedding.weight"), dense["img_in.proj.weight"])
 
 
+def test_what_only_another_pass_reads_is_carried_along(tmp_path: Path) -> None:
+    """Guidance, and the second time of a model that was distilled: as files that are made of others may hold them."""
+    more = {"guidance_in.mlp.0.weight": torch.ones(48, 256), "time_r_in.mlp.2.bias": torch.ones(48)}
+    folder = spoil(make_worldplay(tmp_path), lambda s: s.update(more))
+    convert(folder, tmp_path / "out", ConvertRecipe(init="svd", kv_rank=5), verify=True)
+    made = load_file(tmp_path / "out" / WEIGHTS_NAME)
+    assert all(torch.equal(made[name], tensor) for name, tensor in more.items())
+    with open_checkpoint(tmp_path / "out") as checkpoint:
+        assert remarks(checkpoint) == ["2 tensors beyond HY-WorldPlay's, of guidance_in and time_r_in: carried along"]
+        load_camera_model(checkpoint)
+
+
 def test_hunyuanvideo_has_no_cache(tmp_path: Path) -> None:
     """The same class without cameras and actions."""
     folder = spoil(make_worldplay(tmp_path), lambda s: [s.pop(n) for n in list(s) if "prope" in n or "action" in n])
@@ -145,9 +158,9 @@ REFUSED: dict[str, tuple[Callable[[State], Any], Callable[[dict[str, Any]], Any]
         lambda s: s.update({"double_blocks.0.img_attn_gate.weight": torch.ones(3)}), keep, UnsupportedModelError,
         "1 tensors are not part of a HY-WorldPlay model: double_blocks.0.img_attn_gate.weight",
     ),
-    "guidance": (
-        lambda s: s.update({"guidance_in.mlp.0.weight": torch.ones(48, 256)}), keep, UnsupportedModelError,
-        "1 tensors beyond HY-WorldPlay's, of guidance_in; converted, such a model would run neither here nor",
+    "more than its class has": (
+        lambda s: s.update({"pose_in.weight": torch.ones(48, 256)}), keep, UnsupportedModelError,
+        "1 tensors beyond HY-WorldPlay's, of pose_in; converted, such a model would run neither here nor",
     ),
     "no final layer": (
         lambda s: [s.pop(n) for n in list(s) if n.startswith("final_layer")], keep, UnsupportedModelError,
