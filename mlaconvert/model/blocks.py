@@ -149,4 +149,5 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def gated(x: Tensor, gate: Tensor) -> Tensor:
+    """x * gate with [B, N, D] and per-frame [B, F or 1, D]."""
     return (x.unflatten(1, (gate.shape[1], -1)) * gate.unsqueeze(2)).flatten(1, 2)
