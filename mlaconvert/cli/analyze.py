@@ -119,7 +119,7 @@ def analyze(
             raise ConfigError(
                 f"{model.store.path} is converted already, and its own cache is shown; leave the bytes out"
             )
-        wanted = dataclasses.replace(recipe, init="svd") if geometry.only and not calibrated else recipe
+        wanted = dataclasses.replace(recipe, init="svd") if geometry.fixed_settings and not calibrated else recipe
         return plan_memory(
             geometry,
             geometry.mla or mla_config(resolve_recipe(wanted, geometry), geometry),

@@ -72,13 +72,13 @@ class CameraConfig(WanConfig):
         return time // 2, height // 2, width // 2
 
     @property
-    def only(self) -> dict[str, Any]:
+    def fixed_settings(self) -> dict[str, Any]:
         """Heads that turn in two ways keep their width; what is made of latents is the past alone."""
         return {"rope": "head", "key_norm": "token", "present": "exact", "q_rank": "none", "v_dim": self.head_dim}
 
     @property
     def past_timestep(self) -> float:
-        """The past is cached as it looks at the end of the noise that it was trained with."""
+        """That of past frames, clean ones but for what keeps a rollout stable: level 15 of 1000 in its pipeline."""
         return 14.0
 
     @property

@@ -109,7 +109,7 @@ class WanConfig:
         return None if self.fps is None else int(self.fps != 16)
 
     @property
-    def only(self) -> dict[str, Any]:
+    def fixed_settings(self) -> dict[str, Any]:
         """Settings of a recipe that have only one value for such a model; none of Wan's."""
         return {}
 

@@ -121,7 +121,7 @@ def resolve_recipe(recipe: ConvertRecipe, config: WanConfig) -> ConvertRecipe:
     Raises ConfigError for a width larger than the layer, a layer that does not exist, or a video that patches and
     VAE cannot split. Scores and values may not be wider than a head, so that attention never costs more than dense.
     """
-    recipe = _with_only(recipe, config)
+    recipe = _with_fixed(recipe, config)
     video, head_dim = default_video(config), config.head_dim
     changes: dict[str, Any] = {
         "layers": _format_layers(
@@ -196,9 +196,9 @@ def resolve_recipe(recipe: ConvertRecipe, config: WanConfig) -> ConvertRecipe:
     return resolved
 
 
-def _with_only(recipe: ConvertRecipe, config: WanConfig) -> ConvertRecipe:
+def _with_fixed(recipe: ConvertRecipe, config: WanConfig) -> ConvertRecipe:
     """`recipe` with the settings that have only one value for the model. Raises ConfigError for another one."""
-    if not config.only:
+    if not config.fixed_settings:
         return recipe
     if recipe.init not in ("svd", "random"):
         raise ConfigError(
@@ -207,12 +207,12 @@ def _with_only(recipe: ConvertRecipe, config: WanConfig) -> ConvertRecipe:
         )
     if recipe.bidirectional:
         raise ConfigError("bidirectional: of this model only what is past is made of latents; leave it out")
-    for name, value in config.only.items():
+    for name, value in config.fixed_settings.items():
         if getattr(recipe, name) not in (None, value):
             raise ConfigError(
                 f"{name} is {getattr(recipe, name)!r}, and where keys turn by cameras too it is {value!r}; leave it out"
             )
-    return dataclasses.replace(recipe, **config.only)
+    return dataclasses.replace(recipe, **config.fixed_settings)
 
 
 def _format_layers(layers: Sequence[int]) -> str:

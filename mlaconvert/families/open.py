@@ -54,7 +54,7 @@ _REFUSED = (
 
 def family_of(config: WanConfig) -> Family:
     """The family that a model of this geometry is of; a family with a geometry of its own is told by its class."""
-    return _FAMILIES[isinstance(config, CameraConfig)]
+    return _FAMILIES[1 if isinstance(config, CameraConfig) else 0]
 
 
 def open_checkpoint(source: AnySource) -> Checkpoint:

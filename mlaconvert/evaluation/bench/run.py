@@ -36,7 +36,7 @@ def bench(setting: BenchSetting, progress: Progress = silent) -> BenchReport:
     dtype = setting.dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     configs = side_configs(setting)
     dense = configs["dense"]
-    if dense.only:
+    if dense.fixed_settings:
         raise ConfigError("a geometry with cameras is not measured; take one of its size by name, such as 1.3b")
     if dense.in_dim != dense.out_dim:
         raise ConfigError("an image-to-video geometry is not measured; take the text-to-video one of its size")
