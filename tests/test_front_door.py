@@ -19,7 +19,7 @@ OFFERED = [name for name in mlaconvert.__all__ if name != "__version__"]
 
 def test_what_is_offered() -> None:
     commands = {"analyze", "collect", "convert", "heal", "generate", "evaluate", "push"}
-    models = {"open_checkpoint", "load_model", "rollout", "Sampler", "LatentCache", "LatentSize"}
+    models = {"open_checkpoint", "load_model", "load_camera_model", "rollout", "Sampler", "LatentCache", "LatentSize"}
     settings = {"ConvertRecipe", "HealRecipe", "Generation", "Source", "Output", "Listener"}
     assert commands | models | settings == set(OFFERED)
     assert set(OFFERED) <= set(dir(mlaconvert))

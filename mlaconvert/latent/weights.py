@@ -30,6 +30,10 @@ class AttentionWeights:
     norm_k: Tensor  # [D], or [d]
     camera_o: Tensor | None = None  # [D, D]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are, by their name here."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
     @property
     def norms(self) -> int:
         """How many norms a token's keys have: one, or one a head."""
@@ -47,9 +51,7 @@ class AttentionWeights:
 
     def double(self) -> AttentionWeights:
         """The same in float64 on the CPU."""
-        return AttentionWeights(
-            **{k: v.detach().to("cpu", torch.float64) for k, v in vars(self).items() if v is not None}
-        )
+        return AttentionWeights(**{k: v.detach().to("cpu", torch.float64) for k, v in self.tensors().items()})
 
 
 def float64_rows(weight: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor]]:

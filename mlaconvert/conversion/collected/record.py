@@ -199,7 +199,7 @@ class Collected:
             )
         dtype = getattr(torch, record.weights_dtype)
         for layer in layers:
-            if digest(vars(checkpoint.attention(layer)), dtype) != record.weights[layer]:
+            if digest(checkpoint.attention(layer).tensors(), dtype) != record.weights[layer]:
                 raise InputError(
                     f"{self.folder} was collected with other weights than {checkpoint.store.path} has (layer {layer}); "
                     "give the checkpoint that ran, with the LoRA that was merged into it, or collect again"

@@ -93,7 +93,7 @@ def collect(
         "num_heads": first.heads,
         "num_layers": len(modules),
         "weights_dtype": str(first.dtype).removeprefix("torch."),
-        "weights": tuple(digest(vars(one.weights), first.dtype) for one in modules),
+        "weights": tuple(digest(one.weights.tensors(), first.dtype) for one in modules),
         "streaming": streaming,
         "wanted": windows,
     }
