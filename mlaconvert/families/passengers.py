@@ -59,7 +59,7 @@ class Passengers:
 
     `names` are tensors that are carried along: unknown ones, by their unwrapped name in the file, and known ones of
     another shape, by their canonical name. `parts` says what they are of. `missing` are a Wan transformer's tensors
-    that the model is built without, by canonical name. `whose` are the model's own tensors.
+    that the model is built without, by canonical name. `whose` says what the family's models are called.
     """
 
     whose: str = "Wan"

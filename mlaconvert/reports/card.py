@@ -188,7 +188,7 @@ def _geometry(model: CardModel) -> str:
             f"{spread(config.cached_bytes(2))} bytes, {spread(bits)} bits a channel; dense {2 * config.dense_scalars} "
             "bytes in bfloat16"
         )
-    norms = "one scalar" if config.norms_per_key == 1 else f"{config.norms_per_key} scalars"
+    norms = "one more scalar" if config.norms_per_key == 1 else f"{config.norms_per_key} more scalars"
     rows = [
         ("", ""),
         ("architecture", _inline(model.description)),
@@ -197,7 +197,7 @@ def _geometry(model: CardModel) -> str:
         ("rotary key", rotary[mla.rope] if mla else ""),
         ("cached for a token, a layer", cached),
         ("queries", "exact" if mla and mla.q_lora_rank is None else f"latent of {mla.q_lora_rank if mla else 0}"),
-        ("key norm", f"exact, {norms} more a token" if mla and mla.key_norm == "token" else "RMSNorm on the latent"),
+        ("key norm", f"exact, {norms} a token" if mla and mla.key_norm == "token" else "RMSNorm on the latent"),
         ("present", presents[mla.present] if mla else ""),
         ("sees time", sees),
     ]

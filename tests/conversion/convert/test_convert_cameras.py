@@ -199,7 +199,7 @@ def test_its_card_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     convert(make_worldplay(tmp_path), tmp_path / "out", ConvertRecipe(init="svd", kv_rank=9))
     code, out, err = invoke("push", tmp_path / "out", "me/worldplay", "--dry-run")
     assert code == 0, err
-    assert "exact, 3 scalars more a token" in out
+    assert "exact, 3 more scalars a token" in out
     assert "sees of the past what it is given with each chunk" in out
     python = out.partition("```python\n")[2].partition("```")[0]
     exec(compile(python.replace('"me/worldplay"', repr(str(tmp_path / "out"))), "card", "exec"), {})
