@@ -128,6 +128,7 @@ def analyze(
                 width=width or video.width,
                 window_frames=window_frames or (geometry.streaming or StreamingConfig()).window_frames,
                 batch=batch,
+                fps=video.fps,
                 vae_stride=(video.frame_stride, video.vae_stride, video.vae_stride),
             ),
             gpu_gb=gpu_gb,

@@ -87,6 +87,11 @@ class CameraConfig(WanConfig):
         return 16
 
     @property
+    def video_fps(self) -> int:
+        """Video frames a second, as its own code writes them."""
+        return 24
+
+    @property
     def norms_per_key(self) -> int:
         """Each head has one of its own."""
         return self.num_heads

@@ -124,6 +124,11 @@ class WanConfig:
         return 16 if self.has_high_compression_latents else 8
 
     @property
+    def video_fps(self) -> int:
+        """Video frames a second: what a model is told, else 24 of Wan2.2 5B, known by its VAE, and 16 of the others."""
+        return self.fps or (24 if self.has_high_compression_latents else 16)
+
+    @property
     def works_on_pixels(self) -> bool:
         """Whether its latents are RGB pixels, as the built-in model's are: there is no VAE."""
         return self.out_dim == 3
@@ -206,19 +211,23 @@ class WanConfig:
 
 
 class Video(NamedTuple):
-    """Height and width of a video in pixels, and the VAE's strides: video frames and pixels per latent one."""
+    """Height and width of a video in pixels, the VAE's strides (video frames and pixels per latent one), and its speed.
+
+    `fps` counts video frames a second.
+    """
 
     height: int
     width: int
     frame_stride: int
     vae_stride: int
+    fps: int
 
 
 def default_video(config: WanConfig) -> Video:
     """The video that a model is usually run at: 480 x 832, or the drawn clips of models that work on RGB pixels.
 
-    Strides are those of `vae_stride`.
+    Strides are those of `vae_stride`, `fps` that of `video_fps`.
     """
     if config.works_on_pixels:
-        return Video(24, 32, 1, 1)
-    return Video(480, 832, 4, config.vae_stride)
+        return Video(24, 32, 1, 1, config.video_fps)
+    return Video(480, 832, 4, config.vae_stride, config.video_fps)

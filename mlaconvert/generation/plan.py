@@ -22,7 +22,7 @@ from mlaconvert.families.causal import SETTINGS, assumption_line
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.files.store import read_tensors
 from mlaconvert.generation.marks import raw_bytes
-from mlaconvert.generation.request import FPS, MANY_STEP_GUIDANCE, MANY_STEPS, Generation
+from mlaconvert.generation.request import MANY_STEP_GUIDANCE, MANY_STEPS, Generation
 from mlaconvert.model.rollout import Images
 from mlaconvert.model.schedule import Sampler
 
@@ -120,7 +120,7 @@ def plan_generation(
     """
     video = default_video(config)
     pixels = config.works_on_pixels
-    fps = config.fps or (24 if config.has_high_compression_latents else FPS)  # Wan2.2 5B, known by its VAE
+    fps = video.fps
     if request.seconds is not None:
         frames = max(1, round(request.seconds * fps / video.frame_stride))
     else:

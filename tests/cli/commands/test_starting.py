@@ -17,6 +17,7 @@ import command_line
 import pytest
 import torch
 from command_line import COMMANDS, invoke, succeed
+from golden_relatives import make_worldplay
 from safetensors.torch import load_file
 
 import mlaconvert
@@ -173,6 +174,16 @@ def test_analyze_plans_a_cache_in_bytes(golden: Path) -> None:
     plan = json.loads(succeed("analyze", golden, "--bytes-per-token", 9, "--json").stdout)["memory"]
     assert plan["mla"]["bytes_per_token"] == 3 * 9
     assert plan["dense"]["bytes_per_token"] == 3 * 2 * 96 * 2
+
+
+def test_analyze_counts_a_minute_at_the_models_own_speed(golden: Path, tmp_path: Path) -> None:
+    """16 video frames a second of Wan2.1, 24 of a camera's world model: 240 and 360 latent frames a minute."""
+    plans = [
+        json.loads(succeed("analyze", source, "--json").stdout)["memory"]
+        for source in (golden, make_worldplay(tmp_path))
+    ]
+    assert [plan["fps"] for plan in plans] == [16, 24]
+    assert [plan["minute_frames"] for plan in plans] == [240, 360]
 
 
 def test_analyze_shows_spectra_and_memory(golden: Path, tmp_path: Path) -> None:

@@ -52,9 +52,9 @@ def test_default_videos() -> None:
     assert default_video(CONFIG)[:2] == (480, 832)
     assert default_video(CONFIG).vae_stride == 8
     wan22 = WanConfig(dim=60, num_heads=3, num_layers=1, ffn_dim=4, in_dim=48, out_dim=48)
-    assert default_video(wan22).vae_stride == 16
+    assert (default_video(wan22).vae_stride, default_video(wan22).fps, default_video(CONFIG).fps) == (16, 24, 16)
     pixels = WanConfig(dim=60, num_heads=3, num_layers=1, ffn_dim=4, in_dim=3, out_dim=3)
-    assert default_video(pixels) == (24, 32, 1, 1)
+    assert default_video(pixels) == (24, 32, 1, 1, 16)
 
 
 def test_open_models_opens_what_is_there(source: Path, pair: Path) -> None:
