@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mlaconvert.errors import CheckpointError
+from mlaconvert.files.contents import refuse_mistaken
 from mlaconvert.files.headers import TensorInfo, check_name
 from mlaconvert.files.inputs import file_size, reason_of
 
@@ -55,6 +56,7 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 def _check_head(path: Path) -> None:
     size = file_size(path)
+    refuse_mistaken(path, "gguf")
     try:
         with path.open("rb") as stream:
             head = stream.read(24)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mlaconvert.errors import CheckpointError
+from mlaconvert.files.contents import MAX_HEADER, refuse_mistaken
 from mlaconvert.files.inputs import file_size, parse_json, read_json, reason_of
 
 _DTYPES = {
@@ -35,7 +36,6 @@ if hasattr(torch, "float8_e8m0fnu"):  # from torch 2.7 on
     _DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MAX_HEADER = 100_000_000  # bytes of a .safetensors header, as the safetensors library has it
 _MAX_TENSORS = 100_000
 _MAX_DIMS = 8
 
@@ -69,14 +69,15 @@ def read_header(path: Path) -> list[TensorInfo]:
     Raises CheckpointError naming the file and the tensor.
     """
     size = file_size(path)
+    refuse_mistaken(path, "safetensors")
     try:
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > size - 8:
                 raise CheckpointError(f"{path}: truncated or not safetensors ({size} bytes); download it again")
-            if length > _MAX_HEADER:
+            if length > MAX_HEADER:
                 raise CheckpointError(
-                    f"{path}: its header has {length:,} bytes, expected at most {_MAX_HEADER:,}; download it again"
+                    f"{path}: its header has {length:,} bytes, expected at most {MAX_HEADER:,}; download it again"
                 )
             header = parse_json(stream.read(length).decode("utf-8"))
     except (OSError, ValueError) as error:

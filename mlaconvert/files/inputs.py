@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import yaml
 
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, OutputError
+from mlaconvert.files.contents import stand_in
 
 MAX_TEXT = 1 << 24  # bytes of a JSON or text file; conversion.json of the largest models has two million
 MAX_RECIPE = 1 << 17  # bytes of a YAML file; the parser is slow
@@ -125,6 +126,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = parse_json(text)
     except ValueError as failure:
+        if instead := stand_in(text[:256].encode()):
+            raise CheckpointError(f"{path}: {instead}") from None
         raise CheckpointError(f"{path}: it is not readable JSON ({reason_of(failure)}); mend it") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: it must hold a JSON object, not a {type(data).__name__}")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mlaconvert.errors import CheckpointError
+from mlaconvert.files.contents import refuse_mistaken
 from mlaconvert.files.headers import check_name
 from mlaconvert.files.inputs import file_size, reason_of
 
@@ -24,6 +25,7 @@ _MAX_ENTRIES = 200_000  # of all dictionaries of a pickle; one that is in it twi
 def load_pickle(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a pickle, nested dictionaries joined with "/". Nothing but tensors is ever unpickled."""
     size = file_size(path)
+    refuse_mistaken(path, "pickle")
     try:
         is_zip = zipfile.is_zipfile(path)  # older pickles cannot be mapped
         available = check_zip(path, size) if is_zip else size

@@ -57,7 +57,7 @@ BAD_SAFETENSORS = {
     "empty name": (safetensors_bytes({"": entry(0, 8)}, b"\0" * 8), "named ''"),
     "control character": (safetensors_bytes({"a\n": entry(0, 8)}, b"\0" * 8), "printable"),
     "lone surrogate": (safetensors_bytes(b'{"\\ud800": {}}'), "printable"),
-    "a web page": (b"<!DOCTYPE html><html>Sign in</html>", "truncated or not safetensors"),
+    "a web page": (b"<!DOCTYPE html><html>Sign in</html>", "an HTML or XML page, not the file itself; download"),
 }
 
 

@@ -143,7 +143,7 @@ def test_hub_errors_say_what_to_do(hub: Hub, tmp_path: Path) -> None:
         ("user/nobody", {}, "user/nobody: no such path here and no such model on the Hub; .*hf auth login"),
         ("user/lfs", {"revision": "v9"}, "user/lfs on the Hub has no revision 'v9'; check --revision"),
         ("user/gated", {}, "user/gated is gated: accept its terms"),
-        ("user/lfs", {}, f"{WEIGHTS_NAME}: truncated or not safetensors"),
+        ("user/lfs", {}, f"{WEIGHTS_NAME}: a Git LFS pointer"),
         ("user/--bad..name", {}, "neither a path here nor a Hub id"),
     ]
     for source, options, message in cases:

@@ -72,8 +72,8 @@ def long_header(fill: bytes) -> bytes:
 
 HEADERS: Cases = {
     "empty": (raw(b""), "truncated"),
-    "html": (raw(b"<!DOCTYPE html><html>Sign in</html>"), "truncated or not safetensors"),
-    "lfs pointer": (raw(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"), "truncated"),
+    "html": (raw(b"<!DOCTYPE html><html>Sign in</html>"), "an HTML or XML page, not the file itself"),
+    "lfs pointer": (raw(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"), "a Git LFS pointer"),
     "length 0": (raw(packed({}, b"", 0)), "header cannot be read"),
     "length 2**63": (raw(packed({}, b"", 1 << 63)), "truncated"),
     "length 2**64 - 1": (raw(packed({}, b"", (1 << 64) - 1)), "truncated"),
