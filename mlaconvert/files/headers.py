@@ -13,6 +13,7 @@ import torch
 from mlaconvert.errors import CheckpointError
 from mlaconvert.files.contents import MAX_HEADER, refuse_mistaken
 from mlaconvert.files.inputs import file_size, parse_json, read_json, reason_of
+from mlaconvert.files.names import is_pickle_index
 
 _DTYPES = {
     "F64": torch.float64,
@@ -51,14 +52,16 @@ class TensorInfo:
 
 
 def read_index(path: Path) -> dict[str, list[str]]:
-    """Shard file -> its tensors, from an index whose shards all lie in its own folder."""
+    """Shard file -> its tensors, from an index whose shards all lie in its own folder, and are what its name says."""
     placed: dict[str, list[str]] = {}
+    endings = ("bin",) if is_pickle_index(path.name) else ("safetensors", "sft")
+    shards = re.compile(rf"[^/\\\0]+\.({'|'.join(endings)})", re.IGNORECASE)
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: it has no weight_map; download the index again")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.(safetensors|sft)", shard, re.I):
-            raise CheckpointError(f"{path}: {name!r} points to {shard!r}, which is not a .safetensors file beside it")
+        if not isinstance(shard, str) or not shards.fullmatch(shard):
+            raise CheckpointError(f"{path}: {name!r} points to {shard!r}, which is not a .{endings[0]} file beside it")
         placed.setdefault(shard, []).append(name)
     return dict(sorted(placed.items()))
 

@@ -10,9 +10,10 @@ CONFIG_NAME = "config.json"
 CONVERSION_NAME, HEALING_NAME = "conversion.json", "healing.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
+PICKLE_INDEX_SUFFIX = ".bin.index.json"
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")  # of any case, as the pickles'
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
-_INDEX = re.compile(r"\.safetensors\.index(\.[\w-]+)?\.json$")
+_INDEX = re.compile(r"\.(safetensors|bin)\.index(\.[\w-]+)?\.json$")
 EXPERT_FOLDERS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
 
 README_NAME = "README.md"
@@ -44,6 +45,12 @@ def is_gguf(name: str) -> bool:
 def is_index(name: str) -> bool:
     """Whether it is the name of an index of shards, of a variant (`...index.fp16.json`) too."""
     return _INDEX.search(name) is not None
+
+
+def is_pickle_index(name: str) -> bool:
+    """Whether it is the name of an index whose shards are PyTorch's (.bin)."""
+    found = _INDEX.search(name)
+    return found is not None and found[1] == "bin"
 
 
 def is_hidden(name: str) -> bool:

@@ -13,6 +13,7 @@ from mlaconvert.files.inputs import file_size
 from mlaconvert.files.names import (
     EXPERT_FOLDERS,
     INDEX_SUFFIX,
+    PICKLE_INDEX_SUFFIX,
     PICKLE_SUFFIXES,
     SAFETENSORS_SUFFIXES,
     WEIGHTS_NAME,
@@ -20,11 +21,12 @@ from mlaconvert.files.names import (
     is_hidden,
     is_index,
     is_pickle,
+    is_pickle_index,
     is_safetensors,
 )
 from mlaconvert.files.shipped import TINY
 
-SHARD = re.compile(r"-\d{5}-of-\d{5}(\.[\w-]+)?\.(safetensors|sft)$", re.IGNORECASE)
+SHARD = re.compile(r"-\d{5}-of-(?!00001)\d{5}(\.[\w-]+)?\.(safetensors|sft|bin)$", re.IGNORECASE)
 NON_BLOCK = "non_block.safetensors"  # LightX2V's, beside a file for each block
 _BLOCK_FILE = re.compile(r"block_\d+\.safetensors")
 _DEEPSPEED = re.compile(r"zero_pp_rank_\d+|mp_rank_\d+_model_states")
@@ -126,7 +128,7 @@ def select(names: Sequence[str], where: str) -> str:
         raise CheckpointError(f"{where}: it holds two experts; give --subfolder {pair[0]} or --subfolder {pair[1]}")
     found = _select_here([n for n in names if "/" not in n], where)
     if found is None or not (
-        is_safetensors(found) or is_index(found)
+        is_safetensors(found) or (is_index(found) and not is_pickle_index(found))
     ):  # another kind comes after the folder that is named for it
         inner = [n.removeprefix("transformer/") for n in names if n.startswith("transformer/")]
         if any(is_weights(n) for n in inner):
@@ -155,15 +157,18 @@ def _select_here(here: Sequence[str], where: str) -> str | None:
     adapters = [n for n in weights if "lora" in n.lower()]
     models = [n for n in models if n not in adapters] or adapters
     indexes = [n for n in here if is_index(n) and not _OTHER_WEIGHTS.search(n)]
+    pickled = [n for n in indexes if is_pickle_index(n)]
+    indexes = [n for n in indexes if n not in pickled]
     whole = [n for n in models if is_safetensors(n) and not SHARD.search(n)]
     if NON_BLOCK in whole and not indexes:
         whole = [n for n in whole if not _BLOCK_FILE.fullmatch(n)]
-    for found in (indexes, whole):
+    for found in (indexes, whole, pickled):
         standard = [n for n in found if n in (WEIGHTS_NAME, f"{WEIGHTS_NAME}.index.json")]
         if standard or found:
             return _only(standard or found, where)
-    if any(SHARD.search(n) for n in models):
-        raise CheckpointError(f"{where}: it holds shards but no *{INDEX_SUFFIX}; download the index too")
+    if shards := [n for n in models if SHARD.search(n)]:
+        lost = INDEX_SUFFIX if any(map(is_safetensors, shards)) else PICKLE_INDEX_SUFFIX
+        raise CheckpointError(f"{where}: it holds shards but no *{lost}; download the index too")
     pickles = [n for n in models if is_pickle(n)]
     if any(_DEEPSPEED.search(n) for n in pickles):
         raise CheckpointError(

@@ -105,8 +105,9 @@ class TensorStore:
             return infos
         if is_gguf(file.name):
             return self._scan_gguf(file)
-        self._pickled = load_pickle(file)
-        return [TensorInfo(name, tuple(t.shape), t.dtype, t.nbytes) for name, t in self._pickled.items()]
+        found = load_pickle(file)
+        self._pickled |= found
+        return [TensorInfo(name, tuple(t.shape), t.dtype, t.nbytes) for name, t in found.items()]
 
     def _scan_gguf(self, file: Path) -> list[TensorInfo]:
         infos, kinds = [], set()

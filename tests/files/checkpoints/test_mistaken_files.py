@@ -22,7 +22,7 @@ PAGES = {
     "a page": b"<!DOCTYPE html>\n<html><body>Sign in</body></html>",
     "a page after blank lines": b"\n\n  <HTML>\n<head><title>404</title></head>",
     "a page with a byte order mark": b"\xef\xbb\xbf<!doctype HTML><p>x",
-    "what a store of objects answers": b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>AccessDenied</Code></Error>',
+    "a store of objects": b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>AccessDenied</Code></Error>',
 }
 
 
