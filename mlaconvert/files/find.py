@@ -21,8 +21,8 @@ from mlaconvert.files.select import (
     list_folder,
     local_path,
     offer_experts,
+    refuse_cache,
     select,
-    snapshot,
 )
 from mlaconvert.files.store import TensorStore
 
@@ -41,11 +41,13 @@ def open_store(
     if path is None:
         path, commit = download(str(source), revision, subfolder)
     elif path.is_dir():
-        path = snapshot(path)
         root = path / checked_subfolder(subfolder) if subfolder else path
         if not is_folder(root):
             raise CheckpointError(f"{path}: it has no folder {subfolder!r}{offer_experts(path)}")
-        path = root / select(list_folder(root), str(root))
+        names = list_folder(root)
+        if not any(is_weights(name) or is_index(name) for name in names):
+            refuse_cache(root)
+        path = root / select(names, str(root))
         if path.is_symlink() and not path.exists():
             lost = "shards but no index" if is_index(path.name) else "no weights"
             raise CheckpointError(
@@ -88,7 +90,7 @@ def experts(source: str | os.PathLike[str], revision: str | None = None) -> tupl
     """The two subfolders of a Wan2.2 A14B source (high noise first), or () for any other source."""
     path = local_path(source, revision)
     if path is not None:
-        return find_experts(list_folder(snapshot(path))) if path.is_dir() else ()
+        return find_experts(list_folder(path)) if path.is_dir() else ()
     repo, inside = split_hub_id(str(source))
     prefix = f"{inside}/" if inside else ""
     return find_experts([n[len(prefix) :] for n in list_repo(repo, revision) if n.startswith(prefix)])

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 from mlaconvert.errors import CheckpointError, is_plain
-from mlaconvert.files.inputs import file_size
+from mlaconvert.files.inputs import file_size, is_file, is_folder
 from mlaconvert.files.names import (
     EXPERT_FOLDERS,
     INDEX_SUFFIX,
@@ -44,7 +44,10 @@ _REVISION = re.compile(r"(?!.*\.\.)[^\s/\\?#-][^\s\\?#]*")
 
 
 def local_path(source: str | os.PathLike[str], revision: str | None) -> Path | None:
-    """The local path that `source` means, or None when it can only be a Hub id."""
+    """The local path that `source` means, or None when it can only be a Hub id.
+
+    The Hub client's own folder for a repository means the files of `revision`, or of its main branch.
+    """
     text = str(source)
     if not text.strip() or not is_plain(text):
         raise CheckpointError(f"{text!r} is not a path: names must be plain UTF-8 text; rename it")
@@ -56,12 +59,14 @@ def local_path(source: str | os.PathLike[str], revision: str | None) -> Path | N
     if not found and text == "tiny":
         path, found = TINY, True
     if found:
-        if revision is not None:
-            raise CheckpointError(f"{path} is on this disk, which has no revision {revision!r}; leave --revision out")
         if not path.is_dir():
             file_size(path)
         if not is_plain(path.resolve().name):
             raise CheckpointError(f"{path.resolve()}: names must be plain UTF-8 text; rename it")
+        if _is_cached(path):
+            return _snapshot(path, revision)
+        if revision is not None:
+            raise CheckpointError(f"{path} is on this disk, which has no revision {revision!r}; leave --revision out")
         return path
     if path.is_symlink():
         raise CheckpointError(f"{path}: it is a link that leads nowhere; mend it, or give another path")
@@ -85,20 +90,37 @@ def list_folder(folder: Path) -> list[str]:
         raise CheckpointError(f"{folder}: it cannot be listed ({error.strerror})") from None
 
 
-def snapshot(folder: Path) -> Path:
-    """The files of the Hub client's own folder for a repository (`models--user--repo`); another folder as it is.
+def refuse_cache(folder: Path) -> None:
+    """Raise CheckpointError for a folder that holds, of weights, only the Hub client's folders for repositories."""
+    inside = chain(folder.glob("models--*"), folder.glob("hub/models--*"))
+    found = sorted(path for path in inside if _is_cached(path))
+    if found:
+        raise CheckpointError(f"{folder}: the Hub's cache of {_shown(path.name for path in found)}; give {found[0]}")
 
-    Raises CheckpointError when there are several of the repository's commits and none is its main branch.
+
+def _is_cached(folder: Path) -> bool:
+    """Whether it is the Hub client's own folder for a repository (`models--user--repo`)."""
+    return is_folder(folder / "snapshots") and folder.resolve().name.startswith("models--")
+
+
+def _snapshot(folder: Path, revision: str | None) -> Path:
+    """The files of a commit that the Hub client's folder for a repository has; of its main branch without `revision`.
+
+    Raises CheckpointError when it has no such revision, or several commits and none is its main branch.
     """
     commits = folder / "snapshots"
-    if not folder.resolve().name.startswith("models--") or not commits.is_dir():
-        return folder
-    main = folder / "refs" / "main"
-    if main.is_file() and file_size(main) < 100:
-        named = commits / main.read_text("utf-8", "replace").strip()
-        if named.is_dir() and named.parent == commits:
-            return named
     found = sorted(path for path in commits.iterdir() if path.is_dir())
+    reference = folder / "refs" / (revision or "main")
+    named = revision
+    if (revision is None or _REVISION.fullmatch(revision)) and is_file(reference) and file_size(reference) < 100:
+        named = reference.read_text("utf-8", "replace").strip()
+    if (chosen := commits / (named or "-")) in found:
+        return chosen
+    if revision is not None:
+        raise CheckpointError(
+            f"{folder}: the Hub's folder of a repository, without revision {revision!r}; it has "
+            f"{_shown(path.name for path in found)}; give one of them, or leave --revision out"
+        )
     if len(found) != 1:
         raise CheckpointError(
             f"{folder}: the Hub's folder of a repository with {len(found)} commits in {commits}; give one of them"
@@ -191,8 +213,9 @@ def _select_below(names: Sequence[str], where: str) -> str:
         chosen = _select_here(files, f"{where}/{folder}") if any(map(is_weights, files)) else None
         found += [f"{folder}/{chosen}"] if chosen is not None else []
     if len(found) > 1:
-        shown = ", ".join(found[:4]) + (", ..." if len(found) > 4 else "")
-        raise CheckpointError(f"{where}: it holds several models in its folders ({shown}); name the one to read")
+        raise CheckpointError(
+            f"{where}: it holds several models in its folders ({_shown(found)}); name the one to read"
+        )
     if found:
         return found[0]
     if shards := next((n for n in names if n.endswith(".distcp")), None):
@@ -210,6 +233,11 @@ def _select_below(names: Sequence[str], where: str) -> str:
 
 def _only(names: Sequence[str], where: str) -> str:
     if len(names) > 1:
-        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-        raise CheckpointError(f"{where}: it holds several weight files ({shown}); name the one to read")
+        raise CheckpointError(f"{where}: it holds several weight files ({_shown(names)}); name the one to read")
     return names[0]
+
+
+def _shown(names: Iterable[str]) -> str:
+    """The first four of them."""
+    some = list(names)
+    return ", ".join(some[:4] or ["none"]) + (", ..." if len(some) > 4 else "")

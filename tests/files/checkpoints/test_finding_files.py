@@ -18,6 +18,7 @@ from mlaconvert.clips.folder import clip_files
 from mlaconvert.clips.videos import find_videos
 from mlaconvert.errors import CheckpointError
 from mlaconvert.files.find import experts
+from mlaconvert.files.hub_cache import fetch_files, list_files
 from mlaconvert.files.names import WEIGHTS_NAME
 from mlaconvert.files.select import select
 
@@ -151,6 +152,45 @@ def test_a_folder_of_the_hubs_cache(cache: Path) -> None:
     assert_state(read_all(cache))
     (cache / "refs" / "main").write_text("../../blobs")  # leads nowhere that counts
     assert_state(read_all(cache))
+
+
+def test_a_revision_of_the_hubs_cache(cache: Path, tmp_path: Path) -> None:
+    older = cache / "snapshots" / ("a" * 40) / "transformer"
+    (older / SHARDS[1]).unlink()
+    save_file({"b": STATE["b"] * 3}, older / SHARDS[1])
+    (cache / "refs" / "pr").mkdir()
+    (cache / "refs" / "pr" / "7").write_text("a" * 40 + "\n")
+    (cache / "refs" / "v9").write_text("../../blobs")
+    for revision, factor in (("a" * 40, 3), ("pr/7", 3), ("main", 1), ("b" * 40, 1), (None, 1)):
+        assert torch.equal(read_all(cache, revision=revision)["b"], STATE["b"] * factor)
+        assert torch.equal(read_all(cache, revision=revision, subfolder="transformer")["b"], STATE["b"] * factor)
+        names = list_files(cache, revision)
+        assert names == tuple(sorted(f"transformer/{name}" for name in (*SHARDS, INDEX)))
+        assert (fetch_files(cache, names, revision) / names[0]).is_file()
+        assert experts(cache, revision) == ()
+    for revision in ("aaaa", "v9", "../b", f"../snapshots/{'a' * 40}", "/etc", ".", "", "\0", "--x"):
+        with pytest.raises(
+            CheckpointError, match=rf"a repository, without revision .*; it has {'a' * 40}, {'b' * 40};"
+        ):
+            read_all(cache, revision=revision)
+    with pytest.raises(CheckpointError, match=r"is on this disk, which has no revision 'main'"):
+        read_all(tmp_path / "files", revision="main")
+
+
+def test_the_root_of_the_hubs_cache(tmp_path: Path) -> None:
+    root = tmp_path / "hub"
+    save_shards(root / "models--user--wan" / "snapshots" / ("a" * 40))
+    inside = root / "models--user--other"
+    (inside / "snapshots").mkdir(parents=True)
+    (root / "models--user--no").mkdir()
+    (root / "version.txt").write_text("1")
+    for folder in (root, root.parent):
+        with pytest.raises(CheckpointError) as caught:
+            read_all(folder)
+        says = f"{folder}: the Hub's cache of models--user--other, models--user--wan; give {inside}"
+        assert str(caught.value) == says
+    save_file(STATE, root / "wan.safetensors")  # a folder that the cache was put into
+    assert_state(read_all(root))
 
 
 @pytest.mark.parametrize("lost", [SHARDS[1], INDEX])
