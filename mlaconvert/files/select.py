@@ -32,12 +32,12 @@ _BLOCK_FILE = re.compile(r"block_\d+\.safetensors")
 _DEEPSPEED = re.compile(r"zero_pp_rank_\d+|mp_rank_\d+_model_states")
 # Published names of what lies beside a transformer: text encoders, CLIP, VAEs, and a training's other states.
 _OTHER_WEIGHTS = re.compile(
-    r"(?i)(^|[^a-z])(u?mt5|t5|clip|vae|text_?encoder|(light)?tae(w|hv|sd)?|optimizer|scheduler|training_args|rng_state|"
-    r"random_states)([^a-z]|$)"
+    r"(?i)(^|[^a-z])(u?mt5|(by)?t5|(sig)?clip|siglip|vae|text_?encoder|llava|llama|qwen[\d._-]*vl|(light)?tae(w|hv|hy|sd)?|"
+    r"optimizer|scheduler|training_args|rng_state|random_states)([^a-z]|$)"
 )
 _OTHER_FOLDERS = re.compile(
-    r"(?i)(^|/)(text_encoders?|tokenizers?|vae|clip(_vision)?|image_encoders?|loras?|google|xlm-roberta[^/]*|"
-    r"optimizers?)(/|$)"
+    r"(?i)(^|/)(text_encoders?(_\d)?|tokenizers?(_\d)?|vae|clip(_vision)?|(image|vision)_encoders?|loras?|google|"
+    r"xlm-roberta[^/]*|(latent_)?upscale_models|optimizers?)(/|$)"
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(/[^/\\]+)*/?")
 _REVISION = re.compile(r"(?!.*\.\.)[^\s/\\?#-][^\s\\?#]*")

@@ -72,6 +72,14 @@ def pickle(change: Callable[[State], Any]) -> Callable[[Path, State], Path]:
     return write
 
 
+def pickled_shards(folder: Path, state: State) -> Path:
+    places = {name: f"m-0000{1 + ('blocks.1' in name)}-of-00002.bin" for name in state}
+    for file in set(places.values()):
+        torch.save({name: tensor for name, tensor in state.items() if places[name] == file}, folder / file)
+    (folder / "m.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    return folder
+
+
 def plus(**shapes: tuple[int, ...]) -> Callable[[Path, State], Path]:
     return one(lambda s: s | {name.replace("__", "."): torch.ones(shape) for name, shape in shapes.items()})
 
@@ -198,6 +206,7 @@ MODELS: dict[str, tuple[Callable[[Path, State], Path], str]] = {
     "Wan2.1 and 2.2, diffusers": (
         lambda f, s: shards(f / "transformer", diffusers(s), variant=".fp16").parent, "",
     ),
+    "shards of PyTorch's (`.bin.index.json`)": (pickled_shards, ""),
     "Wan2.2 A14B": (experts, ""),
     "Self-Forcing, CausVid, LongLive `.pt`": (
         pickle(lambda s: {"critic": s, "generator": below("model.", {n: t + 1 for n, t in s.items()}),
@@ -280,6 +289,13 @@ MODELS: dict[str, tuple[Callable[[Path, State], Path], str]] = {
     WORLDPLAY: (one(worldplay), ""),
     "VideoMLA's own `model.pt`": (
         pickle(lambda s: {"generator_ema": below("model.", latent_of_another_code(s))}), "open an issue with the list",
+    ),
+    "a Git LFS pointer, an HTML page": (
+        lambda f, _: (f / "m.pt").write_text("version https://git-lfs.github.com/spec/v1\n") and f / "m.pt",
+        "a Git LFS pointer",
+    ),
+    "another kind under the name (safetensors as `.pt`, PyTorch as `.safetensors`)": (
+        lambda f, s: one(dict)(f, s).rename(f / "m.pt"), "a safetensors file by its contents; rename it",
     ),
     "NF4, int8 of bitsandbytes": (plus(blocks__0__ffn__0__weight__absmax=(3,)), "bitsandbytes"),
     "SVDQuant (Nunchaku)": (plus(blocks__0__ffn__0__wscales=(3,)), "SVDQuant"),

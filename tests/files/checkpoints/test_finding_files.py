@@ -60,6 +60,31 @@ REPOSITORIES: dict[str, tuple[list[str], str]] = {
         ],
         "Wan2_1-T2V-14B_bf16.safetensors",
     ),
+    "HunyuanVideo 1.5 in one folder": (
+        [
+            "hunyuanvideo1.5_720p_t2v_fp16.safetensors",
+            "byt5_small_glyphxl_fp16.safetensors",
+            "qwen_2.5_vl_7b_fp8_scaled.safetensors",
+            "Qwen2.5-VL-7B-Instruct.safetensors",
+            "sigclip_vision_patch14_384.safetensors",
+            "siglip-so400m.safetensors",
+            "llava_llama3_fp8_scaled.safetensors",
+            "hunyuanvideo15_vae_fp16.safetensors",
+            "lighttaehy1_5.safetensors",
+        ],
+        "hunyuanvideo1.5_720p_t2v_fp16.safetensors",
+    ),
+    "HunyuanVideo's folders": (
+        [
+            "split_files/diffusion_models/hunyuan.safetensors",
+            "split_files/latent_upscale_models/upsampler_720p.safetensors",
+            "text_encoder/model.safetensors",
+            "text_encoder_2/model.safetensors",
+            "vision_encoder/siglip/model.safetensors",
+        ],
+        "split_files/diffusion_models/hunyuan.safetensors",
+    ),
+    "names that only resemble others": (["wan_lip_sync_qwen.safetensors"], "wan_lip_sync_qwen.safetensors"),
     "a training's states": (
         ["model.pt", "optimizer.pt", "scheduler.pt", "training_args.bin", "rng_state.pth", "random_states_0.pkl"],
         "model.pt",
