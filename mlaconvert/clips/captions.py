@@ -40,21 +40,42 @@ def read_captions(path: Path) -> dict[str, str]:
         rows = _json_rows(path, text)
     found: dict[str, str] = {}
     for place, row in rows:
-        names = _named(row) if isinstance(row, Mapping) else {}
+        names = _named(row, f"{path}, {place}") if isinstance(row, Mapping) else {}
         file, caption = (row.get(names.get(column)) if names else None for column in _COLUMNS)
         if not isinstance(file, str) or not isinstance(caption, str) or not file:
             has = f"; it has {_shown(row)}" if isinstance(row, Mapping) and len(names) < len(_COLUMNS) else ""
             raise InputError(f"{path}, {place}: expected file and caption, both text{has}")
+        if not file.isascii() or not caption.isascii():
+            _refuse_halves(f"{path}, {place}", file + caption)
         if found.setdefault(file, caption) != caption:
             raise InputError(f"{path}, {place}: {file} has two captions; keep one")
     return {file.replace("\\", "/"): caption for file, caption in found.items()} | found
 
 
-def _named(names: Iterable[Any]) -> dict[str, str]:
-    """Ours of the two columns -> what a table calls it; without those that it has not."""
-    there = {name.strip().casefold(): name for name in names if isinstance(name, str)}
-    chosen = {ours: next((name for name in names if name in there), None) for ours, names in _COLUMNS.items()}
-    return {ours: there[name] for ours, name in chosen.items() if name is not None}
+def _named(names: Iterable[Any], where: str) -> dict[str, str]:
+    """Ours of the two columns -> what a table calls it; without those that it has not.
+
+    Raises InputError, beginning with `where`, when it has two of one name.
+    """
+    there: dict[str, list[str]] = {}
+    for name in names:
+        if isinstance(name, str):
+            there.setdefault(name.strip().casefold(), []).append(name)
+    chosen = {}
+    for ours, theirs in _COLUMNS.items():
+        if called := next((there[name] for name in theirs if name in there), None):
+            if len(called) > 1:
+                raise InputError(f"{where}: it has the column {called[0].strip()!r} twice; keep one")
+            chosen[ours] = called[0]
+    return chosen
+
+
+def _refuse_halves(where: str, text: str) -> None:
+    """Raise InputError for half of a character in a text, which JSON can spell and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: {text[error.start]!a} is half of a character; write the whole one") from None
 
 
 def _shown(names: Iterable[Any]) -> str:
@@ -68,7 +89,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             heads = {delimiter: _head(text, delimiter) for delimiter in _DELIMITERS}
         except csv.Error as error:
             raise _unreadable(path, 1, error) from None
-        delimiter = next((one for one, head in heads.items() if len(_named(head)) == len(_COLUMNS)), None)
+        delimiter = next((one for one, head in heads.items() if len(_named(head, str(path))) == len(_COLUMNS)), None)
         if delimiter is None:
             raise InputError(
                 f"{path}: its first line must name the columns file and caption; it has {_shown(heads[','])}"
@@ -133,4 +154,16 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             try:
                 yield f"line {number}", parse_json(line)
             except ValueError as error:
+                if _is_object(text):
+                    raise InputError(
+                        f"{path}: one JSON object over several lines; write each entry on a line of its own, or all "
+                        "in an array: [{...}, {...}]"
+                    ) from None
                 raise InputError(f"{path}, line {number}: not JSON ({reason_of(error)})") from None
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(parse_json(text), dict)
+    except ValueError:
+        return False

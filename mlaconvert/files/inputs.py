@@ -111,13 +111,21 @@ def read_text(path: Path, error: type[InputError] = InputError, *, limit: int = 
         raise error(f"{path}: it has {size:,} bytes, expected at most {limit:,}; check that it is the right file")
     try:
         data = path.read_bytes()
-        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        if _is_utf16(data[:64]):
             raise error(f"{path}: not UTF-8 text but UTF-16; save it as UTF-8 (in a spreadsheet: CSV UTF-8)")
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as failure:
         raise error(f"{path}: not UTF-8 text ({failure.reason} at byte {failure.start}); save it as UTF-8") from None
     except OSError as failure:
         raise error(f"{path}: it cannot be read ({reason_of(failure)})") from None
+
+
+def _is_utf16(head: bytes) -> bool:
+    """Whether a text that begins so is UTF-16: by its mark, or as one byte of two is mostly zero, the other never."""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return True
+    halves = (head[::2], head[1::2])
+    return len(head) > 3 and any(a.count(0) * 2 > len(a) and 0 not in b for a, b in (halves, halves[::-1]))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -352,7 +352,7 @@ CAPTIONS: dict[str, tuple[str, bytes]] = {
     "columns of Open-Sora, DiffSynth, musubi": ("c.csv", b"path,text\na.mp4,a cat\n"),
     "JSON lines, the Hub's `metadata.jsonl`": ("metadata.jsonl", b'{"file_name": "a.mp4", "text": "a cat"}\n'),
     "a JSON array": ("c.json", b'[{"file": "a.mp4", "caption": "a cat"}]'),
-    "UTF-16": ("c.csv", "file,caption\na.mp4,a cat\n".encode("utf-16")),
+    "UTF-16, with a byte order mark or without": ("c.csv", "file,caption\na.mp4,a cat\n".encode("utf-16-le")),
 }
 
 

@@ -30,6 +30,17 @@ def test_other_encodings_are_named(encoding: str, tmp_path: Path) -> None:
         read_text(tmp_path / "a")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_without_a_mark_is_named(encoding: str, tmp_path: Path) -> None:
+    for text in ("{}", "a cat on a red wall \u4e2d\u6587"):
+        (tmp_path / "a").write_bytes(text.encode(encoding))
+        with pytest.raises(InputError, match=r"not UTF-8 text but UTF-16; save it as UTF-8"):
+            read_text(tmp_path / "a")
+    for text in ("", "\0", "a\0", "\0\0\0\0", "a b\0c d", "\u4e2d\u6587\u4e2d"):
+        (tmp_path / "a").write_text(text, encoding="utf-8")
+        assert read_text(tmp_path / "a") == text
+
+
 def test_brackets_in_texts_are_no_lists() -> None:
     text = "[" * (MAX_PARTS + 1) + '\\"'
     assert parse_json(json.dumps({"a": text})) == {"a": text}

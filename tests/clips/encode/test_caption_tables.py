@@ -48,6 +48,8 @@ TABLES: dict[str, tuple[str, bytes, dict[str, str]]] = {
     "musubi": ("c.jsonl", row(video_path="a.mp4", caption=CAT, frames=3).encode(), EXPECTED),
     "a JSON array": ("c.json", json.dumps([{"file": "a.mp4", "caption": CAT}], indent=1).encode(), EXPECTED),
     "a JSON array in a line": ("c.jsonl", f"[{row(file='a.mp4', caption=CAT)}]".encode(), EXPECTED),
+    "both halves of a character": ("c.jsonl", b'{"file": "a", "caption": "\\ud83d\\ude00"}', {"a": "\U0001f600"}),
+    "a second column that is not read": ("c.csv", b"file,caption,note,note\na,x,1,2\n", {"a": "x"}),
     "JSON, long": ("c.jsonl", row(file="a.mp4", caption=LONG).encode(), {"a.mp4": LONG}),
 }
 
@@ -63,6 +65,39 @@ def test_tables(case: str, tmp_path: Path) -> None:
 
 BAD: dict[str, tuple[str, bytes, str]] = {
     "UTF-16": ("c.csv", "file,caption\na,b".encode("utf-16"), "c.csv: not UTF-8 text but UTF-16; save it as UTF-8"),
+    "UTF-16 without a mark": (
+        "c.csv",
+        "file,caption\na,b".encode("utf-16-le"),
+        "c.csv: not UTF-8 text but UTF-16; save",
+    ),
+    "the other UTF-16 without a mark": ("c.jsonl", row(file="a", caption="b").encode("utf-16-be"), "but UTF-16; save"),
+    "two columns of captions": (
+        "c.csv",
+        b"file,caption, Caption \na.mp4,x,y\n",
+        "c.csv: it has the column 'caption' twice",
+    ),
+    "two columns of files": (
+        "c.csv",
+        b"Video;prompt;video\na;x;b\n",
+        "c.csv: it has the column 'Video' twice; keep one",
+    ),
+    "two fields of captions": (
+        "c.jsonl",
+        b'{"file": "a", "text": "x", "Text": "y"}',
+        "line 1: it has the column 'text' twice",
+    ),
+    "an object over several lines": (
+        "c.json",
+        json.dumps({"file": "a.mp4", "caption": "x"}, indent=1).encode(),
+        r"c\.json: one JSON object over several lines; write each entry on a line of its own, or all in an array",
+    ),
+    "objects over several lines": ("c.jsonl", b'{\n"file": "a"\n}\n{\n"file": "b"\n}', "line 1: not JSON"),
+    "half of a character": (
+        "c.jsonl",
+        b'{"file": "a.mp4", "caption": "x"}\n{"file": "b.mp4", "caption": "a cat \\ud83d"}',
+        r"c\.jsonl, line 2: '\\ud83d' is half of a character; write the whole one",
+    ),
+    "half of a character in a name": ("c.json", b'[{"file": "\\udc00.mp4", "caption": "x"}]', "entry 1: .* half of a"),
     "Latin-1": ("c.csv", "file,caption\na,\u00e9".encode("latin-1"), "not UTF-8 text"),
     "other columns": (
         "c.csv",
