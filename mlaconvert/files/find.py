@@ -13,9 +13,11 @@ from mlaconvert.files.hub_cache import checked_subfolder, download, list_repo, s
 from mlaconvert.files.inputs import is_folder, read_json
 from mlaconvert.files.names import CONFIG_NAME, PICKLE_SUFFIXES, is_index
 from mlaconvert.files.select import (
+    DISTCP,
     NON_BLOCK,
     SHARD,
     block_files,
+    distributed,
     find_experts,
     is_weights,
     list_folder,
@@ -109,6 +111,8 @@ def _open_local(source: str, path: Path, revision: str | None) -> TensorStore:
                 store.close()
                 raise CheckpointError(f"{path}: it {kind} {min(names)!r}, against its shards; download the files again")
         return store
+    if path.name.endswith(DISTCP):
+        raise distributed(str(path.parent))
     if not is_weights(path.name):
         raise CheckpointError(f"{path}: not a weight file (.safetensors, {', '.join(PICKLE_SUFFIXES)}, .gguf)")
     if SHARD.search(path.name):

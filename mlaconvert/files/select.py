@@ -27,6 +27,7 @@ from mlaconvert.files.names import (
 from mlaconvert.files.shipped import TINY
 
 SHARD = re.compile(r"-\d{5}-of-(?!00001)\d{5}(\.[\w-]+)?\.(safetensors|sft|bin)$", re.IGNORECASE)
+DISTCP = ".distcp"  # the ending of torch.distributed's shards
 NON_BLOCK = "non_block.safetensors"  # LightX2V's, beside a file for each block
 _BLOCK_FILE = re.compile(r"block_\d+\.safetensors")
 _DEEPSPEED = re.compile(r"zero_pp_rank_\d+|mp_rank_\d+_model_states")
@@ -218,16 +219,20 @@ def _select_below(names: Sequence[str], where: str) -> str:
         )
     if found:
         return found[0]
-    if shards := next((n for n in names if n.endswith(".distcp")), None):
-        inside = f"{where}/{shards.rpartition('/')[0]}".rstrip("/")
-        raise CheckpointError(
-            f"{inside}: a sharded training state (.distcp); gather it with `python -m torch.distributed.checkpoint."
-            f"format_utils dcp_to_torch {inside} model.pt`, and give model.pt"
-        )
+    if shards := next((n for n in names if n.endswith(DISTCP)), None):
+        raise distributed(f"{where}/{shards.rpartition('/')[0]}".rstrip("/"))
     others = [n for n in names if is_weights(n)]
     there = f"; {', '.join(others[:3])} is no transformer by its name, and can be named" if others else ""
     raise CheckpointError(
         f"{where}: it holds no weights ({', '.join(SAFETENSORS_SUFFIXES[:1] + PICKLE_SUFFIXES)}, .gguf){there}"
+    )
+
+
+def distributed(folder: str) -> CheckpointError:
+    """What is said of a folder of torch.distributed's shards."""
+    return CheckpointError(
+        f"{folder}: a sharded training state ({DISTCP}); gather it with `python -m torch.distributed.checkpoint."
+        f"format_utils dcp_to_torch {folder} model.pt`, and give model.pt"
     )
 
 

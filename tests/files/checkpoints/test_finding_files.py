@@ -126,6 +126,13 @@ def test_what_is_there_instead(names: list[str], says: str) -> None:
         select(sorted(names), "here")
 
 
+def test_one_shard_of_torch_distributed_leads_to_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "__1_0.distcp").write_bytes(b"x")
+    for source in (tmp_path, tmp_path / "__1_0.distcp"):
+        with pytest.raises(CheckpointError, match=rf"{tmp_path}: a sharded .*dcp_to_torch {tmp_path} model\.pt`, and"):
+            read_all(source)
+
+
 @pytest.mark.parametrize("ending", [".sft", ".SAFETENSORS", ".Sft", ".PT", ".Ckpt"])
 def test_other_endings(ending: str, tmp_path: Path) -> None:
     file = tmp_path / f"wan{ending}"
