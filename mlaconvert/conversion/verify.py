@@ -108,7 +108,7 @@ def _attention_error(
     outputs = []
     for module, source in ((dense, checkpoint), (latent, converted)):
         outputs.append(_with_weights(module, source, prefix, x.device)(x, passes)[:, first:])
-    return float((outputs[1] - outputs[0]).norm() / outputs[0].norm())
+    return _relative_error(*outputs)
 
 
 @torch.no_grad()
@@ -140,7 +140,13 @@ def _camera_error(checkpoint: Checkpoint, converted: Checkpoint, plan: Conversio
         *_, cached = module(x[:, : last * size], before, keep=True)
         out, by_camera, _ = module(x[:, last * size :], newest, past=(cached, before))
         outputs.append(out + camera_o(by_camera))
-    return float((outputs[1] - outputs[0]).norm() / outputs[0].norm())
+    return _relative_error(*outputs)
+
+
+def _relative_error(expected: Tensor, found: Tensor) -> float:
+    """|found - expected| / |expected|, and 0 of what is the same: a layer may put out nothing at all."""
+    missed = (found - expected).norm()
+    return float(missed / expected.norm()) if missed != 0 else 0.0
 
 
 def _with_weights(module: nn.Module, source: Checkpoint, prefix: str, device: torch.device) -> nn.Module:

@@ -82,6 +82,19 @@ def test_errors_fall_with_the_latent(tmp_path: Path) -> None:
     assert min(drawn.models[0].verification.attention_errors.values()) > 2 * errors[1]
 
 
+def test_a_layer_that_puts_out_nothing_is_verified(tmp_path: Path) -> None:
+    source = make_worldplay(tmp_path)
+    state = load_file(source / WEIGHTS_NAME)
+    outputs = [name for name in state if name.startswith("double_blocks.1.img_attn_p")]
+    assert len(outputs) == 4  # weights and biases of both projections
+    save_file(state | {name: torch.zeros_like(state[name]) for name in outputs}, source / WEIGHTS_NAME)
+    verified = (
+        convert(source, tmp_path / "out", ConvertRecipe(init="svd", kv_rank=11), verify=True).models[0].verification
+    )
+    assert verified is not None
+    assert verified.attention_errors[1] == 0 < verified.attention_errors[0]
+
+
 def test_statistics_are_of_the_timestep_at_which_a_past_is_cached(tmp_path: Path) -> None:
     """Against the model's own modulation, while nothing is done."""
     model = load_camera_model(make_worldplay(tmp_path))

@@ -199,6 +199,20 @@ def test_verification_sees_one_flipped_bit(source: Path, converted: ConversionRe
     assert raised.value.exit_code == 1
 
 
+def test_a_layer_that_puts_out_nothing_is_verified(state: State, save_folder: SaveFolder, tmp_path: Path) -> None:
+    """Its output projection is zero, as where attention was switched off or training began."""
+    silent = {f"blocks.1.self_attn.o.{leaf}": torch.zeros_like(state[f"blocks.1.self_attn.o.{leaf}"])
+              for leaf in ("weight", "bias")}  # fmt: skip
+    source = save_folder(state | silent, NATIVE, "silent")
+    report = convert(source, tmp_path / "out", SVD, verify=True)
+    errors = check(source, report)
+    assert errors[1] == 0
+    assert min(errors[0], errors[2]) > 0
+    tamper(report.output, "blocks.1.self_attn.q_a_proj.weight", lambda t: t * float("nan"))
+    with pytest.raises(MLAConvertError, match="attention output of layer 1 is not finite"):
+        check(source, report)
+
+
 def test_verification_measures_attention(source: Path, converted: ConversionReport) -> None:
     """Doubling W_O and its bias doubles the output: an error of one, in that layer only."""
     for leaf in ("weight", "bias"):
