@@ -45,8 +45,7 @@ def read_captions(path: Path) -> dict[str, str]:
         if not isinstance(file, str) or not isinstance(caption, str) or not file:
             has = f"; it has {_shown(row)}" if isinstance(row, Mapping) and len(names) < len(_COLUMNS) else ""
             raise InputError(f"{path}, {place}: expected file and caption, both text{has}")
-        if not file.isascii() or not caption.isascii():
-            _refuse_halves(f"{path}, {place}", file + caption)
+        _refuse_halves(f"{path}, {place}", file + caption)
         if found.setdefault(file, caption) != caption:
             raise InputError(f"{path}, {place}: {file} has two captions; keep one")
     return {file.replace("\\", "/"): caption for file, caption in found.items()} | found

@@ -21,7 +21,10 @@ EMBEDDINGS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (lambda p: p.write_bytes(b""), "truncated"),
     "text": (lambda p: p.write_text("a cat"), "truncated"),
     "cut": (lambda p: os.truncate(p, 120), "promises|truncated"),
-    "a pickle": (lambda p: torch.save({"context": torch.zeros(1, 3, 10)}, p), "truncated|header"),
+    "a pickle": (
+        lambda p: torch.save({"context": torch.zeros(1, 3, 10)}, p),
+        r"a PyTorch file \(a pickle\) by its contents; rename it to input\.pt",
+    ),
     "other names": (lambda p: save_file({"prompt_embeds": torch.zeros(1, 3, 10)}, p), "expected context, null_context"),
     "no tensors": (lambda p: p.write_bytes(packed({})), "no tensors"),
     "other texts": (lambda p: save_file({"context": torch.zeros(1, 3, 9)}, p), "context is"),
