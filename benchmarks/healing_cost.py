@@ -16,7 +16,7 @@ from tables import put_between
 
 from mlaconvert.conversion.recipes import load_recipe, mla_config, resolve_recipe
 from mlaconvert.evaluation.bench.setting import GEOMETRIES
-from mlaconvert.families.open import family_of
+from mlaconvert.families.known import family_of
 from mlaconvert.healing.estimate import estimate
 from mlaconvert.healing.frames import views
 from mlaconvert.healing.recipe import load_heal_recipe

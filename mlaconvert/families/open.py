@@ -13,27 +13,21 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mlaconvert.config.camera import CameraConfig
-from mlaconvert.config.geometry import WanConfig
 from mlaconvert.errors import ConfigError, InputError, UnsupportedModelError
 from mlaconvert.families.causal import Timing, is_causal_class, read_timing
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.classes import with_frame_rates
+from mlaconvert.families.known import FAMILIES
 from mlaconvert.families.merged import merge_loras
 from mlaconvert.families.passengers import refuse_promises, some, sort_tensors
-from mlaconvert.families.protocol import Family
 from mlaconvert.families.source import AnySource, Source, as_source
 from mlaconvert.families.unknown import refuse_unknown_attention, refuse_unknown_blocks
-from mlaconvert.families.wan import WanFamily
-from mlaconvert.families.worldplay import WorldPlayFamily
 from mlaconvert.families.wrappers import STREAMING_KEYS, left_out, unwrap
 from mlaconvert.files.find import find_beside, open_store
 from mlaconvert.files.inputs import read_json, read_yaml
 from mlaconvert.files.names import EXPERT_FOLDERS
 from mlaconvert.files.quantised import decode
 from mlaconvert.files.store import TensorStore
-
-_FAMILIES: tuple[Family, ...] = (WanFamily(), WorldPlayFamily())
 
 # (what it is, class name in its config, a tensor name that gives it away, why it is refused).
 _REFUSED = (
@@ -50,11 +44,6 @@ _REFUSED = (
     ("a VAE", r"Autoencoder|VAE", r"(decoder|encoder)\.(conv_in|conv1|middle|mid_block)\.", "give the transformer's "
      "weights instead"),
 )  # fmt: skip
-
-
-def family_of(config: WanConfig) -> Family:
-    """The family that a model of this geometry is of; a family with a geometry of its own is told by its class."""
-    return _FAMILIES[1 if isinstance(config, CameraConfig) else 0]
 
 
 def open_checkpoint(source: AnySource) -> Checkpoint:
@@ -98,7 +87,7 @@ def _recognise(
     decode(store)
     key, cleaned = unwrap(store.tensors, state_key)
     beside = left_out(store.tensors, cleaned.values())
-    family = next((family for family in _FAMILIES if family.detect(raw, cleaned)), None)
+    family = next((family for family in FAMILIES if family.detect(raw, cleaned)), None)
     _refuse_known(raw or {}, cleaned, family.relative if family is not None else None)
     if family is None:
         refuse_unknown_blocks(store, cleaned, raw)

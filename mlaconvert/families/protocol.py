@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from mlaconvert.config.geometry import WanConfig
@@ -13,6 +15,18 @@ from mlaconvert.files.store import View
 Layout = Literal["native", "diffusers"]
 
 
+@dataclass(frozen=True)
+class Signs:
+    """By which names a transformer is found below any prefix: its patch embedding, and attention in its blocks."""
+
+    patches: str
+    attention: re.Pattern[str]
+
+    def below(self, prefix: str, names: Iterable[str]) -> bool:
+        """Whether one of `names` is of such attention below `prefix`."""
+        return any(name.startswith(prefix) and self.attention.match(name, len(prefix)) for name in names)
+
+
 class Family(Protocol):
     """A family of models with one canonical set of tensor names and one or more layouts of files."""
 
@@ -21,6 +35,8 @@ class Family(Protocol):
     """What its models are called in messages."""
     layouts: tuple[Layout, ...]
     """Those that its files come in."""
+    signs: Signs
+    """What its transformers are found by, whatever they are nested under."""
     relative: str | None
     """The model that is refused by name and has the same names and class; None without one."""
 

@@ -17,7 +17,7 @@ from mlaconvert.config.mla import MLAConfig
 from mlaconvert.config.parsing import parse
 from mlaconvert.errors import CheckpointError, UnsupportedModelError
 from mlaconvert.families.causal import Timing, read_timing
-from mlaconvert.families.protocol import Layout
+from mlaconvert.families.protocol import Layout, Signs
 from mlaconvert.families.wan_shapes import QUANTIZER, expected_shapes
 from mlaconvert.files.headers import TensorInfo
 from mlaconvert.files.store import View
@@ -88,12 +88,12 @@ class WanFamily:
 
     name, title = "wan", "Wan"
     layouts: tuple[Layout, ...] = ("native", "diffusers")
+    signs = Signs("patch_embedding.weight", re.compile(r"blocks\.0\.(self_attn|attn1)\."))
     relative: str | None = None
 
     def detect(self, raw_config: Mapping[str, Any] | None, names: Collection[str]) -> bool:
         """A patch embedding, and blocks with a self-attention in either layout's naming."""
-        attention = ("blocks.0.self_attn.", "blocks.0.attn1.")
-        return "patch_embedding.weight" in names and any(name.startswith(attention) for name in names)
+        return self.signs.patches in names and self.signs.below("", names)
 
     def layout(self, names: Collection[str]) -> Layout:
         """diffusers' when the blocks name their self-attention `attn1`."""

@@ -20,7 +20,7 @@ from mlaconvert.config.parsing import parse
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import CheckpointError, UnsupportedModelError
 from mlaconvert.families.causal import SETTINGS, Timing
-from mlaconvert.families.protocol import Layout
+from mlaconvert.families.protocol import Layout, Signs
 from mlaconvert.families.wan import LATENT_ATTENTION, rename
 from mlaconvert.families.worldplay_shapes import expected_shapes
 from mlaconvert.files.headers import TensorInfo
@@ -30,7 +30,7 @@ from mlaconvert.files.store import View
 ROLLOUT = StreamingConfig(chunk_frames=4, window_frames=24, sink_frames=0, positions="window")
 _ROPE = {128: (16, 56, 56)}  # of a head of that width, in the published models
 _WHERE = "config.json"
-_SIGN = "double_blocks.0.img_attn_prope_proj.weight"
+_CAMERAS = re.compile(r"double_blocks\.\d+\.img_attn_prope_proj\.")
 _ATTENTION = re.compile(r"double_blocks\.(\d+)\.img_attn[._](.+)")
 _REFINER = "txt_in.individual_token_refiner."
 
@@ -75,11 +75,12 @@ class WorldPlayFamily:
 
     name, title = "hy-worldplay", "HY-WorldPlay"
     layouts: tuple[Layout, ...] = ("native",)
+    signs = Signs("img_in.proj.weight", re.compile(r"double_blocks\.\d+\.img_attn"))
     relative: str | None = "HunyuanVideo"
 
     def detect(self, raw_config: Mapping[str, Any] | None, names: Collection[str]) -> bool:
         """HunyuanVideo 1.5's blocks, with the output of an attention that turns by cameras."""
-        return _SIGN in names
+        return any(map(_CAMERAS.match, names))
 
     def layout(self, names: Collection[str]) -> Layout:
         """There is only one."""

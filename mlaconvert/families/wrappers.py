@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 from mlaconvert.errors import CheckpointError
+from mlaconvert.families.known import FAMILIES
 
 STATE_KEYS = ("generator_ema", "generator", "model", "")  # in order of preference; "" is a bare state dict
 STREAMING_KEYS = ("generator_ema", "generator")
 _ANYWHERE = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 _LEADING = ("module.", "model.", "diffusion_model.")
-_PATCHES = "patch_embedding.weight"
 # What all-in-one files hold beside a transformer, by the first part of its names.
 _BESIDE = re.compile(
     r"(text_encoders?|vae|first_stage_model|cond_stage_model|conditioner|clip(_vision)?|image_encoder)\."
@@ -67,15 +67,16 @@ def left_out(names: Iterable[str], chosen: Iterable[str]) -> list[str]:
 
 
 def _transformers(names: Iterable[str]) -> dict[str, str]:
-    """Prefixes of names below which a Wan-like transformer lies -> what a user chooses it by."""
+    """Prefixes of names below which a transformer of a known family lies -> what a user chooses it by."""
     listed = list(names)
-    ends = {name[: -len(_PATCHES)] for name in listed if name.endswith(_PATCHES)}
-    found = [
-        prefix
-        for prefix in sorted(ends)
-        if (not prefix or prefix[-1] in "./")
-        and any(name.startswith((f"{prefix}blocks.0.self_attn.", f"{prefix}blocks.0.attn1.")) for name in listed)
-    ]
+    found = sorted(
+        {
+            prefix
+            for signs in (family.signs for family in FAMILIES)
+            for prefix in (name.removesuffix(signs.patches) for name in listed if name.endswith(signs.patches))
+            if (not prefix or prefix[-1] in "./") and signs.below(prefix, listed)
+        }
+    )
     short = {prefix: _label(prefix) for prefix in found}
     count = Counter(short.values())
     return {prefix: label if count[label] == 1 else prefix.rstrip("./") for prefix, label in short.items()}

@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 from mlaconvert.config.geometry import WanConfig
-from mlaconvert.families.open import family_of
+from mlaconvert.families.known import family_of
 from mlaconvert.healing.flops import Passes
 from mlaconvert.healing.frames import View
 from mlaconvert.healing.recipe import HealRecipe

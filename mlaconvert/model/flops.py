@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.streaming import StreamingConfig
-from mlaconvert.families.open import family_of
+from mlaconvert.families.known import family_of
 from mlaconvert.model.schedule import Sampler
 from mlaconvert.model.window import default_chunks, seen_frames
 

@@ -14,7 +14,7 @@ from mlaconvert.config.budget import default_budget
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import MLAConfig, MLALayer
 from mlaconvert.errors import ConfigError
-from mlaconvert.families.open import family_of
+from mlaconvert.families.known import family_of
 
 _GIB = 2**30
 

@@ -22,7 +22,7 @@ from mlaconvert.conversion.readme import CONVERTED, UNTRAINED
 from mlaconvert.evaluation import figures
 from mlaconvert.evaluation.lines import has_clean_past
 from mlaconvert.evaluation.verdict import judge
-from mlaconvert.families.open import family_of
+from mlaconvert.families.known import family_of
 from mlaconvert.files.origin import origin_of
 from mlaconvert.healing.readme import HEALED
 from mlaconvert.reports.evaluation_tables import PASTS

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families_cases import SaveFolder, State, to_diffusers
+from golden_relatives import make_worldplay
 from safetensors.torch import load_file, save_file
 
 from mlaconvert.conversion.recipe import ConvertRecipe
@@ -69,19 +70,27 @@ FILES: dict[str, tuple[Made, str | None, str | None, bool, str]] = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module", params=["wan", "hy-worldplay"])
+def model(request: pytest.FixtureRequest, golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of each family."""
+    return golden if request.param == "wan" else make_worldplay(tmp_path_factory.mktemp("found"))
+
+
 @pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize("case", FILES)
-def test_any_prefix(case: str, pickled: bool, golden: Path, golden_state: State, tmp_path: Path) -> None:
+def test_any_prefix(case: str, pickled: bool, model: Path, tmp_path: Path) -> None:
     make, chosen, key, streaming, beside = FILES[case]
-    other = {name: tensor + 1 for name, tensor in golden_state.items()}
+    state = load_file(model / WEIGHTS_NAME)
+    other = {name: tensor + 1 for name, tensor in state.items()}
     file = tmp_path / ("model.pt" if pickled else "model.safetensors")
-    (torch.save if pickled else save_file)(make(golden_state, other), file)
-    source = Source(file, state_key=chosen, config=golden / "config.json")
+    (torch.save if pickled else save_file)(make(state, other), file)
+    source = Source(file, state_key=chosen, config=model / "config.json")
     with open_checkpoint(source) as opened:
         assert opened.state_key == key
-        assert opened.config.few_step == streaming
-        assert set(opened.names) == set(golden_state)
-        assert all(torch.equal(opened.read(name), tensor) for name, tensor in golden_state.items())
+        assert opened.config.few_step == (streaming and opened.family.name == "wan")
+        theirs = {opened.family.source(name, "native"): name for name in opened.names}
+        assert set(theirs) == set(state)
+        assert all(torch.equal(opened.read(theirs[name]), tensor) for name, tensor in state.items())
         said = [line.removeprefix("left out, beside the transformer: ") for line in remarks(opened)]
         assert sorted(said[0].split(", ") if said else [""]) == sorted(beside.split(", "))
 
@@ -104,11 +113,11 @@ def test_nested_pickles(golden: Path, golden_state: State, tmp_path: Path) -> No
     ],
 )
 def test_several_are_offered(
-    prefixes: tuple[str, ...], state_key: str | None, says: str, golden_state: State, tmp_path: Path
+    prefixes: tuple[str, ...], state_key: str | None, says: str, model: Path, tmp_path: Path
 ) -> None:
     state: State = {}
     for prefix in prefixes:
-        state |= below(prefix, golden_state)
+        state |= below(prefix, load_file(model / WEIGHTS_NAME))
     save_file(state, tmp_path / "m.safetensors")
     with pytest.raises(CheckpointError, match=says):
         open_checkpoint(Source(tmp_path / "m.safetensors", state_key=state_key))

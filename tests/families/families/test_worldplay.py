@@ -19,9 +19,10 @@ from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.run import convert
 from mlaconvert.errors import CheckpointError, ConfigError, InputError, UnsupportedModelError
+from mlaconvert.families.known import family_of
 from mlaconvert.families.lora import LoraFile
 from mlaconvert.families.merged import remarks
-from mlaconvert.families.open import family_of, open_checkpoint
+from mlaconvert.families.open import open_checkpoint
 from mlaconvert.families.source import Source
 from mlaconvert.families.worldplay import WorldPlayFamily
 from mlaconvert.files.names import CONFIG_NAME, WEIGHTS_NAME
@@ -141,6 +142,10 @@ REFUSED: dict[str, tuple[Callable[[State], Any], Callable[[dict[str, Any]], Any]
     "a missing camera": (
         lambda s: s.pop("double_blocks.1.img_attn_prope_proj.bias"), keep, UnsupportedModelError,
         "img_attn_prope_proj.bias",
+    ),
+    "no first block": (
+        lambda s: [s.pop(n) for n in list(s) if n.startswith("double_blocks.0.")], keep, UnsupportedModelError,
+        "'double_blocks.0.img_attn_q_norm.weight' is missing",
     ),
     "no biases": (
         lambda s: [s.pop(n) for n in list(s) if "img_attn" in n and n.endswith("bias")], keep, UnsupportedModelError,
