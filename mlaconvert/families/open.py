@@ -32,8 +32,10 @@ from mlaconvert.files.store import TensorStore
 # (what it is, class name in its config, a tensor name that gives it away, why it is refused).
 _REFUSED = (
     ("a LoRA", r"$^", r"lora_(A|B|down|up)\b|lora\.(down|up)\.|[\w.]*\.(lokr|hada)_w", "merge it into its model first"),
-    ("HunyuanVideo", r"H(unyuan|Y)_?Video", r"double_blocks\.\d+\.img_attn_(qkv|q)\.|context_embedder\.token_refiner\.",
-     "text and video see each other at every timestep, so it has no cache that could be made smaller"),
+    ("HunyuanVideo", r"H(unyuan|Y)_?Video", r"double_blocks\.\d+\.img_attn_(qkv|q)\.|context_embedder\.token_refiner\.|"
+     r"txt_in\.individual_token_refiner\.", "its text and video see each other at every timestep, so it has no cache "
+     "that could be made smaller (minWM's causal models of it have one, and are not converted); "
+     "give HY-WorldPlay's autoregressive model"),
     ("LTX-Video", r"LTX", r"patchify_proj\.|time_embed\.emb\.timestep_embedder\.",
      "its rotary embedding spans all heads, so heads cannot share a rotary key"),
     ("CogVideoX", r"CogVideo", r"patch_embed\.text_proj\.|mixins\.patch_embed\.",
@@ -92,7 +94,8 @@ def _recognise(
     if family is None:
         refuse_unknown_blocks(store, cleaned, raw)
         raise UnsupportedModelError(
-            f"its family is not known; found {some(cleaned)}; expected a Wan transformer (patch_embedding.weight, ...)"
+            f"its family is not known; found {some(cleaned)}; expected a transformer of "
+            + " or ".join(f"{family.title} ({family.signs.patches}, ...)" for family in FAMILIES)
         )
     refuse_promises(str((raw or {}).get("model_type", "")), cleaned)
     layout = family.layout(cleaned)
@@ -114,10 +117,8 @@ def _recognise(
     parsed = replace(parsed, streaming=timing.streaming, few_step=timing.few_step)
     family.check_attention(parsed, tensors)
     passengers = sort_tensors(family, layout, family.expected_shapes(parsed), tensors, unknown, raw or {})
-    if not all(map(family.carries, (*passengers.names, *passengers.missing))):
-        raise UnsupportedModelError(
-            f"{passengers.describe()}; converted, such a model would run neither here nor in its own code"
-        )
+    if reason := family.reason_against(passengers.names, passengers.missing):
+        raise UnsupportedModelError(f"{passengers.describe()}; {reason}")
     return Checkpoint(
         store=store,
         family=family,
@@ -162,7 +163,10 @@ def _refuse_known(raw: Mapping[str, Any], names: Collection[str], relative: str 
         found = next((name for name in classes if re.search(class_name, name)), None)
         found = found or next((name for name in names if re.search(rf"(^|\.)({telltale})", name)), None)
         if found:
-            raise UnsupportedModelError(f"this is {what} (found {found!r}), expected a Wan transformer; {why}")
+            expected = " or ".join(family.title for family in FAMILIES)
+            raise UnsupportedModelError(
+                f"this is {what} (found {found!r}), expected a transformer of {expected}; {why}"
+            )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from mlaconvert.errors import UnsupportedModelError
 from mlaconvert.families.protocol import Family, Layout
 from mlaconvert.files.headers import FLOATS, TensorInfo
 
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_BLOCK = re.compile(r"^(?:double_)?blocks\.(\d+)\.")
 _ATTENTION = re.compile(r"blocks\.[^.]*\.(self_attn|attn1)([._]|$)")
 _CROSS_ATTENTION = re.compile(r"blocks\.\d+\.cross_attn\.")
 # Of attention that is not Wan's: (in a tensor's name, what it is).
@@ -23,7 +23,7 @@ _OTHER_ATTENTION = (
     (r"\.to_gate_compress\.", "a model with sparse attention and a gate (FastWan, VSA)"),
     (r"\.proj_l\.", "a model with sparse-linear attention (SLA, TurboDiffusion)"),
     (r"_mot_|\.mot\.", "a model whose attention is joint with a second set of blocks (Video-As-Prompt)"),
-    (r"prope\b", "a model whose attention also turns by cameras (PRoPE)"),
+    (r"prope(_|\b)", "a model whose attention also turns by cameras (PRoPE)"),
     (r"\.(self_attn|attn1)\.(add_[qkv]_proj|norm_added_[qk]|to_add_out)\.", "a model with joint attention to the text"),
     (r"\.(self_attn|attn1)\.(gate|to_gate)", "a model with gated attention"),
 )
@@ -59,13 +59,15 @@ class Passengers:
 
     `names` are tensors that are carried along: unknown ones, by their unwrapped name in the file, and known ones of
     another shape, by their canonical name. `parts` says what they are of. `missing` are a Wan transformer's tensors
-    that the model is built without, by canonical name. `whose` says what the family's models are called.
+    that the model is built without, by canonical name, and `lacking` says what those are of, as its files call it.
+    `whose` says what the family's models are called.
     """
 
     whose: str = "Wan"
     names: frozenset[str] = frozenset()
     parts: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.names or self.missing)
@@ -96,11 +98,11 @@ class Passengers:
 
     @property
     def _beyond(self) -> str:
-        return f"{len(self.names)} tensors beyond {self.whose}'s, of {' and '.join(self.parts)}"
+        return f"{_tensors(len(self.names))} beyond {self.whose}'s, of {' and '.join(self.parts)}"
 
     @property
     def _without(self) -> str:
-        return f"without {len(self.missing)} of {self.whose}'s own tensors, of {' and '.join(_modules(self.missing))}"
+        return f"without {len(self.missing)} of {self.whose}'s own tensors, of {' and '.join(self.lacking)}"
 
 
 def sort_tensors(
@@ -132,10 +134,13 @@ def sort_tensors(
         )
     if damaged := [name for name in missing if name not in absent]:
         theirs = some([family.source(name, "native") for name in damaged])
-        raise UnsupportedModelError(f"{len(damaged)} tensors of a {family.title} model are missing: {theirs}")
+        raise UnsupportedModelError(
+            f"{_tensors(len(damaged))} of a {family.title} model {_are(damaged)} missing: {theirs}"
+        )
     if inside := [name for name in unknown if _ATTENTION.match(name)]:
         raise UnsupportedModelError(
-            f"{differs}: {len(inside)} tensors of it are not part of a {family.title} model: {some(inside)}"
+            f"{differs}: {_tensors(len(inside))} of it {_are(inside)} not part of a {family.title} model: "
+            f"{some(inside)}"
         )
     beyond = [name for name in tensors if name not in expected]
     carried = {name for name in _throughout(beyond, blocks, expected) if not _has_part(name, stated)}
@@ -143,7 +148,9 @@ def sort_tensors(
     stray = [name for name in unknown if family.canonical(name, other) is not None]
     stray += [tensors[name].name for name in beyond if name not in carried]
     if stray:
-        raise UnsupportedModelError(f"{len(stray)} tensors are not part of a {family.title} model: {some(stray)}")
+        raise UnsupportedModelError(
+            f"{_tensors(len(stray))} {_are(stray)} not part of a {family.title} model: {some(stray)}"
+        )
     odd = [name for name, shape in expected.items() if name in tensors and tensors[name].shape != shape]
     same = Counter((_template(name), tensors[name].shape) for name in odd)
     for name in odd:
@@ -159,7 +166,13 @@ def sort_tensors(
                 "float64; use the unquantised weights"
             )
     names = [*unknown, *beyond, *odd]
-    return Passengers(whose=family.title, names=frozenset(names), parts=tuple(_parts(names)), missing=tuple(missing))
+    return Passengers(
+        whose=family.title,
+        names=frozenset(names),
+        parts=tuple(_parts(names)),
+        missing=tuple(missing),
+        lacking=tuple(_modules(family.source(name, "native") for name in missing)),
+    )
 
 
 def refuse_promises(model_type: str, names: Iterable[str]) -> None:
@@ -214,6 +227,14 @@ def _parts(names: Iterable[str]) -> list[str]:
 def _modules(names: Iterable[str]) -> list[str]:
     """The modules just below the model or a block that tensors belong to, each once."""
     return list(dict.fromkeys(_BLOCK.sub("", name, count=1).split(".")[0][:_LONGEST] for name in names))
+
+
+def _tensors(count: int) -> str:
+    return "1 tensor" if count == 1 else f"{count} tensors"
+
+
+def _are(names: Collection[str]) -> str:
+    return "is" if len(names) == 1 else "are"
 
 
 def some(names: Collection[str]) -> str:

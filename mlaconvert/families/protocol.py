@@ -58,8 +58,8 @@ class Family(Protocol):
     def reshaped(self, raw_config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> dict[str, View]:
         """Tensors that do the same in another shape, by their name in the file, as the family has them."""
 
-    def carries(self, name: str) -> bool:
-        """Whether a model that has the unknown tensor `name`, or lacks a known one, is converted all the same."""
+    def reason_against(self, beyond: Collection[str], missing: Collection[str]) -> str | None:
+        """Why a model that has tensors `beyond` the family's, or lacks some, is not converted; None when it is."""
 
     def check_attention(self, config: WanConfig, tensors: Mapping[str, TensorInfo]) -> None:
         """Raise UnsupportedModelError for attention that is not converted, before its shapes are compared."""

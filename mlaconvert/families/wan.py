@@ -10,12 +10,12 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 from mlaconvert.config.geometry import FPS_CHOICES, WanConfig
 from mlaconvert.config.mla import MLAConfig
 from mlaconvert.config.parsing import parse
-from mlaconvert.errors import CheckpointError, UnsupportedModelError
+from mlaconvert.errors import CheckpointError, ConfigError, UnsupportedModelError
 from mlaconvert.families.causal import Timing, read_timing
 from mlaconvert.families.protocol import Layout, Signs
 from mlaconvert.families.wan_shapes import QUANTIZER, expected_shapes
@@ -23,6 +23,7 @@ from mlaconvert.files.headers import TensorInfo
 from mlaconvert.files.store import View
 
 HEAD_DIM = 128  # of every published Wan model
+Config = TypeVar("Config", bound=WanConfig)
 _WHERE = "config.json"
 _RATES = {"fps_projection.0.weight", "fps_projection.2.weight"}
 _BLOCK = re.compile(r"(blocks\.(\d+)\.)(.+)")
@@ -152,7 +153,9 @@ class WanFamily:
                     "put the model's config.json beside them or pass --config FILE"
                 )
             fields["num_heads"] = shown["dim"] // HEAD_DIM
-        config = parse(WanConfig, fields, _WHERE)
+        theirs = {"dim": f"{_FIELDS['num_heads']} * attention_head_dim"} if "attention_head_dim" in raw else {}
+        theirs |= {ours: name for ours, name in _FIELDS.items() if name in raw}
+        config = parse_named(WanConfig, fields, {ours: name for ours, name in theirs.items() if ours not in raw})
         if config.num_layers != shown["num_layers"]:  # before a shape is expected of every layer it promises
             raise CheckpointError(
                 f"{_WHERE} says num_layers {config.num_layers}, the weights have {shown['num_layers']} layers"
@@ -160,9 +163,9 @@ class WanFamily:
         mla = MLAConfig.from_json(raw["mla"], _WHERE) if raw.get("mla") is not None else None
         return replace(config, streaming=read_timing(raw, where=_WHERE).streaming, mla=mla)
 
-    def carries(self, name: str) -> bool:
-        """Always: it then runs in its own code, with `swap_attention`."""
-        return True
+    def reason_against(self, beyond: Collection[str], missing: Collection[str]) -> str | None:
+        """There is none: it then runs in its own code, with `swap_attention`."""
+        return None
 
     def check_attention(self, config: WanConfig, tensors: Mapping[str, TensorInfo]) -> None:
         """Name two kinds of attention that would otherwise show as wrong shapes: grouped queries, norms per head.
@@ -228,6 +231,15 @@ class WanFamily:
     def expected_shapes(self, config: WanConfig) -> dict[str, tuple[int, ...]]:
         """Native name -> shape, in module order; latent attention where `config.mla` has it."""
         return expected_shapes(config)
+
+
+def parse_named(cls: type[Config], fields: Mapping[str, Any], theirs: Mapping[str, str]) -> Config:
+    """The geometry of `fields`. Raises ConfigError with the names that config.json has for them: ours -> `theirs`."""
+    try:
+        return parse(cls, fields, _WHERE)
+    except ConfigError as error:
+        named = re.sub(r"\b[a-z_]+\b", lambda word: theirs.get(word[0], word[0]), str(error))
+        raise ConfigError(named) from None
 
 
 def rename(name: str, outside: Mapping[str, str], inside: Mapping[str, str]) -> str | None:

@@ -16,12 +16,11 @@ from typing import Any
 from mlaconvert.config.camera import CameraConfig
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import MLAConfig
-from mlaconvert.config.parsing import parse
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import CheckpointError, UnsupportedModelError
 from mlaconvert.families.causal import SETTINGS, Timing
 from mlaconvert.families.protocol import Layout, Signs
-from mlaconvert.families.wan import LATENT_ATTENTION, rename
+from mlaconvert.families.wan import LATENT_ATTENTION, parse_named, rename
 from mlaconvert.families.worldplay_shapes import expected_shapes
 from mlaconvert.files.headers import TensorInfo
 from mlaconvert.files.store import View
@@ -65,6 +64,10 @@ _REFINING = {
 }  # fmt: skip
 _OUTSIDE_BACK, _INSIDE_BACK = ({ours: theirs for theirs, ours in table.items()} for table in (_OUTSIDE, _INSIDE))
 _UNREAD = ("guidance_in.", "time_r_in.", "vector_in.", "single_blocks.")
+# CameraConfig's field -> theirs.
+_FIELDS = {"dim": "hidden_size", "num_heads": "heads_num", "num_layers": "mm_double_blocks_depth"}
+_FIELDS |= {"patch_size": "patch_size", "rope_dims": "rope_dim_list", "rope_theta": "rope_theta"}
+_FIELDS |= {"out_dim": "out_channels"}
 # Settings of their class that change what is computed: the one that is published, and converted.
 _ONLY = {"qk_norm": True, "qk_norm_type": "rms", "qkv_bias": True, "text_projection": "single_refiner"}
 _ONLY |= {"mlp_act_type": "gelu_tanh"}
@@ -112,7 +115,10 @@ class WorldPlayFamily:
         """That of its own pipeline; no file says it."""
         if raw_config is not None and "streaming" in raw_config:
             return None
-        remark = "taken for the autoregressive model: a bidirectional one has the same tensors, and no cache"
+        remark = (
+            "taken for the autoregressive model: a bidirectional one has the same tensors, and no cache; so has "
+            "minWM's with cameras and actions, whose cache holds no keys that cameras turned"
+        )
         return Timing(streaming=ROLLOUT, assumed=frozenset(SETTINGS), remarks=(remark,))
 
     def parse_config(self, raw_config: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]) -> CameraConfig:
@@ -126,22 +132,13 @@ class WorldPlayFamily:
             if raw.get(field, value) != value:
                 raise UnsupportedModelError(f"{_WHERE} says {field} {raw[field]!r}; expected {value!r}")
         shown = _shape_fields(tensors)
-        said = {
-            "dim": raw.get("hidden_size"),
-            "num_heads": raw.get("heads_num"),
-            "num_layers": raw.get("mm_double_blocks_depth"),
-            "patch_size": raw.get("patch_size"),
-            "rope_dims": raw.get("rope_dim_list"),
-            "rope_theta": raw.get("rope_theta"),
-            "out_dim": raw.get("out_channels"),
-        }
-        fields = shown | {name: value for name, value in said.items() if value is not None}
+        fields = shown | {ours: raw[theirs] for ours, theirs in _FIELDS.items() if raw.get(theirs) is not None}
         if "rope_dims" not in fields:
             raise UnsupportedModelError(
                 "the weights do not say how many channels turn along time, height and width; put the model's "
                 "config.json beside them or pass --config FILE"
             )
-        config = parse(CameraConfig, fields, _WHERE)
+        config = parse_named(CameraConfig, fields, {ours: _FIELDS[ours] for ours in _FIELDS if _FIELDS[ours] in raw})
         if config.num_layers != shown["num_layers"]:  # before a shape is expected of every layer it promises
             raise CheckpointError(
                 f"{_WHERE} says mm_double_blocks_depth {config.num_layers}, the weights have {shown['num_layers']} "
@@ -150,9 +147,19 @@ class WorldPlayFamily:
         mla = MLAConfig.from_json(raw["mla"], _WHERE) if raw.get("mla") is not None else None
         return replace(config, mla=mla)
 
-    def carries(self, name: str) -> bool:
-        """What its class can have, and its autoregressive pass never reads."""
-        return name.startswith(_UNREAD)
+    def reason_against(self, beyond: Collection[str], missing: Collection[str]) -> str | None:
+        """What its class can have, and its autoregressive pass never reads, is carried along; nothing may be missing.
+
+        minWM's models that turn by cameras have `action_in` only where they were trained with discrete actions.
+        """
+        if missing and all(name.startswith("action_embedding.") for name in missing):
+            return (
+                "models without discrete actions, such as minWM's, are not converted, since "
+                "mlaconvert.load_camera_model gives every frame one; give a model with action_in"
+            )
+        if not missing and all(name.startswith(_UNREAD) for name in beyond):
+            return None
+        return "mlaconvert.load_camera_model could not run such a model, converted; give one with its own tensors alone"
 
     def check_attention(self, config: WanConfig, tensors: Mapping[str, TensorInfo]) -> None:
         """Nothing shows otherwise than by its shape."""

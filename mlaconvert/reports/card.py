@@ -135,7 +135,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _family(model: CardModel) -> str:
-    return family_of(model.config).name.capitalize()
+    return family_of(model.config).title
 
 
 def _titled(model: CardModel, text: str) -> str:

@@ -286,6 +286,11 @@ MODELS: dict[str, tuple[Callable[[Path, State], Path], str]] = {
         one(lambda _: {f"double_blocks.{i}.img_attn_{p}.weight": torch.ones(D, D) for i in range(2) for p in "qkv"}),
         "HunyuanVideo .*text and video see each other at every timestep, so it has no cache",
     ),
+    "minWM on HunyuanVideo 1.5, without actions": (
+        one(lambda s: {name: tensor for name, tensor in worldplay(s).items() if not name.startswith("action_in.")}),
+        "models without discrete actions, such as minWM's, are not converted",
+    ),
+    "minWM on Wan2.1, with cameras": (plus(blocks__0__self_attn__prope_o__weight=(D, D)), "also turns by cameras"),
     WORLDPLAY: (one(worldplay), ""),
     "VideoMLA's own `model.pt`": (
         pickle(lambda s: {"generator_ema": below("model.", latent_of_another_code(s))}), "open an issue with the list",

@@ -41,11 +41,11 @@ def test_parts_are_known_by_their_shapes_or_by_config_json(
 
 CARRIED: dict[str, tuple[Mapping[str, tuple[int, ...]], dict[str, Any], str]] = {
     "more frame rates": (RATES | {"fps_embedding.weight": (3, D)}, {}, "5 tensors beyond .*frame-rate embedding"),
-    "no projection": ({"fps_embedding.weight": (2, D)}, {}, "1 tensors beyond .*frame-rate embedding"),
+    "no projection": ({"fps_embedding.weight": (2, D)}, {}, "1 tensor beyond .*frame-rate embedding"),
     "denied frame rates": (RATES, {"inject_sample_info": False}, "5 tensors beyond .*frame-rate embedding"),
     "other patches": ({"ref_conv.weight": (D, 7, 1, 1), "ref_conv.bias": (D,)}, {}, "2 tensors .*a reference image"),
     "a denied reference": (REFERENCE, {"add_ref_conv": False}, "2 tensors beyond .*a reference image"),
-    "another kind of it": ({"ref_conv.weight": (4,)}, {}, "1 tensors beyond .*a reference image"),
+    "another kind of it": ({"ref_conv.weight": (4,)}, {}, "1 tensor beyond .*a reference image"),
 }
 
 

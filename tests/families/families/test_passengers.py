@@ -67,10 +67,10 @@ RELATIVES = {
         ),
         "7 tensors beyond Wan's, of camera injectors: carried along",
     ),
-    "VACE": (add(vace_blocks__0__self_attn__q__weight=(D, D)), "1 tensors beyond Wan's, of VACE's control blocks"),
-    "FLF2V": (add(img_emb__emb_pos=(1, 5, 7)), "1 tensors beyond Wan's, of the positions of a first and a last frame"),
-    "SkyReels-V2": (add(fps_embedding__weight=(2, D)), "1 tensors beyond Wan's, of a frame-rate embedding"),
-    "HuMo": (add(audio_proj__audio_proj_glob_1__layer__weight=(4, 5)), "1 tensors beyond Wan's, of an audio branch"),
+    "VACE": (add(vace_blocks__0__self_attn__q__weight=(D, D)), "1 tensor beyond Wan's, of VACE's control blocks"),
+    "FLF2V": (add(img_emb__emb_pos=(1, 5, 7)), "1 tensor beyond Wan's, of the positions of a first and a last frame"),
+    "SkyReels-V2": (add(fps_embedding__weight=(2, D)), "1 tensor beyond Wan's, of a frame-rate embedding"),
+    "HuMo": (add(audio_proj__audio_proj_glob_1__layer__weight=(4, 5)), "1 tensor beyond Wan's, of an audio branch"),
     "ReCamMaster": (
         add(blocks__N__cam_encoder__weight=(D, 12), blocks__N__projector__weight=(D, D)),
         "6 tensors beyond Wan's, of a camera encoder",
@@ -79,13 +79,13 @@ RELATIVES = {
         add(action_encoder__w=(4, 5), state_encoder__w=(2,)),
         "2 tensors beyond Wan's, of actions and states",
     ),
-    "AnyFlow": (add(condition_embedder__delta_embedder__linear_1__bias=(D,)), "1 tensors .*second time"),
+    "AnyFlow": (add(condition_embedder__delta_embedder__linear_1__bias=(D,)), "1 tensor .*second time"),
     "Matrix-Game": (
         both(
             less("text_embedding", "cross_attn.norm", "cross_attn.q.bias"),
             add(blocks__0__action_model__t_qkv__weight=(9, D)),
         ),
-        "1 tensors beyond Wan's, of action modules: carried along\n"
+        "1 tensor beyond Wan's, of action modules: carried along\n"
         "without 13 of Wan's own tensors, of text_embedding and cross_attn: converted as it is",
     ),
     "MiniMax-Remover": (less("text_embedding", "cross_attn"), "without 34 of Wan's own tensors, of text_embedding and"),
@@ -94,7 +94,11 @@ RELATIVES = {
         both(less(*TIME), add(blocks__N__adaln__weight=(3, D))),
         "init svd takes what self-attention reads for a plain LayerNorm's outputs",
     ),
-    "a module of any name": (add(memory_bank__weight=(5,)), "1 tensors beyond Wan's, of memory_bank: carried along"),
+    "a module of any name": (add(memory_bank__weight=(5,)), "1 tensor beyond Wan's, of memory_bank: carried along"),
+    "blocks of another kind": (
+        add(_gan_ca_blocks__0__q__weight=(5,)),
+        "1 tensor beyond Wan's, of _gan_ca_blocks: carried along",
+    ),
     "whole numbers": (whole_numbers, "3 tensors beyond Wan's, of .*token_map.*: carried along"),
 }
 
@@ -154,7 +158,7 @@ def test_passengers_keep_their_names_and_their_layout(
     state = to_diffusers(golden_state) | {"blocks.1.extra.table": torch.arange(6).view(2, 3)}
     source = save_folder(state, DIFFUSERS_CONFIG)
     with open_checkpoint(source) as checkpoint:
-        assert remarks(checkpoint) == ["1 tensors beyond Wan's, of extra: carried along"]
+        assert remarks(checkpoint) == ["1 tensor beyond Wan's, of extra: carried along"]
     with pytest.raises(UnsupportedModelError, match=r"'blocks.1.extra.table' is not a Wan model's, .*diffusers"):
         convert(source, tmp_path / "native", ConvertRecipe(init="random", layout="native"))
     assert not (tmp_path / "native").exists()
@@ -174,10 +178,11 @@ OTHER_ATTENTION = {
     "blocks.1.self_attn.attn_op.local_attn.proj_l.weight": r"sparse-linear attention \(SLA",
     "blocks.1.attn1_mot_ref.to_q.weight": r"joint with a second set of blocks \(Video-As-Prompt\)",
     "blocks.2.self_attn.to_out_prope.weight": r"turns by cameras \(PRoPE\)",
+    "blocks.1.self_attn.prope_o.weight": r"turns by cameras \(PRoPE\) \(found 'blocks.1.self_attn.prope_o.weight'\)",
     "blocks.0.self_attn.add_k_proj.weight": "joint attention to the text",
     "blocks.0.self_attn.gate_proj.weight": "gated attention",
-    "blocks.0.self_attn.norm_v.weight": r"differs from Wan's: 1 tensors .*self_attn\.norm_v",
-    "blocks.x.self_attn.q.weight": r"differs from Wan's: 1 tensors .*blocks\.x",
+    "blocks.0.self_attn.norm_v.weight": r"differs from Wan's: 1 tensor .*self_attn\.norm_v",
+    "blocks.x.self_attn.q.weight": r"differs from Wan's: 1 tensor .*blocks\.x",
 }
 
 
@@ -191,8 +196,8 @@ def test_other_attention_is_named(name: str, golden_state: State, save_folder: S
 @pytest.mark.parametrize(
     ("drop", "says"),
     [
-        (("blocks.1.cross_attn.k.bias",), r"1 tensors .* missing: blocks\.1\.cross_attn\.k\.bias"),
-        (("text_embedding.2.bias",), r"1 tensors .* missing: text_embedding\.2\.bias"),
+        (("blocks.1.cross_attn.k.bias",), r"1 tensor .* missing: blocks\.1\.cross_attn\.k\.bias"),
+        (("text_embedding.2.bias",), r"1 tensor .* missing: text_embedding\.2\.bias"),
         (
             ("self_attn.q.bias",),
             r"differs from Wan's: 3 tensors are missing, of every block self_attn.q.bias; expected b",

@@ -99,7 +99,7 @@ def test_reads_its_own_converted_folders(
         with pytest.raises(UnsupportedModelError, match="layer 1 has no dense self-attention"):
             opened.attention(1)
     del state["blocks.1.self_attn.kv_b_proj.bias" if layout == "native" else "blocks.1.attn1.kv_b_proj.bias"]
-    with pytest.raises(UnsupportedModelError, match=r"1 tensors .* missing: blocks.1.self_attn.kv_b_proj.bias"):
+    with pytest.raises(UnsupportedModelError, match=r"1 tensor .* missing: blocks.1.self_attn.kv_b_proj.bias"):
         open_checkpoint(save_folder(state, raw, "damaged"))
 
 
@@ -133,6 +133,14 @@ def test_other_families_are_refused_by_their_tensors(tmp_path: Path) -> None:
     [
         (["double_blocks.0.img_attn_qkv.weight"], "this is HunyuanVideo"),
         (["double_blocks.0.img_attn_q.weight"], "this is HunyuanVideo"),  # 1.5, and HY-WorldPlay
+        (
+            ["double_blocks.0.img_attn.qkv.weight", "txt_in.individual_token_refiner.blocks.0.norm1.weight"],
+            "this is HunyuanVideo .*; give HY-WorldPlay's autoregressive model",
+        ),  # ComfyUI's names, of which Flux has the first
+        (
+            ["double_blocks.0.img_attn.qkv.weight", "img_in.weight"],
+            r"not known; .* of Wan \(patch_embedding\.weight, .* or HY-WorldPlay \(img_in\.proj\.weight, \.\.\.\)",
+        ),
         (["patchify_proj.weight", "transformer_blocks.0.attn1.to_q.weight"], "this is LTX-Video"),
         (["blocks.0.self_attn.q.lora_A.weight"], "this is a LoRA .* merge it into its model first"),
         (["lora_unet_blocks_0_self_attn_q.lora_down.weight"], "this is a LoRA"),
@@ -176,8 +184,8 @@ BAD_MODELS: dict[str, tuple[Callable[[State], None], dict[str, Any], type[InputE
         "says num_layers 3, the weights have 2 layers",
     ),
     "num_layers": (keep, {"num_layers": 10**9}, CheckpointError, "num_layers 1000000000, the weights have 3"),
-    "unexpected": (put("blocks.0.norm2.weight", torch.ones(1)), {}, UnsupportedModelError, "1 tensors are not part"),
-    "no patch embedding bias": (drop("patch_embedding.bias"), {}, UnsupportedModelError, "1 tensors .* patch_embed"),
+    "unexpected": (put("blocks.0.norm2.weight", torch.ones(1)), {}, UnsupportedModelError, "1 tensor is not part"),
+    "no patch embedding bias": (drop("patch_embedding.bias"), {}, UnsupportedModelError, "1 tensor .* patch_embed"),
     "no head": (drop("head.head.weight"), {}, UnsupportedModelError, "'head.head.weight' is missing"),
     "scalar": (put("head.head.weight", torch.tensor(1.0)), {}, UnsupportedModelError, r"'head.head.weight' is \[\]"),
     "shape": (
@@ -243,5 +251,5 @@ def test_diffusers_width_is_heads_times_head_width(golden_state: State, save_fol
 def test_unexpected_diffusers_names_are_not_lost(golden_state: State, save_folder: SaveFolder) -> None:
     state = to_diffusers(golden_state)
     state["blocks.0.norm3.weight"] = torch.ones(96)  # native name of a norm, which diffusers calls norm2
-    with pytest.raises(UnsupportedModelError, match=r"1 tensors are not part of a Wan model: blocks\.0\.norm3\.weight"):
+    with pytest.raises(UnsupportedModelError, match=r"1 tensor is not part of a Wan model: blocks\.0\.norm3\.weight"):
         open_checkpoint(save_folder(state, DIFFUSERS_CONFIG))

@@ -16,7 +16,7 @@ from families_cases import DIFFUSERS_CONFIG, SaveFolder, State, to_diffusers
 
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.streaming import StreamingConfig
-from mlaconvert.errors import CheckpointError, UnsupportedModelError
+from mlaconvert.errors import CheckpointError, ConfigError, UnsupportedModelError
 from mlaconvert.families.causal import STUDENT
 from mlaconvert.families.open import open_checkpoint
 from mlaconvert.families.source import Source
@@ -213,6 +213,22 @@ def test_state_key_is_a_choice(tmp_path: Path, golden: Path, golden_state: State
         assert opened.config.streaming is None
     with pytest.raises(CheckpointError, match=r"m\.pt: .*'ema'; there: 'critic', 'generator', 'generator_ema'"):
         open_checkpoint(Source(tmp_path / "m.pt", state_key="ema"))
+
+
+@pytest.mark.parametrize(
+    ("field", "says"),
+    [("num_heads", "num_heads"), ("in_channels", "in_channels"),
+     ("num_attention_heads", r"num_attention_heads \* attention_head_dim")],
+)  # fmt: skip
+def test_a_field_is_named_as_in_config_json(
+    field: str, says: str, golden_state: State, save_folder: SaveFolder
+) -> None:
+    native = field == "num_heads"
+    folder = save_folder(
+        golden_state if native else to_diffusers(golden_state), ({} if native else DIFFUSERS_CONFIG) | {field: 0}
+    )
+    with pytest.raises(ConfigError, match=rf"config\.json: {says} is 0: give 1 or more"):
+        open_checkpoint(folder)
 
 
 def test_unwrap_refuses_to_guess() -> None:

@@ -60,6 +60,7 @@ def test_it_is_recognised_and_takes_time_as_its_pipeline_does(tmp_path: Path) ->
         assert checkpoint.describe().startswith("hy-worldplay i2v, native layout, 2 layers x 48 wide x 3 heads")
         assert checkpoint.timing.assumed == {"chunk_frames", "window_frames", "sink_frames", "positions"}
         assert "a bidirectional one has the same tensors" in checkpoint.timing.remarks[0]
+        assert "minWM's with cameras and actions, whose cache holds no keys that cam" in checkpoint.timing.remarks[0]
         assert checkpoint.attention(1).norms == 3
         assert torch.equal(checkpoint.attention(1).k_weight, load_file(checkpoint.store.files[0])[KEY])
 
@@ -130,15 +131,20 @@ def test_what_only_another_pass_reads_is_carried_along(tmp_path: Path) -> None:
         load_camera_model(checkpoint)
 
 
-def test_hunyuanvideo_has_no_cache(tmp_path: Path) -> None:
+def test_hunyuanvideo_is_told_from_it(tmp_path: Path) -> None:
     """The same class without cameras and actions."""
     folder = spoil(make_worldplay(tmp_path), lambda s: [s.pop(n) for n in list(s) if "prope" in n or "action" in n])
-    with pytest.raises(UnsupportedModelError, match=r"this is HunyuanVideo .*so it has no cache that could be made"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"this is HunyuanVideo .*so it has no cache that could be"
+    ) as caught:
         open_checkpoint(folder)
+    assert "expected a transformer of Wan or HY-WorldPlay; " in str(caught.value)
+    assert "(minWM's causal models of it have one, and are not converted)" in str(caught.value)
+    assert str(caught.value).endswith("; give HY-WorldPlay's autoregressive model")
 
 
 REFUSED: dict[str, tuple[Callable[[State], Any], Callable[[dict[str, Any]], Any], type[InputError], str]] = {
-    "a missing weight": (lambda s: s.pop(KEY), keep, UnsupportedModelError, rf"are missing: {KEY}"),
+    "a missing weight": (lambda s: s.pop(KEY), keep, UnsupportedModelError, rf"1 tensor of .* is missing: {KEY}"),
     "a missing camera": (
         lambda s: s.pop("double_blocks.1.img_attn_prope_proj.bias"), keep, UnsupportedModelError,
         "img_attn_prope_proj.bias",
@@ -161,11 +167,24 @@ REFUSED: dict[str, tuple[Callable[[State], Any], Callable[[dict[str, Any]], Any]
     ),
     "a gate of attention": (
         lambda s: s.update({"double_blocks.0.img_attn_gate.weight": torch.ones(3)}), keep, UnsupportedModelError,
-        "1 tensors are not part of a HY-WorldPlay model: double_blocks.0.img_attn_gate.weight",
+        "1 tensor is not part of a HY-WorldPlay model: double_blocks.0.img_attn_gate.weight",
     ),
     "more than its class has": (
         lambda s: s.update({"pose_in.weight": torch.ones(48, 256)}), keep, UnsupportedModelError,
-        "1 tensors beyond HY-WorldPlay's, of pose_in; converted, such a model would run neither here nor",
+        "1 tensor beyond HY-WorldPlay's, of pose_in; mlaconvert.load_camera_model could not run such a model",
+    ),
+    "more in a block": (
+        lambda s: s.update({"double_blocks.0.extra.weight": torch.ones(3)}), keep, UnsupportedModelError,
+        "1 tensor beyond HY-WorldPlay's, of extra; ",
+    ),
+    "no actions": (
+        lambda s: [s.pop(n) for n in list(s) if n.startswith("action_in.")], keep, UnsupportedModelError,
+        "without 4 of HY-WorldPlay's own tensors, of action_in; models without discrete actions, such as minWM's",
+    ),
+    "no actions, and more": (
+        lambda s: [s.update({"pose_in.weight": torch.ones(3)}), *(s.pop(n) for n in list(s) if "action_in." in n)],
+        keep, UnsupportedModelError,
+        "1 tensor beyond HY-WorldPlay's, of pose_in; without 4 of HY-WorldPlay's own tensors, of action_in; ",
     ),
     "no final layer": (
         lambda s: [s.pop(n) for n in list(s) if n.startswith("final_layer")], keep, UnsupportedModelError,
@@ -179,17 +198,21 @@ REFUSED: dict[str, tuple[Callable[[State], Any], Callable[[dict[str, Any]], Any]
         keep, lambda c: c.update(mm_double_blocks_depth=3), CheckpointError,
         "says mm_double_blocks_depth 3, the weights have 2 layers",
     ),
-    "heads": (keep, lambda c: c.update(heads_num=5), ConfigError, "does not split into 5 heads"),
-    "turns": (keep, lambda c: c.update(rope_dim_list=[4, 6, 4]), ConfigError, "even numbers that are 16 together"),
+    "heads": (keep, lambda c: c.update(heads_num=5), ConfigError, "hidden_size 48 .* hidden_size and heads_num"),
+    "turns": (keep, lambda c: c.update(rope_dim_list=[4, 6, 4]), ConfigError, "rope_dim_list is .* are 16 together"),
     "odd turns": (keep, lambda c: c.update(rope_dim_list=[5, 7, 4]), ConfigError, "three even numbers"),
-    "turns in words": (keep, lambda c: c.update(rope_dim_list="wide"), ConfigError, "rope_dims"),
+    "turns in words": (keep, lambda c: c.update(rope_dim_list="wide"), ConfigError, "json: rope_dim_list is"),
     "no base": (keep, lambda c: c.update(rope_theta=0), ConfigError, "rope_theta"),
     "a patch in time": (keep, lambda c: c.update(patch_size=[2, 2, 2]), ConfigError, "a camera is of one latent frame"),
     "no norms": (keep, lambda c: c.update(qk_norm=False), UnsupportedModelError, "says qk_norm False; expected True"),
     "another activation": (
         keep, lambda c: c.update(mlp_act_type="relu"), UnsupportedModelError, "says mlp_act_type 'relu'; expected"
     ),
-    "a mapping for a width": (keep, lambda c: c.update(hidden_size={}), ConfigError, "dim"),
+    "a mapping for a width": (keep, lambda c: c.update(hidden_size={}), ConfigError, "json: hidden_size is"),
+    "no channels": (keep, lambda c: c.update(out_channels=0), ConfigError, "json: out_channels is 0: give 1 or more"),
+    "layers below zero": (
+        keep, lambda c: c.update(mm_double_blocks_depth=-1), ConfigError, "mm_double_blocks_depth is -1",
+    ),
 }  # fmt: skip
 
 

@@ -268,7 +268,7 @@ TENSORS: Cases = {
     "a LoRA": (change_state(lambda s: s.update({"blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 24)})), "a LoRA"),
 }
 PASSENGERS = {  # carried along by a conversion; what runs the model refuses them
-    case: (change_state(lambda s, name=name: s.update({name: torch.ones(2)})), rf"1 tensors beyond Wan's, of {says}\)")
+    case: (change_state(lambda s, name=name: s.update({name: torch.ones(2)})), rf"1 tensor beyond Wan's, of {says}\)")
     for case, name, says in (
         ("an extra tensor", "extra", "extra"),
         ("an extra bias", "blocks.0.ffn.0.gate", "ffn"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from golden_relatives import make_worldplay
 from hub_server import Hub
 from support import SaveFolder
 from torch import Tensor
@@ -23,6 +24,14 @@ def test_the_card_of_a_world_model(
     convert(source, tmp_path / "out", ConvertRecipe(init="random"))
     result = CliRunner().invoke(app, ["push", str(tmp_path / "out"), "alice/world", "--dry-run"])
     assert result.exit_code == 0, result.stderr
-    assert "1 tensors beyond Wan's, of a camera encoder (ReCamMaster)" in result.stdout
+    assert "1 tensor beyond Wan's, of a camera encoder (ReCamMaster)" in result.stdout
     assert "swap_attention(pipeline, 'alice/world')" in result.stdout
     assert "load_model" not in result.stdout
+
+
+def test_the_card_of_a_model_with_cameras_calls_it_by_its_name(hub: Hub, tmp_path: Path) -> None:
+    convert(make_worldplay(tmp_path), tmp_path / "out", ConvertRecipe(init="random", kv_rank=5))
+    result = CliRunner().invoke(app, ["push", str(tmp_path / "out"), "alice/world", "--dry-run"])
+    assert result.exit_code == 0, result.stderr
+    assert "Multi-Head Latent Attention in HY-WorldPlay models" in result.stdout
+    assert "Hy-worldplay" not in result.stdout
