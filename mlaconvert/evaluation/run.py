@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mlaconvert.config.camera import CameraConfig
 from mlaconvert.conversion.provenance import open_teacher, refuse_dense
 from mlaconvert.errors import InputError, UnsupportedModelError
 from mlaconvert.evaluation.compare import ModelEvaluation, compare
@@ -94,6 +95,8 @@ def _read_sources(sources: Sequence[Source], request: Request) -> list[SourceRec
                 f"{source} holds two experts; evaluate one with --subfolder {pair[0]} or --subfolder {pair[1]}"
             )
         with open_checkpoint(source) as opened:
+            if isinstance(opened.config, CameraConfig):
+                opened.check_runs()
             if opened.config.in_dim != opened.config.out_dim or opened.config.image_dim is not None:
                 raise UnsupportedModelError(
                     f"{source} is an image-to-video model; clips hold no image for it, so it cannot be evaluated yet"

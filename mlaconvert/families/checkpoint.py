@@ -117,16 +117,23 @@ class Checkpoint:
 
         With passengers only its own code can run it, and a model that is given cameras runs chunk by chunk alone.
         """
+        dense = self.config.mla is None
         if isinstance(self.config, CameraConfig):
             raise UnsupportedModelError(
-                f"{self.store.path}: it is given a camera for every frame, which no clips and prompts say; convert it "
-                "with --init svd or random, and run its chunks with mlaconvert.load_camera_model"
+                f"{self.store.path}: it is given a camera for every frame, which no clips and prompts say; "
+                "mlaconvert.load_camera_model runs its chunks"
+                + (", and mlaconvert convert takes it with --init svd or random" if dense else "")
             )
         if self.passengers:
             raise UnsupportedModelError(
                 f"{self.store.path}: the code here that runs models does not know all of this one "
-                f"({self.passengers.describe()}); convert it with --init svd or random, or with what mlaconvert.collect"
-                " saw in its own code (--moments DIR), and run it there with swap_attention"
+                f"({self.passengers.describe()}); "
+                + (
+                    "convert it with --init svd or random, or with what mlaconvert.collect saw in its own code "
+                    "(--moments DIR), and run it there with swap_attention"
+                    if dense
+                    else "run it in its own code with swap_attention"
+                )
             )
 
     def output_config(self, layout: Layout | None = None) -> dict[str, Any]:

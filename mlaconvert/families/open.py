@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mlaconvert.errors import ConfigError, InputError, UnsupportedModelError
-from mlaconvert.families.causal import Timing, is_causal_class, read_timing
+from mlaconvert.families.causal import SETTINGS, Timing, is_causal_class, read_timing
 from mlaconvert.families.checkpoint import Checkpoint
 from mlaconvert.families.classes import with_frame_rates
 from mlaconvert.families.known import FAMILIES
@@ -113,7 +113,9 @@ def _recognise(
         store.present(views)
         tensors |= {name: store.tensors[info.name] for name, info in tensors.items() if info.name in views}
     parsed = family.parse_config(raw, tensors)
-    timing = (None if settings else family.timing(raw)) or _timing(store, raw, key, settings)
+    own = family.timing(raw)
+    timing = _timing(store, raw, key, settings) if own is None or settings else own
+    timing = timing if own is None or timing is own else _filled(timing, own)
     parsed = replace(parsed, streaming=timing.streaming, few_step=timing.few_step)
     family.check_attention(parsed, tensors)
     passengers = sort_tensors(family, layout, family.expected_shapes(parsed), tensors, unknown, raw or {})
@@ -149,6 +151,14 @@ def _timing(store: TensorStore, raw: dict[str, Any] | None, key: str | None, set
     with suppress(InputError):  # it is a hint only
         pipeline = str(read_json(index).get("_class_name", "")) if index is not None else ""
     return read_timing(raw, student=student, pipeline=pipeline)
+
+
+def _filled(said: Timing, own: Timing) -> Timing:
+    """What a YAML file says of time; what it leaves open is the family's `own`."""
+    if said.streaming is None:
+        return replace(own, few_step=said.few_step) if "streaming" in said.assumed else said
+    left = {name: getattr(own.streaming, name) for name in said.assumed.intersection(SETTINGS)}
+    return replace(said, streaming=replace(said.streaming, **left), remarks=(*said.remarks, *own.remarks))
 
 
 def _refuse_known(raw: Mapping[str, Any], names: Collection[str], relative: str | None) -> None:

@@ -37,9 +37,13 @@ def bench(setting: BenchSetting, progress: Progress = silent) -> BenchReport:
     configs = side_configs(setting)
     dense = configs["dense"]
     if dense.fixed_settings:
-        raise ConfigError("a geometry with cameras is not measured; take one of its size by name, such as 1.3b")
+        raise ConfigError(
+            f"{setting.geometry}: a geometry with cameras is not measured; take one of its size by name, such as 1.3b"
+        )
     if dense.in_dim != dense.out_dim:
-        raise ConfigError("an image-to-video geometry is not measured; take the text-to-video one of its size")
+        raise ConfigError(
+            f"{setting.geometry}: an image-to-video geometry is not measured; take the text-to-video one of its size"
+        )
     video = default_video(dense)
     pixels = (setting.height or video.height, setting.width or video.width)
     streaming = dense.streaming or StreamingConfig()

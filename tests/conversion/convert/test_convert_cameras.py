@@ -23,6 +23,7 @@ from mlaconvert.conversion.recipes import mla_config, resolve_recipe
 from mlaconvert.conversion.run import convert, preview
 from mlaconvert.errors import CheckpointError, InputError
 from mlaconvert.families.open import open_checkpoint
+from mlaconvert.families.source import Source
 from mlaconvert.files.names import CONFIG_NAME, CONVERSION_NAME, README_NAME, WEIGHTS_NAME
 from mlaconvert.model.load import load_camera_model
 from mlaconvert.model.memory import StreamedVideo, plan_memory
@@ -152,7 +153,8 @@ def test_analyze_shows_it(tmp_path: Path, rank: int | None) -> None:
 SETTINGS = {
     "calibrated": (
         {},
-        "a camera for every frame, which no clips and prompts say; convert it with --init svd or random",
+        "a camera for every frame, which no clips and prompts say; mlaconvert.load_camera_model runs its chunks, and "
+        "mlaconvert convert takes it with --init svd or random",
     ),
     "lossless": ({"init": "lossless"}, "init is lossless.*svd with kv_rank 48 keeps everything"),
     "rope": ({"init": "svd", "rope": "latent"}, "rope is 'latent', and where keys turn by cameras too it is 'head'"),
@@ -183,15 +185,40 @@ def test_commands_that_need_clips_say_so(tmp_path: Path) -> None:
     for command, says in (
         (("generate", "a fox", "-o", tmp_path / "movie"), "a camera for every frame"),
         (("heal", "--stage", "distill", "-o", tmp_path / "healed"), "cannot be healed yet"),
-        (("evaluate",), "cannot be evaluated yet"),
-        (("bench",), "a geometry with cameras is not measured"),
+        (("evaluate",), "a camera for every frame"),
+        (("bench",), ": a geometry with cameras is not measured"),
         (("analyze", "--calibrated"), "a camera for every frame"),
     ):
         for model in (source, tmp_path / "out") if command[0] in ("generate", "bench") else (tmp_path / "out",):
             code, _, err = invoke(command[0], model, *command[1:])
             assert code == 2, err
             assert says in " ".join(err.split()) or command == ("analyze", "--calibrated"), err
+            if model == tmp_path / "out":  # it is converted, so nobody is told to
+                assert "--init" not in err
+            if command[0] != "heal":
+                assert str(model) in "".join(err.split()) or command[0] == "analyze"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "worldplay"]
+
+
+@pytest.mark.parametrize(
+    ("text", "streaming"),
+    [
+        ("timestep_shift: 5", StreamingConfig(chunk_frames=4, window_frames=24, sink_frames=0, positions="window")),
+        (
+            "local_attn_size: 12\nnum_frame_per_block: 2",
+            StreamingConfig(chunk_frames=2, window_frames=12, sink_frames=0, positions="window"),
+        ),
+        ("is_causal: false", None),
+    ],
+)
+def test_a_yaml_file_says_of_time_what_it_says(tmp_path: Path, text: str, streaming: StreamingConfig | None) -> None:
+    """Where it says nothing of chunks, they are its pipeline's."""
+    source, config = make_worldplay(tmp_path), tmp_path / "y.yaml"
+    config.write_text(text)
+    with open_checkpoint(Source(source, config=config)) as checkpoint:
+        assert checkpoint.config.streaming == streaming
+    if streaming is not None:
+        convert(Source(source, config=config), tmp_path / "out", ConvertRecipe(init="svd", kv_rank=9))
 
 
 @pytest.mark.parametrize("name", ["double_blocks.1.img_attn_v.weight", "double_blocks.0.img_attn_prope_proj.weight"])
