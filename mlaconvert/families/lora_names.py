@@ -10,11 +10,11 @@ from mlaconvert.families.lora_change import HADAMARD, KRON
 
 # What trainers and loaders put before a module's name. kohya writes underscores for dots, some of them or all.
 _PREFIX = re.compile(
-    r"(base_model\.model\.)?((transformer|transformer_2|model|diffusion_model|pipe|dit|net|unet)\.)*(lora_unet_+|lycoris_+)?"
+    r"(base_model\.model\.)?((transformer|transformer_2|model|diffusion_model|generator|pipe|dit|net|unet)\.)*(lora_unet_+|lycoris_+)?"
 )
-FACTORS = (  # what a key is, by its end; PEFT may put an adapter's name before the leaf
-    ("down", re.compile(r"\.(?:lora_A|lora_down|lora\.down)(?:\.(?!weight$)\w+)?\.weight$")),
-    ("up", re.compile(r"\.(?:lora_B|lora_up|lora\.up)(?:\.(?!weight$)\w+)?\.weight$")),
+FACTORS = (  # what a key is, by its end; PEFT may put an adapter's name before the leaf, which some leave out
+    ("down", re.compile(r"\.(?:lora_A|lora_down|lora\.down)(?:\.(?!weight$|bias$)\w+)?(?:\.weight)?$")),
+    ("up", re.compile(r"\.(?:lora_B|lora_up|lora\.up)(?:\.(?!weight$|bias$)\w+)?(?:\.weight)?$")),
 )
 _ADAPTER = r"(?:\.(?!weight$)\w+)?(?:\.weight)?$"
 OTHERS = tuple(  # LoKr's and LoHa's
@@ -35,10 +35,11 @@ _OTHER_KINDS = (
     (re.compile(r"\.oft_|\.boft_"), "an OFT (rotations), which is not merged here"),
     (re.compile(r"\.(a1|a2|b1|b2)\.weight$"), "a GLoRA, which is not merged here"),
 )
-# Branches that one Wan model has and another has not: image-to-video of 2.1, and not of 2.2.
+# Branches that one model has and another has not: image-to-video of Wan2.1, and not of 2.2; and in HunyuanVideo 1.5
+# and its kin, letters and the first image.
 _BRANCH = re.compile(
     r"blocks_\d+_(?:cross_attn_(k_img|v_img|norm_k_img)|attn2_(add_k_proj|add_v_proj|norm_added_k))$|"
-    r"(img_emb)_|(condition_embedder_image_embedder)_"
+    r"(img_emb)_|(condition_embedder_image_embedder)_|(byt5_in)_|(vision_in)_"
 )
 
 
@@ -89,6 +90,6 @@ def flat(name: str) -> str:
 
 
 def branch(name: str) -> str | None:
-    """The branch that only some Wan models have and a module of this name is of; None for another module."""
+    """The branch that only some models of a family have and a module of this name is of; None for another module."""
     match = _BRANCH.match(flat(name))
     return next(part for part in match.groups() if part) if match else None

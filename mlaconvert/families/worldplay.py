@@ -70,7 +70,7 @@ _FIELDS |= {"patch_size": "patch_size", "rope_dims": "rope_dim_list", "rope_thet
 _FIELDS |= {"out_dim": "out_channels"}
 # Settings of their class that change what is computed: the one that is published, and converted.
 _ONLY = {"qk_norm": True, "qk_norm_type": "rms", "qkv_bias": True, "text_projection": "single_refiner"}
-_ONLY |= {"mlp_act_type": "gelu_tanh"}
+_ONLY |= {"mlp_act_type": "gelu_tanh", "use_attention_mask": True}
 
 
 class WorldPlayFamily:

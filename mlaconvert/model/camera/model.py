@@ -145,7 +145,7 @@ class CameraModel(nn.Module):
         return grid.flatten(2).mT, time.unsqueeze(0), Turns.of(turn, frames.cameras)
 
     def _check(self, frames: Frames) -> None:
-        """Raise InputError for shapes that do not fit the model, or each other."""
+        """Raise InputError for shapes that do not fit the model, or each other, and for cameras without a lens."""
         config, shape = self.config, frames.latents.shape
         _, rows, columns = config.patch_size
         if (
@@ -168,3 +168,6 @@ class CameraModel(nn.Module):
         ):
             if tuple(given.shape) != expected:
                 raise InputError(f"{name} must be {list(expected)} for {count} latent frames, not {list(given.shape)}")
+        lengths = frames.cameras.intrinsics.diagonal(dim1=-2, dim2=-1)[:, :2]
+        if not (lengths.isfinite() & (lengths != 0)).all():
+            raise InputError(f"intrinsics have focal lengths {lengths.tolist()}; give finite numbers other than 0")

@@ -119,6 +119,22 @@ def test_loras_of_its_modules_are_merged(tmp_path: Path) -> None:
         assert torch.equal(merged.read("patch_embedding.weight"), dense["img_in.proj.weight"])
 
 
+def test_a_lora_of_branches_that_it_has_not_is_merged_without_them(tmp_path: Path) -> None:
+    folder = spoil(make_worldplay(tmp_path), lambda s: [s.pop(n) for n in list(s) if n.startswith("vision_in.")])
+    changes = {
+        f"{module}.lora_{part}.weight": torch.ones((2, 48) if part == "A" else (48, 2))
+        for module in ("double_blocks.1.img_attn_k", "byt5_in.fc1", "vision_in.proj.1")
+        for part in "AB"
+    }
+    save_file(changes, tmp_path / "lora.safetensors")
+    before = load_file(folder / WEIGHTS_NAME)[KEY]
+    with open_checkpoint(Source(folder, loras=(LoraFile(path=tmp_path / "lora.safetensors"),))) as merged:
+        assert relative(merged.read("blocks.1.self_attn.k.weight"), before + 2) < 1e-6
+        said = "; ".join(remarks(merged))
+        assert "byt5_in" in said
+        assert "vision_in" in said
+
+
 def test_what_only_another_pass_reads_is_carried_along(tmp_path: Path) -> None:
     """Guidance, and the second time of a model that was distilled: as files that are made of others may hold them."""
     more = {"guidance_in.mlp.0.weight": torch.ones(48, 256), "time_r_in.mlp.2.bias": torch.ones(48)}
@@ -205,6 +221,9 @@ REFUSED: dict[str, tuple[Callable[[State], Any], Callable[[dict[str, Any]], Any]
     "no base": (keep, lambda c: c.update(rope_theta=0), ConfigError, "rope_theta"),
     "a patch in time": (keep, lambda c: c.update(patch_size=[2, 2, 2]), ConfigError, "a camera is of one latent frame"),
     "no norms": (keep, lambda c: c.update(qk_norm=False), UnsupportedModelError, "says qk_norm False; expected True"),
+    "no mask of the text": (
+        keep, lambda c: c.update(use_attention_mask=False), UnsupportedModelError, "use_attention_mask False; expected"
+    ),
     "another activation": (
         keep, lambda c: c.update(mlp_act_type="relu"), UnsupportedModelError, "says mlp_act_type 'relu'; expected"
     ),

@@ -69,6 +69,23 @@ def test_dialects_merge_to_the_longhand_sum(
                 assert not change.any(), name
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    ["blocks.1.ffn.0.lora_{}", "generator.model.blocks.1.ffn.0.lora_{}.weight", "blocks_1_ffn_0.lora_{}.fast"],
+)
+def test_names_that_leave_out_the_leaf(
+    pattern: str, golden: Path, golden_state: dict[str, Tensor], tmp_path: Path, factors: Any
+) -> None:
+    name = "blocks.1.ffn.0"
+    save_file(
+        {pattern.format(part): t for part, t in zip("AB", factors[name], strict=True)}, tmp_path / "l.safetensors"
+    )
+    with open_checkpoint(Source(golden, loras=(LoraFile(path=tmp_path / "l.safetensors"),))) as checkpoint:
+        change = checkpoint.read(f"{name}.weight").double() - golden_state[f"{name}.weight"].double()
+    a, b = factors[name]
+    assert relative(change, b.double() @ a.double()) < 1e-5
+
+
 MODULATIONS = {
     "blocks.1.diff_m": "blocks.1.modulation",
     "blocks.1.modulation.diff": "blocks.1.modulation",

@@ -128,6 +128,13 @@ WRONG: dict[str, tuple[Callable[[Frames], Frames], str]] = {
     "timesteps": (cut("timesteps", lambda x: x[:1]), r"timesteps must be \[2\] for 2 latent frames, not \[1\]"),
     "actions": (cut("actions", lambda x: x[None]), r"actions must be \[2\] .*not \[1, 2\]"),
     "cameras": (cut("cameras", lambda c: c._replace(viewmats=c.viewmats[:, :3])), "viewmats must be"),
+    "no focal length": (
+        cut("cameras", lambda c: c._replace(intrinsics=torch.diag(torch.tensor([1.5, 0, 1])).repeat(2, 1, 1))),
+        r"intrinsics have focal lengths \[\[1.5, 0.0\], \[1.5, 0.0\]\]; give finite numbers other than 0",
+    ),
+    "no number": (
+        cut("cameras", lambda c: c._replace(intrinsics=c.intrinsics * float("nan"))), "intrinsics have focal lengths",
+    ),
     "lenses": (cut("cameras", lambda c: c._replace(intrinsics=c.intrinsics[:1])), "intrinsics must be"),
 }  # fmt: skip
 
