@@ -138,7 +138,7 @@ class WorldPlayFamily:
                 "the weights do not say how many channels turn along time, height and width; put the model's "
                 "config.json beside them or pass --config FILE"
             )
-        config = parse_named(CameraConfig, fields, {ours: _FIELDS[ours] for ours in _FIELDS if _FIELDS[ours] in raw})
+        config = parse_named(CameraConfig, fields, {ours: theirs for ours, theirs in _FIELDS.items() if theirs in raw})
         if config.num_layers != shown["num_layers"]:  # before a shape is expected of every layer it promises
             raise CheckpointError(
                 f"{_WHERE} says mm_double_blocks_depth {config.num_layers}, the weights have {shown['num_layers']} "

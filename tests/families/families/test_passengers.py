@@ -129,6 +129,8 @@ def test_all_else_is_carried_along(
     convert(source, tmp_path / "random", ConvertRecipe(init="random", kv_rank=9), verify=True)
     with pytest.raises(UnsupportedModelError, match=r"does not know all of this one .*swap_attention"):
         load_model(source)
+    with pytest.raises(UnsupportedModelError, match=r"\); run it in its own code with swap_attention$"):
+        load_model(tmp_path / "out")  # is converted, so nobody is told to
     with pytest.raises(UnsupportedModelError, match="does not know all of this one"):  # before any work
         convert(source, tmp_path / "calibrated", ConvertRecipe(init="calibrated"))
 
