@@ -11,7 +11,6 @@ from typing import Any
 import command_line
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import Present
@@ -20,7 +19,7 @@ from mlaconvert.conversion.recipe import ConvertRecipe
 from mlaconvert.conversion.recipes import mla_config, resolve_recipe
 from mlaconvert.errors import ConfigError
 from mlaconvert.evaluation.bench.flops import forward_flops
-from mlaconvert.evaluation.bench.memory import _peak_of, largest
+from mlaconvert.evaluation.bench.memory import largest, profiled_peak
 from mlaconvert.evaluation.bench.run import bench, full_window_mode
 from mlaconvert.evaluation.bench.runner import ResolvedSetting, Runner, no_remarks
 from mlaconvert.evaluation.bench.setting import BenchReport, BenchSetting, random_model, side_configs
@@ -362,12 +361,13 @@ def test_image_to_video_geometries_are_refused(golden: Path, monkeypatch: pytest
 
 
 def test_the_peak_is_the_most_that_was_held_at_a_time() -> None:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    def work() -> None:
         first, second = torch.zeros(1000, 100), torch.zeros(2000, 100)  # 400,000 and 800,000 bytes
         del first
         third = torch.zeros(1500, 100)  # 600,000
         del second, third
-    assert _peak_of(profiler) == 1_400_000
+
+    assert profiled_peak(work) == 1_400_000
 
 
 def test_what_a_profiler_says_beside_python_goes_nowhere(capfd: pytest.CaptureFixture[str]) -> None:
