@@ -28,6 +28,7 @@ from mlaconvert.model.attention.dense import DenseAttention
 from mlaconvert.model.cache import LatentCache
 from mlaconvert.model.group_quantizer import GroupQuantizer
 from mlaconvert.model.load import load_model
+from mlaconvert.model.wan import WanModel
 
 CLUSTERED = [dtype for dtype, coding in CODINGS.items() if coding.stages]
 PLAIN = {"and the whole model refitted: **the default**": TOTAL + 1, "the default at twice the cache": 2 * TOTAL + 1}
@@ -75,12 +76,15 @@ def _rival(dtype: CacheDtype) -> Point:
     """The dense model with its cache narrowed, against itself."""
     narrowed = load_model("tiny", cache_dtype=dtype)
     found = compared(load_model("tiny"), narrowed)
-    # As a bfloat16 model has it; what is not narrowed (nothing, of a dense one) would be in that.
-    cache = LatentCache(narrowed.config, batch=1, height=24, width=32, dtype=torch.bfloat16, device="meta")
-    tokens = cache.streaming.window_frames * cache.tokens_per_frame * narrowed.config.num_layers
     values = ([found.clean], [found.velocity], [found.noisy])
     kind = "dense, Quant-VideoGen" if dtype in CLUSTERED else "dense, quantised"
-    return Point(kind, f"--cache-dtype {dtype}", cache.nbytes / tokens, *values)
+    return Point(kind, f"--cache-dtype {dtype}", token_bytes(narrowed), *values)
+
+
+def token_bytes(model: WanModel) -> float:
+    """Bytes of a token and layer, on average over layers, as a bfloat16 model has it: so is what is not narrowed."""
+    cache = LatentCache(model.config, batch=1, height=24, width=32, dtype=torch.bfloat16, device="meta")
+    return cache.nbytes / (cache.streaming.window_frames * cache.tokens_per_frame * model.config.num_layers)
 
 
 class ChunkQuantizer(GroupQuantizer):

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from cache_bytes import token_bytes
 from tables import put_between
 
 from mlaconvert.config.cache_dtype import CACHE_DTYPES
 from mlaconvert.evaluation.bench.memory import profiled_peak
 from mlaconvert.evaluation.conditions import tiny_conditions
 from mlaconvert.evaluation.drift import RolloutPlan, compare_videos, paired_rollouts
-from mlaconvert.model.cache import LatentCache
 from mlaconvert.model.load import load_model
 from mlaconvert.model.wan import WanModel
 
@@ -67,12 +67,6 @@ def peak(model: WanModel, plan: RolloutPlan) -> int:
     streaming = plan.streaming
     chunks = -(-streaming.window_frames // streaming.chunk_frames) + 1
     return profiled_peak(lambda: list(islice(plan.chunks(model), chunks)))
-
-
-def token_bytes(model: WanModel) -> float:
-    """Bytes of a token and layer, on average over layers, of a cache in bfloat16."""
-    cache = LatentCache(model.config, batch=1, height=24, width=32, dtype=torch.bfloat16, device="meta")
-    return cache.nbytes / (cache.streaming.window_frames * cache.tokens_per_frame * model.config.num_layers)
 
 
 def table(rows: list[Row], plan: RolloutPlan) -> str:

@@ -300,10 +300,10 @@ def calibration_clips(
 ) -> Clips:
     """Clips of the folder `data`, or without one what the teacher generates on `device` from an empty caption.
 
-    Those that are measured, or with `more` those that only the refit of the whole model takes as well; there may be
-    none. Generated clips are kept in a file in the folder `kept`, and taken from there when it exists. The built-in
-    tiny model draws its own clips. `say` is told where making them will take long. Raises InputError when the folder
-    does not fit the model, and OutputError for `kept`.
+    Those that are measured, or with `more` those that only the refit of the whole model takes as well. Generated clips
+    are kept in a file in the folder `kept`, and taken from there when it exists. The built-in tiny model draws its own
+    clips. `say` is told where making them will take long. Raises InputError when the folder does not fit the model, and
+    OutputError for `kept`.
     """
     check_clips(checkpoint, data, plan)
     config, recipe, measured = plan.source_config, plan.recipe, plan.recipe.clips or 1
@@ -311,8 +311,6 @@ def calibration_clips(
     if data is not None or checkpoint.is_tiny:
         found = training_clips(first + count) if data is None else load_clips(data, config, first + count)
         return Clips(*(part[first:] for part in found))
-    if not count:
-        return Clips(torch.empty(0, *own_clips(plan).shape(config)), torch.empty(0, 1, config.text_dim))
     name = _MORE_NAME.format(first + 1, first + count) if more else CLIPS_NAME
     if kept is not None and (kept / name).exists():
         return _kept_clips(kept / name, config, count)
@@ -343,6 +341,24 @@ def _kept_clips(path: Path, config: WanConfig, count: int) -> Clips:
             f"{path}: not the {count} clips that were generated, or damaged; delete the file and run the command again"
         )
     return clips
+
+
+def with_more(
+    clips: Clips,
+    checkpoint: Checkpoint,
+    plan: ConversionPlan,
+    data: Path | None,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+    kept: Path | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Clips:
+    """`clips`, and behind them those that only the refit of the whole model takes; else as `calibration_clips`."""
+    if not more_clips(plan.recipe):
+        return clips
+    more = calibration_clips(checkpoint, plan, data, device=device, progress=progress, kept=kept, say=say, more=True)
+    return Clips(*(torch.cat(parts) for parts in zip(clips, more, strict=True)))
 
 
 def more_clips(recipe: ConvertRecipe) -> int:

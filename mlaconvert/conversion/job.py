@@ -30,6 +30,7 @@ from mlaconvert.conversion.from_clips import (
     kept_splits,
     refit_converted,
     splits_json,
+    with_more,
 )
 from mlaconvert.conversion.from_weights import LayerReport, from_weights
 from mlaconvert.conversion.journal import COPIED, REFIT, SPLITS, Journal, difference
@@ -182,10 +183,20 @@ class ConversionJob:
         config = json.dumps(_output_config(checkpoint, plan), indent=2) + "\n"
         write_whole(files.folder / CONFIG_NAME, config.encode())
         if calibrated and plan.recipe.refit_steps and plan.method.refit and not isinstance(clips[0], Collected):
-            with clock("calibrate"):
-                fitted = self._with_more(name, plan, clips[0])
+            fitted, judged = clips[0], clips[1]
+            if judged is not None:  # without clips to judge it by there is no refit
+                with clock("calibrate"):
+                    fitted = with_more(
+                        fitted,
+                        checkpoint,
+                        plan,
+                        self.data,
+                        device=self.device,
+                        progress=self.listener.progress,
+                        kept=self.moments / name,
+                    )
             with clock("refit the model"):
-                self._refit_model(name, plan, files, (fitted, clips[1]), losses)
+                self._refit_model(name, plan, files, (fitted, judged), losses)
         if not calibrated:
             reports = self._gather(name)
         report = ModelReport(
@@ -300,19 +311,6 @@ class ConversionJob:
         if self.data is not None:  # only now is it known to fit
             keep_moments(folder, checkpoint, plan, self.data, say)
         return clips
-
-    def _with_more(self, name: str, plan: ConversionPlan, fitted: Clips) -> Clips:
-        """The clips that are fitted to, and those that the refit of the whole model takes as well."""
-        found = calibration_clips(
-            self.checkpoints[name],
-            plan,
-            self.data,
-            device=self.device,
-            progress=self.listener.progress,
-            kept=self.moments / name,
-            more=True,
-        )
-        return Clips(*(torch.cat(parts) for parts in zip(fitted, found, strict=True)))
 
     def _check_hash(self, name: str, sha256: str) -> None:
         """Raise CheckpointError when the source is not the one that an earlier run hashed."""

@@ -24,7 +24,7 @@ from mlaconvert.clips.tiny.clips import held_back
 from mlaconvert.config.parsing import parse
 from mlaconvert.conversion.calibration.method import CalibrationSetup, Method
 from mlaconvert.conversion.calibration.store import MOMENTS_VERSION
-from mlaconvert.conversion.from_clips import CLIPS_NAME, calibration_clips, more_clips
+from mlaconvert.conversion.from_clips import CLIPS_NAME, calibration_clips, with_more
 from mlaconvert.conversion.journal import UNTIL_BITS
 from mlaconvert.conversion.plan import ConversionPlan, on_device, recipe_json
 from mlaconvert.conversion.recipe import ConvertRecipe
@@ -257,19 +257,15 @@ def _clips(
     if plan is not None:
         options: dict[str, Any] = {"device": device, "progress": told.progress, "say": told.say}
         wanted = on_device(plan, device)
-        _kept(folder / "clips", lambda: _all_clips(checkpoint, wanted, options))
+
+        def calibrated() -> Clips:
+            measured = calibration_clips(checkpoint, wanted, None, **options)
+            return with_more(measured, checkpoint, wanted, None, **options)
+
+        _kept(folder / "clips", calibrated)
     _kept(folder / "validation", compared)
     validation = load_clips(folder / "validation", checkpoint.config, count or GENERATED_CLIPS)
     return folder / "clips", validation, "rollouts of the dense model from an empty caption that no calibration sees"
-
-
-def _all_clips(checkpoint: Checkpoint, plan: ConversionPlan, options: Mapping[str, Any]) -> Clips:
-    """Clips that the dense model makes: those that are measured, and behind them those for the model's refit alone."""
-    measured = calibration_clips(checkpoint, plan, None, **options)
-    if not more_clips(plan.recipe):
-        return measured
-    more = calibration_clips(checkpoint, plan, None, more=True, **options)
-    return Clips(*(torch.cat(parts) for parts in zip(measured, more, strict=True)))
 
 
 def _kept(folder: Path, make: Callable[[], Clips]) -> None:

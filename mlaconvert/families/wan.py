@@ -294,16 +294,20 @@ def _part_fields(raw: Mapping[str, Any], tensors: Mapping[str, TensorInfo], show
     return fields
 
 
+def sizes_of(tensors: Mapping[str, TensorInfo], name: str, ndim: int, called: str | None = None) -> tuple[int, ...]:
+    """The `ndim` sizes of a tensor. Raises UnsupportedModelError, which calls it `called`, when it has others."""
+    found = tensors[name].shape if name in tensors else None
+    if found is None or len(found) != ndim or min(found) < 1:
+        what = "missing" if found is None else list(found)
+        raise UnsupportedModelError(f"tensor {(called or name)!r} is {what}; expected {ndim} dimensions")
+    return found
+
+
 def _shape_fields(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
     """What the shapes say. Raises UnsupportedModelError when a tensor that says it is missing or odd."""
 
     def shape(name: str, ndim: int) -> tuple[int, ...]:
-        found = tensors[name].shape if name in tensors else None
-        if found is None or len(found) != ndim or min(found) < 1:
-            raise UnsupportedModelError(
-                f"tensor {name!r} is {'missing' if found is None else list(found)}; expected {ndim} dimensions"
-            )
-        return found
+        return sizes_of(tensors, name, ndim)
 
     def of_part(name: str, otherwise: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a matrix, or `otherwise` for a model that is built without the whole part that it is of."""

@@ -20,7 +20,7 @@ from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import CheckpointError, UnsupportedModelError
 from mlaconvert.families.causal import SETTINGS, Timing
 from mlaconvert.families.protocol import Layout, Signs
-from mlaconvert.families.wan import LATENT_ATTENTION, parse_named, rename
+from mlaconvert.families.wan import LATENT_ATTENTION, parse_named, rename, sizes_of
 from mlaconvert.families.worldplay_shapes import expected_shapes
 from mlaconvert.files.headers import TensorInfo
 from mlaconvert.files.store import View
@@ -208,11 +208,7 @@ def _shape_fields(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
     """What the shapes say. Raises UnsupportedModelError when a tensor that says it is missing or odd."""
 
     def shape(name: str, ndim: int) -> tuple[int, ...]:
-        found = tensors[name].shape if name in tensors else None
-        if found is None or len(found) != ndim or min(found) < 1:
-            what = "missing" if found is None else list(found)
-            raise UnsupportedModelError(f"tensor {_their_name(name)!r} is {what}; expected {ndim} dimensions")
-        return found
+        return sizes_of(tensors, name, ndim, _their_name(name))
 
     dim, in_dim, *patch = shape("patch_embedding.weight", 5)
     norm = "q_a_layernorm" if "blocks.0.self_attn.q_a_layernorm.weight" in tensors else "norm_q"

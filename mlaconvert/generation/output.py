@@ -11,7 +11,7 @@ from mlaconvert.base.vae import Vae
 from mlaconvert.files.staging import disk_errors
 from mlaconvert.generation.movies import can_write_mp4, save_movie
 from mlaconvert.generation.plan import GenerationPlan
-from mlaconvert.generation.request import FPS, KEPT, Movie
+from mlaconvert.generation.request import KEPT, Movie
 from mlaconvert.generation.sheets import contact_sheet
 from mlaconvert.progress import Progress
 
@@ -22,7 +22,7 @@ def save_pictures(latents: Tensor, folder: Path, seeds: Sequence[int], ending: s
     """A movie of each sample and a contact sheet of all."""
     names = [f"video-{seed}{ending}" for seed in seeds]
     for video, name in zip(latents, names, strict=True):
-        save_movie(video.unbind(1), folder / name, fps=FPS)
+        save_movie(video.unbind(1), folder / name)
     rows = [latents[number : number + 1] for number in range(len(latents))]
     contact_sheet(rows, [f"seed {seed}" for seed in seeds]).save(folder / SHEET_NAME)
     return [*names, SHEET_NAME]

@@ -25,7 +25,6 @@ from mlaconvert.model.wan import WanModel
 DEFAULT_OUTPUT = "video"  # where no output is given
 LATENTS_NAME = "latents.safetensors"
 REPORT_NAME = "generation.json"
-FPS = 16  # of Wan2.1 and the tiny model
 # Euler steps and guidance of models that were not distilled to few steps, as Wan's own code has them.
 MANY_STEPS, MANY_STEP_GUIDANCE = 50, 5.0
 KEPT = "finished frames are kept: the same command goes on from them"
