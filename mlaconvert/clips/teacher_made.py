@@ -72,7 +72,9 @@ class OwnClips:
         stage: str = "clips",
         say: Callable[[str], None] | None = None,
     ) -> Clips:
-        """`count` clips, `batch` at a time, in float32 on the CPU. `seed` is the first clip's, one more each next's.
+        """`count` clips, `batch` at a time, in float32 on the CPU; a GPU computes them in bfloat16.
+
+        `seed` is the first clip's, one more each next's.
 
         `progress` counts passes of the model, as those of `stage`. `say` is told where that will take long.
         """
@@ -83,15 +85,17 @@ class OwnClips:
         total = passes(self.frames, self.sampler, self.streaming, slices=-(-count // batch))
         counter = Counter(progress, stage, total)
         counter.show()
-        for first, some in zip(range(0, count, batch), context.split(batch), strict=True):
-            chunks = rollout(
-                model,
-                some,
-                size=LatentSize(frames=self.frames, height=self.height, width=self.width),
-                sampler=self.sampler,
-                seed=seed + first,
-                cache=CacheUse(streaming=self.streaming),
-                on_step=counter.step,
-            )
-            parts.append(torch.cat([chunk.float().cpu() for chunk in chunks], 2))
+        device = model.patch_embedding.weight.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):  # as such models are run there
+            for first, some in zip(range(0, count, batch), context.split(batch), strict=True):
+                chunks = rollout(
+                    model,
+                    some,
+                    size=LatentSize(frames=self.frames, height=self.height, width=self.width),
+                    sampler=self.sampler,
+                    seed=seed + first,
+                    cache=CacheUse(streaming=self.streaming),
+                    on_step=counter.step,
+                )
+                parts.append(torch.cat([chunk.float().cpu() for chunk in chunks], 2))
         return Clips(torch.cat(parts), context)

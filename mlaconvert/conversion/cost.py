@@ -6,6 +6,7 @@ factorisation and refits, and the refit of the whole model. What is small beside
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mlaconvert.clips.folder import ClipFolder
+from mlaconvert.conversion.calibration.layer import enough
 from mlaconvert.conversion.calibration.measure import PAIRS, SAMPLES
 from mlaconvert.conversion.calibration.refit import QUERIES
 from mlaconvert.conversion.calibration.refit_model import BATCH as REFIT_BATCH
@@ -89,8 +91,8 @@ def window_tokens(plan: ConversionPlan, shape: Sequence[int]) -> int:
 
 
 def seconds_of(parts: dict[str, Work], rates: Rates, half: Rates) -> dict[str, float]:
-    """Seconds of each part; on a GPU the whole model is refitted in bfloat16, at the rates of `half`."""
-    return {name: (half if name == MODEL else rates).seconds(work) for name, work in parts.items()}
+    """Seconds of each part, at the rates of `half` where a GPU would take bfloat16."""
+    return {name: (half if name in ON_GPU_IN_BF16 else rates).seconds(work) for name, work in parts.items()}
 
 
 def device_bytes(plan: ConversionPlan, data: Path | None, tokens: int) -> int:
@@ -108,6 +110,7 @@ CLIPS, WALKS, INPUTS, FACTORS, LAYERS, MODEL = (
     *("generating clips", "clips through the model", "measuring inputs"),
     *("factorising", "refitting layers", "refitting the model"),
 )
+ON_GPU_IN_BF16 = (CLIPS, MODEL)
 
 
 def conversion_work(plan: ConversionPlan, shape: Sequence[int], *, makes_clips: bool) -> dict[str, Work]:
@@ -185,6 +188,15 @@ class _Counts:
             total += forward_work(config, visible, self.frame)
         return self.draws * total
 
+    @property
+    def _largest(self) -> int:
+        """Tokens of the largest batch of windows."""
+        return self.batch * max(len(visible) for visible, _ in self.views) * self.frame
+
+    def _sampled(self, most: int) -> int:
+        """How many batches an error is measured on, at most so many."""
+        return enough(self._largest, most)
+
     def _clips_in(self, batches: int) -> float:
         """How many clips' windows so many batches are, at most all that are fitted to."""
         return min(self.fitted, batches * self.batch / (len(self.views) * self.draws))
@@ -216,8 +228,8 @@ class _Counts:
         dense, layers = self._pass(self.config), self.config.num_layers
         first = float(self.fitted)
         if self.plan.recipe.allocation == "adaptive":
-            rows = self.batch * max(len(visible) for visible, _ in self.views) * self.frame * self.config.dim
-            probed = self._clips_in(min(PROBES, max(1, PROBE_SCALARS // rows)))
+            most = max(1, PROBE_SCALARS // (self._largest * self.config.dim))
+            probed = self._clips_in(min(self._sampled(PROBES), most))
             first += probed * (layers + 1) / 2  # a layer's own from there to the end
         return (first + self.fitted + (1 + self._steps[1]) * self._judged) * dense
 
@@ -249,15 +261,17 @@ class _Counts:
         counts, budgets = self._tried
         dense, student = self._per_clip(self._dense), self._per_clip(self._student)
         fit = self._per_clip(self._fit_output) if self.target.method.refit and not self.exact else NOTHING
-        some, adaptive = self._clips_in(MEASURED), self.plan.recipe.allocation == "adaptive"
+        some, adaptive = self._clips_in(self._sampled(MEASURED)), self.plan.recipe.allocation == "adaptive"
+        judged = self._clips_in(self._sampled(sys.maxsize))
         total = some * (dense + counts * budgets * (student + fit))
-        total += self.fitted * (dense + self._steps[1] * student)
+        total += judged * (dense + self._steps[1] * student)
         if self.target.method.refit and self.exact:
             chosen = self._clips_in(BATCHES)
             total += chosen * (dense + student + self._per_clip(self._search))
             total += (self.held or self.fitted) * (dense + 2 * student)
         elif self.target.method.refit:
-            total += self.fitted * (((1 if adaptive else 0) + 2) * fit + (dense if adaptive else NOTHING))
+            seen = (1 if adaptive else 0) + (1 if judged < self.fitted else 0)  # where a judge's outputs do not serve
+            total += self.fitted * (((1 if adaptive else 0) + 2) * fit + seen * dense)
             total += Work(products=2 * QUERIES * self._mean_tokens * self.config.dim * (self.config.head_dim + 4))
         return len(self.plan.layers) * total
 

@@ -18,6 +18,14 @@ from mlaconvert.model.attention.kernel import AttentionPlan
 from mlaconvert.model.attention.latent import LatentAttention
 from mlaconvert.model.rope import Rotary
 
+# Tokens that a mean error is taken over: all of the built-in model's, two windows of 480 x 832.
+ENOUGH = 3 * 2**13
+
+
+def enough(tokens: int, most: int) -> int:
+    """How many batches of so many tokens hold `ENOUGH`; two at least, and never more than `most`."""
+    return min(most, max(2, -(-ENOUGH // tokens)))
+
 
 def draw_some(total: int, wanted: int) -> list[int]:
     """`wanted` of `total` windows, drawn: a stride would keep step with their order, and see only one kind of them."""
@@ -93,9 +101,16 @@ class Layer:
         self.followers[name] = attention
 
     def some(self, count: int) -> Layer:
-        """The same layer with `count` of its inputs, drawn."""
+        """The same layer with `count` of its inputs, drawn; itself where it has no more."""
+        if count >= len(self.inputs):
+            return self
         chosen = draw_some(len(self.inputs), count)
         return dataclasses.replace(self, inputs=ChosenInputs(self.inputs.__getitem__, chosen))
+
+    def sample(self, most: int | None = None) -> Layer:
+        """The same layer with as many of its inputs as an error is measured on, at most so many."""
+        tokens = self.inputs[0].x.shape[:2].numel()
+        return self.some(enough(tokens, len(self.inputs) if most is None else most))
 
     def space(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """A new large tensor, of the dtype and on the device of `like`."""

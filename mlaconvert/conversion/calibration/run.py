@@ -35,7 +35,7 @@ STAGES = (
     *("past refitted", "output refitted", "queries refitted"),
 )
 """What `refit_layers` measures the loss of, in the order of the work."""
-PROBES = 8  # batches of windows that a model with one converted layer sees
+PROBES = 8  # batches of windows that a model with one converted layer sees, at most
 BUDGETS = (0.4, 0.55, 0.75, 1.0, 1.35, 1.8, 2.4)  # of the average, measured in every layer
 
 
@@ -196,9 +196,9 @@ def refit_layers(
         if layer.index not in calibration.layers:
             continue
         moments = load_moments(calibration.folder, layer.index, checkpoint.config, task.device)
-        errors: dict[str, float] = {}
+        sample, errors = layer.sample(), dict[str, float]()
         for name, student in _stages(target, layer, calibration.layers[layer.index], moments):
-            errors[name] = attention_error(layer, student)
+            errors[name] = attention_error(sample, student)
             if validation is not None:
                 layer.follow(name, branch(student))
             return_memory()

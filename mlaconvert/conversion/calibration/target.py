@@ -35,7 +35,7 @@ PAST_ONLY = (
 """What beside an exact present only meets the past, and decides nothing of what is cached."""
 REFITTED = ("o.weight", "o.bias", *PAST_ONLY)
 """What refits may change."""
-MEASURED = 6  # batches of windows that ways to divide a layer are measured on
+MEASURED = 6  # batches of windows that ways to divide a layer are measured on, at most
 
 
 def branch(student: LatentAttention) -> LatentAttention:
@@ -176,7 +176,7 @@ class Target:
     ) -> ErrorTable:
         """The layer converted with each number of rotary components at each budget, W_O refitted, on some inputs."""
         components = self.components(layer.weights, moments, counts)
-        some = layer.some(inputs)
+        some = layer.sample(inputs)
         errors: dict[int, dict[int, float]] = {count: {} for count in counts}
         for count, kept in zip(counts, components, strict=True):
             possible = [budget for budget in budgets if self.rope != "cached" or budget > 2 * count]

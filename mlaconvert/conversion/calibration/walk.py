@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mlaconvert.clips.folder import Clips
 from mlaconvert.conversion.calibration.kept import read_exactly, write_tensors
-from mlaconvert.conversion.calibration.layer import ChosenInputs, Inputs, Layer, draw_some
+from mlaconvert.conversion.calibration.layer import ChosenInputs, Inputs, Layer, draw_some, enough
 from mlaconvert.conversion.calibration.pieces import PIECE_SCALARS
 from mlaconvert.conversion.calibration.windows import PROBE_SCALARS, Losses, Regime, batch_size, windows
 from mlaconvert.errors import CheckpointError
@@ -36,7 +36,7 @@ class LayerWalk:
     """Clips going through a dense checkpoint layer by layer. Iterate once; then read what became of the followers.
 
     A converted model that a layer asks to `follow` sees the windows of `validation` clips, which no layer's inputs
-    have, or without them `probes` batches of the others. `velocity_errors` are squared, relative to the teacher's
+    have, or without them up to `probes` batches of the others. `velocity_errors` are squared, relative to the teacher's
     velocity, behind clean pasts; so are `losses`, beside those with noisy ones. On a CPU, activations lie in an
     unnamed file in the folder `scratch` (default: the temporary folder). Raises what `Checkpoint.read` raises, and
     OutputError when there is no room for the file.
@@ -79,8 +79,8 @@ class LayerWalk:
                 self._prepare(validation, dataclasses.replace(regime, noisy_past=1.0))
         total = len(self.prepared)
         self.hidden = [p.x for p in self.prepared]
-        largest = max(x.numel() for x in self.hidden)
-        probes = min(probes, max(1, PROBE_SCALARS // largest))
+        largest = max(self.hidden, key=Tensor.numel)
+        probes = min(enough(largest.shape[:2].numel(), probes), max(1, PROBE_SCALARS // largest.numel()))
         self.followed = draw_some(total, probes) if validation is None else list(range(self.fitted, total))
         self.streams: dict[int | str, list[Tensor]] = {}
         self.velocity_errors: dict[int | str, float] = {}
