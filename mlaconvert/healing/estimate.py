@@ -105,11 +105,15 @@ def _elements(shapes: Sequence[Sequence[int]]) -> int:
 
 
 def _optimizer(recipe: HealRecipe, shapes: Sequence[Sequence[int]]) -> int:
-    """Bytes of Adam's two moments; SOAP has a covariance and an eigenbasis for each side of a matrix besides."""
-    moments = 8 * _elements(shapes)
+    """Bytes of Adam's two moments, of which Muon has one for a matrix; SOAP has a covariance and an eigenbasis for each
+    side of a matrix besides.
+    """
+    moments, matrices = 8 * _elements(shapes), [shape for shape in shapes if len(shape) > 1]
+    if recipe.optimizer == "muon":
+        return moments - 4 * _elements(matrices)
     if recipe.optimizer == "adamw":
         return moments
-    return moments + 8 * sum(side * side for shape in shapes if len(shape) > 1 for side in shape if side <= WIDEST)
+    return moments + 8 * sum(side * side for shape in matrices for side in shape if side <= WIDEST)
 
 
 def _activations(recipe: HealRecipe, config: WanConfig, tokens: int) -> int:

@@ -47,8 +47,10 @@ def make_accelerator(recipe: HealRecipe, logs: Path | None, *, cpu: bool) -> Acc
             raise ConfigError("FSDP 1 is not supported; launch with --fsdp_version 2")
         if on_cpu:
             raise ConfigError("accelerate does not shard on a CPU and says nothing of it; launch without --use_fsdp")
-        if recipe.optimizer == "soap":
-            raise ConfigError("optimizer soap needs whole matrices; launch without --use_fsdp, or take adamw")
+        if recipe.optimizer != "adamw":
+            raise ConfigError(
+                f"optimizer {recipe.optimizer} needs whole matrices; launch without --use_fsdp, or take adamw"
+            )
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
         )

@@ -46,8 +46,8 @@ class HealRecipe:
     """Clips that go through each process at once."""
     accumulate: _Count = 1
     """Batches that make a step."""
-    optimizer: Literal["adamw", "soap"] = "adamw"
-    """AdamW, or SOAP (arXiv 2409.11321)."""
+    optimizer: Literal["adamw", "soap", "muon"] = "adamw"
+    """AdamW, SOAP (arXiv 2409.11321), or Muon for matrices with steps of AdamW's size (arXiv 2502.16982)."""
     lr: Positive | None = None
     """The highest learning rate."""
     betas: tuple[_Share, _Share] | None = None
@@ -68,6 +68,9 @@ class HealRecipe:
     """Compute a block's activations again in the backward pass: less memory, more time."""
     attention_steps: Annotated[int, Field(ge=0)] | None = None
     """distill: steps that match attention outputs, before the others match velocities; a fifth by default."""
+    data_share: _Share = 0.0
+    """distill: how much of the velocity that is learned is the clips' own (flow matching); the rest is the teacher's.
+    For a teacher that its clips can still improve; not for a few-step one, and not for clips that it made itself."""
     solver_steps: Annotated[int, Field(ge=1, le=10**6, multiple_of=4)] = 48
     """consistency: steps in which the teacher's flow is solved; a multiple of the student's 4."""
     guidance: NotNegative = 3.0

@@ -71,7 +71,7 @@ def heal(
         student_file, teacher_file, draws = open_pair(stack, as_source(source), teacher)
         streaming = regime_of(recipe, student_file.config, teacher_file.config)
         found = open_source(recipe, data, student_file.config, tell, draws=draws)
-        _check_guidance(recipe, found)
+        _check_clips(recipe, found, teacher_file.config)
         staging = Staging(path, "heal", overwrite=target.overwrite)
         staging.check(sum(spec.nbytes for spec in specs_of(student_file)), kind="model", replaceable=is_model)
         accelerator = make_accelerator(recipe, None if tracker_missing(recipe) else folder / "logs", cpu=cpu)
@@ -163,7 +163,7 @@ def plan(
         found = open_source(
             recipe, None if data is None else Path(data), student_file.config, lambda _: None, draws=draws
         )
-        _check_guidance(recipe, found)
+        _check_clips(recipe, found, teacher_file.config)
         config = student_file.config
         shape = clips_to_generate(recipe, config).shape(config) if found is None else found.clip_shape
         with torch.device("meta"):
@@ -210,7 +210,18 @@ def _check_past(batches: Batches, student: WanConfig) -> None:
         )
 
 
-def _check_guidance(recipe: HealRecipe, source: ClipSource | None) -> None:
+def _check_clips(recipe: HealRecipe, source: ClipSource | None, teacher: WanConfig) -> None:
+    """Raise ConfigError where clips (None: the teacher makes them) are not what the recipe learns from."""
+    if recipe.data_share and teacher.few_step:
+        raise ConfigError(
+            f"data_share is {recipe.data_share:g}, but the teacher generates in a few steps: what it predicts is not "
+            "the clips' own velocity; give data_share 0"
+        )
+    if recipe.data_share and source is None:
+        raise ConfigError(
+            f"data_share is {recipe.data_share:g}, but the teacher would make these clips itself: give a folder of a "
+            "data set's with --data DIR, or data_share 0"
+        )
     guided = stage_of(recipe.stage).guided and recipe.guidance != 1
     if guided and source is not None and source.null is None:
         raise ConfigError(

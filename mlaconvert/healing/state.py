@@ -190,4 +190,19 @@ def make_optimizer(objective: nn.Module, recipe: HealRecipe, lr: float) -> torch
             precondition_frequency=TURN_EVERY,
             max_precondition_dim=WIDEST,
         )
+    if recipe.optimizer == "muon":
+        from pytorch_optimizer import Muon
+
+        flat = [p for p in trained if p.ndim < 2]
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "use_muon": True},
+            {"params": flat, "use_muon": False, "lr": lr, "betas": betas},
+        ]
+        return Muon(
+            groups if flat else groups[:1],
+            lr=lr,
+            momentum=betas[0],
+            use_adjusted_lr=True,
+            weight_decay=recipe.weight_decay,
+        )
     return torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=recipe.weight_decay)

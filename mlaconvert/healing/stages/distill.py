@@ -45,6 +45,9 @@ class Distill(Objective):
     Most clips have a clean past, as a rollout has. A teacher errs far less behind it, and so little of a plain mean
     would be about it that students would lose there what they gain elsewhere. So squared errors behind clean pasts are
     scaled by how many times more the teacher itself loses behind noisy ones: both count as shares of its own losses.
+
+    With a `data_share` the velocity that is learned lies between the teacher's and the clips' own: (1 - share) times
+    the squared distance to the one plus share times that to the other, but for a constant.
     """
 
     form = 2  # 1 weighed all noisy chunks alike
@@ -80,8 +83,7 @@ class Distill(Objective):
             velocity = self.run(
                 self._teacher[0], noised.latents, 1000 * noised.sigma, batch.context, self._layout(batch)
             )
-            target = noised.noise - batch.latents  # what flow matching asks for
-            squares = (velocity - target).square().mean((1, 3, 4)) * noised.weight
+            squares = (velocity - noised.velocity(batch.latents)).square().mean((1, 3, 4)) * noised.weight
             counted = noised.behind_clean if clean_past else noised.noisy
             total, frames = total + float(squares[counted].sum()), frames + int(counted.sum())
         return total / max(1, frames)
@@ -142,11 +144,12 @@ class Distill(Objective):
         return torch.stack(errors).mean()
 
     def _velocity_errors(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Squared differences of the velocities, weighted and summed over frames, and noisy frames."""
+        """Squared differences from the velocity that is learned, weighted and summed over frames, and noisy frames."""
         noised = Noised.of(batch)
         seen = (noised.latents, 1000 * noised.sigma, batch.context, self._layout(batch))
         with torch.no_grad():
             expected = self.run(self._teacher[0], *seen)
+            expected = expected + self.recipe.data_share * (noised.velocity(batch.latents) - expected)
         squares = (self.run(self.student, *seen) - expected).square().mean((1, 3, 4))
         weight = noised.weight * torch.where(noised.behind_clean, self.clean_weight, 1.0)
         return (squares * weight).sum(), noised.noisy.sum()
@@ -169,6 +172,10 @@ class Noised(NamedTuple):
         sigma, weight, behind_clean = noise_levels(batch, clean_past)
         noise = draw_noise(batch)
         return cls(add_noise(batch.latents, noise, sigma), noise, sigma, weight, behind_clean)
+
+    def velocity(self, clean: Tensor) -> Tensor:
+        """What flow matching asks for, of the clips without noise."""
+        return self.noise - clean
 
     @property
     def noisy(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,10 +30,14 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(home: Path, tmp_path: P
     poor.mkdir()
     save_file(load_file(home / "clips" / "0.safetensors"), poor / "0.safetensors")
     both = save_teacher(tmp_path / "bidirectional", None)
-    distill, out = settings("distill"), tmp_path / "out"
+    few = save_teacher(tmp_path / "few")
+    (few / "config.json").write_text(json.dumps(json.loads((few / "config.json").read_text()) | {"few_step": True}))
+    distill, shared, out = settings("distill"), settings("distill", data_share=0.2), tmp_path / "out"
     cases: list[tuple[type[Exception], str, Callable[[], Any]]] = [
         (InputError, "does not record what it was converted from", lambda: heal(bare, out, distill)),
         (InputError, "no such folder of clips", lambda: run(home, out, distill, data=tmp_path / "none")),
+        (ConfigError, "data_share is 0.2, .* --data", lambda: run(home, out, shared, data=None)),
+        (ConfigError, "generates in a few steps", lambda: run(home, out, shared, teacher=few)),
         (ConfigError, "needs clips", lambda: run(home, out, settings("dmd"), data=None)),
         (ConfigError, "null_context", lambda: run(home, out, settings("dmd"), data=poor)),
         (ConfigError, "needs a streaming teacher", lambda: run(home, out, settings("consistency"), teacher=both)),

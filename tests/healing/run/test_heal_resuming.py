@@ -15,13 +15,14 @@ import pytest
 import torch
 from heal_run_cases import in_processes, run, settings, with_bad_clips
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.files.names import WEIGHTS_NAME
 from mlaconvert.healing import run as heal_run
 from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.healing.stages import STAGES
-from mlaconvert.healing.state import LAST, load, save
+from mlaconvert.healing.state import LAST, load, make_optimizer, save
 from mlaconvert.model.load import load_model
 from mlaconvert.progress import Progress
 
@@ -83,12 +84,44 @@ def test_soap_goes_on_bit_for_bit(home: Path, tmp_path: Path) -> None:
     assert adam.curves.losses[-1][1] != straight.curves.losses[-1][1]
 
 
-def test_soap_is_not_for_sharded_runs(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_muon_goes_on_bit_for_bit_and_turns_matrices_alone(home: Path, tmp_path: Path) -> None:
+    """A matrix has a momentum, the rest the two moments of AdamW."""
+    recipe = settings("distill", steps=9, save_every=5, optimizer="muon", train="all", attention_steps=0, warmup=1)
+    straight = run(home, tmp_path / "straight", recipe)
+    with pytest.raises(KeyboardInterrupt):
+        run(home, tmp_path / "again", recipe, progress=stop_at(6))
+    moments = load(tmp_path / "again.state" / LAST)["parts"]["student"]["optimizer"]
+    assert moments["blocks.0.self_attn.o.weight"].keys() == {"momentum_buffer"}
+    assert moments["blocks.0.self_attn.o.bias"].keys() == {"exp_avg", "exp_avg_sq"}
+    assert run(home, tmp_path / "again", recipe).curves == straight.curves
+    first, second = (load_file(tmp_path / name / WEIGHTS_NAME) for name in ("straight", "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_step_of_muon_has_the_size_of_adamws() -> None:
+    """In every direction alike: 0.2 of the rate is the root of the mean square (arXiv 2502.16982, section 2.2)."""
+    layer = nn.Linear(24, 40)
+    optimizer = make_optimizer(layer, settings("distill", optimizer="muon").resolved(), 1e-2)
+    before = [p.detach().clone() for p in layer.parameters()]
+    layer(torch.randn(64, 24, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+    optimizer.step()
+    weight, bias = (p.detach() - old for p, old in zip(layer.parameters(), before, strict=True))
+    values = torch.linalg.svdvals(weight)
+    assert weight.square().mean().sqrt().item() == pytest.approx(0.2e-2, rel=0.3)
+    assert values.max() < 2 * values.min()
+    assert bias.abs().tolist() == pytest.approx([1e-2] * 40, rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["soap", "muon"])
+def test_what_needs_whole_matrices_is_not_for_sharded_runs(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ConfigError, match=r"optimizer soap needs whole matrices; launch without --use_fsdp"):
-        run(home, tmp_path / "out", settings("distill", optimizer="soap"), cpu=False)
+    with pytest.raises(ConfigError, match=rf"optimizer {optimizer} needs whole matrices; launch without --use_fsdp"):
+        run(home, tmp_path / "out", settings("distill", optimizer=optimizer), cpu=False)
     assert list(tmp_path.iterdir()) == []
 
 

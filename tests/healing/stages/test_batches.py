@@ -220,6 +220,8 @@ def test_the_estimate_counts_what_is_trained_only() -> None:
     third = estimate(soap, STUDENT, TEACHER, shapes, view, size=(HEIGHT, WIDTH))
     assert third.memory["optimizer"] == 8 * (15 + 10_000 + 7) + 8 * (25 + 9 + 4)
     assert third.memory["critic"] > few.memory["critic"]
+    muon = estimate(recipe("dmd", optimizer="muon"), STUDENT, TEACHER, shapes, view, size=(HEIGHT, WIDTH))
+    assert muon.memory["optimizer"] == 4 * (15 + 10_000) + 8 * 7
     assert few.memory["weights"] == many.memory["weights"] == 4 * sum(p.numel() for p in WanModel(STUDENT).parameters())
     assert few.seconds == pytest.approx(few.flops / 1e9)
     assert few.total_memory < many.total_memory

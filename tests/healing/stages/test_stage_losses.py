@@ -76,21 +76,28 @@ def test_distill_computes_the_teachers_attention_once() -> None:
     assert calls == [0, 1]
 
 
-def test_distill_then_matches_velocities_where_frames_are_noisy() -> None:
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_distill_then_matches_velocities_where_frames_are_noisy(share: float) -> None:
     teacher, student = model(TEACHER, 1), model(STUDENT, 2)
-    objective = Distill(student, teacher, recipe(steps=10, attention_steps=1), STREAMING)
+    objective = Distill(student, teacher, recipe(steps=10, attention_steps=1, data_share=share), STREAMING)
     for weight in (1.0, 3.5):
         objective.clean_weight = weight
         loss = objective.loss(make_batch(count=9), 1).item()
-        assert loss == pytest.approx(velocity_error(teacher, student, make_batch(count=9), weight), rel=1e-5)
+        assert loss == pytest.approx(velocity_error(teacher, student, make_batch(count=9), weight, share), rel=1e-5)
 
 
-def velocity_error(teacher: WanModel, student: WanModel, batch: Batch, clean_weight: float) -> float:
-    """Of the noisy frames of two chunks, weighted to the schedule, or by `clean_weight` behind a clean chunk."""
+def velocity_error(
+    teacher: WanModel, student: WanModel, batch: Batch, clean_weight: float, share: float = 0.0
+) -> float:
+    """Of the noisy frames of two chunks, weighted to the schedule, or by `clean_weight` behind a clean chunk.
+
+    Held to the teacher's velocity, or by a `share` to what leads from the clips to the noise.
+    """
     sigma, weight, _ = noise_levels(batch)
     noise = batch.rows.normal(*batch.latents.shape[1:]).double()
     noisy = batch.latents + sigma[:, None, :, None, None] * (noise - batch.latents)
-    difference = teacher(noisy, 1000 * sigma, batch.context) - student(noisy, 1000 * sigma, batch.context)
+    wanted = (1 - share) * teacher(noisy, 1000 * sigma, batch.context) + share * (noise - batch.latents)
+    difference = wanted - student(noisy, 1000 * sigma, batch.context)
     errors = [
         float(difference[i, :, f].square().mean() * weight[i, f] * (clean_weight if sigma[i, 0] == 0 else 1))
         for i, f in product(*map(range, sigma.shape))
