@@ -68,6 +68,11 @@ class HealRecipe:
     """Compute a block's activations again in the backward pass: less memory, more time."""
     attention_steps: Annotated[int, Field(ge=0)] | None = None
     """distill: steps that match attention outputs, before the others match velocities; a fifth by default."""
+    clean_past: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.8
+    """distill: share of the clips whose first chunks are clean, as a rollout's are."""
+    clean_weight: Positive = 1.0
+    """distill: how much errors behind clean pasts count beside those behind noisy ones, each as a share of what the
+    teacher itself loses there."""
     data_share: _Share = 0.0
     """distill: how much of the velocity that is learned is the clips' own (flow matching); the rest is the teacher's.
     For a teacher that its clips can still improve; not for a few-step one, and not for clips that it made itself."""

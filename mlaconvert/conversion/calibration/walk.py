@@ -81,7 +81,9 @@ class LayerWalk:
         self.hidden = [p.x for p in self.prepared]
         largest = max(self.hidden, key=Tensor.numel)
         probes = min(enough(largest.shape[:2].numel(), probes), max(1, PROBE_SCALARS // largest.numel()))
-        self.followed = draw_some(total, probes) if validation is None else list(range(self.fitted, total))
+        judged = [i for i, rows in enumerate(self.denoised) if rows.any()]  # a clean pass has no velocity to judge by
+        chosen = [judged[i] for i in draw_some(len(judged), probes)]
+        self.followed = chosen if validation is None else list(range(self.fitted, total))
         self.streams: dict[int | str, list[Tensor]] = {}
         self.velocity_errors: dict[int | str, float] = {}
         self.losses = Losses()

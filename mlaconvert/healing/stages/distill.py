@@ -25,10 +25,9 @@ from mlaconvert.model.schedule import add_noise, warp
 from mlaconvert.model.wan import WanModel
 from mlaconvert.progress import Counter
 
-CLEAN_PAST = 0.8  # share of the clips whose first chunks are clean, as a rollout's are
 # Behind a clean past, levels are drawn as low as a sampler of so many steps goes: what is below is never asked for.
 LOWEST = 1 / 20
-MOST_WEIGHT = 100.0  # of a chunk behind a clean past, beside one behind a noisy one
+MOST_RATIO = 100.0  # of what a teacher loses behind noisy pasts to what it loses behind clean ones
 # Share of the noise levels that are drawn evenly by their logarithm, and from where on. Few levels of the schedule are
 # near zero, but a velocity there is a small error divided by the level, and makes most of a gradient's variance.
 SPREAD, FLOOR = 0.3, 1e-3
@@ -44,7 +43,8 @@ class Distill(Objective):
 
     Most clips have a clean past, as a rollout has. A teacher errs far less behind it, and so little of a plain mean
     would be about it that students would lose there what they gain elsewhere. So squared errors behind clean pasts are
-    scaled by how many times more the teacher itself loses behind noisy ones: both count as shares of its own losses.
+    scaled by how many times more the teacher itself loses behind noisy ones: both count as shares of its own losses
+    (and the recipe's `clean_weight` says how much those behind clean pasts count beside the others).
 
     With a `data_share` the velocity that is learned lies between the teacher's and the clips' own: (1 - share) times
     the squared distance to the one plus share times that to the other, but for a constant.
@@ -70,10 +70,10 @@ class Distill(Objective):
 
     @torch.no_grad()
     def prepare_validation(self, clips: Clips, null: Tensor | None) -> None:
-        """Find what the teacher itself loses behind noisy and clean pasts, and so `clean_weight`."""
+        """Find what the teacher itself loses behind noisy and clean pasts, and so the weight of the latter."""
         noisy, clean = (self._teacher_loss(clips, clean_past=share) for share in (0.0, 1.0))
         if clean > 0:
-            self.clean_weight = min(max(noisy / clean, 1.0), MOST_WEIGHT)
+            self.clean_weight = self.recipe.clean_weight * min(max(noisy / clean, 1.0), MOST_RATIO)
 
     def _teacher_loss(self, clips: Clips, *, clean_past: float) -> float:
         """The teacher's flow matching loss behind noisy pasts (0), or clean ones (1); 0 for clips of one chunk then."""
@@ -117,7 +117,7 @@ class Distill(Objective):
 
     def _attention_loss(self, batch: Batch) -> Tensor:
         """Mean over layers of |student - teacher|^2 / |teacher|^2 of the attention output."""
-        noised = Noised.of(batch)
+        noised = Noised.of(batch, self.recipe.clean_past)
         teacher, student = self._teacher[0], self.student
         _, _, _, height, width = noised.latents.shape
         patch = teacher.config.patch_size
@@ -145,7 +145,7 @@ class Distill(Objective):
 
     def _velocity_errors(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Squared differences from the velocity that is learned, weighted and summed over frames, and noisy frames."""
-        noised = Noised.of(batch)
+        noised = Noised.of(batch, self.recipe.clean_past)
         seen = (noised.latents, 1000 * noised.sigma, batch.context, self._layout(batch))
         with torch.no_grad():
             expected = self.run(self._teacher[0], *seen)
@@ -167,7 +167,7 @@ class Noised(NamedTuple):
     behind_clean: Tensor
 
     @classmethod
-    def of(cls, batch: Batch, clean_past: float = CLEAN_PAST) -> Noised:
+    def of(cls, batch: Batch, clean_past: float) -> Noised:
         """`clean_past` is the share of clips that have one."""
         sigma, weight, behind_clean = noise_levels(batch, clean_past)
         noise = draw_noise(batch)
@@ -183,7 +183,7 @@ class Noised(NamedTuple):
         return self.sigma > 0
 
 
-def noise_levels(batch: Batch, clean_past: float = CLEAN_PAST) -> tuple[Tensor, Tensor, Tensor]:
+def noise_levels(batch: Batch, clean_past: float) -> tuple[Tensor, Tensor, Tensor]:
     """[B, F] each: a level a chunk, or a clean past before one of the chunks; what each level counts; and which frames
     are the first behind a clean past.
 

@@ -50,7 +50,7 @@ def test_distill_matches_attention_on_the_teachers_inputs() -> None:
     choose_trained(student, "attention")
     loss = Distill(student, teacher, recipe(steps=10, attention_steps=1), STREAMING).loss(batch, 0)
     again = make_batch()
-    sigma, _, _ = noise_levels(again)
+    sigma, _, _ = noise_levels(again, 0.8)
     noise = again.rows.normal(*again.latents.shape[1:]).double()
     noisy = again.latents + sigma[:, None, :, None, None] * (noise - again.latents)
     seen: list[tuple[tuple[Any, ...], Tensor]] = []
@@ -76,24 +76,32 @@ def test_distill_computes_the_teachers_attention_once() -> None:
     assert calls == [0, 1]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3])
-def test_distill_then_matches_velocities_where_frames_are_noisy(share: float) -> None:
+@pytest.mark.parametrize(("share", "clean_past"), [(0.0, 0.8), (0.3, 0.4)])
+def test_distill_then_matches_velocities_where_frames_are_noisy(share: float, clean_past: float) -> None:
     teacher, student = model(TEACHER, 1), model(STUDENT, 2)
-    objective = Distill(student, teacher, recipe(steps=10, attention_steps=1, data_share=share), STREAMING)
+    chosen = recipe(steps=10, attention_steps=1, data_share=share, clean_past=clean_past)
+    objective = Distill(student, teacher, chosen, STREAMING)
     for weight in (1.0, 3.5):
         objective.clean_weight = weight
         loss = objective.loss(make_batch(count=9), 1).item()
-        assert loss == pytest.approx(velocity_error(teacher, student, make_batch(count=9), weight, share), rel=1e-5)
+        expected = velocity_error(teacher, student, make_batch(count=9), weight, share=share, clean_past=clean_past)
+        assert loss == pytest.approx(expected, rel=1e-5)
 
 
 def velocity_error(
-    teacher: WanModel, student: WanModel, batch: Batch, clean_weight: float, share: float = 0.0
+    teacher: WanModel,
+    student: WanModel,
+    batch: Batch,
+    clean_weight: float,
+    *,
+    share: float = 0.0,
+    clean_past: float = 0.8,
 ) -> float:
     """Of the noisy frames of two chunks, weighted to the schedule, or by `clean_weight` behind a clean chunk.
 
     Held to the teacher's velocity, or by a `share` to what leads from the clips to the noise.
     """
-    sigma, weight, _ = noise_levels(batch)
+    sigma, weight, _ = noise_levels(batch, clean_past)
     noise = batch.rows.normal(*batch.latents.shape[1:]).double()
     noisy = batch.latents + sigma[:, None, :, None, None] * (noise - batch.latents)
     wanted = (1 - share) * teacher(noisy, 1000 * sigma, batch.context) + share * (noise - batch.latents)
@@ -127,11 +135,11 @@ def test_a_clean_past_counts_by_what_the_teacher_itself_loses_there(seed: int, n
     """
     teacher, student, batch = model(TEACHER, seed), model(STUDENT, 2), make_batch(count=11)
     batch = dataclasses.replace(batch, latents=0.1 * batch.latents)
-    objective = Distill(student, teacher, recipe(), STREAMING)
+    objective = Distill(student, teacher, recipe(clean_weight=0.7), STREAMING)
     objective.prepare_validation(Clips(batch.latents, batch.context), None)
     plain, clean = (teacher_loss(teacher, batch, clean_past) for clean_past in (0.0, 1.0))
     assert (plain / clean > 1.01) is nearer
-    assert objective.clean_weight == pytest.approx(max(plain / clean, 1), rel=1e-5)
+    assert objective.clean_weight == pytest.approx(0.7 * max(plain / clean, 1), rel=1e-5)
 
 
 def teacher_loss(teacher: WanModel, batch: Batch, clean_past: float) -> float:
@@ -162,7 +170,7 @@ def behind(net: WanModel, past: list[tuple[Tensor, Tensor]], chunk: Tensor, sigm
 def test_distill_weighs_its_noise_levels_to_the_schedule() -> None:
     """Against integrals over shift 5: of levels and of what is rare, near zero; there most draws are."""
     batch = dataclasses.replace(make_batch(), rows=Rows([mix("levels", i) for i in range(6000)]))
-    sigma, weight, behind_clean = (x[:, ::2] for x in noise_levels(batch))  # the first frame of each chunk
+    sigma, weight, behind_clean = (x[:, ::2] for x in noise_levels(batch, 0.8))  # the first frame of each chunk
     place = (torch.arange(10**6).double() + 0.5) / 10**6
     schedule = 5 * place / (1 + 4 * place)
     has_past = sigma[:, 0] == 0
