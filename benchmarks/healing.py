@@ -214,7 +214,6 @@ def convert_shipped(start: str, seed: int, output: Path) -> None:
         "random": dataclasses.replace(weights, init="random"),
         "svd": weights,
         "calibrated": calibrated,
-        "rank_28": dataclasses.replace(calibrated, kv_rank=28),  # what `convert tiny` takes without a recipe
     } | {f"bytes_{size}": dataclasses.replace(calibrated, bytes_per_token=size) for size in BYTES}
     convert("tiny", output, dataclasses.replace(made[start], height=24, width=32, vae_stride=1))
 
@@ -262,7 +261,7 @@ def caches(cells: Cells, seeds: list[int]) -> list[str]:
         "| above a teacher trained alike |",
         "|---" * 8 + "|",
     ]
-    sides = {"rank_28": ("28 scalars and the norm", 58)} | {f"bytes_{size}": ("in bits", size) for size in BYTES}
+    sides = {"calibrated": ("28 scalars", 56)} | {f"bytes_{size}": ("in bits", size) for size in BYTES}
     for (start, (words, size)), seed in product(sides.items(), seeds):
         model = cells.converted(start, seed)
         before = Measured(*cells.get(f"caches-before-{start}-{seed}", both, model, seed))
@@ -282,7 +281,7 @@ def caches(cells: Cells, seeds: list[int]) -> list[str]:
 
 def optimizers(cells: Cells, seeds: list[int]) -> list[str]:
     """Loss against FLOPs: the run's own validation by step for each optimizer, and both losses at its end."""
-    start, rows, steps, flops = cells.converted("rank_28", seeds[0]), [], [0], 0.0
+    start, rows, steps, flops = cells.converted("calibrated", seeds[0]), [], [0], 0.0
     for name, lr in OPTIMIZERS.items():
         options: dict[str, Any] = {"optimizer": name, "lr": lr} | LONG
         healed = cells.healed(f"optimizers-{name}-{seeds[0]}", start, seeds[0], **options)
