@@ -75,7 +75,7 @@ class Rows:
 class Batch:
     """Clips as one view shows them. A dataclass: what casts a module's inputs to bfloat16 leaves it alone.
 
-    `shared` is a number in [0, 1) that all processes draw alike.
+    `shared` is a number in [0, 1) that all processes draw alike. A batch that comes again has the same `name`.
     """
 
     latents: Tensor  # [B, C, F, H, W]
@@ -84,6 +84,7 @@ class Batch:
     view: View
     rows: Rows
     shared: float
+    name: str = ""
 
     def shared_choice(self, count: int) -> int:
         """One of `count`, alike in all processes; by the finer digits of `shared`, whose size may choose something
@@ -248,11 +249,13 @@ class Batches:
             frames = max(frames - frames % streaming.chunk_frames, min(frames, streaming.chunk_frames))
         everything = tuple(range(frames))
         chunks = tuple(default_chunks(frames, streaming)) if streaming else (frames,)
+        again = recipe.reuse if stage_of(recipe.stage).keeps_targets else 1
+        self.turn = -(-recipe.steps // again)  # steps after which the same batches come again
         self.views = [View(everything, chunks, everything)] if whole else views(frames, streaming)
 
     def batch(self, step: int, micro: int = 0, purpose: str = "student") -> Batch:
         """Clips, noise and view of one micro-batch; `purpose` keeps the critic's apart from the student's."""
-        recipe = self.recipe
+        recipe, step = self.recipe, step % self.turn if purpose == "student" else step
         total = recipe.accumulate * self.world * recipe.batch
         first = (micro * self.world + self.rank) * recipe.batch
         numbers = list(range(step * total + first, step * total + first + recipe.batch))
@@ -272,6 +275,7 @@ class Batches:
                 common=mix(recipe.seed, purpose, "strata", step),
             ),
             shared=float(torch.rand((), generator=common)),
+            name=f"{step}-{micro}-{self.rank}",
         )
 
     def validation(self) -> Clips:

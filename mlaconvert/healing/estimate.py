@@ -25,7 +25,8 @@ class Estimate:
     """One step of one process. Memory in bytes, by what it is for; activations are a rough count.
 
     `flops` are those of matrix products and of attention's visible pairs (a multiplication and an addition are two).
-    `seconds` need a measured rate of the device. `tokens` are those that go through the student with gradients.
+    `seconds` need a measured rate of the device. `tokens` are those that go through the student with gradients. `disk`
+    is what is kept of what the teacher makes for all steps.
     """
 
     trained_parameters: int
@@ -34,6 +35,7 @@ class Estimate:
     flops: float
     memory: dict[str, int]
     seconds: float | None
+    disk: int = 0
 
     @property
     def total_memory(self) -> int:
@@ -80,6 +82,7 @@ def estimate(
         "activations": _activations(recipe, student, tokens),
     }
     total = samples * stage.flops(passes)
+    kept = 4 * student.out_dim * len(view.frames) * prod(size) if stage.keeps_targets and recipe.reuse > 1 else 0
     return Estimate(
         trained_parameters=learned,
         parameters=parameters,
@@ -87,6 +90,7 @@ def estimate(
         flops=total.flops * processes,
         memory=memory,
         seconds=_seconds(total, rates),
+        disk=kept * samples * processes * -(-recipe.steps // recipe.reuse),
     )
 
 

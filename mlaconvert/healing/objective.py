@@ -15,6 +15,7 @@ from mlaconvert.healing.batches import Batch
 from mlaconvert.healing.frames import FrameLayout, View, clean_frames, guided, velocity
 from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.healing.state import Trained
+from mlaconvert.healing.targets import Targets
 from mlaconvert.model.schedule import warp
 from mlaconvert.model.wan import WanModel
 from mlaconvert.progress import Progress, silent
@@ -52,6 +53,7 @@ class Objective(nn.Module):
         self._no_split_modules = tuple(name for name in self._no_split_modules if name in present)
         self._prepared: tuple[nn.Module] = (self,)
         self.progress: Progress = silent  # is told of the passes of a validation
+        self.targets: Targets | None = None  # where a stage keeps what a teacher makes of batches that come again
 
     def go_through(self, prepared: nn.Module) -> None:
         """From here on `call` goes through `prepared`, which DDP or FSDP made of this objective."""

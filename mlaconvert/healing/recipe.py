@@ -76,6 +76,9 @@ class HealRecipe:
     data_share: _Share = 0.0
     """distill: how much of the velocity that is learned is the clips' own (flow matching); the rest is the teacher's.
     For a teacher that its clips can still improve; not for a few-step one, and not for clips that it made itself."""
+    reuse: _Count = 1
+    """distill: how often each noised clip is learned from. The teacher's velocity for it is computed once and kept in
+    the run's state, as large as the clip in float32, until the run ends."""
     solver_steps: Annotated[int, Field(ge=1, le=10**6, multiple_of=4)] = 48
     """consistency: steps in which the teacher's flow is solved; a multiple of the student's 4."""
     guidance: NotNegative = 3.0

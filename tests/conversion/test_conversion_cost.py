@@ -16,6 +16,7 @@ from counted_flops import FlopCount
 from mlaconvert.clips import teacher_made
 from mlaconvert.conversion import cost, from_clips
 from mlaconvert.conversion import run as conversion
+from mlaconvert.conversion.calibration import layer
 from mlaconvert.conversion.calibration import run as calibration
 from mlaconvert.conversion.calibration.target import Target
 from mlaconvert.conversion.calibration.walk import LayerWalk
@@ -88,11 +89,27 @@ def test_every_part_computes_what_is_counted(tmp_path: Path, counted: dict[str, 
             assert work.products + work.attention + work.double == pytest.approx(counted[part], rel=most), part
 
 
+@pytest.mark.slow
+def test_errors_are_measured_on_as_many_tokens_as_are_enough(
+    tmp_path: Path, counted: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four batches of windows two: the second half is left out of what is counted and of what is done."""
+    recipe = dataclasses.replace(load_recipe("tiny"), clips=20, refit_steps=0)
+    all_of_them = cost.conversion_work(planned(recipe), SHAPE, makes_clips=False)
+    monkeypatch.setattr(layer, "ENOUGH", 3000)
+    expected = cost.conversion_work(planned(recipe), SHAPE, makes_clips=False)
+    convert("tiny", tmp_path / "out", recipe)
+    for part, most in ((WALKS, 0.1), (LAYERS, 0.35)):
+        work = expected[part]
+        assert work.flops < 0.85 * all_of_them[part].flops, part
+        assert work.products + work.attention + work.double == pytest.approx(counted[part], rel=most), part
+
+
 def test_time_and_memory_follow_from_rates_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """More clips take more of both, a refit in bfloat16 has rates of its own, and a CPU's memory is not counted."""
     work = {WALKS: Work(products=8e9, attention=1e9), MODEL: Work(products=8e9, double=1e9)}
     half = dataclasses.replace(GIVEN, products=8e9)
-    assert cost.seconds_of(work, GIVEN, half) == {WALKS: 2.5, MODEL: 2.0}
+    assert cost.seconds_of(work | {CLIPS: Work(products=16e9)}, GIVEN, half) == {WALKS: 2.5, MODEL: 2.0, CLIPS: 2.0}
     few, many = (planned(dataclasses.replace(load_recipe("tiny"), clips=clips)) for clips in (10, 40))
     monkeypatch.setattr(cost, "probe", lambda *_, **__: GIVEN)
     costs = [cost.conversion_cost(plan, None, torch.device("cpu"), makes_clips=False) for plan in (few, many)]

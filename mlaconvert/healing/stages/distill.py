@@ -147,8 +147,15 @@ class Distill(Objective):
         """Squared differences from the velocity that is learned, weighted and summed over frames, and noisy frames."""
         noised = Noised.of(batch, self.recipe.clean_past)
         seen = (noised.latents, 1000 * noised.sigma, batch.context, self._layout(batch))
+
+        def run_teacher() -> Tensor:
+            return self.run(self._teacher[0], *seen)
+
         with torch.no_grad():
-            expected = self.run(self._teacher[0], *seen)
+            if self.targets is not None and batch.name:  # validation's have none
+                expected = self.targets.get(batch.name, run_teacher, noised.latents.device)
+            else:
+                expected = run_teacher()
             expected = expected + self.recipe.data_share * (noised.velocity(batch.latents) - expected)
         squares = (self.run(self.student, *seen) - expected).square().mean((1, 3, 4))
         weight = noised.weight * torch.where(noised.behind_clean, self.clean_weight, 1.0)
@@ -213,7 +220,7 @@ def _flops(passes: Passes) -> Work:
         passes.forward(config, noisy_layout(passes.view, config.streaming))
         for config in (passes.student, passes.teacher)
     )
-    return passes.trained * ours + theirs
+    return passes.trained * ours + (1 / passes.recipe.reuse) * theirs
 
 
 STAGE = Stage(
@@ -222,5 +229,6 @@ STAGE = Stage(
     lr=1e-5,  # which a converted model bears without data of its own
     betas=(0.9, 0.99),
     needs_clips=False,
+    keeps_targets=True,
     sees_as_teacher=True,
 )

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,15 @@ from heal_run_cases import in_processes, run, settings, with_bad_clips
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.errors import ConfigError, InputError
 from mlaconvert.files.names import WEIGHTS_NAME
 from mlaconvert.healing import run as heal_run
+from mlaconvert.healing.batches import Batches, DrawnClips
 from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.healing.stages import STAGES
 from mlaconvert.healing.state import LAST, load, make_optimizer, save
+from mlaconvert.healing.targets import Targets
 from mlaconvert.model.load import load_model
 from mlaconvert.progress import Progress
 
@@ -97,6 +100,60 @@ def test_muon_goes_on_bit_for_bit_and_turns_matrices_alone(home: Path, tmp_path:
     assert run(home, tmp_path / "again", recipe).curves == straight.curves
     first, second = (load_file(tmp_path / name / WEIGHTS_NAME) for name in ("straight", "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.slow
+def test_the_teacher_runs_once_for_clips_that_come_again(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights with all that it made thrown away in between, also where a killed run left one of them broken.
+
+    Of seven steps the first three have clips of their own, but for those that match attention: the first of all.
+    """
+    recipe = settings("distill", steps=7, reuse=3, attention_steps=1, validate_every=7, save_every=2)
+    made: list[int] = []
+    get = Targets.get
+
+    def counting(self: Targets, batch: str, make: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
+        def counted() -> torch.Tensor:
+            made.append(int(batch.split("-", maxsplit=1)[0]))
+            return make()
+
+        return get(self, batch, counted, device)
+
+    monkeypatch.setattr(Targets, "get", counting)
+    straight = run(home, tmp_path / "straight", recipe)
+    assert made == [1, 2, 0]
+    assert not (tmp_path / "straight.state" / "targets").exists()
+    with pytest.raises(KeyboardInterrupt):
+        run(home, tmp_path / "again", recipe, progress=stop_at(5))
+    (kept,) = (tmp_path / "again.state" / "targets").iterdir()
+    assert sorted(path.name for path in kept.iterdir()) == [
+        "0-0-0.safetensors",
+        "1-0-0.safetensors",
+        "2-0-0.safetensors",
+    ]
+    (kept / "1-0-0.safetensors").write_bytes(b"torn")
+    (kept / "2-0-0.safetensors").unlink()
+    made.clear()
+    assert run(home, tmp_path / "again", recipe).curves == straight.curves
+    assert sorted(made) == [1, 2]
+    with pytest.raises(KeyboardInterrupt):
+        run(home, tmp_path / "other", recipe, progress=stop_at(5))
+    before = {path.name for path in (tmp_path / "other.state" / "targets").iterdir()}
+    (tmp_path / "other.state" / LAST).unlink()
+    with pytest.raises(KeyboardInterrupt):
+        run(home, tmp_path / "other", dataclasses.replace(recipe, seed=1), progress=stop_at(5))
+    assert len({path.name for path in (tmp_path / "other.state" / "targets").iterdir()} - before) == 1
+
+
+def test_only_what_can_be_kept_comes_again() -> None:
+    for stage, expected in (("distill", ["0-0-0", "1-0-0", "2-0-0", "0-0-0"]), ("teacher-forcing", None)):
+        batches = Batches(DrawnClips(), settings(stage, steps=8, reuse=3).resolved(), StreamingConfig())
+        names = [batches.batch(step).name for step in range(4)]
+        assert names == (expected or ["0-0-0", "1-0-0", "2-0-0", "3-0-0"])
+        assert torch.equal(batches.batch(3).latents, batches.batch(0).latents) is (expected is not None)
+    assert batches.batch(9, purpose="critic").name == "9-0-0"
 
 
 def test_a_step_of_muon_has_the_size_of_adamws() -> None:

@@ -220,6 +220,11 @@ def test_the_estimate_counts_what_is_trained_only() -> None:
     third = estimate(soap, STUDENT, TEACHER, shapes, view, size=(HEIGHT, WIDTH))
     assert third.memory["optimizer"] == 8 * (15 + 10_000 + 7) + 8 * (25 + 9 + 4)
     assert third.memory["critic"] > few.memory["critic"]
+    again = estimate(recipe(steps=7, reuse=3, batch=5), STUDENT, TEACHER, shapes, view, size=(HEIGHT, WIDTH))
+    assert again.disk == 3 * 5 * 4 * (3 * 4 * HEIGHT * WIDTH)
+    fewer, usual = (again.flops, estimate(recipe(batch=5), STUDENT, TEACHER, shapes, view, size=(HEIGHT, WIDTH)).flops)
+    theirs = forward_work(TEACHER, noisy_layout(view, STREAMING).visible, 6).flops
+    assert usual - fewer == pytest.approx(5 * theirs * 2 / 3)
     muon = estimate(recipe("dmd", optimizer="muon"), STUDENT, TEACHER, shapes, view, size=(HEIGHT, WIDTH))
     assert muon.memory["optimizer"] == 4 * (15 + 10_000) + 8 * 7
     assert few.memory["weights"] == many.memory["weights"] == 4 * sum(p.numel() for p in WanModel(STUDENT).parameters())
