@@ -74,9 +74,8 @@ class OwnClips:
     ) -> Clips:
         """`count` clips, `batch` at a time, in float32 on the CPU; a GPU computes them in bfloat16.
 
-        `seed` is the first clip's, one more each next's.
-
-        `progress` counts passes of the model, as those of `stage`. `say` is told where that will take long.
+        `seed` is the first clip's, one more each next's. `progress` counts passes of the model, as those of
+        `stage`. `say` is told where that will take long.
         """
         line = self.warning(model, count) if say is not None else None
         if say is not None and line is not None:

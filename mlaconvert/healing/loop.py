@@ -299,7 +299,9 @@ class Run:
 
     def _check_same(self, state: dict[str, Any]) -> None:
         """Raise ConfigError when the saved state is another run's."""
-        saved, ours = json.loads(state["recipe"]), json.loads(json.dumps(dataclasses.asdict(self.recipe)))
+        # What an earlier version did not know was as it is by default.
+        saved = {field.name: field.default for field in dataclasses.fields(HealRecipe)} | json.loads(state["recipe"])
+        ours = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
         changed = [name for name in ours if name not in CHANGEABLE and saved.get(name) != ours[name]]
         before, now = state["identity"], dict(self.identity)
         if saved.get("bad_shards") == "refuse":  # it met no bad clip, so to leave some out from here on is no other run
