@@ -68,7 +68,8 @@ from mlaconvert.healing.run import heal, plan
 from mlaconvert.healing.stages import STAGES, distill, stage_of
 from mlaconvert.healing.stages.few_step import FewStep, energy_distance, reference_features
 from mlaconvert.healing.stages.stage import Models
-from mlaconvert.healing.state import Trained, choose_trained, make_optimizer
+from mlaconvert.healing.state import LAST, Trained, choose_trained, fill, make_optimizer
+from mlaconvert.healing.state import load as load_state
 from mlaconvert.listener import Listener
 from mlaconvert.model.load import load_model
 from mlaconvert.model.wan import WanModel
@@ -277,6 +278,20 @@ def caches(cells: Cells, seeds: list[int]) -> list[str]:
             f"| {words} | {size} | {seed} | {clean} | {above[0]:.2f}% | {velocity} | {noisy} | {above[1]:.2f}% |"
         )
     return lines
+
+
+def trained_alike(cells: Cells, seed: int) -> Measured:
+    """Of the teacher after all steps of the recipe.
+
+    Not at its best by its own validation, which is there from the start: most of what it learns is to stay as it is.
+    """
+    healed = cells.healed(f"caches-teacher-{seed}", cells.teacher(), seed, **LONG)
+    healed.folder()
+    state = load_state(healed.path.with_name(f"{healed.path.name}.state") / LAST)["parts"]["student"]
+    model = load_model("tiny")
+    for name, average in zip(state["weights"], state["average"], strict=True):
+        fill(model.get_parameter(name), average)
+    return both_losses(load_model("tiny"), model, seed)
 
 
 def optimizers(cells: Cells, seeds: list[int]) -> list[str]:
