@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,11 +104,12 @@ def conversion(tflops: float) -> list[str]:
     ]
     totals = [0.0] * 4
     for part, work in on_gpu.items():
-        rate = tflops if part in ON_GPU_IN_BF16 else GPU_FLOAT32
+        half = part in ON_GPU_IN_BF16
+        rate = tflops if half else GPU_FLOAT32
         flops = on_cpu[part].flops if part in on_cpu else 0.0
         values = [flops / 1e15, flops / CPU / 1e12 / 3600, work.flops / 1e15, work.flops / rate / 1e12 / 60]
         totals = [a + b for a, b in zip(totals, values, strict=True)]
-        lines.append(f"| {part}{' (bfloat16 on a GPU)' if rate == tflops else ''} | {_row(values)} |")
+        lines.append(f"| {part}{' (bfloat16 on a GPU)' if half else ''} | {_row(values)} |")
     return [*lines, f"| all | {_row(totals)} |"]
 
 
@@ -147,13 +149,15 @@ def measured(folder: Path | None, threads: int) -> list[str]:
         command = [*MLACONVERT, "convert", str(source), "--recipe", RECIPE, "--data", str(clips), "--json"]
         command += ["--clips", str(CLIPS[0])]
         told = _converted([*command, "--dry-run"], threads)["estimate"]
+        began = time.monotonic()
         took = _converted([*command, "-o", str(Path(name) / "output")], threads)["seconds"]
+        total = time.monotonic() - began
     lines = ["| | minutes |", "|---|---|"]
     for part, seconds in told["seconds"].items():
         lines.append(f"| {part}, estimated ({told['flops'][part] / 1e12:.0f} TFLOP) | {seconds / 60:.1f} |")
     lines.append(f"| all, estimated | {told['total_seconds'] / 60:.1f} |")
     lines += [f"| {part}, measured | {seconds / 60:.1f} |" for part, seconds in took.items()]
-    return lines
+    return [*lines, f"| all, measured: parts run side by side | {total / 60:.1f} |"]
 
 
 def _converted(command: list[str], threads: int) -> dict[str, Any]:

@@ -267,8 +267,9 @@ def _estimate_text(found: Estimate, recipe: HealRecipe, device: str) -> str:
         ("step", f"{found.tokens:,} tokens, {found.flops:.3g} FLOPs; all steps {found.flops * recipe.steps:.3g} FLOPs"),
         *((f"  {name}", format_bytes(size)) for name, size in found.memory.items()),
         ("memory", f"{format_bytes(found.total_memory)} a process, activations roughly; nothing sharded"),
-        *([("disk", f"{format_bytes(found.disk)} of what the teacher makes, until the end")] if found.disk else []),
     ]
+    if found.disk:
+        lines.append(("disk", f"{format_bytes(found.disk)} of the teacher's velocities, deleted at the end"))
     if found.seconds is not None:
         total = format_seconds(found.seconds * recipe.steps)
         lines.append(("time", f"{found.seconds:.3g} s a step, about {total} on {device} besides validations"))

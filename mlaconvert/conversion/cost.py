@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mlaconvert.clips.folder import ClipFolder
-from mlaconvert.conversion.calibration.layer import enough
+from mlaconvert.conversion.calibration.layer import batches_enough
 from mlaconvert.conversion.calibration.measure import PAIRS, SAMPLES
 from mlaconvert.conversion.calibration.refit import QUERIES
 from mlaconvert.conversion.calibration.refit_model import BATCH as REFIT_BATCH
@@ -195,7 +195,7 @@ class _Counts:
 
     def _sampled(self, most: int) -> int:
         """How many batches an error is measured on, at most so many."""
-        return enough(self._largest, most)
+        return batches_enough(self._largest, most)
 
     def _clips_in(self, batches: int) -> float:
         """How many clips' windows so many batches are, at most all that are fitted to."""

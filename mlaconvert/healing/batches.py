@@ -249,13 +249,11 @@ class Batches:
             frames = max(frames - frames % streaming.chunk_frames, min(frames, streaming.chunk_frames))
         everything = tuple(range(frames))
         chunks = tuple(default_chunks(frames, streaming)) if streaming else (frames,)
-        again = recipe.reuse if stage_of(recipe.stage).keeps_targets else 1
-        self.turn = -(-recipe.steps // again)  # steps after which the same batches come again
         self.views = [View(everything, chunks, everything)] if whole else views(frames, streaming)
 
     def batch(self, step: int, micro: int = 0, purpose: str = "student") -> Batch:
         """Clips, noise and view of one micro-batch; `purpose` keeps the critic's apart from the student's."""
-        recipe, step = self.recipe, step % self.turn if purpose == "student" else step
+        recipe, step = self.recipe, step % self.recipe.own_steps if self.recipe.reuse > 1 else step
         total = recipe.accumulate * self.world * recipe.batch
         first = (micro * self.world + self.rank) * recipe.batch
         numbers = list(range(step * total + first, step * total + first + recipe.batch))

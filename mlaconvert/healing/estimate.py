@@ -26,7 +26,7 @@ class Estimate:
 
     `flops` are those of matrix products and of attention's visible pairs (a multiplication and an addition are two).
     `seconds` need a measured rate of the device. `tokens` are those that go through the student with gradients. `disk`
-    is what is kept of what the teacher makes for all steps.
+    is what the teacher's velocities take that are kept (`HealRecipe.reuse`), of all steps.
     """
 
     trained_parameters: int
@@ -82,7 +82,7 @@ def estimate(
         "activations": _activations(recipe, student, tokens),
     }
     total = samples * stage.flops(passes)
-    kept = 4 * student.out_dim * len(view.frames) * prod(size) if stage.keeps_targets and recipe.reuse > 1 else 0
+    velocity = 4 * student.out_dim * len(view.frames) * prod(size)  # bytes of one clip's
     return Estimate(
         trained_parameters=learned,
         parameters=parameters,
@@ -90,7 +90,7 @@ def estimate(
         flops=total.flops * processes,
         memory=memory,
         seconds=_seconds(total, rates),
-        disk=kept * samples * processes * -(-recipe.steps // recipe.reuse),
+        disk=velocity * samples * processes * recipe.kept_steps,
     )
 
 
@@ -114,7 +114,7 @@ def _optimizer(recipe: HealRecipe, shapes: Sequence[Sequence[int]]) -> int:
     """
     moments, matrices = 8 * _elements(shapes), [shape for shape in shapes if len(shape) > 1]
     if recipe.optimizer == "muon":
-        return moments - 4 * _elements(matrices)
+        return moments - 4 * _elements([shape for shape in matrices if len(shape) == 2])
     if recipe.optimizer == "adamw":
         return moments
     return moments + 8 * sum(side * side for shape in matrices for side in shape if side <= WIDEST)

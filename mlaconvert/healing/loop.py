@@ -310,8 +310,10 @@ class Run:
         if state["processes"] != self.accelerator.num_processes:
             changed.append("the number of processes")
         if changed:
+            first = changed[0]
+            values = f" ({saved[first]} instead of {ours[first]})" if first in ours else ""
             raise ConfigError(
-                f"{self.folder} holds a run with another {changed[0]}; give the same, or begin again with --restart"
+                f"{self.folder} holds a run with another {first}{values}; give the same, or begin again with --restart"
             )
 
     def _log(self, row: dict[str, float]) -> None:

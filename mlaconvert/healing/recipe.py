@@ -19,7 +19,10 @@ from mlaconvert.healing.stages import STAGES, stage_of
 
 Train = Literal["latent", "attention", "all"]
 
-_SOAP_BETAS = (0.95, 0.95)  # its paper's (arXiv 2409.11321), for whatever stage
+# Of whatever stage: SOAP's are its paper's (arXiv 2409.11321), Muon's first is its momentum.
+_BETAS = {"soap": (0.95, 0.95), "muon": (0.95, 0.99)}
+# What would change nothing in another stage.
+_OF_DISTILL = ("clean_past", "clean_weight", "data_share", "reuse")
 _Count = Annotated[int, Field(ge=1, le=10**6)]
 _Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 # A run that goes on from its saved state may change these; anything else would make it another run.
@@ -47,11 +50,12 @@ class HealRecipe:
     accumulate: _Count = 1
     """Batches that make a step."""
     optimizer: Literal["adamw", "soap", "muon"] = "adamw"
-    """AdamW, SOAP (arXiv 2409.11321), or Muon for matrices with steps of AdamW's size (arXiv 2502.16982)."""
+    """AdamW, SOAP (arXiv 2409.11321), or Muon for the blocks' matrices, with steps of AdamW's size (arXiv 2502.16982),
+    and AdamW for the rest."""
     lr: Positive | None = None
     """The highest learning rate."""
     betas: tuple[_Share, _Share] | None = None
-    """Decay of the optimizer's averages of gradients and of their squares."""
+    """Decay of the optimizer's averages of gradients (Muon's momentum) and of their squares."""
     weight_decay: NotNegative = 0.0
     """Share of the learning rate by which weights shrink in a step; 0 for none."""
     warmup: Annotated[int, Field(ge=0)] = 20
@@ -91,12 +95,12 @@ class HealRecipe:
     """Latent frames of a clip that are used; by default all of them, and of self-generated video a window's worth, or
     four chunks."""
     clips: _Count = 40
-    """Clips that the teacher generates where there is no data."""
+    """Clips that the teacher generates where there is no data; on a GPU in bfloat16."""
     bad_shards: BadShards = "refuse"
     """What becomes of data that cannot be read: stop before training, or skip it and say so."""
     validation_clips: _Count = 16
     """Clips that are never trained on. Averaged weights are validated on them: distill by the velocity's distance to
-    the teacher's, teacher-forcing by the flow matching loss, consistency and dmd by the distance of what they
+    what it learns, teacher-forcing by the flow matching loss, consistency and dmd by the distance of what they
     generate."""
     validate_every: _Count = 50
     """Steps between validations."""
@@ -115,11 +119,27 @@ class HealRecipe:
         check_fields(self)
         if self.attention_steps is not None and self.attention_steps > self.steps:
             raise ConfigError(f"attention_steps is {self.attention_steps}: give 0 to the {self.steps} steps")
+        if self.reuse > self.steps:
+            raise ConfigError(f"reuse is {self.reuse}: give 1 to the {self.steps} steps")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in _OF_DISTILL:
+            if self.stage != "distill" and getattr(self, name) != defaults[name]:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but only stage distill has it; leave it out")
+
+    @property
+    def own_steps(self) -> int:
+        """Steps with clips of their own, behind which the same come again."""
+        return -(-self.steps // self.reuse)
+
+    @property
+    def kept_steps(self) -> int:
+        """Of those, the ones for which the teacher's velocity is kept: where attention is matched there is none."""
+        return min(self.own_steps, self.steps - (self.attention_steps or 0)) if self.reuse > 1 else 0
 
     def resolved(self) -> HealRecipe:
         """With every default of the stage filled in."""
         stage = stage_of(self.stage)
-        lr, betas = self.lr or stage.lr, _SOAP_BETAS if self.optimizer == "soap" else stage.betas
+        lr, betas = self.lr or stage.lr, _BETAS.get(self.optimizer, stage.betas)
         return dataclasses.replace(
             self,
             lr=lr,

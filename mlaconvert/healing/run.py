@@ -23,12 +23,12 @@ from mlaconvert.files.output import AnyOutput, as_output
 from mlaconvert.files.staging import Staging, claim, disk_errors
 from mlaconvert.files.whole import remove_partial
 from mlaconvert.files.writer import is_model
-from mlaconvert.healing.batches import Batches, ClipSource, clips_to_generate, generate_source, mix, open_source
+from mlaconvert.healing.batches import Batches, ClipSource, clips_to_generate, generate_source, open_source
 from mlaconvert.healing.estimate import Estimate, estimate
 from mlaconvert.healing.loop import Run, make_accelerator, tracker_missing
 from mlaconvert.healing.models import assumptions, identity_of, load_models, name_of, open_pair, regime_of
 from mlaconvert.healing.output import HealReport, occupancy, specs_of, write_model
-from mlaconvert.healing.recipe import CHANGEABLE, HealRecipe
+from mlaconvert.healing.recipe import HealRecipe
 from mlaconvert.healing.stages import stage_of
 from mlaconvert.healing.state import BEST, LAST, choose_trained, load
 from mlaconvert.healing.targets import Targets
@@ -37,8 +37,6 @@ from mlaconvert.model.device import resolve_device
 from mlaconvert.model.rates import Rates, probe
 from mlaconvert.model.wan import WanModel
 from mlaconvert.progress import silent
-
-TARGETS = "targets"  # the folder of a run's state where what its teacher makes of batches is kept
 
 
 def heal(
@@ -120,8 +118,8 @@ def heal(
             "model": student_file.store.sha256(),
             "teacher": identity_of(teacher_file),
         }
-        if batches.turn < recipe.steps:
-            objective.targets = Targets(_targets_folder(folder, recipe, identity, accelerator.num_processes))
+        if recipe.reuse > 1:
+            objective.targets = Targets(folder, recipe, identity, accelerator.num_processes, writes=main)
         run = Run(objective, batches, clips, recipe, folder, accelerator, identity)
         if recipe.tracker != "none" and not tracker_missing(recipe):
             accelerator.init_trackers("heal")
@@ -142,8 +140,9 @@ def heal(
         )
         if main:
             write_model(student_file, result, weights, staging)
-            shutil.rmtree(folder / TARGETS, ignore_errors=True)
         accelerator.wait_for_everyone()
+        if objective.targets is not None:
+            objective.targets.forget()
         for tracker in accelerator.trackers:
             tracker.finish()
     return result
@@ -189,12 +188,6 @@ def plan(
             rates = probe(config, chosen, dtype, queries=tokens, keys=tokens, masked=masked)
         size = (shape[2], shape[3])
         return estimate(recipe, config, teacher_file.config, trained, view, size=size, rates=rates)
-
-
-def _targets_folder(folder: Path, recipe: HealRecipe, identity: dict[str, str], processes: int) -> Path:
-    """Where a run keeps its teacher's velocities: another run's clips, noise or teacher have another folder."""
-    settings = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in CHANGEABLE}
-    return folder / TARGETS / f"{mix(repr(settings), repr(identity), processes):x}"
 
 
 @dataclasses.dataclass

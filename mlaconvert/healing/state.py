@@ -193,16 +193,15 @@ def make_optimizer(objective: nn.Module, recipe: HealRecipe, lr: float) -> torch
     if recipe.optimizer == "muon":
         from pytorch_optimizer import Muon
 
-        flat = [p for p in trained if p.ndim < 2]
+        # Its authors leave embeddings and heads to AdamW, and all that is no matrix.
+        named = [(name.split("."), p) for name, p in objective.named_parameters() if p.requires_grad]
+        matrices = [p for name, p in named if "blocks" in name and p.ndim == 2]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in trained if id(p) not in chosen]
+        common = {"lr": lr, "weight_decay": recipe.weight_decay}
         groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "use_muon": True},
-            {"params": flat, "use_muon": False, "lr": lr, "betas": betas},
+            {"params": matrices, "use_muon": True, "momentum": betas[0], "use_adjusted_lr": True, **common},
+            {"params": rest, "use_muon": False, "betas": betas, "eps": 1e-8, **common},
         ]
-        return Muon(
-            groups if flat else groups[:1],
-            lr=lr,
-            momentum=betas[0],
-            use_adjusted_lr=True,
-            weight_decay=recipe.weight_decay,
-        )
+        return Muon([group for group in groups if group["params"]])
     return torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=recipe.weight_decay)

@@ -1,26 +1,38 @@
-"""What a teacher makes of batches that come again: computed once, and kept in files."""
+"""A teacher's velocities for batches that come again: computed once, and kept in files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from mlaconvert.files.whole import whole_file
+from mlaconvert.files.whole import write_whole
+from mlaconvert.healing.batches import mix
+from mlaconvert.healing.recipe import CHANGEABLE, HealRecipe
 
-_NAME = "target"
+FOLDER, _NAME = "targets", "target"
 
 
-@dataclass(frozen=True)
 class Targets:
-    """One tensor a batch, in a folder that belongs to one run's clips, noise and teacher."""
+    """One tensor a batch, in a folder below a run's state that belongs to its clips, noise and teacher.
 
-    folder: Path
+    What runs with others kept there is deleted if this is the process that `writes` for all.
+    """
+
+    def __init__(
+        self, state: Path, recipe: HealRecipe, identity: Mapping[str, str], processes: int, *, writes: bool
+    ) -> None:
+        settings = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in CHANGEABLE}
+        self.folder = state / FOLDER / f"{mix(repr(settings), repr(sorted(identity.items())), processes):x}"
+        for other in (state / FOLDER).glob("*") if writes else ():
+            if other != self.folder:
+                shutil.rmtree(other, ignore_errors=True)
 
     def get(self, batch: str, make: Callable[[], Tensor], device: torch.device) -> Tensor:
         """What `make` gave when the batch of that name first came, or gives now. Raises OSError."""
@@ -30,6 +42,9 @@ class Targets:
         except (FileNotFoundError, KeyError, SafetensorError):  # not there yet, or damaged
             made = make()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as partial:
-            save_file({_NAME: made.contiguous()}, partial)
+        write_whole(path, save({_NAME: made.contiguous()}))
         return made
+
+    def forget(self) -> None:
+        """Delete what this run kept."""
+        shutil.rmtree(self.folder.parent, ignore_errors=True)

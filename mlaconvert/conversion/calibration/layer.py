@@ -22,7 +22,7 @@ from mlaconvert.model.rope import Rotary
 ENOUGH = 3 * 2**13
 
 
-def enough(tokens: int, most: int) -> int:
+def batches_enough(tokens: int, most: int) -> int:
     """How many batches of so many tokens hold `ENOUGH`; two at least, and never more than `most`."""
     return min(most, max(2, -(-ENOUGH // tokens)))
 
@@ -85,6 +85,7 @@ class Layer:
     followers: dict[int | str, LatentAttention] = field(default_factory=dict)
     scratch: Scratch | None = None  # where large tensors lie, if not in memory
     held_back: Layer | None = None  # the same layer with inputs from clips that nothing is fitted to
+    batch_tokens: int = 1  # of its largest batch of windows
 
     @cached_property
     def expected(self) -> list[Tensor]:
@@ -109,8 +110,7 @@ class Layer:
 
     def sample(self, most: int | None = None) -> Layer:
         """The same layer with as many of its inputs as an error is measured on, at most so many."""
-        tokens = self.inputs[0].x.shape[:2].numel()
-        return self.some(enough(tokens, len(self.inputs) if most is None else most))
+        return self.some(batches_enough(self.batch_tokens, len(self.inputs) if most is None else most))
 
     def space(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """A new large tensor, of the dtype and on the device of `like`."""

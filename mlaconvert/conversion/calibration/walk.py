@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mlaconvert.clips.folder import Clips
 from mlaconvert.conversion.calibration.kept import read_exactly, write_tensors
-from mlaconvert.conversion.calibration.layer import ChosenInputs, Inputs, Layer, draw_some, enough
+from mlaconvert.conversion.calibration.layer import ChosenInputs, Inputs, Layer, batches_enough, draw_some
 from mlaconvert.conversion.calibration.pieces import PIECE_SCALARS
 from mlaconvert.conversion.calibration.windows import PROBE_SCALARS, Losses, Regime, batch_size, windows
 from mlaconvert.errors import CheckpointError
@@ -79,9 +79,11 @@ class LayerWalk:
                 self._prepare(validation, dataclasses.replace(regime, noisy_past=1.0))
         total = len(self.prepared)
         self.hidden = [p.x for p in self.prepared]
-        largest = max(self.hidden, key=Tensor.numel)
-        probes = min(enough(largest.shape[:2].numel(), probes), max(1, PROBE_SCALARS // largest.numel()))
-        judged = [i for i, rows in enumerate(self.denoised) if rows.any()]  # a clean pass has no velocity to judge by
+        self.batch_tokens = max(x.shape[:2].numel() for x in self.hidden)
+        scalars = self.batch_tokens * self.model.config.dim
+        probes = min(batches_enough(self.batch_tokens, probes), max(1, PROBE_SCALARS // scalars))
+        # A clean pass has no velocity to judge by.
+        judged = [i for i, rows in enumerate(self.denoised) if rows.any()] or list(range(total))
         chosen = [judged[i] for i in draw_some(len(judged), probes)]
         self.followed = chosen if validation is None else list(range(self.fitted, total))
         self.streams: dict[int | str, list[Tensor]] = {}
@@ -138,6 +140,7 @@ class LayerWalk:
                 weights=self.checkpoint.attention(index),
                 attention=cast(DenseAttention, block.self_attn),
                 inputs=ChosenInputs(inputs, range(self.fitted)),
+                batch_tokens=self.batch_tokens,
                 scratch=self.scratch,
             )
             held_back = range(self.fitted, len(self.prepared) if self.regime.noisy_past else self.clean)

@@ -21,6 +21,7 @@ from mlaconvert.clips.folder import BATCH, BATCH_TOKENS, Clips
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import Present
 from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.calibration.layer import ENOUGH
 from mlaconvert.conversion.calibration.refit import QUERIES
 from mlaconvert.errors import ConfigError
 from mlaconvert.model.schedule import Sampler, add_noise, warp
@@ -177,7 +178,9 @@ def scratch_bytes(config: WanConfig, shape: Sequence[int], regime: Regime, *, fo
     held = hidden + config.dim * (tokens * counted + 7 * frames + count * config.text_len)
     held += channels * height * width * counted
     # The first walk follows models; the second keeps two states of its own, and the curvatures of its queries.
-    first = followed * min(PROBE_SCALARS, hidden)
+    largest = tokens * max(len(seen) for seen, _ in views) * batch_of(shape[1:], config)
+    probed = config.dim * max(2 * largest, ENOUGH + largest)  # at most, of each followed model
+    first = followed * min(PROBE_SCALARS, hidden, probed)
     refits = QUERIES * config.dim * config.head_dim
     if regime.present == "exact":
         refits = 2 * config.dim * tokens * counted  # keys and values of the newest chunks

@@ -60,6 +60,7 @@ class CollectedWalk:
                 weights=weights,
                 attention=self._dense(weights),
                 inputs=self._inputs(fitted, index),
+                batch_tokens=max((window.tokens for window in fitted), default=1),
                 scratch=self.scratch,
             )
             if held_back:

@@ -220,7 +220,9 @@ def _flops(passes: Passes) -> Work:
         passes.forward(config, noisy_layout(passes.view, config.streaming))
         for config in (passes.student, passes.teacher)
     )
-    return passes.trained * ours + (1 / passes.recipe.reuse) * theirs
+    recipe = passes.recipe
+    computed = (recipe.attention_steps or 0) + recipe.kept_steps if recipe.reuse > 1 else recipe.steps
+    return passes.trained * ours + (computed / recipe.steps) * theirs
 
 
 STAGE = Stage(
@@ -229,6 +231,5 @@ STAGE = Stage(
     lr=1e-5,  # which a converted model bears without data of its own
     betas=(0.9, 0.99),
     needs_clips=False,
-    keeps_targets=True,
     sees_as_teacher=True,
 )

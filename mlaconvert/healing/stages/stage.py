@@ -54,8 +54,6 @@ class Stage:
     """Whether the recipe's guidance of the teacher is used, which needs the embedding of an empty prompt."""
     few_step: bool = False
     """Whether the result generates in a few steps."""
-    keeps_targets: bool = False
-    """Whether what the teacher makes of a noised clip can be kept, and learned from again (`HealRecipe.reuse`)."""
     holds_teacher: bool = True
     """Whether the losses run the teacher, for the estimate of memory."""
     holds_average: bool = False

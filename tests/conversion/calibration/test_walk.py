@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mlaconvert.clips.folder import BATCH
 from mlaconvert.config.streaming import StreamingConfig
+from mlaconvert.conversion.calibration import layer as layers
 from mlaconvert.conversion.calibration.measure import layer_moments
 from mlaconvert.conversion.calibration.windows import Regime, windows
 from mlaconvert.families.open import open_checkpoint
@@ -87,6 +88,25 @@ def test_probes_measure_one_converted_layer(folder: Path) -> None:
         else:
             assert sweep.velocity_errors[index] > 1e-4
             assert sweep.velocity_errors[index] == pytest.approx(error / power, rel=1e-9)
+
+
+def test_errors_are_measured_on_enough_tokens_of_the_largest_window(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever window comes first; by a followed model's too, of windows that have a velocity to judge by."""
+    regime = Regime(streaming=STREAMING, timesteps=(900.0, 0.0))
+    with open_checkpoint(folder) as checkpoint:
+        sizes = [x.shape[:2].numel() for x in make_sweep(checkpoint, make_clips(9), regime).hidden]
+        for enough, expected in ((3 * max(sizes) - 1, 3), (1, 2), (10**9, len(sizes))):
+            monkeypatch.setattr(layers, "ENOUGH", enough)
+            sweep = make_sweep(checkpoint, make_clips(9), regime, probes=99)
+            first = next(iter(sweep))
+            assert first.batch_tokens == max(sizes) > sizes[0]
+            assert len(first.sample().inputs) == expected
+            assert len(first.sample(2).inputs) == 2
+            judged = [i for i, rows in enumerate(sweep.denoised) if rows.any()]
+            assert len(sweep.followed) == min(expected, len(judged))
+            assert set(sweep.followed) <= set(judged)
 
 
 def test_probes_see_every_kind_of_window(folder: Path) -> None:

@@ -141,26 +141,48 @@ def test_the_teacher_runs_once_for_clips_that_come_again(
     assert sorted(made) == [1, 2]
     with pytest.raises(KeyboardInterrupt):
         run(home, tmp_path / "other", recipe, progress=stop_at(5))
-    before = {path.name for path in (tmp_path / "other.state" / "targets").iterdir()}
+    (before,) = (tmp_path / "other.state" / "targets").iterdir()
     (tmp_path / "other.state" / LAST).unlink()
     with pytest.raises(KeyboardInterrupt):
         run(home, tmp_path / "other", dataclasses.replace(recipe, seed=1), progress=stop_at(5))
-    assert len({path.name for path in (tmp_path / "other.state" / "targets").iterdir()} - before) == 1
+    (after,) = (tmp_path / "other.state" / "targets").iterdir()
+    assert after.name != before.name
 
 
-def test_only_what_can_be_kept_comes_again() -> None:
-    for stage, expected in (("distill", ["0-0-0", "1-0-0", "2-0-0", "0-0-0"]), ("teacher-forcing", None)):
-        batches = Batches(DrawnClips(), settings(stage, steps=8, reuse=3).resolved(), StreamingConfig())
-        names = [batches.batch(step).name for step in range(4)]
-        assert names == (expected or ["0-0-0", "1-0-0", "2-0-0", "3-0-0"])
-        assert torch.equal(batches.batch(3).latents, batches.batch(0).latents) is (expected is not None)
-    assert batches.batch(9, purpose="critic").name == "9-0-0"
+def test_the_same_batches_come_again() -> None:
+    """Each process and each part of a step has its own."""
+    recipe = settings("distill", steps=8, reuse=3, accumulate=2).resolved()
+    batches = [Batches(DrawnClips(), recipe, StreamingConfig(), rank=rank, world=2) for rank in range(2)]
+    assert [batches[0].batch(step).name for step in range(4)] == ["0-0-0", "1-0-0", "2-0-0", "0-0-0"]
+    assert torch.equal(batches[0].batch(5, 1).latents, batches[0].batch(2, 1).latents)
+    every = [one.batch(step, micro) for one in batches for step in range(3) for micro in range(2)]
+    assert len({batch.name for batch in every}) == len({float(batch.latents.sum()) for batch in every}) == 12
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "message"),
+    [
+        ("dmd", {"data_share": 0.1}, "data_share is 0.1, but only stage distill has it"),
+        ("teacher-forcing", {"reuse": 2}, "reuse is 2, but only stage distill has it"),
+        ("distill", {"reuse": 9}, "reuse is 9: give 1 to the 4 steps"),
+        ("distill", {"data_share": 1.0}, "data_share"),
+    ],
+)
+def test_settings_that_would_change_nothing_are_refused(stage: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings(stage, **options)
 
 
 def test_a_step_of_muon_has_the_size_of_adamws() -> None:
     """In every direction alike: 0.2 of the rate is the root of the mean square (arXiv 2502.16982, section 2.2)."""
     layer = nn.Linear(24, 40)
-    optimizer = make_optimizer(layer, settings("distill", optimizer="muon").resolved(), 1e-2)
+    net = nn.ModuleDict({"blocks": nn.ModuleList([layer]), "head": nn.Linear(40, 5)})
+    recipe = settings("teacher-forcing", optimizer="muon", weight_decay=0.25).resolved()
+    optimizer = make_optimizer(net, recipe, 1e-2)
+    assert [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups] == [(1, 0.25), (3, 0.25)]
+    assert optimizer.param_groups[0]["momentum"] == 0.95
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
     before = [p.detach().clone() for p in layer.parameters()]
     layer(torch.randn(64, 24, generator=torch.Generator().manual_seed(0))).square().sum().backward()
     optimizer.step()
@@ -217,7 +239,7 @@ def test_the_state_of_another_run_is_refused(home: Path, tmp_path: Path) -> None
     with pytest.raises(KeyboardInterrupt):
         run(home, tmp_path / "out", settings("distill"), progress=stop_at(3))
     for change, name in (({"seed": 1}, "seed"), ({"train": "latent"}, "train"), ({"steps": 9}, "steps")):
-        with pytest.raises(ConfigError, match=f"holds a run with another {name}; .*--restart"):
+        with pytest.raises(ConfigError, match=rf"holds a run with another {name} \(.* instead of .*\); .*--restart"):
             run(home, tmp_path / "out", settings("distill", **change))
     other = tmp_path / "clips"
     other.mkdir()

@@ -224,7 +224,7 @@ def test_the_estimate_counts_what_is_trained_only() -> None:
     assert again.disk == 3 * 5 * 4 * (3 * 4 * HEIGHT * WIDTH)
     fewer, usual = (again.flops, estimate(recipe(batch=5), STUDENT, TEACHER, shapes, view, size=(HEIGHT, WIDTH)).flops)
     theirs = forward_work(TEACHER, noisy_layout(view, STREAMING).visible, 6).flops
-    assert usual - fewer == pytest.approx(5 * theirs * 2 / 3)
+    assert usual - fewer == pytest.approx(5 * theirs * 3 / 7)  # one step matches attention, three keep velocities
     muon = estimate(recipe("dmd", optimizer="muon"), STUDENT, TEACHER, shapes, view, size=(HEIGHT, WIDTH))
     assert muon.memory["optimizer"] == 4 * (15 + 10_000) + 8 * 7
     assert few.memory["weights"] == many.memory["weights"] == 4 * sum(p.numel() for p in WanModel(STUDENT).parameters())
