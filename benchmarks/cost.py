@@ -41,7 +41,7 @@ from mlaconvert.healing.recipe import load_heal_recipe
 
 RECIPE = "self-forcing-1.3b"
 FRAMES, SIZE = 21, (60, 104)  # of a healing's clip: latent frames, and latent pixels
-CLIPS = (5, 16, 9, 8, 12)  # [N, C, F, H, W] of `measured`: 24 tokens a frame, where 480 x 832 has 1,560
+CLIPS = (5, 16, 9, 6, 8)  # [N, C, F, H, W] of `measured`: 12 tokens a frame, where 480 x 832 has 1,560
 # TFLOP/s that devices are taken to sustain: a CPU of some 16 cores, and a GPU in float32 (bfloat16 is an option).
 CPU, GPU_FLOAT32 = 0.5, 50.0
 STAGES = {
