@@ -21,8 +21,6 @@ Train = Literal["latent", "attention", "all"]
 
 # Of whatever stage: SOAP's are its paper's (arXiv 2409.11321), Muon's first is its momentum.
 _BETAS = {"soap": (0.95, 0.95), "muon": (0.95, 0.99)}
-# What would change nothing in another stage.
-_OF_DISTILL = ("clean_past", "clean_weight", "data_share", "reuse")
 _Count = Annotated[int, Field(ge=1, le=10**6)]
 _Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 # A run that goes on from its saved state may change these; anything else would make it another run.
@@ -122,9 +120,10 @@ class HealRecipe:
         if self.reuse > self.steps:
             raise ConfigError(f"reuse is {self.reuse}: give 1 to the {self.steps} steps")
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in _OF_DISTILL:
-            if self.stage != "distill" and getattr(self, name) != defaults[name]:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but only stage distill has it; leave it out")
+        others = [(stage, name) for stage in STAGES if stage != self.stage for name in stage_of(stage).own_settings]
+        for stage, name in others:
+            if getattr(self, name) != defaults[name]:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but only stage {stage} has it; leave it out")
 
     @property
     def own_steps(self) -> int:

@@ -28,5 +28,5 @@ def test_cells_that_are_made_side_by_side_are_all_kept(tmp_path: Path) -> None:
 def test_results_that_are_kept_are_found_again(tmp_path: Path) -> None:
     cells = Cells(ROOT / "benchmarks" / "results" / "healing", tmp_path)
     found = {path.stem for path in cells.results.iterdir()}
-    assert found == {"caches", "needs", "noise", "recipe", "stages", "starts", "students", "unhealed"}
+    assert found == {"caches", "needs", "noise", "optimizers", "recipe", "stages", "starts", "students", "unhealed"}
     assert 0.06 < cells.get("unhealed-teacher-2", None) < 0.0624  # type: ignore[arg-type]

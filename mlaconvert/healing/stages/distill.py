@@ -231,5 +231,6 @@ STAGE = Stage(
     lr=1e-5,  # which a converted model bears without data of its own
     betas=(0.9, 0.99),
     needs_clips=False,
+    own_settings=("clean_past", "clean_weight", "data_share", "reuse"),
     sees_as_teacher=True,
 )

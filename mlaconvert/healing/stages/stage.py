@@ -54,6 +54,8 @@ class Stage:
     """Whether the recipe's guidance of the teacher is used, which needs the embedding of an empty prompt."""
     few_step: bool = False
     """Whether the result generates in a few steps."""
+    own_settings: tuple[str, ...] = ()
+    """Fields of the recipe that would change nothing in another stage, and are refused there."""
     holds_teacher: bool = True
     """Whether the losses run the teacher, for the estimate of memory."""
     holds_average: bool = False
