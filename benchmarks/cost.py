@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scale import MLACONVERT, write_model
+from scale import MLACONVERT, write_clips, write_model
 from tables import put_between
 
-from mlaconvert.clips.folder import save_shard
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.conversion.calibration.method import Method
 from mlaconvert.conversion.cost import ON_GPU_IN_BF16, clip_shape, conversion_work
@@ -142,10 +141,7 @@ def measured(folder: Path | None, threads: int) -> list[str]:
     with tempfile.TemporaryDirectory(dir=folder, prefix="mlaconvert-") as name:
         source, clips = Path(name) / "source", Path(name) / "clips"
         write_model(source, GEOMETRIES["1.3b"], torch.float32)
-        clips.mkdir()
-        draw = torch.Generator().manual_seed(0)
-        latents, context = torch.randn(CLIPS, generator=draw), torch.randn(CLIPS[0], 8, 4096, generator=draw)
-        save_shard(clips / "clips.safetensors", {"latents": latents, "context": context})
+        write_clips(clips, CLIPS, GEOMETRIES["1.3b"].text_dim)
         command = [*MLACONVERT, "convert", str(source), "--recipe", RECIPE, "--data", str(clips), "--json"]
         command += ["--clips", str(CLIPS[0])]
         told = _converted([*command, "--dry-run"], threads)["estimate"]
@@ -167,8 +163,8 @@ def _converted(command: list[str], threads: int) -> dict[str, Any]:
     )
     if run.returncode:
         sys.exit(f"{' '.join(command)} failed with exit code {run.returncode}")
-    found: dict[str, Any] = json.loads(run.stdout)
-    return found["models"][0] if "models" in found else found
+    (found,) = json.loads(run.stdout)["models"]
+    return dict(found)
 
 
 if __name__ == "__main__":

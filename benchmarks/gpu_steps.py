@@ -30,8 +30,7 @@ import torch
 from gpu_case import IN_BITS, PAPER, QUANTISED, ROOT, WHOLE, WINDOWS, Case, Emit, environment
 from gpu_chunks import chunks
 from healing import real_step
-from safetensors.torch import save_file
-from scale import write_model
+from scale import write_clips, write_model
 
 from mlaconvert.config.streaming import StreamingConfig
 from mlaconvert.conversion.recipe import ConvertRecipe
@@ -126,14 +125,8 @@ def conversion(case: Case, emit: Emit) -> None:
         source, clips = Path(name) / "source", Path(name) / "clips"
         began = time.perf_counter()
         write_model(source, case.config, torch.float32)
-        clips.mkdir()
         shape = (CLIPS, case.config.out_dim, CALIBRATION_FRAMES, *case.size)
-        draw = torch.Generator().manual_seed(0)
-        latents, context = (
-            torch.randn(shape, generator=draw),
-            torch.randn(CLIPS, 8, case.config.text_dim, generator=draw),
-        )
-        save_file({"latents": latents, "context": context}, clips / "clips.safetensors")
+        write_clips(clips, shape, case.config.text_dim)
         emit("source and clips", {"seconds": time.perf_counter() - began, "clips": list(shape)})
         parts = _Parts(case.device, emit)
         recipe = ConvertRecipe(streaming=streaming, clips=CLIPS, refit_steps=REFIT_STEPS, **case.pixels)

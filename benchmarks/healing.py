@@ -288,12 +288,17 @@ def caches(cells: Cells, seeds: list[int]) -> list[str]:
     return lines
 
 
+def taught_teacher(cells: Cells, seed: int) -> Healed:
+    """The teacher with the training that conversions get."""
+    return cells.healed(f"caches-teacher-{seed}", cells.teacher(), seed, **LONG)
+
+
 def trained_alike(cells: Cells, seed: int) -> Measured:
     """Of the teacher after all steps of the recipe.
 
     Not at its best by its own validation, which is there from the start: most of what it learns is to stay as it is.
     """
-    healed = cells.healed(f"caches-teacher-{seed}", cells.teacher(), seed, **LONG)
+    healed = taught_teacher(cells, seed)
     healed.folder()
     state = load_state(healed.state / LAST)["parts"]["student"]
     model = load_model("tiny")
@@ -307,23 +312,20 @@ def optimizers(cells: Cells, seeds: list[int]) -> list[str]:
 
     Validation is given above what the teacher itself has, whose velocity is not all that is learned.
     """
-    start, seed, rows, steps, flops = cells.converted("calibrated", seeds[0]), seeds[0], [], [0], 0.0
-    (_, floor), *_ = cells.train(cells.healed(f"caches-teacher-{seed}", cells.teacher(), seed, **LONG), both)["curve"]
-    for name in OPTIMIZERS:
-        options: dict[str, Any] = {"optimizer": name, "steps": 100, "validate_every": 25} | LONG
-        healed = cells.healed(f"optimizers-{name}-{seed}", start, seed, **options)
-        found = cells.train(healed, both)
+    seed = seeds[0]
+    start, (_, floor) = cells.converted("calibrated", seed), cells.train(taught_teacher(cells, seed), both)["curve"][0]
+    options: dict[str, Any] = {"steps": 100, "validate_every": 25} | LONG
+    healed = [cells.healed(f"optimizers-{o}-{seed}", start, seed, optimizer=o, **options) for o in OPTIMIZERS]
+    flops, rows, marks = plan(start.folder(), healed[0].recipe, teacher="tiny").flops, [], ""
+    for model in healed:
+        found = cells.train(model, both)
         (_, first), *curve = found["curve"]
-        steps, end = [int(step) for step, _ in curve], Measured(*found["both"])
-        flops = plan(start.folder(), healed.recipe, teacher="tiny").flops
+        end = Measured(*found["both"])
+        marks = " | ".join(f"{step} steps, {step * flops / 1e12:.0f} TFLOP" for step, _ in curve)
         values = " | ".join(f"{100 * (value - floor) / (first - floor):.0f}%" for _, value in curve)
-        rows.append(f"| {name} | {values} | {end.clean:.2f}% | {end.noisy:.2f}% |")
-    marks = " | ".join(f"{step} steps, {step * flops / 1e12:.0f} TFLOP" for step in steps)
-    return [
-        f"| optimizer | {marks} | behind clean pasts | with noisy pasts |",
-        "|---" * (3 + len(steps)) + "|",
-        *rows,
-    ]
+        rows.append(f"| {model.recipe.optimizer} | {values} | {end.clean:.2f}% | {end.noisy:.2f}% |")
+    head = f"| optimizer | {marks} | behind clean pasts | with noisy pasts |"
+    return [head, "|---" * (head.count(" | ") + 1) + "|", *rows]
 
 
 def recipe_run(cells: Cells, start: str, seed: int, **options: Any) -> dict[str, Any]:

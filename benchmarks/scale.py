@@ -130,6 +130,14 @@ def write_model(folder: Path, config: WanConfig, dtype: torch.dtype) -> None:
         writer.commit()
 
 
+def write_clips(folder: Path, shape: tuple[int, ...], text_dim: int) -> None:
+    """A new folder of random clips [N, C, F, H, W], each with a caption of eight tokens."""
+    folder.mkdir()
+    draw = torch.Generator().manual_seed(0)
+    latents, context = torch.randn(shape, generator=draw), torch.randn(shape[0], 8, text_dim, generator=draw)
+    save_file({"latents": latents, "context": context}, folder / "clips.safetensors")
+
+
 # --- memory ------------------------------------------------------------------------------------------------------
 
 
@@ -144,11 +152,7 @@ def memory(folder: Path, models: list[WanConfig], converted: int) -> tuple[list[
             source, output, clips = (Path(inside) / part for part in ("source", "output", "clips"))
             write_model(source, config, dtype)
             shape = CLIPS[config.dim]
-            clips.mkdir()
-            latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-            save_file(
-                {"latents": latents, "context": torch.randn(shape[0], 8, config.text_dim)}, clips / "c.safetensors"
-            )
+            write_clips(clips, shape, config.text_dim)
             everything = config.dim == WAN.dim
             some = [] if everything else ["--layers", f"0-{converted - 1}"]
             few = ["--layers", f"0-{converted - 1}"]

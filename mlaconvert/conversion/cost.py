@@ -193,9 +193,9 @@ class _Counts:
         """Tokens of the largest batch of windows."""
         return self.batch * max(len(visible) for visible, _ in self.views) * self.frame
 
-    def _sampled(self, most: int) -> int:
-        """How many batches an error is measured on, at most so many."""
-        return batches_enough(self._largest, most)
+    def _clips_sampled(self, most: int = sys.maxsize) -> float:
+        """How many clips' windows an error is measured on, at most so many batches of them."""
+        return self._clips_in(batches_enough(self._largest, most))
 
     def _clips_in(self, batches: int) -> float:
         """How many clips' windows so many batches are, at most all that are fitted to."""
@@ -229,7 +229,7 @@ class _Counts:
         first = float(self.fitted)
         if self.plan.recipe.allocation == "adaptive":
             most = max(1, PROBE_SCALARS // (self._largest * self.config.dim))
-            probed = self._clips_in(min(self._sampled(PROBES), most))
+            probed = self._clips_sampled(min(PROBES, most))
             first += probed * (layers + 1) / 2  # a layer's own from there to the end
         return (first + self.fitted + (1 + self._steps[1]) * self._judged) * dense
 
@@ -261,8 +261,8 @@ class _Counts:
         counts, budgets = self._tried
         dense, student = self._per_clip(self._dense), self._per_clip(self._student)
         fit = self._per_clip(self._fit_output) if self.target.method.refit and not self.exact else NOTHING
-        some, adaptive = self._clips_in(self._sampled(MEASURED)), self.plan.recipe.allocation == "adaptive"
-        judged = self._clips_in(self._sampled(sys.maxsize))
+        some, adaptive = self._clips_sampled(MEASURED), self.plan.recipe.allocation == "adaptive"
+        judged = self._clips_sampled()
         total = some * (dense + counts * budgets * (student + fit))
         total += judged * (dense + self._steps[1] * student)
         if self.target.method.refit and self.exact:

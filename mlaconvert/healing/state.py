@@ -194,10 +194,10 @@ def make_optimizer(objective: nn.Module, recipe: HealRecipe, lr: float) -> torch
         from pytorch_optimizer import Muon
 
         # Its authors leave embeddings and heads to AdamW, and all that is no matrix.
-        named = [(name.split("."), p) for name, p in objective.named_parameters() if p.requires_grad]
-        matrices = [p for name, p in named if "blocks" in name and p.ndim == 2]
-        chosen = {id(p) for p in matrices}
-        rest = [p for p in trained if id(p) not in chosen]
+        matrices, rest = list[nn.Parameter](), list[nn.Parameter]()
+        for name, parameter in objective.named_parameters():
+            if parameter.requires_grad:
+                (matrices if "blocks" in name.split(".") and parameter.ndim == 2 else rest).append(parameter)
         common = {"lr": lr, "weight_decay": recipe.weight_decay}
         groups = [
             {"params": matrices, "use_muon": True, "momentum": betas[0], "use_adjusted_lr": True, **common},

@@ -10,6 +10,7 @@ Bidirectional: all frames at one noise level, a timestep of the sampler's and in
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ from mlaconvert.clips.folder import BATCH, BATCH_TOKENS, Clips
 from mlaconvert.config.geometry import WanConfig
 from mlaconvert.config.mla import Present
 from mlaconvert.config.streaming import StreamingConfig
-from mlaconvert.conversion.calibration.layer import ENOUGH
+from mlaconvert.conversion.calibration.layer import batches_enough
 from mlaconvert.conversion.calibration.refit import QUERIES
 from mlaconvert.errors import ConfigError
 from mlaconvert.model.schedule import Sampler, add_noise, warp
@@ -179,7 +180,7 @@ def scratch_bytes(config: WanConfig, shape: Sequence[int], regime: Regime, *, fo
     held += channels * height * width * counted
     # The first walk follows models; the second keeps two states of its own, and the curvatures of its queries.
     largest = tokens * max(len(seen) for seen, _ in views) * batch_of(shape[1:], config)
-    probed = config.dim * max(2 * largest, ENOUGH + largest)  # at most, of each followed model
+    probed = config.dim * largest * batches_enough(largest, sys.maxsize)  # at most, of each followed model
     first = followed * min(PROBE_SCALARS, hidden, probed)
     refits = QUERIES * config.dim * config.head_dim
     if regime.present == "exact":
