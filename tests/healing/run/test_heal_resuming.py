@@ -175,7 +175,7 @@ def test_settings_that_would_change_nothing_are_refused(stage: str, options: dic
 
 def test_a_step_of_muon_has_the_size_of_adamws() -> None:
     """In every direction alike: 0.2 of the rate is the root of the mean square (arXiv 2502.16982, section 2.2)."""
-    layer = nn.Linear(24, 40)
+    layer = nn.Linear(96, 40)
     net = nn.ModuleDict({"blocks": nn.ModuleList([layer]), "head": nn.Linear(40, 5)})
     recipe = settings("teacher-forcing", optimizer="muon", weight_decay=0.25).resolved()
     optimizer = make_optimizer(net, recipe, 1e-2)
@@ -184,7 +184,7 @@ def test_a_step_of_muon_has_the_size_of_adamws() -> None:
     for group in optimizer.param_groups:
         group["weight_decay"] = 0.0
     before = [p.detach().clone() for p in layer.parameters()]
-    layer(torch.randn(64, 24, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+    layer(torch.randn(128, 96, generator=torch.Generator().manual_seed(0))).square().sum().backward()
     optimizer.step()
     weight, bias = (p.detach() - old for p, old in zip(layer.parameters(), before, strict=True))
     values = torch.linalg.svdvals(weight)
